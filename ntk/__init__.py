@@ -1,1 +1,54 @@
-"""ntk"""
+"""Neural tangent kernels: tensors in, kernels out.
+
+The one convention, referred to everywhere else. For n examples, c outputs and P parameters theta,
+
+    K[i, j, a, b] = < d f_a(x_i)/d theta, d f_b(x'_j)/d theta >,   shape (n1, n2, c, c),
+
+examples first, then outputs, neither averaged nor divided by anything, in the parametrisation the model stores
+(Jacot, Gabriel and Hongler 2018; Novak, Sohl-Dickstein and Schoenholz 2022). One letter per dimension: n examples,
+t tokens, c outputs, p parameters of one tensor, P all of them.
+"""
+
+from ntk import inputs, kernels, metrics, nulls, outputs
+from ntk.empirical import METHODS, empirical_ntk, layer_kernels
+from ntk.kernels import flatten, reduce_outputs
+from ntk.metrics import (
+    best_scale,
+    center,
+    cka,
+    effective_rank,
+    kernel_alignment,
+    kernel_distance,
+    matching_degree,
+    spectrum,
+    trace,
+    trace_ratio,
+)
+from ntk.nulls import gaussian_sketch, hidden_state_kernel, permuted, random_subset_ntk
+
+__all__ = [
+    "METHODS",
+    "best_scale",
+    "center",
+    "cka",
+    "effective_rank",
+    "empirical_ntk",
+    "flatten",
+    "gaussian_sketch",
+    "hidden_state_kernel",
+    "inputs",
+    "kernel_alignment",
+    "kernel_distance",
+    "kernels",
+    "layer_kernels",
+    "matching_degree",
+    "metrics",
+    "nulls",
+    "outputs",
+    "permuted",
+    "random_subset_ntk",
+    "reduce_outputs",
+    "spectrum",
+    "trace",
+    "trace_ratio",
+]

@@ -1,0 +1,110 @@
+"""Empirical tangent kernels of any PyTorch or Hugging Face model: validation and the table of methods."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ntk import jacobian
+from ntk.functional import ParameterChoice, evaluation, nonfinite_cause, select_parameters
+from ntk.inputs import Inputs
+from ntk.kernels import Reduction, check_reduction, reduce_outputs
+from ntk.outputs import Output
+
+Method = Literal["auto", "jacobian"]
+
+# name -> function(model, inputs, inputs2, *, params, output, memory_budget, progress, summed) -> {name: kernel}
+METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "jacobian": jacobian.layer_kernels,
+}
+
+
+def empirical_ntk(
+    model: nn.Module,
+    inputs: Inputs,
+    inputs2: Inputs | None = None,
+    *,
+    params: ParameterChoice = "all",
+    output: Output | None = None,
+    reduce: Reduction | None = None,
+    method: str = "auto",
+    memory_budget: int | None = None,
+    progress: bool = False,
+) -> Float[Tensor, "..."]:
+    """The empirical neural tangent kernel, exactly.
+
+        K[i, j, a, b] = < d f_a(x_i)/d theta, d f_b(x'_j)/d theta >
+
+    unnormalised, over the chosen parameters theta in their own (standard) parametrisation (Jacot, Gabriel and Hongler
+    2018). The model runs in evaluation mode and is left as it was found.
+
+    Args:
+        model: any module that takes one tensor, or a Hugging Face model that takes the entries of ``inputs``.
+        inputs: a batch of n1 examples: a tensor ``(n1, ...)`` or a mapping of batched tensors (a tokenizer's output),
+            padded on either side. An example is its real tokens: see :mod:`ntk.inputs`.
+        inputs2: n2 examples for the columns; None for the symmetric kernel.
+        params: ``"all"``, ``"trainable"`` or a predicate ``(name, parameter) -> bool``. Tied parameters count once.
+        output: ``(model_output, inputs) -> (n, c)``; a classifier's logits if None. See :mod:`ntk.outputs`.
+        reduce: None, ``"trace"``, ``"diagonal"`` or ``"sum"``: see :func:`ntk.kernels.reduce_outputs`.
+        method: ``"jacobian"`` is the reference (:mod:`ntk.jacobian`, cost and memory there); ``"auto"`` is the fastest
+            that is exact for this model.
+        memory_budget: bytes for Jacobians and kernel, beside the model itself; None for half of the free memory.
+        progress: show a progress bar.
+
+    Returns:
+        ``(n1, n2, c, c)`` or its reduction, on the model's device, in the widest parameter dtype (at least float32).
+
+    Raises:
+        ValueError: unusable arguments; no output of shape (n, c); NaN or infinite values, with their cause.
+        MemoryError: more memory is needed than ``memory_budget``, with the size needed.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2, bias=False).double()
+        >>> x = torch.eye(3, dtype=torch.float64)[:2]
+        >>> empirical_ntk(model, x, reduce="trace")
+        tensor([[2., 0.],
+                [0., 2.]], dtype=torch.float64)
+    """
+    kernels = _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, summed=True)
+    return kernels[""]
+
+
+def layer_kernels(
+    model: nn.Module,
+    inputs: Inputs,
+    inputs2: Inputs | None = None,
+    *,
+    params: ParameterChoice = "all",
+    output: Output | None = None,
+    reduce: Reduction | None = None,
+    method: str = "auto",
+    memory_budget: int | None = None,
+    progress: bool = False,
+) -> dict[str, Float[Tensor, "..."]]:
+    """The kernel of each parameter, by its name; they sum to :func:`empirical_ntk`, whose arguments these are."""
+    return _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, summed=False)
+
+
+def _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, *, summed):
+    check_reduction(reduce)
+    compute = METHODS.get("jacobian" if method == "auto" else method)
+    if compute is None:
+        raise ValueError(f"method must be one of {', '.join(map(repr, ['auto', *METHODS]))}; got {method!r}")
+    chosen = select_parameters(model, params)
+    with evaluation(model):
+        kernels = compute(
+            model,
+            inputs,
+            inputs2,
+            params=chosen,
+            output=output,
+            memory_budget=memory_budget,
+            progress=progress,
+            summed=summed,
+        )
+    if not all(torch.isfinite(kernel).all() for kernel in kernels.values()):
+        causes = [nonfinite_cause(model, batch) for batch in (inputs, inputs2) if batch is not None]
+        raise ValueError(f"the kernel holds NaN or infinite values: {causes[0]}")
+    return {name: reduce_outputs(kernel, reduce) for name, kernel in kernels.items()}

@@ -1,0 +1,168 @@
+"""Batches taken apart into examples: padding removed, examples of one shape grouped.
+
+An example is its real tokens. Leading and trailing padding is cut off before the model sees it and positions count from
+the first real token, so a kernel cannot depend on the amount of padding, on its side, or on who else is in the batch. It
+also settles what breaks Hugging Face models under ``vmap``: their mask code branches on the *values* of the attention
+mask. Examples are therefore grouped by shape and by mask, and a group's mask is an ordinary tensor, never a batched one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = Mapping[str, Any] | Tensor
+
+# The entries that say which encoder or decoder tokens are real; every other entry of the same side is cut alongside.
+ENCODER_MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
+# Entries whose second axis is never the token axis, whatever its length.
+_NOT_TOKENS = ("pixel_values", "input_features", "input_values")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Examples of one shape, ready for ``vmap``.
+
+    Attributes:
+        indices: positions of the examples in the batch.
+        batched: entries that differ from example to example, ``(g, ...)`` for g examples.
+        constant: entries shared by the group as the model takes them (masks of batch 1, flags).
+    """
+
+    indices: list[int]
+    batched: dict[str, Tensor]
+    constant: dict[str, Any]
+
+    def example(self, position: int) -> dict[str, Any]:
+        """The ``position``-th example as the model takes it: a batch of one."""
+        return {key: value[position : position + 1] for key, value in self.batched.items()} | self.constant
+
+    def take(self, positions: slice) -> "Group":
+        """The part of the group at ``positions``."""
+        batched = {key: value[positions] for key, value in self.batched.items()}
+        return Group(self.indices[positions], batched, self.constant)
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Number of examples n: the largest first dimension, since entries such as position ids may come with batch 1.
+
+    Raises:
+        ValueError: no batched tensor, an empty batch, or first dimensions other than n and 1.
+        TypeError: neither a tensor nor a mapping.
+    """
+    if isinstance(inputs, Tensor):
+        if inputs.ndim == 0 or len(inputs) == 0:
+            raise ValueError(f"inputs must hold at least one example; got a tensor of shape {tuple(inputs.shape)}")
+        return len(inputs)
+    if not isinstance(inputs, Mapping):
+        raise TypeError(
+            f"inputs must be a tensor or a mapping of batched tensors (a tokenizer's output); got {type(inputs).__name__}"
+        )
+    lengths = {key: len(value) for key, value in inputs.items() if isinstance(value, Tensor) and value.ndim > 0}
+    if not lengths:
+        raise ValueError(
+            "inputs holds no batched tensor; tokenize with return_tensors='pt' "
+            f"(entries: {', '.join(inputs) or 'none'})"
+        )
+    n = max(lengths.values())
+    wrong = {key: length for key, length in lengths.items() if length not in (1, n)}
+    if n == 0 or wrong:
+        raise ValueError(f"the tensors of inputs must share their first dimension (or have 1); got {lengths}")
+    return n
+
+
+def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Group]:
+    """Cut the padding off every example and group the examples that can run together.
+
+    Args:
+        inputs: one tensor ``(n, ...)``, or a mapping with an optional 2-D ``attention_mask`` of zeros and ones.
+        encoder_decoder: the labels belong to the decoder's tokens, not to the encoder's.
+
+    Returns:
+        Groups that cover 0..n-1 once, in order of first appearance.
+
+    Raises:
+        ValueError: as :func:`batch_size`; a mask without any real token, with values other than 0 and 1, or of another
+            shape than its tokens.
+    """
+    n = batch_size(inputs)
+    if isinstance(inputs, Tensor):
+        return [Group(list(range(n)), {"": inputs}, {})]
+    examples = [_example(inputs, i, n, encoder_decoder) for i in range(n)]
+    together: dict[tuple, list[int]] = {}
+    for index, (batched, constant) in enumerate(examples):
+        together.setdefault(_signature(batched, constant), []).append(index)
+    return [
+        Group(
+            indices,
+            {key: torch.cat([examples[i][0][key] for i in indices]) for key in examples[indices[0]][0]},
+            examples[indices[0]][1],
+        )
+        for indices in together.values()
+    ]
+
+
+def _example(inputs: Mapping[str, Any], i: int, n: int, encoder_decoder: bool) -> tuple[dict, dict]:
+    """Entries of example ``i`` without its padding, split into (batched, constant)."""
+    batched, constant = {}, {}
+    spans = {key: _real_span(inputs, key, i) for key in (ENCODER_MASK, DECODER_MASK)}
+    for key, value in inputs.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            constant[key] = value
+            continue
+        row = value[i : i + 1] if len(value) == n else value
+        decoder_side = key.startswith("decoder_") or (encoder_decoder and key == "labels")
+        span = spans[DECODER_MASK if decoder_side else ENCODER_MASK]
+        if span is not None and row.ndim >= 2 and row.shape[1] == span[2] and not key.startswith(_NOT_TOKENS):
+            row = row[:, span[0] : span[1]]
+        (constant if key.endswith("attention_mask") else batched)[key] = row
+    return batched, constant
+
+
+def _real_span(inputs: Mapping[str, Any], key: str, i: int) -> tuple[int, int, int] | None:
+    """(first real token, one past the last, padded length) of example ``i``; None without a 2-D mask ``key``."""
+    mask = inputs.get(key)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    tokens = inputs.get("decoder_input_ids" if key == DECODER_MASK else "input_ids")
+    if isinstance(tokens, Tensor) and tokens.shape[1:2] != mask.shape[1:2]:
+        raise ValueError(f"{key} {tuple(mask.shape)} does not fit the token ids {tuple(tokens.shape)}")
+    row = mask[i if len(mask) > 1 else 0]
+    if not ((row == 0) | (row == 1)).all():
+        raise ValueError(f"a 2-D {key} must hold zeros and ones; example {i} holds {row.unique().tolist()[:4]}")
+    real = row.nonzero()
+    if len(real) == 0:
+        raise ValueError(f"example {i} has no real token: its {key} is zero everywhere")
+    return int(real[0]), int(real[-1]) + 1, mask.shape[1]
+
+
+def _signature(batched: Mapping[str, Tensor], constant: Mapping[str, Any]) -> tuple:
+    """Equal for examples that may share a group: same shapes, same constants (masks by value, holes included)."""
+    shapes = tuple((key, value.dtype, value.shape[1:]) for key, value in batched.items())
+    constants = tuple(
+        (
+            key,
+            (value.dtype, value.shape, tuple(value.flatten().tolist())) if isinstance(value, Tensor) else id(value),
+        )
+        for key, value in constant.items()
+    )
+    return shapes, constants
+
+
+def tiles(groups: Sequence[Group], size: int) -> list[list[Group]]:
+    """Cut groups into tiles of at most ``size`` examples; the last one may be smaller."""
+    result: list[list[Group]] = []
+    room = 0
+    for group in groups:
+        start = 0
+        while start < len(group.indices):
+            if room == 0:
+                result.append([])
+                room = size
+            stop = min(start + room, len(group.indices))
+            result[-1].append(group.take(slice(start, stop)))
+            room -= stop - start
+            start = stop
+    return result

@@ -1,0 +1,165 @@
+"""How close two kernels are, and the shape of one.
+
+Every function takes kernels as ``(n1, n2)`` or ``(n1, n2, c, c)``; the latter are compared as their flattened matrices
+(:func:`ntk.flatten`), so all output pairs count. Sums run in float64. Metrics of a pair depend on which examples are in the
+batch, and say nothing without the null models of :mod:`ntk.nulls` beside them.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ntk.kernels import flatten
+
+DistanceKind = Literal["relative_frobenius", "mean_absolute", "max_absolute"]
+
+
+def kernel_distance(
+    K1: Float[Tensor, "n1 n2 *c"],
+    K2: Float[Tensor, "n1 n2 *c"],
+    *,
+    kind: DistanceKind = "relative_frobenius",
+    scaled: bool = False,
+) -> float:
+    """Distance of K2 from K1, entry by entry.
+
+    | ``kind``                 | D = K1 - s K2                  | unit        |
+    |--------------------------|--------------------------------|-------------|
+    | ``"relative_frobenius"`` | ||D||_F / ||K1||_F             | 1           |
+    | ``"mean_absolute"``      | mean |D|                       | that of K1  |
+    | ``"max_absolute"``       | max |D|                        | that of K1  |
+
+    s = 1, or with ``scaled`` the :func:`best_scale` that minimises ||K1 - s K2||_F; the relative distance is then
+    sqrt(1 - alignment^2) for a positive alignment, and 1 when K2 is no help at all.
+
+    Raises:
+        ValueError: unknown kind, unequal shapes, a non-finite kernel, K1 = 0 with the relative distance.
+    """
+    A, B = _pair(K1, K2)
+    if kind not in get_args(DistanceKind):
+        raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(DistanceKind)))}; got {kind!r}")
+    difference = A - (_best_scale(A, B) if scaled else 1.0) * B
+    match kind:
+        case "relative_frobenius":
+            return float(difference.norm() / _norm(A, "K1"))
+        case "mean_absolute":
+            return float(difference.abs().mean())
+        case "max_absolute":
+            return float(difference.abs().max())
+
+
+def best_scale(K1: Float[Tensor, "n1 n2 *c"], K2: Float[Tensor, "n1 n2 *c"]) -> float:
+    """The s that minimises ||K1 - s K2||_F: <K1, K2>_F / ||K2||_F^2."""
+    return _best_scale(*_pair(K1, K2))
+
+
+def kernel_alignment(K1: Float[Tensor, "n1 n2 *c"], K2: Float[Tensor, "n1 n2 *c"]) -> float:
+    """Cosine of the angle between two kernels, <K1, K2>_F / (||K1||_F ||K2||_F), in [-1, 1].
+
+    Unchanged by positive scaling of either (Cristianini et al. 2001, def. 1). It is near 1 for any two kernels that share
+    a large mean entry: see :func:`cka`.
+    """
+    A, B = _pair(K1, K2)
+    return float(_inner(A, B) / (_norm(A, "K1") * _norm(B, "K2")))
+
+
+def cka(K1: Float[Tensor, "n n *c"], K2: Float[Tensor, "n n *c"]) -> float:
+    """Centred kernel alignment: the alignment of H K1 H and H K2 H, H = I - 1 1^T / n.
+
+    Centring is over examples, for each output by itself, which is centring the features (Cortes, Mohri and Rostamizadeh
+    2012, sec. 2.1; Kornblith et al. 2019, eq. 3). Square kernels only.
+    """
+    if K1.ndim not in (2, 4) or K1.shape[0] != K1.shape[1]:
+        raise ValueError(f"cka takes a symmetric kernel, (n, n) or (n, n, c, c); got {tuple(K1.shape)}")
+    return kernel_alignment(center(K1), center(K2))
+
+
+def center(kernel: Float[Tensor, "n n *c"]) -> Float[Tensor, "n n *c"]:
+    """H K H over the examples: the kernel of the features minus their mean over the batch, in float64."""
+    kernel = kernel.double()
+    kernel = kernel - kernel.mean(dim=0, keepdim=True)
+    return kernel - kernel.mean(dim=1, keepdim=True)
+
+
+def trace(kernel: Float[Tensor, "n n *c"]) -> float:
+    """Trace of the flattened matrix: the squared Frobenius norm of the Jacobian."""
+    return float(_square(kernel).trace())
+
+
+def trace_ratio(K1: Float[Tensor, "n n *c"], K2: Float[Tensor, "n n *c"]) -> float:
+    """tr K1 / tr K2."""
+    denominator = trace(K2)
+    if denominator == 0:
+        raise ValueError("K2 has trace 0: its parameters do not influence the outputs")
+    return trace(K1) / denominator
+
+
+def matching_degree(K_full: Float[Tensor, "n n *c"], K_propulsion_1: Float[Tensor, "n n *c"]) -> float:
+    """k* = sqrt(tr K_F / tr K_P(1)): the degree at which Propulsion's kernel has the size of full fine-tuning's.
+
+    ``K_propulsion_1`` is the kernel at degree 1 and z = 1, where K_P(k) = k^2 K_P(1).
+    """
+    return trace_ratio(K_full, K_propulsion_1) ** 0.5
+
+
+def spectrum(kernel: Float[Tensor, "n n *c"]) -> Float[Tensor, "m"]:
+    """Eigenvalues of the flattened matrix in descending order, float64, in the unit of the kernel. Cost O((n c)^3)."""
+    matrix = _square(kernel)
+    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
+
+
+def effective_rank(kernel: Float[Tensor, "n n *c"]) -> float:
+    """exp of the entropy of the normalised spectrum, between 1 and n c (Roy and Vetterli 2007, def. 1).
+
+    Raises:
+        ValueError: the kernel is zero, or has negative eigenvalues beyond rounding (it is no kernel).
+    """
+    eigenvalues = spectrum(kernel)
+    if eigenvalues[0] <= 0:
+        raise ValueError("the effective rank of a zero kernel is undefined")
+    # Single-precision kernels have eigenvalues of relative size 1e-7 with either sign; anything larger is a mistake.
+    if eigenvalues[-1] < -1e-4 * eigenvalues[0]:
+        raise ValueError(
+            f"the kernel is not positive semi-definite: eigenvalues from {eigenvalues[-1]:.3g} to {eigenvalues[0]:.3g}"
+        )
+    p = eigenvalues.clamp(min=0) / eigenvalues.clamp(min=0).sum()
+    return float(torch.exp(torch.special.entr(p).sum()))
+
+
+def _pair(K1: Tensor, K2: Tensor) -> tuple[Tensor, Tensor]:
+    """Both kernels as finite float64 matrices of one shape."""
+    if K1.shape != K2.shape:
+        raise ValueError(f"the kernels must have the same shape; got {tuple(K1.shape)} and {tuple(K2.shape)}")
+    A, B = flatten(K1).double(), flatten(K2).double()
+    for name, matrix in (("K1", A), ("K2", B)):
+        if not torch.isfinite(matrix).all():
+            raise ValueError(f"{name} holds NaN or infinite values")
+    return A, B
+
+
+def _square(kernel: Tensor) -> Tensor:
+    matrix = flatten(kernel).double()
+    if matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"expected a symmetric kernel, (n, n) or (n, n, c, c); got {tuple(kernel.shape)}")
+    if not torch.isfinite(matrix).all():
+        raise ValueError("the kernel holds NaN or infinite values")
+    return matrix
+
+
+def _inner(A: Tensor, B: Tensor) -> Tensor:
+    return (A * B).sum()
+
+
+def _norm(A: Tensor, name: str) -> Tensor:
+    norm = A.norm()
+    if norm == 0:
+        raise ValueError(
+            f"{name} is zero: its parameters do not influence the outputs (or are constant after centring)"
+        )
+    return norm
+
+
+def _best_scale(A: Tensor, B: Tensor) -> float:
+    return float(_inner(A, B) / _norm(B, "K2") ** 2)

@@ -1,0 +1,125 @@
+"""Null models: what an alignment with a kernel is worth, given that much is shared by chance.
+
+Each draws a kernel that knows nothing of the method under test but has as many parameters m as it, or sees the same
+inputs. A method whose kernel aligns no better than these keeps nothing special of the full kernel.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ntk.functional import ParameterChoice, evaluation, select_parameters
+from ntk.inputs import Inputs, batch_size, group_examples
+from ntk.jacobian import selected_jacobian_rows
+from ntk.kernels import Reduction, flatten, reduce_outputs
+from ntk.outputs import Output
+
+
+def random_subset_ntk(
+    model: nn.Module,
+    inputs: Inputs,
+    m: int,
+    *,
+    generator: torch.Generator,
+    params: ParameterChoice = "all",
+    output: Output | None = None,
+    reduce: Reduction | None = None,
+    draws: int = 1,
+    progress: bool = False,
+) -> list[Float[Tensor, "..."]]:
+    """Kernels of ``draws`` random sets of m scalar parameters, drawn without replacement among the selected ones.
+
+    The kernel of fine-tuning a random sparse mask. One Jacobian an example serves all draws; memory n c m ``draws``.
+
+    Raises:
+        ValueError: m is not between 1 and the number of selected parameters.
+    """
+    chosen = select_parameters(model, params)
+    total = sum(p.numel() for p in chosen.values())
+    if not 1 <= m <= total:
+        raise ValueError(f"m must be between 1 and the {total:,} selected parameters; got {m}")
+    subsets = [
+        torch.randperm(total, generator=generator, device=generator.device)[:m].sort().values for _ in range(draws)
+    ]
+    union = torch.cat(subsets).unique()
+    features: dict[int, Tensor] = {}
+    with evaluation(model):
+        for rows, block in selected_jacobian_rows(
+            model, inputs, chosen, output, _by_parameter(union, chosen), progress
+        ):
+            features.update(zip(rows.tolist(), block, strict=True))
+    jacobian = torch.stack([features[i] for i in range(len(features))])  # (n, c, |union|)
+    kernels = []
+    for subset in subsets:
+        J = jacobian[:, :, torch.searchsorted(union, subset).to(jacobian.device)]
+        kernels.append(reduce_outputs(torch.einsum("iap,jbp->ijab", J, J), reduce))
+    return kernels
+
+
+def _by_parameter(flat: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sorted positions in the concatenation of all parameters, split by parameter; those without any are left out."""
+    result, start = {}, 0
+    for name, p in params.items():
+        inside = flat[(flat >= start) & (flat < start + p.numel())] - start
+        if len(inside):
+            result[name] = inside.to(p.device)
+        start += p.numel()
+    return result
+
+
+def gaussian_sketch(kernel: Float[Tensor, "n n *c"], m: int, *, generator: torch.Generator) -> Float[Tensor, "n n *c"]:
+    """A draw of J R R^T J^T, where J is the Jacobian behind ``kernel`` and R (P, m) has iid N(0, 1/m) entries.
+
+    J R has iid columns N(0, K / m), so the draw is K^(1/2) G G^T K^(1/2) / m with G (n c, m) standard normal: the exact
+    distribution of a sketch by m random directions, without J. Expectation K; cost O((n c)^2 m).
+
+    Raises:
+        ValueError: m < 1.
+    """
+    if m < 1:
+        raise ValueError(f"a sketch needs m >= 1 directions; got {m}")
+    K = flatten(kernel).double()
+    eigenvalues, vectors = torch.linalg.eigh((K + K.T) / 2)
+    root = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
+    wishart = torch.zeros_like(K)
+    step = max(1, 10**7 // len(K))  # bounds the memory of G, whose m columns are summed a block at a time
+    for start in range(0, m, step):
+        G = torch.randn(len(K), min(step, m - start), dtype=torch.float64, generator=generator, device=generator.device)
+        wishart += (G @ G.T).to(K.device)
+    sketch = root @ wishart @ root / m
+    if kernel.ndim == 4:
+        n, _, c, _ = kernel.shape
+        sketch = sketch.reshape(n, c, n, c).transpose(1, 2)
+    return sketch.to(kernel.dtype)
+
+
+def permuted(kernel: Float[Tensor, "n n *c"], *, generator: torch.Generator) -> Float[Tensor, "n n *c"]:
+    """The kernel with its examples in random order: the same spectrum, the wrong inputs. K[pi(i), pi(j)]."""
+    order = torch.randperm(len(kernel), generator=generator, device=generator.device).to(kernel.device)
+    return kernel[order][:, order]
+
+
+def hidden_state_kernel(model: nn.Module, inputs: Inputs) -> Float[Tensor, "n n"]:
+    """Inner products of the examples' last hidden states, averaged over their real tokens: what the inputs alone say.
+
+    Raises:
+        ValueError: the model does not return hidden states (it is no Hugging Face model).
+    """
+    states: dict[int, Tensor] = {}
+    with evaluation(model):
+        for group in group_examples(inputs):
+            for position, index in enumerate(group.indices):
+                example: dict[str, Any] = group.example(position)
+                hidden = None
+                if "" not in example:
+                    example.pop("labels", None)
+                    result = model(**example, output_hidden_states=True)
+                    hidden = getattr(result, "hidden_states", None) or getattr(result, "encoder_hidden_states", None)
+                if not hidden:
+                    raise ValueError("hidden_state_kernel needs a Hugging Face model that returns its hidden states")
+                states[index] = hidden[-1][0].flatten(0, -2).mean(0)
+    H = torch.stack([states[i] for i in range(batch_size(inputs))])
+    return H @ H.T
