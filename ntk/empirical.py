@@ -1,7 +1,6 @@
 """Empirical tangent kernels of any PyTorch or Hugging Face model: validation and the table of methods."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -10,10 +9,8 @@ from torch import Tensor, nn
 from ntk import jacobian
 from ntk.functional import ParameterChoice, evaluation, nonfinite_cause, select_parameters
 from ntk.inputs import Inputs
-from ntk.kernels import Reduction, check_reduction, reduce_outputs
+from ntk.kernels import REDUCTIONS, reduce_outputs
 from ntk.outputs import Output
-
-Method = Literal["auto", "jacobian"]
 
 # name -> function(model, inputs, inputs2, *, params, output, memory_budget, progress, summed) -> {name: kernel}
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -28,9 +25,9 @@ def empirical_ntk(
     *,
     params: ParameterChoice = "all",
     output: Output | None = None,
-    reduce: Reduction | None = None,
+    reduce: str | None = None,
     method: str = "auto",
-    memory_budget: int | None = None,
+    memory_budget: int | float | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "..."]:
     """The empirical neural tangent kernel, exactly.
@@ -78,9 +75,9 @@ def layer_kernels(
     *,
     params: ParameterChoice = "all",
     output: Output | None = None,
-    reduce: Reduction | None = None,
+    reduce: str | None = None,
     method: str = "auto",
-    memory_budget: int | None = None,
+    memory_budget: int | float | None = None,
     progress: bool = False,
 ) -> dict[str, Float[Tensor, "..."]]:
     """The kernel of each parameter, by its name; they sum to :func:`empirical_ntk`, whose arguments these are."""
@@ -88,7 +85,8 @@ def layer_kernels(
 
 
 def _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, *, summed):
-    check_reduction(reduce)
+    if reduce is not None and reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be None, {', '.join(map(repr, REDUCTIONS))}; got {reduce!r}")
     compute = METHODS.get("jacobian" if method == "auto" else method)
     if compute is None:
         raise ValueError(f"method must be one of {', '.join(map(repr, ['auto', *METHODS]))}; got {method!r}")

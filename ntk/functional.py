@@ -49,7 +49,7 @@ def select_parameters(model: nn.Module, params: ParameterChoice = "all") -> Para
 def output_function(
     model: nn.Module, output: outputs.Output | None = None
 ) -> Callable[[Parameters, dict[str, Tensor], Mapping[str, Any]], Tensor]:
-    """f(params, example, constant) -> (c,), for one example without its batch dimension; pure, so fit for ``torch.func``.
+    """f(params, example, constant) -> (c,), for one example without its batch dimension; fit for ``torch.func``.
 
     ``example`` and ``constant`` are entries of a :class:`ntk.inputs.Group`. Labels reach ``output`` but not the model,
     whose own loss would be computed for nothing, unless an encoder-decoder needs them for its decoder's inputs.

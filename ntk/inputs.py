@@ -1,9 +1,10 @@
 """Batches taken apart into examples: padding removed, examples of one shape grouped.
 
-An example is its real tokens. Leading and trailing padding is cut off before the model sees it and positions count from
-the first real token, so a kernel cannot depend on the amount of padding, on its side, or on who else is in the batch. It
-also settles what breaks Hugging Face models under ``vmap``: their mask code branches on the *values* of the attention
-mask. Examples are therefore grouped by shape and by mask, and a group's mask is an ordinary tensor, never a batched one.
+An example is its real tokens. Leading and trailing padding is cut off before the model sees it and positions count
+from the first real token, so a kernel cannot depend on the amount of padding, on its side, or on who else is in the
+batch. It also settles what breaks Hugging Face models under ``vmap``: their mask code branches on the *values* of the
+attention mask. Examples are therefore grouped by shape and by mask, and a group's mask is an ordinary tensor, never a
+batched one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,8 @@ def batch_size(inputs: Inputs) -> int:
         return len(inputs)
     if not isinstance(inputs, Mapping):
         raise TypeError(
-            f"inputs must be a tensor or a mapping of batched tensors (a tokenizer's output); got {type(inputs).__name__}"
+            "inputs must be a tensor or a mapping of batched tensors (a tokenizer's output); "
+            f"got {type(inputs).__name__}"
         )
     lengths = {key: len(value) for key, value in inputs.items() if isinstance(value, Tensor) and value.ndim > 0}
     if not lengths:

@@ -2,9 +2,9 @@
 
     K[i, j, a, b] = sum_theta  d f_a(x_i)/d theta * d f_b(x_j)/d theta
 
-Jacobian contraction as in Novak, Sohl-Dickstein and Schoenholz (2022, sec. 3.1), with the Jacobians from ``torch.func``.
-Slow, large and simple: it is what every faster kernel is compared with. For n examples, c outputs, P parameters and tiles
-of b examples: time (n c)^2 P for the contraction and (1 + n/2b) n Jacobians; memory 2 b c P beside the model and kernel.
+Jacobian contraction as in Novak, Sohl-Dickstein and Schoenholz (2022, sec. 3.1), by ``torch.func``. Slow, large and
+simple: it is what every faster kernel is compared with. For n examples, c outputs, P parameters and tiles of b
+examples: time (n c)^2 P for the contraction and (1 + n/2b) n Jacobians; memory 2 b c P beside the model and kernel.
 """
 
 import logging
@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ntk import inputs as _inputs
@@ -34,14 +35,14 @@ def layer_kernels(
     *,
     params: Parameters,
     output: Output | None,
-    memory_budget: int | None,
+    memory_budget: int | float | None,
     progress: bool,
     summed: bool = False,
 ) -> dict[str, Tensor]:
     """Kernel of each parameter, ``{name: (n1, n2, c, c)}``; with ``summed`` only their sum, under the name ``""``.
 
     Raises:
-        MemoryError: the kernels, or the Jacobians of two single examples, exceed ``memory_budget``; says what is needed.
+        MemoryError: the kernels, or the Jacobians of two single examples, exceed ``memory_budget``; says which.
     """
     groups1 = _inputs.group_examples(inputs, encoder_decoder=is_encoder_decoder(model))
     symmetric = inputs2 is None
@@ -98,7 +99,11 @@ def jacobian_function(
     def per_group(params: Parameters, group: Group) -> Jacobian:
         if traceable != [False]:
             try:
-                result = vmap(jacrev(lambda p, x: f(p, x, group.constant)), in_dims=(None, 0))(params, group.batched)
+                # The fused attention kernels have no batching rule; the plain formula has.
+                with sdpa_kernel(SDPBackend.MATH):
+                    result = vmap(jacrev(lambda p, x: f(p, x, group.constant)), in_dims=(None, 0))(
+                        params, group.batched
+                    )
                 traceable[:] = [True]
                 return result
             except (RuntimeError, NotImplementedError) as error:
@@ -161,7 +166,7 @@ def _accumulation_dtype(params: Parameters) -> torch.dtype:
 
 
 def _tile_size(
-    params: Parameters, n1: int, n2: int, c: int, kernels: int, dtype: torch.dtype, memory_budget: int | None
+    params: Parameters, n1: int, n2: int, c: int, kernels: int, dtype: torch.dtype, memory_budget: int | float | None
 ) -> int:
     """Examples a tile, b, so that two tiles of Jacobians and the kernels fit the budget."""
     device = next(iter(params.values())).device
@@ -175,11 +180,12 @@ def _tile_size(
     )
     minimum = kernel_bytes + 2 * example_bytes
     if budget < minimum:
+        total = sum(p.numel() for p in params.values())
         reduce_by = (
             "fewer examples or outputs" if kernel_bytes > 2 * example_bytes else "fewer parameters (params=) or outputs"
         )
         raise MemoryError(
-            f"the kernel of {n1} x {n2} examples, {c} outputs and {sum(p.numel() for p in params.values()):,} parameters "
+            f"the kernel of {n1} x {n2} examples, {c} outputs and {total:,} parameters "
             f"needs at least {_gigabytes(minimum)} but memory_budget is {_gigabytes(budget)} "
             f"(kernels {_gigabytes(kernel_bytes)}, Jacobians of two examples {_gigabytes(2 * example_bytes)}): "
             f"use {reduce_by}, or raise memory_budget"
@@ -194,7 +200,7 @@ def default_memory_budget(device: torch.device) -> int:
     return psutil.virtual_memory().available // 2
 
 
-def _gigabytes(size: float) -> str:
+def _gigabytes(size: int | float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
 
 
@@ -206,7 +212,7 @@ def selected_jacobian_rows(
     chosen: dict[str, Tensor],
     progress: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(example indices, Jacobian at the chosen coordinates ``(b, c, m)``) group by group; ``chosen`` is flat, by name."""
+    """(example indices, Jacobian at the chosen coordinates ``(b, c, m)``) by group; ``chosen`` is flat, by name."""
     jacobian = jacobian_function(model, output)
     groups = _inputs.group_examples(inputs, encoder_decoder=is_encoder_decoder(model))
     for tile in tqdm(_inputs.tiles(groups, 1), desc="Jacobians", disable=not progress, leave=False):

@@ -1,15 +1,16 @@
 """The layout of a kernel: reductions over its output axes and its flattened matrix."""
 
-from typing import Literal, get_args
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Reduction = Literal["trace", "diagonal", "sum"]
+# (n1, n2) or (n1, n2, c, c). Functions check the shapes they need themselves, to say what came instead.
+Kernel = Float[Tensor, "_ _ ..."]
+
+REDUCTIONS = ("trace", "diagonal", "sum")
 
 
-def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: Reduction | None) -> Float[Tensor, "..."]:
+def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: str | None) -> Float[Tensor, "..."]:
     """Contract the two output axes of a kernel.
 
     | ``reduce``     | result                    | shape          |
@@ -19,7 +20,8 @@ def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: Reduction | None)
     | ``"diagonal"`` | K[i, j, a, a]             | (n1, n2, c)    |
     | ``"sum"``      | sum_ab K[i, j, a, b]      | (n1, n2)       |
 
-    ``"sum"`` is the kernel of the summed outputs, the pNTK of Mohamadi, Bae and Sutherland (2023, eq. 3) up to their 1/c.
+    ``"sum"`` is the kernel of the summed outputs, the pNTK of Mohamadi, Bae and Sutherland (2023, eq. 3) without
+    their 1/c.
     """
     match reduce:
         case None:
@@ -30,15 +32,10 @@ def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: Reduction | None)
             return torch.einsum("ijaa->ija", kernel).contiguous()
         case "sum":
             return kernel.sum(dim=(2, 3))
+    raise ValueError(f"unknown reduction {reduce!r}")
 
 
-def check_reduction(reduce: object) -> None:
-    """Raise ``ValueError`` unless ``reduce`` is None or one of the names of :func:`reduce_outputs`."""
-    if reduce is not None and reduce not in get_args(Reduction):
-        raise ValueError(f"reduce must be None, {', '.join(map(repr, get_args(Reduction)))}; got {reduce!r}")
-
-
-def flatten(kernel: Float[Tensor, "n1 n2 *c"]) -> Float[Tensor, "rows columns"]:
+def flatten(kernel: Kernel) -> Float[Tensor, "rows columns"]:
     """The matrix of a kernel, examples slow and outputs fast.
 
     ``(n1, n2, c, c)`` becomes ``(n1*c, n2*c)``, positive semi-definite for a symmetric kernel; ``(n1, n2)`` is returned

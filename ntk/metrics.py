@@ -1,26 +1,24 @@
 """How close two kernels are, and the shape of one.
 
 Every function takes kernels as ``(n1, n2)`` or ``(n1, n2, c, c)``; the latter are compared as their flattened matrices
-(:func:`ntk.flatten`), so all output pairs count. Sums run in float64. Metrics of a pair depend on which examples are in the
-batch, and say nothing without the null models of :mod:`ntk.nulls` beside them.
+(:func:`ntk.flatten`), so all output pairs count. Sums run in float64. Metrics of a pair depend on which examples are in
+the batch, and say nothing without the null models of :mod:`ntk.nulls` beside them.
 """
-
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk.kernels import flatten
+from ntk.kernels import Kernel, flatten
 
-DistanceKind = Literal["relative_frobenius", "mean_absolute", "max_absolute"]
+DISTANCES = ("relative_frobenius", "mean_absolute", "max_absolute")
 
 
 def kernel_distance(
-    K1: Float[Tensor, "n1 n2 *c"],
-    K2: Float[Tensor, "n1 n2 *c"],
+    K1: Kernel,
+    K2: Kernel,
     *,
-    kind: DistanceKind = "relative_frobenius",
+    kind: str = "relative_frobenius",
     scaled: bool = False,
 ) -> float:
     """Distance of K2 from K1, entry by entry.
@@ -38,8 +36,8 @@ def kernel_distance(
         ValueError: unknown kind, unequal shapes, a non-finite kernel, K1 = 0 with the relative distance.
     """
     A, B = _pair(K1, K2)
-    if kind not in get_args(DistanceKind):
-        raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(DistanceKind)))}; got {kind!r}")
+    if kind not in DISTANCES:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, DISTANCES))}; got {kind!r}")
     difference = A - (_best_scale(A, B) if scaled else 1.0) * B
     match kind:
         case "relative_frobenius":
@@ -50,22 +48,22 @@ def kernel_distance(
             return float(difference.abs().max())
 
 
-def best_scale(K1: Float[Tensor, "n1 n2 *c"], K2: Float[Tensor, "n1 n2 *c"]) -> float:
+def best_scale(K1: Kernel, K2: Kernel) -> float:
     """The s that minimises ||K1 - s K2||_F: <K1, K2>_F / ||K2||_F^2."""
     return _best_scale(*_pair(K1, K2))
 
 
-def kernel_alignment(K1: Float[Tensor, "n1 n2 *c"], K2: Float[Tensor, "n1 n2 *c"]) -> float:
+def kernel_alignment(K1: Kernel, K2: Kernel) -> float:
     """Cosine of the angle between two kernels, <K1, K2>_F / (||K1||_F ||K2||_F), in [-1, 1].
 
-    Unchanged by positive scaling of either (Cristianini et al. 2001, def. 1). It is near 1 for any two kernels that share
-    a large mean entry: see :func:`cka`.
+    Unchanged by positive scaling of either (Cristianini et al. 2001, def. 1). It is near 1 for any two kernels that
+    share a large mean entry: see :func:`cka`.
     """
     A, B = _pair(K1, K2)
     return float(_inner(A, B) / (_norm(A, "K1") * _norm(B, "K2")))
 
 
-def cka(K1: Float[Tensor, "n n *c"], K2: Float[Tensor, "n n *c"]) -> float:
+def cka(K1: Kernel, K2: Kernel) -> float:
     """Centred kernel alignment: the alignment of H K1 H and H K2 H, H = I - 1 1^T / n.
 
     Centring is over examples, for each output by itself, which is centring the features (Cortes, Mohri and Rostamizadeh
@@ -76,19 +74,19 @@ def cka(K1: Float[Tensor, "n n *c"], K2: Float[Tensor, "n n *c"]) -> float:
     return kernel_alignment(center(K1), center(K2))
 
 
-def center(kernel: Float[Tensor, "n n *c"]) -> Float[Tensor, "n n *c"]:
+def center(kernel: Kernel) -> Kernel:
     """H K H over the examples: the kernel of the features minus their mean over the batch, in float64."""
     kernel = kernel.double()
     kernel = kernel - kernel.mean(dim=0, keepdim=True)
     return kernel - kernel.mean(dim=1, keepdim=True)
 
 
-def trace(kernel: Float[Tensor, "n n *c"]) -> float:
+def trace(kernel: Kernel) -> float:
     """Trace of the flattened matrix: the squared Frobenius norm of the Jacobian."""
     return float(_square(kernel).trace())
 
 
-def trace_ratio(K1: Float[Tensor, "n n *c"], K2: Float[Tensor, "n n *c"]) -> float:
+def trace_ratio(K1: Kernel, K2: Kernel) -> float:
     """tr K1 / tr K2."""
     denominator = trace(K2)
     if denominator == 0:
@@ -96,7 +94,7 @@ def trace_ratio(K1: Float[Tensor, "n n *c"], K2: Float[Tensor, "n n *c"]) -> flo
     return trace(K1) / denominator
 
 
-def matching_degree(K_full: Float[Tensor, "n n *c"], K_propulsion_1: Float[Tensor, "n n *c"]) -> float:
+def matching_degree(K_full: Kernel, K_propulsion_1: Kernel) -> float:
     """k* = sqrt(tr K_F / tr K_P(1)): the degree at which Propulsion's kernel has the size of full fine-tuning's.
 
     ``K_propulsion_1`` is the kernel at degree 1 and z = 1, where K_P(k) = k^2 K_P(1).
@@ -104,13 +102,13 @@ def matching_degree(K_full: Float[Tensor, "n n *c"], K_propulsion_1: Float[Tenso
     return trace_ratio(K_full, K_propulsion_1) ** 0.5
 
 
-def spectrum(kernel: Float[Tensor, "n n *c"]) -> Float[Tensor, "m"]:
+def spectrum(kernel: Kernel) -> Float[Tensor, "m"]:
     """Eigenvalues of the flattened matrix in descending order, float64, in the unit of the kernel. Cost O((n c)^3)."""
     matrix = _square(kernel)
     return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
 
 
-def effective_rank(kernel: Float[Tensor, "n n *c"]) -> float:
+def effective_rank(kernel: Kernel) -> float:
     """exp of the entropy of the normalised spectrum, between 1 and n c (Roy and Vetterli 2007, def. 1).
 
     Raises:

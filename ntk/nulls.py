@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ntk.functional import ParameterChoice, evaluation, select_parameters
 from ntk.inputs import Inputs, batch_size, group_examples
 from ntk.jacobian import selected_jacobian_rows
-from ntk.kernels import Reduction, flatten, reduce_outputs
+from ntk.kernels import Kernel, flatten, reduce_outputs
 from ntk.outputs import Output
 
 
@@ -26,7 +26,7 @@ def random_subset_ntk(
     generator: torch.Generator,
     params: ParameterChoice = "all",
     output: Output | None = None,
-    reduce: Reduction | None = None,
+    reduce: str | None = None,
     draws: int = 1,
     progress: bool = False,
 ) -> list[Float[Tensor, "..."]]:
@@ -70,7 +70,7 @@ def _by_parameter(flat: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tenso
     return result
 
 
-def gaussian_sketch(kernel: Float[Tensor, "n n *c"], m: int, *, generator: torch.Generator) -> Float[Tensor, "n n *c"]:
+def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Kernel:
     """A draw of J R R^T J^T, where J is the Jacobian behind ``kernel`` and R (P, m) has iid N(0, 1/m) entries.
 
     J R has iid columns N(0, K / m), so the draw is K^(1/2) G G^T K^(1/2) / m with G (n c, m) standard normal: the exact
@@ -96,7 +96,7 @@ def gaussian_sketch(kernel: Float[Tensor, "n n *c"], m: int, *, generator: torch
     return sketch.to(kernel.dtype)
 
 
-def permuted(kernel: Float[Tensor, "n n *c"], *, generator: torch.Generator) -> Float[Tensor, "n n *c"]:
+def permuted(kernel: Kernel, *, generator: torch.Generator) -> Kernel:
     """The kernel with its examples in random order: the same spectrum, the wrong inputs. K[pi(i), pi(j)]."""
     order = torch.randperm(len(kernel), generator=generator, device=generator.device).to(kernel.device)
     return kernel[order][:, order]

@@ -1,6 +1,6 @@
 """What is differentiated: functions of the model's output and its inputs, ``(model_output, inputs) -> (n, c)``.
 
-Pass one as ``output=``. Each works on a padded batch as well as on the single unpadded examples that the kernels run on.
+Pass one as ``output=``. Each works on a padded batch as well as on the single unpadded examples of the kernels.
 Do not pass a function that mixes examples: row i must depend on example i alone.
 """
 
@@ -97,7 +97,7 @@ def sum_of_logits(model_output: Any, inputs: Any = None) -> Float[Tensor, "n 1"]
 def loss(model_output: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "n 1"]:
     """Each example's loss against ``inputs["labels"]``, ``(n, 1)``.
 
-    Integer labels ``(n,)``: cross-entropy. Floating labels ``(n,)`` or ``(n, c)``: squared error, averaged over outputs.
+    Integer labels ``(n,)``: cross-entropy. Floating labels ``(n,)`` or ``(n, c)``: mean squared error over outputs.
     Integer labels ``(n, t)`` with logits ``(n, t, v)``: the mean next-token cross-entropy, where -100 is ignored.
 
     Raises:

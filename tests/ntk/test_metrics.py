@@ -1,0 +1,92 @@
+"""Kernel metrics on planted kernels, whose values are known by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ntk
+
+
+def gram(n: int, p: int, seed: int, c: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if c is None:
+        J = torch.randn(n, p, generator=generator, dtype=torch.float64)
+        return J @ J.T
+    J = torch.randn(n, c, p, generator=generator, dtype=torch.float64)
+    return torch.einsum("iap,jbp->ijab", J, J)
+
+
+def test_distances_by_hand():
+    K1, K2 = torch.tensor([[4.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 2.0], [2.0, 3.0]])
+    assert ntk.kernel_distance(K1, K2, kind="max_absolute") == 3
+    assert ntk.kernel_distance(K1, K2, kind="mean_absolute") == (3 + 2 + 2 + 0) / 4
+    assert ntk.kernel_distance(K1, K2) == pytest.approx(math.sqrt(9 + 4 + 4) / 5)
+    assert ntk.best_scale(K1, K2) == pytest.approx((4 + 9) / (1 + 4 + 4 + 9))
+    assert ntk.kernel_alignment(K1, K2) == pytest.approx(13 / (5 * math.sqrt(18)))
+    assert ntk.trace_ratio(K1, K2) == pytest.approx(7 / 4)
+    assert ntk.matching_degree(K1, K2) == pytest.approx(math.sqrt(7 / 4))
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(2, 6), p=st.integers(1, 9), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+def test_alignments_ignore_scale_and_distances_after_scale_follow_from_them(n, p, scale, seed):
+    K1, K2 = gram(n, p, seed), gram(n, p + 1, seed + 100)
+    for alignment in (ntk.kernel_alignment, ntk.cka):
+        assert alignment(K1, scale * K1) == pytest.approx(1)
+        assert alignment(K1, K2) == pytest.approx(alignment(scale * K2, K1))
+        assert -1e-12 <= alignment(K1, K2) <= 1 + 1e-12
+    scaled = ntk.kernel_distance(K1, scale * K2, scaled=True)
+    assert scaled == pytest.approx(math.sqrt(1 - ntk.kernel_alignment(K1, K2) ** 2))
+    assert scaled <= ntk.kernel_distance(K1, scale * K2) + 1e-12
+
+
+def test_cka_forgets_a_constant_and_matches_centred_features():
+    K1, K2 = gram(5, 3, 0), gram(5, 4, 1)
+    assert ntk.cka(K1 + 7.0, K2) == pytest.approx(ntk.cka(K1, K2))
+    assert ntk.kernel_alignment(K1 + 7.0, K2) != pytest.approx(ntk.kernel_alignment(K1, K2), abs=0.01)
+    J = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    centred = J - J.mean(dim=0)
+    expected = torch.einsum("iap,jbp->ijab", centred, centred)
+    assert torch.allclose(ntk.center(torch.einsum("iap,jbp->ijab", J, J)), expected, atol=1e-14)
+
+
+def test_four_dimensional_kernels_are_their_flattened_matrices():
+    K1, K2 = gram(4, 3, 0, c=2), gram(4, 5, 1, c=2)
+    M1, M2 = ntk.flatten(K1), ntk.flatten(K2)
+    for metric in (ntk.kernel_alignment, ntk.kernel_distance, ntk.best_scale, ntk.trace_ratio):
+        assert metric(K1, K2) == pytest.approx(metric(M1, M2))
+    assert torch.allclose(ntk.spectrum(K1), ntk.spectrum(M1))
+
+
+def test_spectrum_and_effective_rank():
+    Q = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    eigenvalues = torch.tensor([8.0, 4.0, 2.0, 2.0], dtype=torch.float64)
+    K = (Q * eigenvalues) @ Q.T
+    assert torch.allclose(ntk.spectrum(K), eigenvalues)
+    # entropy of (1/2, 1/4, 1/8, 1/8) is 1.75 bits
+    assert ntk.effective_rank(K) == pytest.approx(2**1.75)
+    assert ntk.effective_rank(torch.eye(6)) == pytest.approx(6)
+    assert ntk.effective_rank(torch.ones(6, 6)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ntk.kernel_alignment(torch.eye(2), torch.eye(3)), "same shape"),
+        (lambda: ntk.kernel_alignment(torch.zeros(2, 2), torch.eye(2)), "K1 is zero"),
+        (lambda: ntk.kernel_distance(torch.eye(2), torch.full((2, 2), math.nan)), "K2 holds NaN"),
+        (lambda: ntk.kernel_distance(torch.eye(2), torch.eye(2), kind="l1"), "kind must be one of"),
+        (lambda: ntk.cka(torch.ones(2, 3), torch.ones(2, 3)), "symmetric kernel"),
+        (lambda: ntk.cka(torch.ones(2, 2), torch.eye(2)), "constant after centring"),
+        (lambda: ntk.effective_rank(torch.diag(torch.tensor([1.0, -1.0]))), "not positive semi-definite"),
+        (lambda: ntk.effective_rank(torch.zeros(2, 2)), "zero kernel"),
+        (lambda: ntk.trace_ratio(torch.eye(2), torch.zeros(2, 2)), "trace 0"),
+        (lambda: ntk.flatten(torch.ones(2, 2, 3)), "output by output"),
+    ],
+)
+def test_mistakes(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
