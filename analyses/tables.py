@@ -1,0 +1,37 @@
+"""Plain-text and Markdown tables of results."""
+
+import math
+from collections.abc import Sequence
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, without an exponent where it can be avoided; a dash for what is undefined."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    magnitude = abs(value)
+    if value == 0 or 0.001 <= magnitude < 100_000:
+        digits = 3 if magnitude < 10 else 1 if magnitude < 1000 else 0
+        return f"{value:,.{digits}f}"
+    return f"{value:.2e}"
+
+
+def interval(value: float, low: float | None, high: float | None) -> str:
+    """``value [low, high]``, or the value alone."""
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return number(value)
+    return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
+    """Columns padded to their widest cell, the first aligned left and the others right."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |" if markdown else "  ".join(padded).rstrip()
+
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + (":" if markdown else "-") for i, w in enumerate(widths)]
+    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])

@@ -1,0 +1,316 @@
+"""How far an adapter's kernel is from full fine-tuning's: heat maps and spectra, before and after training.
+
+Each row is one stage. Its three heat maps, K_F, the adapter's kernel at its best scale s, and the absolute difference
+of the two, share one colour scale, so that a faint third map means what it seems to mean. Examples are ordered by
+label. The scale ends at the 99th percentile of the entries off the diagonal: a kernel's diagonal is often several
+times the rest, and would leave it one colour.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from jaxtyping import Float, Int, Shaped
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from analyses.results import STAGES, Metric, Result, load_result
+from figures.style import DIVERGING, PAGE_WIDTH, PALETTE, SEQUENTIAL, save, style
+from propulsion.errors import UserError, run_command
+
+FULL = "full_backbone"
+ADAPTER = "propulsion_z"
+
+_HEADINGS = {"initialisation": "At initialisation", "trained": "After training"}
+_PERCENTILE = 99.0
+_ROW_HEIGHT = 2.65
+# A class name needs this share of a map's height, or it would run into the one above.
+_MIN_LABEL_GAP = 0.08
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of the figure draws: two kernels at one stage, in the examples' given order."""
+
+    stage: str
+    full: Float[np.ndarray, "n n"]
+    scaled: Float[np.ndarray, "n n"]
+    full_spectrum: Float[np.ndarray, " n_full"]
+    scaled_spectrum: Float[np.ndarray, " n_adapter"]
+    scale: float
+
+
+def draw(result: Result, *, full: str = FULL, adapter: str = ADAPTER) -> Figure:
+    """Draw the comparison of two kernels at every stage that the result holds them for.
+
+    Args:
+        result: A result of the analysis `kernel_distance`.
+        full: Name of the kernel drawn as K_F.
+        adapter: Name of the kernel compared with it.
+
+    Returns:
+        A figure one page wide.
+
+    Raises:
+        UserError: If the result does not hold both kernels at any stage, or holds them with values that are not finite.
+    """
+    rows = [_row(result, stage, full, adapter) for stage in _stages(result, full, adapter)]
+    labels = _array(result, "labels")
+    if any(row.full.shape != (labels.size, labels.size) for row in rows):
+        raise UserError(f"the result has {labels.size} labels, but its kernels have another number of examples")
+    names = result.dataset.get("label_names")
+    if names is not None and not set(labels.tolist()) <= set(range(len(names))):
+        raise UserError(f"the result has labels outside 0 to {len(names) - 1}, the places of its label_names")
+    order = np.argsort(labels, kind="stable")
+    with style():
+        figure = Figure(figsize=(PAGE_WIDTH, _ROW_HEIGHT * len(rows) + 0.2), layout="constrained")
+        figure.suptitle(_subject(result, labels.size), x=0.01, ha="left", color="0.35", fontsize=7)
+        panels = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+        for panel, row in zip(panels, rows, strict=True):
+            _draw_row(panel, row, result, labels, order, (full, adapter))
+        # Fixed now: a later draw outside this style would lay the same figure out differently.
+        figure.draw_without_rendering()
+    return figure
+
+
+def write(result: Result, folder: Path | str, *, full: str = FULL, adapter: str = ADAPTER) -> list[Path]:
+    """Draw and write `kernel_distance.png` and `.pdf`, the pair in the name where it is not the default one.
+
+    Raises:
+        UserError: As `draw` does, or if the folder cannot be written.
+    """
+    default = (full, adapter) == (FULL, ADAPTER)
+    stem = "kernel_distance" if default else f"kernel_distance.{full}.{adapter}"
+    return save(draw(result, full=full, adapter=adapter), folder, stem)
+
+
+def color_limits(full: Float[np.ndarray, "n n"], scaled: Float[np.ndarray, "n n"]) -> tuple[float, float]:
+    """Return the colour limits of a row: from zero, or symmetric where an entry is negative.
+
+    They end at the 99th percentile of the absolute entries off the diagonal, of both kernels together.
+    """
+    off_diagonal = ~np.eye(len(full), dtype=bool)
+    pooled = np.abs(np.concatenate([full[off_diagonal], scaled[off_diagonal]]))
+    limit = float(np.percentile(pooled, _PERCENTILE)) if pooled.size else 0.0
+    # One example, or unrelated ones: nothing off the diagonal to see, so show the diagonal.
+    limit = limit or float(max(np.abs(full).max(), np.abs(scaled).max())) or 1.0
+    return (-limit if min(full.min(), scaled.min()) < 0 else 0.0), limit
+
+
+# --- reading the result --------------------------------------------------------------------------------------------
+
+
+def _stages(result: Result, full: str, adapter: str) -> list[str]:
+    stages = [s for s in STAGES if {f"{s}.{full}", f"{s}.{adapter}"} <= result.arrays.keys()]
+    if not stages:
+        kernels = {name.split(".", 1)[1] for name in result.arrays if name.split(".")[0] in STAGES}
+        held = ", ".join(sorted(kernels)) or "none"
+        raise UserError(f"the result does not hold {full!r} and {adapter!r} at one stage; kernels in it: {held}")
+    return stages
+
+
+def _row(result: Result, stage: str, full: str, adapter: str) -> Row:
+    scale = result.metric("best_scale", stage=stage, left=full, right=adapter).value
+    return Row(
+        stage=stage,
+        full=_array(result, f"{stage}.{full}"),
+        scaled=scale * _array(result, f"{stage}.{adapter}"),
+        full_spectrum=_array(result, f"spectrum.{stage}.{full}"),
+        scaled_spectrum=scale * _array(result, f"spectrum.{stage}.{adapter}"),
+        scale=scale,
+    )
+
+
+def _array(result: Result, name: str) -> np.ndarray:
+    if name not in result.arrays:
+        raise UserError(f"the result does not hold the array {name!r}, which this figure draws")
+    if not np.isfinite(result.arrays[name]).all():
+        raise UserError(f"the array {name!r} of the result holds values that are not finite")
+    return result.arrays[name]
+
+
+def _metric(result: Result, name: str, stage: str, pair: tuple[str, str]) -> Metric | None:
+    try:
+        return result.metric(name, stage=stage, left=pair[0], right=pair[1])
+    except UserError:
+        return None
+
+
+# --- drawing -------------------------------------------------------------------------------------------------------
+
+
+def _draw_row(
+    panel: SubFigure,
+    row: Row,
+    result: Result,
+    labels: Shaped[np.ndarray, " n"],
+    order: Int[np.ndarray, " n"],
+    pair: tuple[str, str],
+) -> None:
+    panel.suptitle(_heading(result, row, pair), x=0.01, ha="left")
+    axes = panel.subplots(1, 4)
+    symbol = _symbol(pair[1])
+    maps = {
+        f"$K_F$\n{_words(pair[0])}": row.full,
+        f"$s\\,{symbol}$\n{_words(pair[1])}": row.scaled,
+        f"$|K_F - s\\,{symbol}|$\nabsolute difference": np.abs(row.full - row.scaled),
+    }
+    limits = color_limits(row.full, row.scaled)
+    images = [
+        _draw_map(ax, kernel[np.ix_(order, order)], title, limits) for ax, (title, kernel) in zip(axes, maps.items())
+    ]
+    for ax in axes[:3]:
+        if (names := result.dataset.get("label_names")) is None:
+            _mark_values(ax, labels[order], named=ax is axes[0])
+        else:
+            # White on the sequential map; on the diverging one white is a value.
+            color = "black" if limits[0] < 0 else "white"
+            _mark_classes(ax, labels[order], names, color, named=ax is axes[0])
+    _draw_color_bar(panel, images, _metric(result, "max_absolute", row.stage, pair))
+    _draw_spectra(axes[3], row, symbol)
+
+
+def _draw_map(ax: Axes, kernel: Float[np.ndarray, "n n"], title: str, limits: tuple[float, float]) -> AxesImage:
+    ax.set_title(title)
+    color_map = DIVERGING if limits[0] < 0 else SEQUENTIAL
+    return ax.imshow(kernel, cmap=color_map, vmin=limits[0], vmax=limits[1])
+
+
+def _mark_values(ax: Axes, labels: Shaped[np.ndarray, " n"], *, named: bool) -> None:
+    """Write the label values of five places along axes ordered by value."""
+    places = np.unique(np.linspace(0, labels.size - 1, 5).round().astype(int))
+    span = float(labels[-1] - labels[0])
+    decimals = max(0, 1 - math.floor(math.log10(span))) if span else 1
+    ax.set_xticks([])
+    ax.set_yticks([])
+    if named:
+        ax.set_yticks(places, [f"{labels[place]:.{decimals}f}" for place in places])
+        ax.set_ylabel("label")
+
+
+def _mark_classes(ax: Axes, labels: Shaped[np.ndarray, " n"], names: list[str], color: str, *, named: bool) -> None:
+    """Draw the boundaries between classes along ordered axes, and name the classes."""
+    classes, starts, counts = np.unique(labels, return_index=True, return_counts=True)
+    for start in starts[1:]:
+        ax.axhline(start - 0.5, color=color, linewidth=0.5)
+        ax.axvline(start - 0.5, color=color, linewidth=0.5)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    if named:
+        centres = starts + (counts - 1) / 2
+        shown = _far_enough(centres, _MIN_LABEL_GAP * labels.size)
+        ax.set_yticks(centres[shown], [names[int(label)] for label in classes[shown]])
+        ax.tick_params(axis="y", length=0)
+
+
+def _far_enough(places: Float[np.ndarray, " k"], gap: float) -> Int[np.ndarray, " shown"]:
+    shown = [0]
+    for i in range(1, places.size):
+        if places[i] - places[shown[-1]] >= gap:
+            shown.append(i)
+    return np.array(shown)
+
+
+def _draw_color_bar(panel: SubFigure, images: list[AxesImage], difference: Metric | None) -> None:
+    low, high = images[0].get_clim()
+    drawn = np.concatenate([np.asarray(image.get_array()).ravel() for image in images])
+    extend = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
+    beyond = extend[bool(drawn.min() < low), bool(drawn.max() > high)]
+    axes = [image.axes for image in images]
+    bar = panel.colorbar(images[0], ax=axes, location="bottom", extend=beyond, aspect=50, pad=0.02, fraction=0.06)
+    bar.locator = MaxNLocator(5)
+    ticks = ScalarFormatter()
+    ticks.set_powerlimits((-2, 4))
+    bar.formatter = ticks
+    unit = f" [{difference.unit}]" if difference is not None and difference.unit else ""
+    cut = "" if beyond == "neither" else f"; colours end at the {_PERCENTILE:.0f}th percentile off the diagonal"
+    bar.set_label(f"kernel entry{unit}{cut}")
+
+
+def _draw_spectra(ax: Axes, row: Row, symbol: str) -> None:
+    drawn = {"$K_F$": (row.full_spectrum, "-"), f"$s\\,{symbol}$": (row.scaled_spectrum, "--")}
+    for color, (name, (spectrum, dashes)) in zip(PALETTE, drawn.items()):
+        index = np.arange(1, spectrum.size + 1)
+        # Below this an eigenvalue is rounding, as in numpy's matrix rank, and a log axis would be spent on it.
+        floor = spectrum.size * np.finfo(spectrum.dtype).eps * np.abs(spectrum).max(initial=0.0)
+        kept = spectrum > floor
+        ax.plot(index[kept], spectrum[kept], dashes, color=color, label=name)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    # In the title, since a label below would push the colour bar away from its maps.
+    ax.set_title("eigenvalue\nagainst index")
+    ax.set_box_aspect(1)
+    ax.legend(loc="lower left", handlelength=1.6)
+
+
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+def _heading(result: Result, row: Row, pair: tuple[str, str]) -> str:
+    said = {
+        "relative Frobenius distance {}": "relative_frobenius",
+        "{} at best scale": "relative_frobenius_scaled",
+        "CKA {}": "cka",
+    }
+    found = {words: _metric(result, name, row.stage, pair) for words, name in said.items()}
+    parts = [words.format(_with_interval(metric)) for words, metric in found.items() if metric is not None]
+    return f"{_HEADINGS[row.stage]}, best scale s = {_number(row.scale)}\n" + "; ".join(parts)
+
+
+def _with_interval(metric: Metric) -> str:
+    if metric.low is None or metric.high is None:
+        return _number(metric.value)
+    return f"{_number(metric.value)} [{_number(metric.low)}, {_number(metric.high)}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:#.3g}"
+
+
+def _subject(result: Result, n: int) -> str:
+    named = [str(part["name"]) for part in (result.model, result.dataset) if part.get("name")]
+    return ", ".join([*named, f"{n} examples ordered by label", f"seed {result.seed}"])
+
+
+def _words(kernel: str) -> str:
+    # The width at 7.5 points of one map, so that neighbours' titles do not meet.
+    return textwrap.fill(kernel.replace("_", " "), 24)
+
+
+def _symbol(adapter: str) -> str:
+    return "K_P" if adapter.startswith("propulsion") else "K_A"
+
+
+# --- command -------------------------------------------------------------------------------------------------------
+
+
+def main(
+    result: tyro.conf.Positional[Path],
+    output_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+    full: Annotated[str, tyro.conf.arg(metavar="NAME")] = FULL,
+    adapter: Annotated[str, tyro.conf.arg(metavar="NAME")] = ADAPTER,
+) -> None:
+    """Draw the kernels of a kernel_distance result, their difference and their spectra, as PNG and PDF.
+
+    Args:
+        result: Result folder, as written by python -m analyses.kernel_distance.
+        output_dir: Where to write the figure; the result folder if not given.
+        full: Kernel drawn as K_F; an unknown name lists those in the result.
+        adapter: Kernel compared with it.
+    """
+    loaded = load_result(result, analysis="kernel_distance")
+    folder = result.parent if output_dir is None and result.is_file() else output_dir or result
+    for path in write(loaded, folder, full=full, adapter=adapter):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(main, prog="python -m figures.kernel_distance"))

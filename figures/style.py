@@ -1,0 +1,99 @@
+"""The one look of all figures: sizes, type, colours, and how a figure becomes files.
+
+Figures are drawn at their printed size, one column or one page wide, so that a 7 point letter is 7 points on paper.
+They are made without pyplot: no window, no global state, safe to draw inside a long run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from cycler import cycler
+from matplotlib.figure import Figure
+
+from propulsion.errors import UserError
+
+COLUMN_WIDTH = 3.4
+"""Width of one column, inches."""
+PAGE_WIDTH = 7.0
+"""Width of the text on a page, inches."""
+PNG_DPI = 300
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, told apart under every common colour blindness; the first two are the most distinct."""
+SEQUENTIAL = "viridis"
+"""Map for values of one sign: perceptually uniform and readable in grey."""
+DIVERGING = "RdBu_r"
+"""Map for signed values, white at zero; limits must be symmetric."""
+
+_SETTINGS: dict[Any, Any] = {
+    # Shipped with matplotlib, so a figure looks the same on every machine.
+    "font.family": "DejaVu Sans",
+    "mathtext.fontset": "dejavusans",
+    "font.size": 7.0,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7.0,
+    "xtick.labelsize": 7.0,
+    "ytick.labelsize": 7.0,
+    "legend.fontsize": 7.0,
+    "figure.titlesize": 8.0,
+    "axes.linewidth": 0.6,
+    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.titlepad": 4.0,
+    "axes.labelpad": 2.0,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 1.5,
+    "ytick.minor.size": 1.5,
+    "xtick.major.pad": 2.0,
+    "ytick.major.pad": 2.0,
+    "lines.linewidth": 1.2,
+    "legend.frameon": False,
+    "figure.dpi": 150,
+    # TrueType, since journals refuse the default Type 3 and editors cannot change its text.
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in the project's style inside this block, leaving matplotlib's settings as they were."""
+    with mpl.rc_context():
+        mpl.rcdefaults()  # A user's matplotlibrc must not change a published figure.
+        mpl.rcParams.update(_SETTINGS)
+        yield
+
+
+def save(figure: Figure, folder: Path | str, stem: str) -> list[Path]:
+    """Write a figure as `STEM.png` and `STEM.pdf`, byte for byte the same for the same data.
+
+    Args:
+        figure: A figure at its printed size; it is not cropped, so that its type keeps its size.
+        folder: Where to write, created if missing.
+        stem: File name without suffix.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    # The writers' own dates and version would make every run differ.
+    metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None, "ModDate": None}}
+    paths = [Path(folder) / f"{stem}.{suffix}" for suffix in metadata]
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with style():
+            for path, entries in zip(paths, metadata.values(), strict=True):
+                # The PDF too: its heat maps are images, rendered at this resolution.
+                figure.savefig(path, dpi=PNG_DPI, metadata=entries)
+    except OSError as error:
+        raise UserError(f"cannot write the figure to {folder}: {error.strerror or error}") from error
+    return paths
