@@ -1,1 +1,14 @@
-"""propulsion"""
+"""Propulsion (Kowsher et al. 2024) as a `peft` method; importing this package registers it.
+
+>>> from propulsion import PropulsionConfig
+>>> PropulsionConfig(degree=15, positions="attn").peft_type
+<PeftType.PROPULSION: 'PROPULSION'>
+"""
+
+from propulsion.config import PropulsionConfig
+from propulsion.model import PropulsionModel
+from propulsion.registration import register
+
+__all__ = ["PropulsionConfig", "PropulsionModel"]
+
+register(PropulsionConfig, PropulsionModel)

@@ -11,8 +11,8 @@ class UserError(ValueError):
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's main function, turning the user's mistakes into one line on stderr.
 
-    Exit codes: 2 after a `UserError`, 130 after an interrupt (as shells report SIGINT). Any other exception is a defect of ours and
-    keeps its traceback.
+    Exit codes: 2 after a `UserError`, 130 after an interrupt, as shells report it. Any other exception is a defect of
+    ours and keeps its traceback.
     """
     try:
         main()

@@ -1,0 +1,367 @@
+"""Does Propulsion's tangent kernel equal full fine-tuning's? The paper's Appendix B, measured.
+
+From the same pre-trained weights and the same random head, one copy is trained fully and one by Propulsion (with its
+head). On held-out examples the kernels of both are computed before and after training, compared whole and by layer,
+and set beside null models. Kernels are traced over the outputs, in standard parametrisation, in the model's own unit
+(squared output per squared parameter).
+
+    python -m analyses.kernel_distance --task sst2 --data-dir DIR --output-dir results/sst2
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+import ntk
+from analyses.comparison import Comparison, null_kernels
+from analyses.model_kernels import ModelKernels, full_kernels, is_backbone, is_scale, propulsion_kernels
+from analyses.results import STAGES, Metric, Result, check_writable, environment, write_result
+from analyses.tables import format_table, interval, number
+from propulsion.data import TaskData, load_task_data, tokenize
+from propulsion.errors import UserError, run_command
+from propulsion.pretrained import load_classifier
+from propulsion.training import TrainingConfig, apply_propulsion, evaluate, train
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# A kernel with the head is never set against one without it unawares: the names say what each covers.
+PAIRS = (("full_backbone", "propulsion_z"), ("full_all", "propulsion_z_head"), ("full_all", "propulsion_z"))
+FULL, ADAPTER = PAIRS[0]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Full fine-tuning's kernel beside Propulsion's, at initialisation and after training."""
+
+    task: str = "demo"
+    """Task: demo (embedded, no network), or sst2, rte, cola, stsb, mrpc, qqp, mnli, qnli."""
+    data_dir: Path | None = None
+    """Folder with train and validation files (.jsonl, .csv, .tsv, .parquet) in GLUE's columns; else the hub."""
+    model: str | None = None
+    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    n_examples: int = 32
+    """Held-out examples that the kernels are computed on."""
+    n_train: int | None = None
+    """Training examples, drawn by the seed; all of them by default."""
+    degree: float | None = None
+    """Propulsion's degree k; by default the paper's for the task."""
+    positions: tuple[str, ...] = ("all",)
+    """Which layers carry a scale vector: all, attn, mlp, embedding, query, key, value, attention_output."""
+    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(default_factory=TrainingConfig)
+    """How both copies are trained; its seed is also that of the head, the subsamples and every random draw."""
+    null_draws: int = 3
+    """Draws of each random null model."""
+    resamples: int = 200
+    """Bootstrap resamples behind each interval."""
+    memory_budget_gb: float | None = None
+    """Memory for Jacobians and kernels in GB; by default half of what is free."""
+    output_dir: Path | None = None
+    """Result folder; by default results/kernel_distance-TASK."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+    device: str = "cpu"
+    """Torch device, such as cpu or cuda."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the model and its kernels."""
+
+    @property
+    def seed(self) -> int:
+        """The one seed of the run."""
+        return self.training.seed
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one run works on: two copies of one pre-trained model, the data, and the held-out batch."""
+
+    config: Config
+    data: TaskData
+    tokenizer: Any
+    full: Any
+    adapted: Any
+    inputs: dict[str, Tensor]
+    degree: float
+
+    @property
+    def number_of_scales(self) -> int:
+        """m, the number of scalar entries of all z."""
+        return sum(p.numel() for name, p in self.adapted.named_parameters() if is_scale(name))
+
+
+def prepare(config: Config) -> Setting:
+    """Load the data and two copies of the model, with the same head; adapt one of them by Propulsion.
+
+    Raises:
+        UserError: unusable data, model or options.
+    """
+    _check_numbers(config)
+    data = load_task_data(
+        config.task,
+        data_dir=config.data_dir,
+        n_train=config.n_train,
+        n_validation=config.n_examples,
+        seed=config.seed,
+    )
+    degree = data.task.degree if config.degree is None else config.degree
+
+    def load() -> tuple[Any, Any]:
+        return load_classifier(
+            config.model,
+            num_labels=data.task.num_labels,
+            seed=config.seed,
+            dtype=DTYPES[config.dtype],
+            device=config.device,
+        )
+
+    full, tokenizer = load()
+    # Both splits are tokenized now, so that an example too long is reported before anything is computed.
+    held_out = tokenize(data.validation, tokenizer, data.task, config.training.max_length)
+    tokenize(data.train, tokenizer, data.task, config.training.max_length)
+    adapted = apply_propulsion(load()[0], degree=degree, positions=config.positions)
+    columns = {name: held_out[name] for name in held_out.column_names if name != "labels"}
+    inputs = {name: value.to(config.device) for name, value in tokenizer.pad(columns, return_tensors="pt").items()}
+    return Setting(config, data, tokenizer, full, adapted, inputs, degree)
+
+
+def run(config: Config) -> Result:
+    """Measure both kernels, train both copies, measure again; everything random follows ``config.training.seed``.
+
+    Raises:
+        UserError: unusable data, model or options, more memory needed than there is, or training that diverged.
+    """
+    started = time.time()
+    setting = prepare(config)
+    seconds: dict[str, float] = {}
+    scores = [{"model": "untrained"} | _scores(setting, setting.full)]
+    kernels: dict[str, ModelKernels] = {}
+    metrics: list[Metric] = []
+    for stage in STAGES:
+        if stage == "trained":
+            for name, model in (("full fine-tuning", setting.full), ("Propulsion", setting.adapted)):
+                with _timed(seconds, f"training, {name}"):
+                    train(model, setting.tokenizer, setting.data, config.training)
+                scores.append({"model": name} | _scores(setting, model))
+        with _timed(seconds, f"kernels, {stage}"):
+            kernels[stage] = _kernels(setting)
+        with _timed(seconds, f"null models and metrics, {stage}"):
+            metrics += _metrics(setting, kernels[stage], stage)
+    seconds["total"] = time.time() - started
+    return Result(
+        analysis="kernel_distance",
+        config=asdict(config) | {"degree": setting.degree},
+        seed=config.seed,
+        metrics=metrics,
+        tables={
+            "scores": scores,
+            "layer_shares": [{"stage": stage} | row for stage, found in kernels.items() for row in found.shares],
+            "drift": _drift(kernels, config),
+        },
+        arrays={"labels": np.asarray(setting.data.validation["label"])} | _arrays(kernels),
+        model=_model_identity(setting),
+        dataset=_dataset_identity(setting.data),
+        environment=environment(),
+        seconds=seconds,
+        coverage=kernels[STAGES[0]].coverage,
+    )
+
+
+def _kernels(setting: Setting) -> ModelKernels:
+    """All four kernels, of both copies as they are now."""
+    budget = None if setting.config.memory_budget_gb is None else setting.config.memory_budget_gb * 1e9
+    try:
+        full = full_kernels(setting.full, setting.inputs, budget)
+        propulsion = propulsion_kernels(setting.adapted, setting.inputs, budget)
+    except MemoryError as error:
+        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
+    return ModelKernels(
+        whole=full.whole | propulsion.whole,
+        traced=full.traced | propulsion.traced,
+        coverage=full.coverage | propulsion.coverage,
+        shares=full.shares + propulsion.shares,
+    )
+
+
+def _metrics(setting: Setting, kernels: ModelKernels, stage: str) -> list[Metric]:
+    """Pairs, single kernels and null models at one stage; k* at z = 1, where it is defined."""
+    config = setting.config
+    comparison = Comparison(kernels.traced, stage, config.resamples, config.seed)
+    metrics = [metric for left, right in PAIRS for metric in comparison.pair(left, right)]
+    metrics += [metric for name in kernels.traced for metric in comparison.single(name)]
+    if stage == STAGES[0]:
+        metrics.append(comparison.matching_degree(FULL, ADAPTER, setting.degree))
+    m = setting.number_of_scales
+    generator = torch.Generator().manual_seed(config.seed)
+    nulls = null_kernels(kernels.whole[FULL], kernels.traced[ADAPTER], m, draws=config.null_draws, generator=generator)
+    nulls[f"random subset of {m:,} weights"] = [
+        kernel.cpu()
+        for kernel in ntk.random_subset_ntk(
+            setting.full,
+            setting.inputs,
+            m,
+            generator=generator,
+            params=lambda name, p: is_backbone(setting.full, name),
+            reduce="trace",
+            draws=config.null_draws,
+            progress=True,
+        )
+    ]
+    nulls["last hidden states"] = [ntk.hidden_state_kernel(setting.full, setting.inputs).cpu()]
+    return metrics + [metric for null, draws in nulls.items() for metric in comparison.null(FULL, null, draws)]
+
+
+def _drift(kernels: dict[str, ModelKernels], config: Config) -> list[dict[str, Any]]:
+    """How far training moved each kernel from itself: the paper's fixed features, as one number a kernel."""
+    before, after = (kernels[stage].traced for stage in STAGES)
+    return [
+        {
+            "kernel": name,
+            "relative_frobenius": ntk.kernel_distance(before[name], after[name]),
+            "cka": ntk.cka(before[name], after[name]),
+            "trace_ratio": ntk.trace_ratio(after[name], before[name]),
+        }
+        for name in before
+    ]
+
+
+def _scores(setting: Setting, model: Any) -> dict[str, float]:
+    return evaluate(model, setting.tokenizer, setting.data, max_length=setting.config.training.max_length)
+
+
+def _arrays(kernels: dict[str, ModelKernels]) -> dict[str, np.ndarray]:
+    """Traced kernels, kernels with all outputs, and spectra of the traced ones, by stage and name."""
+    arrays = {}
+    for stage, found in kernels.items():
+        for name, traced in found.traced.items():
+            arrays[f"{stage}.{name}"] = traced.numpy()
+            arrays[f"all_outputs.{stage}.{name}"] = found.whole[name].numpy()
+            arrays[f"spectrum.{stage}.{name}"] = ntk.spectrum(traced).numpy()
+    return arrays
+
+
+def _model_identity(setting: Setting) -> dict[str, Any]:
+    model = setting.full
+    return {
+        "name": setting.config.model or "MiniLM-L6 (packaged)",
+        "architecture": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "scales": setting.number_of_scales,
+    }
+
+
+def _dataset_identity(data: TaskData) -> dict[str, Any]:
+    return {
+        "name": data.task.name,
+        "task": data.task.name,
+        "label_names": None if data.task.is_regression else list(data.task.label_names),
+        "source": data.source,
+        "fingerprint": data.fingerprint,
+    }
+
+
+def _check_numbers(config: Config) -> None:
+    for name, least in (("n_examples", 2), ("null_draws", 1), ("resamples", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
+    if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
+        raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    print(f"{step} ...", flush=True)
+    start = time.time()
+    yield
+    seconds[step] = time.time() - start
+
+
+_READABLE = {
+    "alignment": "cosine alignment",
+    "cka": "centred alignment (CKA)",
+    "relative_frobenius": "relative Frobenius distance",
+    "relative_frobenius_scaled": "relative Frobenius distance, best scale",
+    "mean_absolute": "mean absolute difference",
+    "mean_absolute_scaled": "mean absolute difference, best scale",
+    "max_absolute": "largest absolute difference",
+    "max_absolute_scaled": "largest absolute difference, best scale",
+    "best_scale": "best scale",
+    "trace_ratio": "trace ratio",
+    "k_star": "k* = sqrt(tr K_F / tr K_P(1))",
+    "trace": "trace",
+    "effective_rank": "effective rank",
+}
+
+
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """The result as tables: each pair and each kernel at both stages, null models, scores, coverage."""
+
+    def cell(name: str, stage: str, left: str, right: str = "") -> str:
+        found = [m for m in result.metrics if (m.name, m.stage, m.left, m.right) == (name, stage, left, right)]
+        return interval(found[0].value, found[0].low, found[0].high) if found else "-"
+
+    def rows_of(left: str, right: str) -> list[list[str]]:
+        names = dict.fromkeys(m.name for m in result.metrics if (m.left, m.right) == (left, right))
+        return [[_READABLE[name], *(cell(name, stage, left, right) for stage in STAGES)] for name in names]
+
+    stages = ["at initialisation", "after training"]
+    table = partial(format_table, markdown=markdown)
+    blocks = [table([f"{left} against {right}", *stages], rows_of(left, right)) for left, right in PAIRS]
+    nulls = dict.fromkeys(
+        m.right for m in result.metrics if m.left == FULL and m.right not in {r for _, r in PAIRS} | {""}
+    )
+    rivals = [ADAPTER, *nulls]
+    blocks.append(
+        table(
+            [f"CKA with {FULL} of", *stages],
+            [[right, *(cell("cka", stage, FULL, right) for stage in STAGES)] for right in rivals],
+        )
+    )
+    blocks.append(
+        table(
+            ["kernel alone", "trace before", "after", "effective rank before", "after", "CKA before/after"],
+            [
+                [
+                    row["kernel"],
+                    *(cell("trace", stage, row["kernel"]) for stage in STAGES),
+                    *(cell("effective_rank", stage, row["kernel"]) for stage in STAGES),
+                    number(row["cka"]),
+                ]
+                for row in result.tables["drift"]
+            ],
+        )
+    )
+    scores = result.tables["scores"]
+    names = [name for name in scores[0] if name != "model"]
+    blocks.append(
+        table(["score on validation", *names], [[row["model"], *(number(row[n]) for n in names)] for row in scores])
+    )
+    blocks.append(table(["kernel", "covers"], [[name, words] for name, words in result.coverage.items()]))
+    return "\n\n".join(blocks)
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    output = config.output_dir or Path("results") / f"kernel_distance-{config.task}"
+    check_writable(output, overwrite=config.overwrite)
+    result = run(config)
+    print(f"\n{summary(result)}\n")
+    # Figures read results; only this last step of a command knows of them.
+    from figures.kernel_distance import write as draw
+
+    folder = write_result(result, output, figures=draw, overwrite=config.overwrite)
+    print(f"intervals: 95 %, bootstrap over {config.n_examples} examples; result and figures in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, description=__doc__)))

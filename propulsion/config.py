@@ -1,0 +1,113 @@
+"""The configuration of Propulsion."""
+
+import math
+import numbers
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import ClassVar
+
+from peft import PeftConfig
+
+from propulsion.positions import POSITIONS
+from propulsion.registration import METHOD, PROPULSION
+
+BIASES = ("none", "all", f"{METHOD}_only")
+
+
+@dataclass
+class PropulsionConfig(PeftConfig):
+    """What to adapt with Propulsion and how: y = z^k * v on a layer's output v (Kowsher et al. 2024, Eq. 1-3).
+
+    Modules are chosen by `positions` or by `target_modules`, not both; without either, by ``positions="all"``. With
+    ``task_type="SEQ_CLS"`` (and its like) peft adds the task's head to `modules_to_save`: it is trained in full, and
+    not adapted. Without a task type the head is a module like any other.
+
+    Args:
+        degree: k > 0. An integer gives z^k; another real gives sign(z) |z|^k, which is finite for every z.
+        target_modules: Names of modules, or one regular expression, as for peft's methods ("all-linear" included).
+        positions: One or several of "all", "attn", "query", "key", "value", "attention_output", "mlp", "embedding";
+            resolved to modules by architecture (`propulsion.positions`).
+        exclude_modules: Names of modules, or one regular expression, to leave alone.
+        modules_to_save: Modules to train and save in full; never adapted.
+        layers_to_transform: Indices of the blocks to adapt; modules outside numbered blocks are then left alone.
+        layers_pattern: Name of the list of blocks, where the first number in a module's name is not the block.
+        bias: Biases to train besides z: "none", "all", or "propulsion_only" (those of adapted modules).
+        init_weights: True starts at z = 1, so that the model starts unchanged. False adds noise of standard deviation
+            0.02 from torch's global generator, for tests.
+
+    Raises:
+        ValueError: a field, or two fields together, make no sense; the message says what to change.
+    """
+
+    degree: int | float = field(default=15, metadata={"help": "The power k of z: an integer or real > 0."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt: names, one regular expression, or 'all-linear'."}
+    )
+    positions: list[str] | tuple[str, ...] | str | None = field(
+        default=None, metadata={"help": f"Positions to adapt, resolved by architecture: {', '.join(POSITIONS)}."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone: names or one regular expression."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save in full, such as a new task head."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt; all if unset."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks, with layers_to_transform."}
+    )
+    bias: str = field(default="none", metadata={"help": f"Biases to train: one of {', '.join(BIASES)}."})
+    init_weights: bool = field(default=True, metadata={"help": "Start at z = 1; False: at z = 1 plus noise."})
+
+    # The positions as module names of the model at hand. Not a field: a saved config stays free of one model's names.
+    resolved: ClassVar[SimpleNamespace | None] = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PROPULSION
+        self.degree = _checked_degree(self.degree)
+        if self.target_modules is not None and self.positions is not None:
+            raise ValueError(
+                f"expected target_modules or positions, got both ({self.target_modules!r} and {self.positions!r}): "
+                "drop one of them"
+            )
+        if self.target_modules is None and self.positions is None:
+            self.positions = "all"
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError(f"expected at least one target module, got {self.target_modules!r}: name some, or drop it")
+        if self.positions is not None:
+            self.positions = _checked_positions(self.positions)
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}; got {self.bias!r}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform, got None: give the indices of the blocks")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "layers_to_transform works with positions or a list of target_modules, got the expression "
+                f"{self.target_modules!r}: choose the blocks within the expression"
+            )
+        # Sets, as in peft's own methods: peft looks names up in them, and saves them as lists.
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+
+def _checked_degree(degree: int | float) -> int | float:
+    """Return an integral degree as an int, so that z^k is then an integer power however k was written."""
+    if isinstance(degree, bool) or not isinstance(degree, numbers.Real) or not math.isfinite(degree) or degree <= 0:
+        raise ValueError(f"degree must be a finite number > 0, got {degree!r}: use for example 15, the paper's")
+    return int(degree) if degree == int(degree) else float(degree)
+
+
+def _checked_positions(positions: list[str] | tuple[str, ...] | str) -> list[str] | str:
+    names = [positions] if isinstance(positions, str) else list(positions)
+    unknown = [name for name in names if name not in POSITIONS]
+    if unknown or not names:
+        raise ValueError(
+            f"positions must be one or several of {', '.join(map(repr, POSITIONS))}; got {positions!r}. "
+            "Name other modules with target_modules"
+        )
+    return positions if isinstance(positions, str) else names

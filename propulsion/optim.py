@@ -1,0 +1,93 @@
+"""Which learning rate and weight decay each parameter trains with: the one home of that rule.
+
+Four roles:
+
+    weight   a pre-trained weight, trained directly        WEIGHT_RATE
+    scale    Propulsion's z, acting as z**k                SCALE_RATE / k
+    adapter  any other adapter's parameter inside a layer  ADAPTER_RATE
+    head     the task's head, which starts at random       HEAD_RATE
+
+A step of AdamW has a size set by its learning rate, whatever the gradient's scale. A step of size r on z, near z = 1,
+moves the multiplier z**k by about k*r; dividing by the degree therefore makes SCALE_RATE the relative change of an
+activation per step, the same for every degree.
+
+Weight decay pulls towards 0, and so applies to matrices only. Biases and norms are left out as is customary; z is left
+out because its neutral value is 1.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+WEIGHT_RATE = 1e-4
+SCALE_RATE = 2e-2
+ADAPTER_RATE = 1e-3
+HEAD_RATE = 1e-3
+
+SCALE_NAME = "propulsion_z"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates that replace the rule's; None keeps the rule.
+
+    Attributes:
+        body: Of weights, scales and adapters; taken as it is, not divided by the degree.
+        head: Of the head.
+    """
+
+    body: float | None = None
+    head: float | None = None
+
+
+def parameter_groups(model: nn.Module, *, rates: Rates, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the trainable parameters as optimizer groups, one for each role and decay, each with its `role`."""
+    degree = _degree(model)
+    defaults = {
+        "weight": WEIGHT_RATE,
+        "scale": SCALE_RATE / degree,
+        "adapter": ADAPTER_RATE,
+        "head": HEAD_RATE,
+    }
+    chosen = {role: rates.head if role == "head" else rates.body for role in defaults}
+    roles = parameter_roles(model)
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        role = roles[name]
+        decays = parameter.ndim >= 2 and role != "scale"
+        rate = chosen[role]
+        group = groups.setdefault(
+            (role, decays),
+            {
+                "role": role,
+                "params": [],
+                "lr": defaults[role] if rate is None else rate,
+                "weight_decay": weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def parameter_roles(model: nn.Module) -> dict[str, str]:
+    """Return the role of every parameter by name: weight, scale, adapter or head."""
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    # The head is what stands outside the pre-trained body; by identity, since adapters rename parameters.
+    body = getattr(network, getattr(network, "base_model_prefix", ""), network)
+    inside = {id(parameter) for parameter in body.parameters()}
+    inner = "adapter" if isinstance(model, PeftModel) else "weight"
+    return {
+        name: "scale" if SCALE_NAME in name else inner if id(parameter) in inside else "head"
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _degree(model: nn.Module) -> float:
+    """Return the degree of a Propulsion model, 1 for any other."""
+    if not isinstance(model, PeftModel):
+        return 1.0
+    return float(getattr(model.peft_config[model.active_adapter], "degree", 1.0))

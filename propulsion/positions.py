@@ -1,0 +1,157 @@
+"""The paper's positions, as the modules of an architecture (Kowsher et al. 2024, Section 4 and Table 1).
+
+"all" and "embedding" go by a module's type and work on any model. The others go by name, and a name is a matter of
+the architecture: a new family is one entry in `FAMILIES`.
+"""
+
+import re
+from collections.abc import Iterable
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+POSITIONS = ("all", "attn", "query", "key", "value", "attention_output", "mlp", "embedding")
+
+_Names = dict[str, str]
+
+
+def _split(prefix: str, query: str, key: str, value: str, attention_output: str, mlp: str) -> _Names:
+    names = {"query": query, "key": key, "value": value, "attention_output": attention_output}
+    names = {position: rf"{prefix}\.{name}" for position, name in names.items()}
+    return {**names, "attn": "|".join(names[p] for p in ("query", "key", "value")), "mlp": mlp}
+
+
+def _fused(attn: str, attention_output: str, mlp: str) -> _Names:
+    """One module computes query, key and value: there is no separate z for each."""
+    return {"attn": attn, "attention_output": attention_output, "mlp": mlp}
+
+
+_BERT_MLP = r"layer\.\d+\.(intermediate|output)\.dense"
+_BERT = _split("attention", r"self\.query", r"self\.key", r"self\.value", r"output\.dense", _BERT_MLP)
+_DEBERTA = _split("attention", r"self\.query_proj", r"self\.key_proj", r"self\.value_proj", r"output\.dense", _BERT_MLP)
+_LLAMA = _split("self_attn", "q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.(gate_proj|up_proj|down_proj)")
+_BART = _split("(self_attn|encoder_attn)", "q_proj", "k_proj", "v_proj", "out_proj", r"layers\.\d+\.(fc1|fc2)")
+_BLOOM = _fused(r"self_attention\.query_key_value", r"self_attention\.dense", r"mlp\.(dense_h_to_4h|dense_4h_to_h)")
+
+# Module names from the right, as regular expressions, by the `model_type` of the model's config.
+FAMILIES: dict[str, _Names] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
+    "distilbert": _split("attention", "q_lin", "k_lin", "v_lin", "out_lin", r"ffn\.(lin1|lin2)"),
+    "albert": _split("attention", "query", "key", "value", "dense", r"albert_layers\.\d+\.(ffn|ffn_output)"),
+    "deberta-v2": _DEBERTA,
+    "gpt2": _fused(r"attn\.c_attn", r"attn\.c_proj", r"mlp\.(c_fc|c_proj)"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    "phi": _split("self_attn", "q_proj", "k_proj", "v_proj", "dense", r"mlp\.(fc1|fc2)"),
+    "phi3": _fused(r"self_attn\.qkv_proj", r"self_attn\.o_proj", r"mlp\.(gate_up_proj|down_proj)"),
+    "gptj": _split("attn", "q_proj", "k_proj", "v_proj", "out_proj", r"mlp\.(fc_in|fc_out)"),
+    "gpt_neox": _fused(r"attention\.query_key_value", r"attention\.dense", _BLOOM["mlp"]),
+    **dict.fromkeys(("falcon", "bloom"), _BLOOM),
+    "t5": _split("(SelfAttention|EncDecAttention)", "q", "k", "v", "o", r"DenseReluDense\.(wi|wi_0|wi_1|wo)"),
+    **dict.fromkeys(("opt", "bart"), _BART),
+}
+
+# Modules whose forward is never called, because the model reads their weight itself or not at all: a z on them would
+# be dead, counted and saved but without effect until merged.
+_BYPASSED = {
+    "deberta-v2": r"encoder\.rel_embeddings",
+    "t5": "shared",
+    "bart": "shared",
+}
+
+
+def resolve(
+    model: nn.Module,
+    positions: Iterable[str] | str,
+    layers_to_transform: Iterable[int] | int | None = None,
+    layers_pattern: Iterable[str] | str | None = None,
+) -> set[str]:
+    """Return the full names of the modules of `model` at the given positions.
+
+    What an adapter already adapts counts by what it adapts; what it trains in full does not count.
+
+    Raises:
+        ValueError: the architecture is unknown, or has no module of its own for a position.
+    """
+    candidates = {name: module for name, module in base_modules(model).items() if bypass(model, name) is None}
+    names: set[str] = set()
+    for position in [positions] if isinstance(positions, str) else positions:
+        found = _at(position, model, candidates)
+        if not found:
+            raise ValueError(
+                f"position {position!r} matches no module of {type(model).__name__}: choose other positions, "
+                "or name modules with target_modules"
+            )
+        names |= found
+    if layers_to_transform is None:
+        return names
+    layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
+    names = {name for name in names if _layer(name, patterns) in layers}
+    if not names:
+        raise ValueError(
+            f"expected layers_to_transform to name blocks of {type(model).__name__}, got {sorted(layers)} "
+            f"(layers_pattern {patterns or None}), which leaves no module of positions {positions!r}: correct them"
+        )
+    return names
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module by name, adapted ones as what they adapt, without the insides of adapters."""
+    modules, inside = {}, []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside.append(f"{name}.")
+        modules[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return modules
+
+
+def bypass(model: nn.Module, name: str) -> str | None:
+    """Return why scaling the output of this module would not reach the model's output; None if it would."""
+    pattern = _BYPASSED.get(_model_type(model))
+    if pattern and _ends_with(pattern, name):
+        return f"{type(model).__name__} does not call it"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "torch.nn.MultiheadAttention reads its weight and does not call it"
+    return None
+
+
+def _at(position: str, model: nn.Module, candidates: dict[str, nn.Module]) -> set[str]:
+    if position == "all":
+        return {name for name, module in candidates.items() if isinstance(module, (nn.Linear, Conv1D, nn.Embedding))}
+    if position == "embedding":
+        return {name for name, module in candidates.items() if isinstance(module, nn.Embedding)}
+    model_type = _model_type(model)
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"position {position!r} is not known for the architecture {model_type or type(model).__name__!r}, only "
+            f"for {', '.join(sorted(FAMILIES))}: name the modules with target_modules, or use 'all' or 'embedding'"
+        )
+    family = FAMILIES[model_type]
+    if position not in family:
+        raise ValueError(
+            f"position {position!r} has no module of its own in {model_type!r}, which fuses query, key and value in "
+            "one: use 'attn' for all three"
+        )
+    return {name for name in candidates if _ends_with(family[position], name)}
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", "")
+
+
+def _ends_with(pattern: str, name: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+
+
+def _layer(name: str, patterns: list[str]) -> int | None:
+    """The block a module is in: the first number in its name, or the first after one of the patterns."""
+    parts = name.split(".")
+    for before, part in zip(["", *parts], parts[:-1]):
+        if part.isdigit() and (not patterns or before in patterns):
+            return int(part)
+    return None

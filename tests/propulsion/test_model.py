@@ -1,0 +1,275 @@
+"""Whole models through peft: training, saving, heads, several adapters, ties, and refusals."""
+
+import copy
+
+import pytest
+import torch
+from architectures import build, inputs, logits, randomize, scales
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from propulsion import PropulsionConfig, PropulsionModel
+
+BATCH = inputs("bert")
+
+
+def adapted(family: str = "bert", **fields) -> PeftModel:
+    return randomize(get_peft_model(build(family), PropulsionConfig(**{"degree": 3, **fields})), spread=0.1)
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_degree_1_is_ia3_on_the_same_modules_to_the_last_bit():
+    names = ["query", "key", "value", "dense"]
+    ours = randomize(get_peft_model(build("bert"), PropulsionConfig(degree=1, target_modules=names)))
+    theirs = get_peft_model(build("bert"), IA3Config(target_modules=names, feedforward_modules=[]))
+    pairs = {name: (z, theirs.get_parameter(name.replace("propulsion_z", "ia3_l"))) for name, z in scales(ours).items()}
+    for z, ell in pairs.values():
+        ell.data.copy_(z.detach()[:, None])
+    left, right = ours(**BATCH).logits, theirs(**BATCH).logits
+    assert torch.equal(left, right)
+    left.sin().sum().backward()
+    right.sin().sum().backward()
+    assert len(pairs) == 13
+    for name, (z, ell) in pairs.items():
+        assert torch.equal(z.grad, ell.grad[:, 0]), name
+
+
+@pytest.mark.parametrize("degree", [2, 15, 2.5])
+def test_another_degree_with_the_same_scale_is_the_same_function(degree):
+    one, other = adapted(degree=1), adapted(degree=degree)
+    with torch.no_grad():
+        for z, ell in zip(scales(other).values(), scales(one).values(), strict=True):
+            z.copy_(ell ** (1 / degree))
+    torch.testing.assert_close(logits(other, BATCH), logits(one, BATCH), rtol=1e-12, atol=1e-12)
+    for model in (one, other):
+        model(**BATCH).logits.sum().backward()
+    for (name, z), ell in zip(scales(other).items(), scales(one).values(), strict=True):
+        expected = degree * z.detach() ** (degree - 1) * ell.grad
+        torch.testing.assert_close(z.grad, expected, rtol=1e-10, atol=1e-12 * float(expected.abs().max()), msg=name)
+
+
+def test_adapted_differs_from_the_base_and_disabling_restores_it():
+    base = logits(build("bert"), BATCH)
+    model = adapted()
+    output = logits(model, BATCH)
+    assert not torch.allclose(output, base)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, BATCH), base)
+    assert torch.equal(logits(model, BATCH), output)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, BATCH), base)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("fields", [{}, {"positions": ["attn", "embedding"]}, {"positions": "mlp"}], ids=str)
+def test_reloading_is_exact(family, fields, tmp_path):
+    model, batch = adapted(family, **fields), inputs(family)
+    output = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(family), tmp_path)
+    assert isinstance(loaded.base_model, PropulsionModel)
+    assert loaded.peft_config["default"].positions == model.peft_config["default"].positions
+    assert scales(loaded).keys() == scales(model).keys()
+    assert all(torch.equal(z, scales(loaded)[name]) for name, z in scales(model).items())
+    assert torch.equal(logits(loaded, batch), output)
+    assert not trainable(loaded)
+    # The file holds the scales and nothing of the base, embeddings included.
+    size = sum(z.numel() * z.element_size() for z in scales(model).values())
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < size + 200 * len(scales(model))
+
+
+def test_reloading_target_modules_and_blocks_is_exact(tmp_path):
+    fields = {"target_modules": ["query", "output.dense"], "layers_to_transform": [1], "degree": 2.5}
+    model = adapted(**fields)
+    assert len(scales(model)) == 3
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
+    assert torch.equal(logits(loaded, BATCH), logits(model, BATCH))
+
+
+def test_a_task_head_is_trained_and_saved_and_not_adapted(tmp_path):
+    model = adapted(task_type="SEQ_CLS")
+    names = trainable(model)
+    assert not any("classifier" in name for name in scales(model))
+    assert {name for name in names if "classifier" in name} == {
+        "base_model.model.classifier.modules_to_save.default.weight",
+        "base_model.model.classifier.modules_to_save.default.bias",
+    }
+    assert names >= scales(model).keys()
+    with torch.no_grad():
+        for name in names - scales(model).keys():
+            model.get_parameter(name).normal_()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path, is_trainable=True)
+    assert torch.equal(logits(loaded, BATCH), logits(model, BATCH))
+    assert trainable(loaded) == names
+
+
+def test_without_a_task_the_head_is_adapted():
+    model = adapted()
+    assert "base_model.model.classifier.propulsion_z.default" in scales(model)
+    assert trainable(model) == scales(model).keys()
+
+
+@pytest.mark.parametrize(("bias", "other"), [("propulsion_only", False), ("all", True)])
+def test_biases_can_be_trained(bias, other, tmp_path):
+    model = adapted(positions="query", bias=bias)
+    names = trainable(model) - scales(model).keys()
+    assert "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.bias" in names
+    assert ("base_model.model.bert.pooler.dense.bias" in names) is other
+    with torch.no_grad():
+        for name in names:
+            model.get_parameter(name).normal_()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
+    assert torch.equal(logits(loaded, BATCH), logits(model, BATCH))
+
+
+def test_merging_and_unloading_gives_a_plain_model():
+    model = adapted()
+    output = logits(model, BATCH)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert merged.state_dict().keys() == build("bert").state_dict().keys()
+    torch.testing.assert_close(logits(merged, BATCH), output, rtol=1e-12, atol=1e-12)
+
+
+def test_merging_a_tied_embedding_leaves_the_head_alone():
+    model, batch = adapted("gpt2", positions="embedding"), inputs("gpt2")
+    base = model.get_base_model()
+    head, before = base.lm_head.weight, base.lm_head.weight.detach().clone()
+    assert base.transformer.wte.weight is head
+    output = logits(model, batch)
+    model.merge_adapter()
+    assert torch.equal(base.lm_head.weight, before)
+    assert not torch.equal(base.transformer.wte.weight, before)
+    torch.testing.assert_close(logits(model, batch), output, rtol=1e-12, atol=1e-12)
+    model.unmerge_adapter()
+    assert base.transformer.wte.weight is base.lm_head.weight is head
+    with pytest.warns(UserWarning, match="no longer tied"):
+        merged = model.merge_and_unload()
+    assert torch.equal(merged.lm_head.weight, before)
+    torch.testing.assert_close(logits(merged, batch), output, rtol=1e-12, atol=1e-12)
+
+
+def test_several_adapters_switch_multiply_and_go():
+    model = adapted(positions="attn")
+    model.add_adapter("second", PropulsionConfig(degree=2, positions=["value", "mlp"]))
+    first = logits(model, BATCH)
+    with torch.no_grad():
+        for name, z in scales(model).items():
+            if name.endswith("second"):
+                z.fill_(1.1)
+    assert torch.equal(logits(model, BATCH), first)
+    assert trainable(model) == {name for name in scales(model) if name.endswith("default")}
+    model.set_adapter("second")
+    second = logits(model, BATCH)
+    assert not torch.allclose(second, first)
+    assert trainable(model) == {name for name in scales(model) if name.endswith("second")}
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model, BATCH)
+    value = model.get_base_model().bert.encoder.layer[0].attention.self.value
+    expected = value.propulsion_z["default"] ** 3 * value.propulsion_z["second"] ** 2
+    torch.testing.assert_close(value.scale(["default", "second"]), expected, rtol=1e-14, atol=0)
+    model.merge_adapter(adapter_names=["default", "second"])
+    torch.testing.assert_close(logits(model, BATCH), both, rtol=1e-12, atol=1e-12)
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert torch.equal(logits(model, BATCH), first)
+    assert not any(name.endswith("second") for name in scales(model))
+
+
+def test_mixing_adapters_within_a_batch_is_refused():
+    model = adapted()
+    with pytest.raises(ValueError, match="does not mix adapters within a batch"):
+        model(**BATCH, adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_bfloat16_base_has_float32_scales(autocast, tmp_path):
+    base = build("bert").bfloat16()
+    model = get_peft_model(base, PropulsionConfig(), autocast_adapter_dtype=autocast)
+    assert {z.dtype for z in scales(model).values()} == {torch.float32}
+    randomize(model, spread=0.01)
+    loss = model(**BATCH, labels=torch.tensor([0, 1, 0])).loss
+    loss.backward()
+    assert all(z.grad.isfinite().all() for z in scales(model).values())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("bert").bfloat16(), tmp_path)
+    assert torch.equal(logits(loaded, BATCH), logits(model, BATCH))
+
+
+def test_training_moves_the_scales_and_nothing_else():
+    model = get_peft_model(build("bert"), PropulsionConfig(degree=15, positions="attn")).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.0)
+    for _ in range(3):
+        model(**BATCH, labels=torch.tensor([0, 1, 0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == scales(model).keys()
+
+
+def test_a_copy_is_a_model_of_its_own():
+    model = adapted("gpt2")
+    batch = inputs("gpt2")
+    output = logits(model, batch)
+    model.merge_adapter()
+    twin = copy.deepcopy(model)
+    model.unmerge_adapter()
+    twin.unmerge_adapter()
+    assert torch.equal(logits(twin, batch), output)
+    base = twin.get_base_model()
+    assert base.lm_head.weight is base.transformer.wte.weight
+
+
+def test_all_linear_leaves_the_head_and_the_embeddings_out():
+    model = adapted("gpt2", target_modules="all-linear")
+    assert len(scales(model)) == 8
+    model.add_adapter("second", PropulsionConfig(target_modules="all-linear"))
+    assert len(scales(model)) == 16
+
+
+def test_printing_the_trainable_parameters(capsys):
+    adapted(positions="query").print_trainable_parameters()
+    assert "trainable params: 16 " in capsys.readouterr().out
+
+
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = self.first
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x):
+        return self.norm(self.second(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "message"),
+    [
+        (TwoNames, {"target_modules": ["norm"]}, "'norm' to be one of torch.nn.* got the unsupported LayerNorm"),
+        (TwoNames, {}, "every module under one name, got one as 'first' and 'second'"),
+        (TwoNames, {"target_modules": "all-linear"}, "every module under one name"),
+        (lambda: build("gpt2"), {"positions": "query"}, "position 'query' has no module of its own in 'gpt2'"),
+    ],
+    ids=["layer norm", "shared", "shared, all-linear", "fused"],
+)
+def test_what_cannot_be_adapted_is_refused_before_anything_is_replaced(model, fields, message):
+    model = model()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, PropulsionConfig(**fields))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_a_module_with_another_methods_adapter_is_refused():
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 2)), LoraConfig(target_modules=["0"])).base_model.model
+    with pytest.raises(ValueError, match="'0' to be plain, got one with another method's adapter"):
+        get_peft_model(model, PropulsionConfig(target_modules=["0"]))

@@ -1,0 +1,116 @@
+"""Positions as modules: the paper's counts, every architecture, and no scale without effect."""
+
+import pytest
+import torch
+from architectures import FAMILIES, build, inputs, logits, randomize, scales
+from peft import get_peft_model
+from torch import nn
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from propulsion import PropulsionConfig
+from propulsion.positions import POSITIONS, resolve
+
+
+@pytest.fixture(scope="module")
+def roberta_base() -> RobertaForSequenceClassification:
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=2)
+    with torch.device("meta"):
+        return RobertaForSequenceClassification(config)
+
+
+# Recounted from the architecture: d = 768, feed-forward 3072, 12 layers, 2 labels.
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({"positions": "all"}, 3 * 768 + 12 * (5 * 768 + 3072) + 768 + 2),
+        ({"positions": "all", "modules_to_save": ["classifier"]}, 3 * 768 + 12 * (5 * 768 + 3072)),
+        ({"positions": "attn"}, 12 * 3 * 768),
+        ({"positions": ["query", "value"]}, 12 * 2 * 768),
+        ({"positions": "attention_output"}, 12 * 768),
+        ({"positions": "mlp"}, 12 * (3072 + 768)),
+        ({"positions": "embedding"}, 3 * 768),
+        ({"positions": "attn", "layers_to_transform": [0, 11]}, 2 * 3 * 768),
+        ({"positions": "all", "layers_to_transform": 3, "layers_pattern": "layer"}, 5 * 768 + 3072),
+        ({"positions": "all", "exclude_modules": ["word_embeddings", "out_proj"]}, 86_018 - 768 - 2),
+    ],
+    ids=str,
+)
+def test_roberta_base_has_the_papers_counts(roberta_base, fields, count):
+    model = get_peft_model(roberta_base, PropulsionConfig(**fields))
+    assert sum(z.numel() for z in scales(model).values()) == count
+    model.unload()
+
+
+def test_the_two_headline_variants_are_those_of_the_paper(roberta_base):
+    for positions, count in {"all": 86_018, "attn": 27_648}.items():
+        model = get_peft_model(roberta_base, PropulsionConfig(positions=positions))
+        assert model.get_nb_trainable_parameters()[0] == count
+        model.unload()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_has_the_positions(family):
+    model, (*_, counts, fused) = build(family), FAMILIES[family]
+    for position, count in zip(("attn", "attention_output", "mlp"), counts, strict=True):
+        assert len(resolve(model, position)) == count, position
+    separate = ("query", "key", "value")
+    if fused:
+        for position in separate:
+            with pytest.raises(ValueError, match="fuses query, key and value"):
+                resolve(model, position)
+    else:
+        parts = [resolve(model, position) for position in separate]
+        assert set.union(*parts) == resolve(model, "attn")
+        assert [len(part) for part in parts] == [counts[0] // 3] * 3
+    assert resolve(model, ["attn", "mlp"]) == resolve(model, "attn") | resolve(model, "mlp")
+    assert resolve(model, "embedding") < resolve(model, "all")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_scale_has_an_effect_and_merges(family):
+    model, batch = build(family), inputs(family)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    base = logits(model, batch)
+    adapted = get_peft_model(model, PropulsionConfig(degree=3, positions="all"))
+    assert torch.equal(logits(adapted, batch), base)
+    randomize(adapted, spread=0.1)
+    adapted(**batch).logits.square().sum().backward()
+    dead = [name for name, z in scales(adapted).items() if z.grad is None or not z.grad.any()]
+    # The key's bias and scale shift or scale attention scores, so even they act here.
+    assert not dead
+    output = logits(adapted, batch)
+    adapted.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(adapted, batch), output, rtol=0, atol=1e-11 * float(output.abs().max()))
+    adapted.unmerge_adapter()
+    assert torch.equal(logits(adapted, batch), output)
+    restored = adapted.unload()
+    assert all(torch.equal(p, before[name]) for name, p in restored.named_parameters())
+    assert torch.equal(logits(restored, batch), base)
+
+
+def test_any_model_has_all_and_embedding():
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.ReLU())
+    assert resolve(model, "all") == {"0", "1"}
+    assert resolve(model, "embedding") == {"0"}
+    with pytest.raises(ValueError, match="not known for the architecture 'Sequential', only for albert, bart, bert"):
+        resolve(model, "query")
+    with pytest.raises(ValueError, match="'embedding' matches no module of Linear"):
+        resolve(nn.Linear(3, 2), "embedding")
+
+
+def test_a_layer_that_does_not_exist_is_an_error(roberta_base):
+    with pytest.raises(ValueError, match=r"expected layers_to_transform to name blocks .* got \[12\]"):
+        resolve(roberta_base, "attn", 12)
+
+
+def test_a_module_read_through_its_weight_is_no_position():
+    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    assert resolve(model, "all") == {"linear1", "linear2"}
+    with pytest.raises(ValueError, match=r"out_proj' would have no effect: torch.nn.MultiheadAttention reads"):
+        get_peft_model(model, PropulsionConfig(target_modules=["out_proj"]))
+    with pytest.raises(ValueError, match=r"rel_embeddings' would have no effect: Deberta\w+ does not call it"):
+        get_peft_model(build("deberta-v2"), PropulsionConfig(target_modules=["rel_embeddings"]))
+
+
+def test_every_position_is_of_use_somewhere(roberta_base):
+    assert all(resolve(roberta_base, position) for position in POSITIONS)
