@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntk import UndefinedMetricError
+
 
 def bootstrap_interval(
     metric: Callable[..., float],
@@ -24,7 +26,8 @@ def bootstrap_interval(
 
         value + (q_low - mean),  value + (q_high - mean)
 
-    Resamples on which the metric is undefined (a constant kernel, say) are left out; if none is left the ends are NaN.
+    Resamples on which the metric is undefined (a constant kernel, say) are left out; what is undefined
+    altogether is NaN.
 
     Raises:
         ValueError: no kernel, kernels over different numbers of examples, or ``level`` outside (0, 1).
@@ -33,7 +36,10 @@ def bootstrap_interval(
         raise ValueError("bootstrap_interval takes kernels over the same examples")
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1; got {level}")
-    value = metric(*kernels)
+    try:
+        value = metric(*kernels)
+    except UndefinedMetricError:
+        return float("nan"), float("nan"), float("nan")
     generator = np.random.default_rng(seed)
     n = len(kernels[0])
     values = []
@@ -41,7 +47,7 @@ def bootstrap_interval(
         rows = torch.from_numpy(generator.integers(0, n, size=n))
         try:
             values.append(metric(*(kernel[rows][:, rows] for kernel in kernels)))
-        except ValueError:
+        except UndefinedMetricError:
             continue
     if not values:
         return value, float("nan"), float("nan")

@@ -11,23 +11,25 @@ import ntk
 from analyses.bootstrap import bootstrap_interval
 from analyses.results import Metric
 
-# Metrics of a pair (K1, K2): name -> (function, unit). "kernel" is the unit of K itself.
+KERNEL_UNIT = "output²/parameter²"
+
+# Metrics of a pair (K1, K2): name -> (function, unit).
 PAIR_METRICS: dict[str, tuple[Callable[[Tensor, Tensor], float], str]] = {
     "alignment": (ntk.kernel_alignment, ""),
     "cka": (ntk.cka, ""),
     "relative_frobenius": (ntk.kernel_distance, ""),
     "relative_frobenius_scaled": (lambda a, b: ntk.kernel_distance(a, b, scaled=True), ""),
-    "mean_absolute": (lambda a, b: ntk.kernel_distance(a, b, kind="mean_absolute"), "kernel"),
-    "mean_absolute_scaled": (lambda a, b: ntk.kernel_distance(a, b, kind="mean_absolute", scaled=True), "kernel"),
-    "max_absolute": (lambda a, b: ntk.kernel_distance(a, b, kind="max_absolute"), "kernel"),
-    "max_absolute_scaled": (lambda a, b: ntk.kernel_distance(a, b, kind="max_absolute", scaled=True), "kernel"),
+    "mean_absolute": (lambda a, b: ntk.kernel_distance(a, b, kind="mean_absolute"), KERNEL_UNIT),
+    "mean_absolute_scaled": (lambda a, b: ntk.kernel_distance(a, b, kind="mean_absolute", scaled=True), KERNEL_UNIT),
+    "max_absolute": (lambda a, b: ntk.kernel_distance(a, b, kind="max_absolute"), KERNEL_UNIT),
+    "max_absolute_scaled": (lambda a, b: ntk.kernel_distance(a, b, kind="max_absolute", scaled=True), KERNEL_UNIT),
     "best_scale": (ntk.best_scale, ""),
     "trace_ratio": (ntk.trace_ratio, ""),
 }
 # Null models have no scale of their own to get right, so only scale-free metrics judge them.
 NULL_METRICS = ("alignment", "cka", "relative_frobenius_scaled")
 KERNEL_METRICS: dict[str, tuple[Callable[[Tensor], float], str]] = {
-    "trace": (ntk.trace, "kernel"),
+    "trace": (ntk.trace, KERNEL_UNIT),
     "effective_rank": (ntk.effective_rank, ""),
 }
 
@@ -70,16 +72,16 @@ class Comparison:
     def null(self, full: str, null: str, draws: Sequence[Tensor]) -> list[Metric]:
         """The scale-free metrics of a null model against one kernel.
 
-        Averaged over its draws; the interval reaches from the lowest end to the highest of the draws' intervals.
+        Averaged over its draws, undefined if one draw is; the interval reaches from the lowest end to the highest of
+        the draws' intervals.
         """
         metrics = []
         for name in NULL_METRICS:
             function, unit = PAIR_METRICS[name]
             found = [self._measure(name, function, unit, [self.kernels[full], draw], full, null) for draw in draws]
-            low = min(m.low for m in found if m.low is not None)
-            high = max(m.high for m in found if m.high is not None)
-            value = float(np.mean([m.value for m in found]))
-            metrics.append(Metric(name, value, low, high, unit, self.stage, full, null))
+            values, lows, highs = np.array([(m.value, m.low, m.high) for m in found]).T
+            mean, low, high = float(values.mean()), float(lows.min()), float(highs.max())
+            metrics.append(Metric(name, mean, low, high, unit, self.stage, full, null))
         return metrics
 
     def _measure(
@@ -92,7 +94,7 @@ class Comparison:
 def null_kernels(
     full: Tensor, adapter: Tensor, m: int, *, draws: int, generator: torch.Generator
 ) -> dict[str, list[Tensor]]:
-    """The null models that need no model: a Gaussian sketch of K_F ``(n, n, c, c)``, and the adapter's kernel permuted."""
+    """The nulls that need no model: a Gaussian sketch of K_F ``(n, n, c, c)``, and the adapter's kernel permuted."""
     return {
         f"Gaussian sketch of size {m:,}": [
             ntk.reduce_outputs(ntk.gaussian_sketch(full, m, generator=generator), "trace") for _ in range(draws)

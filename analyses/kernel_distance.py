@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,17 +22,15 @@ from torch import Tensor
 
 import ntk
 from analyses.comparison import Comparison, null_kernels
-from analyses.model_kernels import ModelKernels, full_kernels, is_backbone, is_scale, propulsion_kernels
+from analyses.kernel_distance_tables import summary
+from analyses.model_kernels import PAIRS, ModelKernels, full_kernels, is_backbone, is_scale, propulsion_kernels
 from analyses.results import STAGES, Metric, Result, check_writable, environment, write_result
-from analyses.tables import format_table, interval, number
-from propulsion.data import TaskData, load_task_data, tokenize
+from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
 from propulsion.pretrained import load_classifier
 from propulsion.training import TrainingConfig, apply_propulsion, evaluate, train
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# A kernel with the head is never set against one without it unawares: the names say what each covers.
-PAIRS = (("full_backbone", "propulsion_z"), ("full_all", "propulsion_z_head"), ("full_all", "propulsion_z"))
 FULL, ADAPTER = PAIRS[0]
 
 
@@ -47,16 +44,18 @@ class Config:
     """Folder with train and validation files (.jsonl, .csv, .tsv, .parquet) in GLUE's columns; else the hub."""
     model: str | None = None
     """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
-    n_examples: int = 32
+    n_examples: int = 24
     """Held-out examples that the kernels are computed on."""
     n_train: int | None = None
     """Training examples, drawn by the seed; all of them by default."""
+    n_validation: int | None = None
+    """Held-out examples for the task scores, the kernels' among them; all of them by default."""
     degree: float | None = None
     """Propulsion's degree k; by default the paper's for the task."""
     positions: tuple[str, ...] = ("all",)
     """Which layers carry a scale vector: all, attn, mlp, embedding, query, key, value, attention_output."""
-    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(default_factory=TrainingConfig)
-    """How both copies are trained; its seed is also that of the head, the subsamples and every random draw."""
+    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(default_factory=lambda: TrainingConfig(steps=60))
+    """How both copies are trained."""
     null_draws: int = 3
     """Draws of each random null model."""
     resamples: int = 200
@@ -88,6 +87,7 @@ class Setting:
     full: Any
     adapted: Any
     inputs: dict[str, Tensor]
+    labels: np.ndarray
     degree: float
 
     @property
@@ -107,7 +107,7 @@ def prepare(config: Config) -> Setting:
         config.task,
         data_dir=config.data_dir,
         n_train=config.n_train,
-        n_validation=config.n_examples,
+        n_validation=config.n_validation,
         seed=config.seed,
     )
     degree = data.task.degree if config.degree is None else config.degree
@@ -122,13 +122,15 @@ def prepare(config: Config) -> Setting:
         )
 
     full, tokenizer = load()
-    # Both splits are tokenized now, so that an example too long is reported before anything is computed.
-    held_out = tokenize(data.validation, tokenizer, data.task, config.training.max_length)
-    tokenize(data.train, tokenizer, data.task, config.training.max_length)
+    # Everything is tokenized now, so that an example too long is reported before anything is computed.
+    for rows in (data.train, data.validation):
+        tokenize(rows, tokenizer, data.task, config.training.max_length)
+    drawn = draw_rows(data.validation, data.task, config.n_examples, config.seed)
+    held_out = tokenize(drawn, tokenizer, data.task, config.training.max_length)
     adapted = apply_propulsion(load()[0], degree=degree, positions=config.positions)
     columns = {name: held_out[name] for name in held_out.column_names if name != "labels"}
     inputs = {name: value.to(config.device) for name, value in tokenizer.pad(columns, return_tensors="pt").items()}
-    return Setting(config, data, tokenizer, full, adapted, inputs, degree)
+    return Setting(config, data, tokenizer, full, adapted, inputs, np.asarray(drawn["label"]), degree)
 
 
 def run(config: Config) -> Result:
@@ -164,7 +166,7 @@ def run(config: Config) -> Result:
             "layer_shares": [{"stage": stage} | row for stage, found in kernels.items() for row in found.shares],
             "drift": _drift(kernels, config),
         },
-        arrays={"labels": np.asarray(setting.data.validation["label"])} | _arrays(kernels),
+        arrays={"labels": setting.labels} | _arrays(kernels),
         model=_model_identity(setting),
         dataset=_dataset_identity(setting.data),
         environment=environment(),
@@ -286,70 +288,6 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     seconds[step] = time.time() - start
 
 
-_READABLE = {
-    "alignment": "cosine alignment",
-    "cka": "centred alignment (CKA)",
-    "relative_frobenius": "relative Frobenius distance",
-    "relative_frobenius_scaled": "relative Frobenius distance, best scale",
-    "mean_absolute": "mean absolute difference",
-    "mean_absolute_scaled": "mean absolute difference, best scale",
-    "max_absolute": "largest absolute difference",
-    "max_absolute_scaled": "largest absolute difference, best scale",
-    "best_scale": "best scale",
-    "trace_ratio": "trace ratio",
-    "k_star": "k* = sqrt(tr K_F / tr K_P(1))",
-    "trace": "trace",
-    "effective_rank": "effective rank",
-}
-
-
-def summary(result: Result, *, markdown: bool = False) -> str:
-    """The result as tables: each pair and each kernel at both stages, null models, scores, coverage."""
-
-    def cell(name: str, stage: str, left: str, right: str = "") -> str:
-        found = [m for m in result.metrics if (m.name, m.stage, m.left, m.right) == (name, stage, left, right)]
-        return interval(found[0].value, found[0].low, found[0].high) if found else "-"
-
-    def rows_of(left: str, right: str) -> list[list[str]]:
-        names = dict.fromkeys(m.name for m in result.metrics if (m.left, m.right) == (left, right))
-        return [[_READABLE[name], *(cell(name, stage, left, right) for stage in STAGES)] for name in names]
-
-    stages = ["at initialisation", "after training"]
-    table = partial(format_table, markdown=markdown)
-    blocks = [table([f"{left} against {right}", *stages], rows_of(left, right)) for left, right in PAIRS]
-    nulls = dict.fromkeys(
-        m.right for m in result.metrics if m.left == FULL and m.right not in {r for _, r in PAIRS} | {""}
-    )
-    rivals = [ADAPTER, *nulls]
-    blocks.append(
-        table(
-            [f"CKA with {FULL} of", *stages],
-            [[right, *(cell("cka", stage, FULL, right) for stage in STAGES)] for right in rivals],
-        )
-    )
-    blocks.append(
-        table(
-            ["kernel alone", "trace before", "after", "effective rank before", "after", "CKA before/after"],
-            [
-                [
-                    row["kernel"],
-                    *(cell("trace", stage, row["kernel"]) for stage in STAGES),
-                    *(cell("effective_rank", stage, row["kernel"]) for stage in STAGES),
-                    number(row["cka"]),
-                ]
-                for row in result.tables["drift"]
-            ],
-        )
-    )
-    scores = result.tables["scores"]
-    names = [name for name in scores[0] if name != "model"]
-    blocks.append(
-        table(["score on validation", *names], [[row["model"], *(number(row[n]) for n in names)] for row in scores])
-    )
-    blocks.append(table(["kernel", "covers"], [[name, words] for name, words in result.coverage.items()]))
-    return "\n\n".join(blocks)
-
-
 def main(config: Config) -> None:
     """Run, print, write the result folder, draw the figure."""
     output = config.output_dir or Path("results") / f"kernel_distance-{config.task}"
@@ -364,4 +302,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, description=__doc__)))
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.kernel_distance", description=__doc__)))

@@ -9,6 +9,9 @@ from torch import Tensor
 import ntk
 from propulsion.errors import UserError
 
+# A kernel with the head is never set against one without it unawares: the names say what each covers.
+PAIRS = (("full_backbone", "propulsion_z"), ("full_all", "propulsion_z_head"), ("full_all", "propulsion_z"))
+
 
 @dataclass(frozen=True)
 class ModelKernels:

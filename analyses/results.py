@@ -245,7 +245,7 @@ def _refuse_to_lose(output: Path, *, overwrite: bool) -> None:
     if names and RESULT_FILE not in names:
         raise UserError(f"cannot write results to {output}: it holds something else ({names[0]}); name a new folder")
     if names and not overwrite:
-        raise UserError(f"{output} already holds a result; name another folder, or allow it to be overwritten")
+        raise UserError(f"{output} already holds a result; name another folder, or pass --overwrite")
     if foreign:
         raise UserError(f"will not replace the result in {output}: it also holds {foreign[0]}; move that away first")
 

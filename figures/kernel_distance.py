@@ -31,6 +31,8 @@ ADAPTER = "propulsion_z"
 
 _HEADINGS = {"initialisation": "At initialisation", "trained": "After training"}
 _PERCENTILE = 99.0
+# Negative entries smaller than this share of the colour range are not worth half of it.
+_VISIBLE = 0.1
 _ROW_HEIGHT = 2.65
 # A class name needs this share of a map's height, or it would run into the one above.
 _MIN_LABEL_GAP = 0.08
@@ -93,7 +95,7 @@ def write(result: Result, folder: Path | str, *, full: str = FULL, adapter: str 
 
 
 def color_limits(full: Float[np.ndarray, "n n"], scaled: Float[np.ndarray, "n n"]) -> tuple[float, float]:
-    """Return the colour limits of a row: from zero, or symmetric where an entry is negative.
+    """Return the colour limits of a row: from zero, or symmetric where negative entries are large enough to be seen.
 
     They end at the 99th percentile of the absolute entries off the diagonal, of both kernels together.
     """
@@ -102,7 +104,7 @@ def color_limits(full: Float[np.ndarray, "n n"], scaled: Float[np.ndarray, "n n"
     limit = float(np.percentile(pooled, _PERCENTILE)) if pooled.size else 0.0
     # One example, or unrelated ones: nothing off the diagonal to see, so show the diagonal.
     limit = limit or float(max(np.abs(full).max(), np.abs(scaled).max())) or 1.0
-    return (-limit if min(full.min(), scaled.min()) < 0 else 0.0), limit
+    return (-limit if min(full.min(), scaled.min()) < -_VISIBLE * limit else 0.0), limit
 
 
 # --- reading the result --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from ntk import inputs, kernels, metrics, nulls, outputs
 from ntk.empirical import METHODS, empirical_ntk, layer_kernels
 from ntk.kernels import flatten, reduce_outputs
 from ntk.metrics import (
+    UndefinedMetricError,
     best_scale,
     center,
     cka,
@@ -28,6 +29,7 @@ from ntk.nulls import gaussian_sketch, hidden_state_kernel, permuted, random_sub
 
 __all__ = [
     "METHODS",
+    "UndefinedMetricError",
     "best_scale",
     "center",
     "cka",

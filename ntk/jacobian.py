@@ -61,7 +61,7 @@ def layer_kernels(
     tiles1 = _inputs.tiles(groups1, size)
     tiles2 = tiles1 if symmetric else _inputs.tiles(groups2, size)
     pairs = [(i, j) for i in range(len(tiles1)) for j in range(i if symmetric else 0, len(tiles2))]
-    with tqdm(total=len(pairs), desc="kernel tiles", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(pairs), desc="kernel tiles", disable=None if progress else True, leave=False) as bar:
         for i, tile1 in enumerate(tiles1):
             rows, jacobian1 = jacobian(params, tile1)
             for j in range(i if symmetric else 0, len(tiles2)):
@@ -215,6 +215,6 @@ def selected_jacobian_rows(
     """(example indices, Jacobian at the chosen coordinates ``(b, c, m)``) by group; ``chosen`` is flat, by name."""
     jacobian = jacobian_function(model, output)
     groups = _inputs.group_examples(inputs, encoder_decoder=is_encoder_decoder(model))
-    for tile in tqdm(_inputs.tiles(groups, 1), desc="Jacobians", disable=not progress, leave=False):
+    for tile in tqdm(_inputs.tiles(groups, 1), desc="Jacobians", disable=None if progress else True, leave=False):
         rows, blocks = jacobian({name: params[name] for name in chosen}, tile)
         yield rows, torch.cat([blocks[name].flatten(2)[:, :, index] for name, index in chosen.items()], dim=2)

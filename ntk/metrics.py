@@ -14,6 +14,10 @@ from ntk.kernels import Kernel, flatten
 DISTANCES = ("relative_frobenius", "mean_absolute", "max_absolute")
 
 
+class UndefinedMetricError(ValueError):
+    """A metric has no value on these kernels, as an angle with zero has none."""
+
+
 def kernel_distance(
     K1: Kernel,
     K2: Kernel,
@@ -90,7 +94,7 @@ def trace_ratio(K1: Kernel, K2: Kernel) -> float:
     """tr K1 / tr K2."""
     denominator = trace(K2)
     if denominator == 0:
-        raise ValueError("K2 has trace 0: its parameters do not influence the outputs")
+        raise UndefinedMetricError("K2 has trace 0: its parameters do not influence the outputs")
     return trace(K1) / denominator
 
 
@@ -116,7 +120,7 @@ def effective_rank(kernel: Kernel) -> float:
     """
     eigenvalues = spectrum(kernel)
     if eigenvalues[0] <= 0:
-        raise ValueError("the effective rank of a zero kernel is undefined")
+        raise UndefinedMetricError("the effective rank of a zero kernel is undefined")
     # Single-precision kernels have eigenvalues of relative size 1e-7 with either sign; anything larger is a mistake.
     if eigenvalues[-1] < -1e-4 * eigenvalues[0]:
         raise ValueError(
@@ -153,7 +157,7 @@ def _inner(A: Tensor, B: Tensor) -> Tensor:
 def _norm(A: Tensor, name: str) -> Tensor:
     norm = A.norm()
     if norm == 0:
-        raise ValueError(
+        raise UndefinedMetricError(
             f"{name} is zero: its parameters do not influence the outputs (or are constant after centring)"
         )
     return norm

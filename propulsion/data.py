@@ -88,6 +88,12 @@ def load_task_data(
     )
 
 
+def draw_rows(data: Dataset, task: Task, n: int, seed: int) -> Dataset:
+    """Draw n rows at random, keeping the classes' proportions as `load_task_data` does."""
+    columns = {name: list(data[name]) for name in data.column_names}
+    return _to_dataset(task, _subsample(task, "the validation rows", columns, n, seed))
+
+
 def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int | None = None) -> Dataset:
     """Turn rows into model inputs, unpadded, with their labels as `labels` (int, or float for a regression).
 

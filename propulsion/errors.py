@@ -1,6 +1,7 @@
 """Mistakes of the user: one exception class, and how a command reports it."""
 
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -14,6 +15,8 @@ def run_command(main: Callable[[], None]) -> None:
     Exit codes: 2 after a `UserError`, 130 after an interrupt, as shells report it. Any other exception is a defect of
     ours and keeps its traceback.
     """
+    # Libraries announce their own plans by these; who runs a command can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main()
     except UserError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -94,6 +95,13 @@ class PropulsionModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)  # a further adapter is trainable only once it is made active
         self._replace_module(parent, target_name, adapted, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # A head of several layers, trained beside the scales: peft would look for one `weight` on it.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """Nothing to warn of: a tied embedding and head have one weight and each a z of its own."""

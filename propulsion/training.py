@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from propulsion.data import TaskData, tokenize
-from propulsion.errors import UserError
+from propulsion.errors import UserError, one_line
 from propulsion.optim import Rates, parameter_groups
 from propulsion.tasks import METRICS
 
@@ -54,7 +54,7 @@ class TrainingConfig:
     max_length: int | None = None
     """Cut examples to this many tokens; without it, longer ones than the model takes are an error."""
     seed: int = 0
-    """Seed of the data order and of dropout."""
+    """Seed of every random draw: the head, the rows drawn, the data order, dropout."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -65,6 +65,7 @@ class TrainingConfig:
             "warmup_ratio": 0 <= self.warmup_ratio < 1,
             "weight_decay": self.weight_decay >= 0,
             "max_grad_norm": self.max_grad_norm >= 0,
+            "seed": 0 <= self.seed < 2**32,
         }
         for name, good in checks.items():
             if not good:
@@ -105,8 +106,11 @@ def apply_propulsion(
 
     # The task type is what makes peft train, and save, the head beside the adapter.
     task_type = TaskType.SEQ_CLS if train_head else None
-    config = PropulsionConfig(degree=degree, positions=list(positions), task_type=task_type)
-    return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    try:
+        config = PropulsionConfig(degree=degree, positions=list(positions), task_type=task_type)
+        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
 
 
 def train(

@@ -1,12 +1,9 @@
 """Shared by all tests: helpers on the path, one thread per worker, and no look at the network."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 

@@ -1,5 +1,7 @@
 """Bootstrap intervals: reproducible, about the value, and covering what they should."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -55,3 +57,8 @@ def test_mistakes():
         bootstrap_interval(ntk.cka, [torch.eye(2), torch.eye(3)], resamples=1, seed=0)
     with pytest.raises(ValueError, match="level"):
         bootstrap_interval(ntk.trace, [torch.eye(2)], resamples=1, seed=0, level=1.5)
+
+
+def test_an_undefined_metric_is_not_a_number_rather_than_a_crash():
+    kernels = [torch.eye(4), torch.zeros(4, 4)]
+    assert all(math.isnan(end) for end in bootstrap_interval(ntk.cka, kernels, resamples=3, seed=0))

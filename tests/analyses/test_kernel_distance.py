@@ -1,0 +1,165 @@
+"""The main job on a tiny model: what the result holds, that it follows the seed, and what a mistake prints."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from analyses.kernel_distance import Config, main, run
+from analyses.kernel_distance_tables import summary
+from analyses.results import STAGES, load_result
+from propulsion.errors import UserError
+from propulsion.pretrained import default_model_folder
+from propulsion.training import TrainingConfig
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(default_model_folder())
+    torch.manual_seed(0)
+    BertForSequenceClassification(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+                   vocab_size=len(tokenizer), max_position_embeddings=64)
+    ).save_pretrained(folder)  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model):
+    training = TrainingConfig(steps=3, batch_size=4, seed=3)
+    return Config(model=str(tiny_model), n_examples=8, n_validation=12, training=training, null_draws=2, resamples=10)
+
+
+@pytest.fixture(scope="module")
+def result(config):
+    return run(config)
+
+
+def test_every_kernel_is_there_at_both_stages_symmetric_and_positive(result):
+    for stage in STAGES:
+        for name in ("full_backbone", "full_all", "propulsion_z", "propulsion_z_head"):
+            kernel, whole = result.arrays[f"{stage}.{name}"], result.arrays[f"all_outputs.{stage}.{name}"]
+            assert kernel.shape == (8, 8)
+            np.testing.assert_allclose(kernel, np.trace(whole, axis1=2, axis2=3), rtol=1e-5)
+            np.testing.assert_allclose(kernel, kernel.T, rtol=1e-4, atol=1e-6 * np.abs(kernel).max())
+            assert np.linalg.eigvalsh(kernel.astype(float)).min() > -1e-5 * np.trace(kernel)
+
+
+def test_the_head_is_the_same_on_both_sides_at_the_start(result):
+    """Its share is the same kernel in both models, so the two differences agree."""
+    start = {name.split(".")[1]: k for name, k in result.arrays.items() if name.startswith("initialisation.")}
+    head = start["full_all"] - start["full_backbone"]
+    np.testing.assert_allclose(start["propulsion_z_head"] - start["propulsion_z"], head, rtol=1e-3, atol=1e-5)
+    assert np.trace(head) > 0
+
+
+def test_training_moved_every_kernel(result):
+    for row in result.tables["drift"]:
+        assert row["relative_frobenius"] > 0
+
+
+def test_k_star_is_the_root_of_the_ratio_of_traces_at_degree_one(result):
+    full, adapter = (result.arrays[f"initialisation.{name}"] for name in ("full_backbone", "propulsion_z"))
+    k_star = result.metric("k_star", stage="initialisation", left="full_backbone", right="propulsion_z").value
+    assert k_star == pytest.approx(np.sqrt(np.trace(full) / (np.trace(adapter) / 15**2)), rel=1e-5)
+
+
+def test_layer_shares_add_up(result):
+    for stage in STAGES:
+        for kernel in ("full_backbone", "full_all", "propulsion_z", "propulsion_z_head"):
+            shares = [r for r in result.tables["layer_shares"] if (r["stage"], r["kernel"]) == (stage, kernel)]
+            assert sum(r["trace_share"] for r in shares) == pytest.approx(1, rel=1e-5)
+
+
+def test_every_pair_has_every_metric_with_its_interval_and_every_null_model(result):
+    names = {m.name for m in result.metrics if (m.left, m.right) == ("full_all", "propulsion_z_head")}
+    assert names == {
+        "alignment", "cka", "best_scale", "trace_ratio", "relative_frobenius", "relative_frobenius_scaled",
+        "mean_absolute", "mean_absolute_scaled", "max_absolute", "max_absolute_scaled",
+    }  # fmt: skip
+    nulls = {m.right for m in result.metrics if m.left == "full_backbone"} - {"", "propulsion_z"}
+    assert sorted(null.split()[0] for null in nulls) == ["Gaussian", "Propulsion,", "last", "random"]
+    assert all(m.low <= m.high for m in result.metrics if m.low is not None)
+
+
+def test_coverage_states_the_parameters_of_each_kernel(result, tiny_model):
+    total = result.model["parameters"]
+    head = 32 * 2 + 2
+    assert f"{total:,} parameters" in result.coverage["full_all"]
+    assert f"{total - head:,} parameters" in result.coverage["full_backbone"]
+    assert f"{result.model['scales']:,} parameters" in result.coverage["propulsion_z"]
+    assert f"{result.model['scales'] + head:,} parameters" in result.coverage["propulsion_z_head"]
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_another(config, result):
+    again = run(config)
+    assert again.metrics == result.metrics
+    for name, array in result.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], array)
+    other = run(dataclasses.replace(config, training=dataclasses.replace(config.training, seed=4)))
+    assert not np.array_equal(other.arrays["trained.full_all"], result.arrays["trained.full_all"])
+
+
+def test_the_command_prints_a_table_and_writes_numbers_kernels_and_figures(config, tmp_path, capsys):
+    main(dataclasses.replace(config, output_dir=tmp_path / "result"))
+    printed = capsys.readouterr().out
+    assert "full_backbone against propulsion_z" in printed
+    assert "score on validation" in printed
+    files = {path.name for path in (tmp_path / "result").iterdir()}
+    assert files == {"result.json", "kernels.npz", "kernel_distance.png", "kernel_distance.pdf"}
+    stored = load_result(tmp_path / "result")
+    assert stored.config["training"]["steps"] == 3
+    assert summary(stored) in printed
+    assert json.loads((tmp_path / "result" / "result.json").read_text())["seed"] == 3
+
+
+def test_an_earlier_result_is_not_replaced_unasked(config, tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="already holds a result"):
+        main(dataclasses.replace(config, output_dir=tmp_path))
+
+
+def test_a_regression_task_works(config, tmp_path):
+    for split in ("train", "validation"):
+        lines = ["sentence1\tsentence2\tlabel"] + [f"word {i}\tother word {i}\t{i % 6}" for i in range(12)]
+        (tmp_path / f"{split}.tsv").write_text("\n".join(lines))
+    found = run(dataclasses.replace(config, task="stsb", data_dir=tmp_path))
+    assert {"pearson", "spearman"} <= set(found.tables["scores"][0])
+    assert found.arrays["all_outputs.trained.full_all"].shape == (8, 8, 1, 1)
+    assert found.config["degree"] == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "sts"}, "unknown task"),
+        ({"n_examples": 1}, "at least 2"),
+        ({"n_examples": 10**6}, "cannot draw 1000000"),
+        ({"positions": ("nowhere",)}, "positions must be"),
+        ({"degree": 0.0}, "degree must be"),
+        ({"device": "tpu9"}, "device"),
+        ({"memory_budget_gb": 1e-6}, "raise memory_budget"),
+        ({"model": "/no/such/folder"}, "cannot load model"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_named_before_anything_is_written(config, tmp_path, changes, message):
+    output = tmp_path / "result"
+    with pytest.raises(UserError, match=message):
+        main(dataclasses.replace(config, output_dir=output, **changes))
+    assert not output.exists()
+
+
+def test_from_the_shell_a_mistake_is_one_line_and_exit_code_two():
+    command = [sys.executable, "-m", "analyses.kernel_distance", "--task", "sst3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "unknown task 'sst3'" in done.stderr
