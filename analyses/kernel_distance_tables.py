@@ -1,10 +1,16 @@
 """A result of `analyses.kernel_distance` as tables, for the terminal and for documents."""
 
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from analyses.model_kernels import PAIRS
-from analyses.results import STAGES, Result
+from analyses.results import STAGES, Result, load_result
 from analyses.tables import format_table, interval, number
+from propulsion.errors import UserError, run_command
 
 _FULL, _ADAPTER = PAIRS[0]
 _READABLE = {
@@ -69,3 +75,24 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     )
     blocks.append(table(["kernel", "covers"], [[name, words] for name, words in result.coverage.items()]))
     return "\n\n".join(blocks)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tables of stored results of analyses.kernel_distance, in Markdown."""
+
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Result folders."""
+
+
+def main(config: Config) -> None:
+    """Print the tables of each result, under its own heading."""
+    if not config.results:
+        raise UserError("name one or more result folders")
+    for folder in config.results:
+        result = load_result(folder)
+        print(f"## {result.dataset['name']}\n\n{summary(result, markdown=True)}\n")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.kernel_distance_tables")))
