@@ -90,4 +90,4 @@ def _degree(model: nn.Module) -> float:
     """Return the degree of a Propulsion model, 1 for any other."""
     if not isinstance(model, PeftModel):
         return 1.0
-    return float(getattr(model.peft_config[model.active_adapter], "degree", 1.0))
+    return float(getattr(model.active_peft_config, "degree", 1.0))

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from propulsion.config import PropulsionConfig
 from propulsion.data import TaskData, tokenize
 from propulsion.errors import UserError, one_line
 from propulsion.optim import Rates, parameter_groups
@@ -98,12 +99,12 @@ def apply_propulsion(
         model: A classifier or regressor.
         degree: Exponent k of the scales.
         positions: Which layers carry a scale vector, as in `PropulsionConfig`.
-        train_head: Whether the head is trained too. It starts at random, so without it the scales must fit a random readout.
-    """
-    from propulsion import (
-        PropulsionConfig,
-    )  # Here, since the package itself need not be complete to train a full model.
+        train_head: Whether the head is trained too. It starts at random, so without it the scales must fit a random
+            readout.
 
+    Raises:
+        UserError: If the degree or a position cannot be used on this model.
+    """
     # The task type is what makes peft train, and save, the head beside the adapter.
     task_type = TaskType.SEQ_CLS if train_head else None
     try:
@@ -123,8 +124,8 @@ def train(
 ) -> TrainingResult:
     """Train, in place, the parameters that require gradients. Writes no file.
 
-    The same seed gives bit-equal weights on the CPU with the same number of threads. The model's mode and the global random states are
-    left as they were.
+    The same seed gives bit-equal weights on the CPU with the same number of threads. The model's mode and the global
+    random states are left as they were.
 
     Raises:
         UserError: If nothing is trainable, an example is too long, or the loss or a weight stops being finite.
