@@ -58,10 +58,7 @@ def load_classifier(
     """
     source = str(default_model_folder() if model is None else model)
     config = _load_config(source, num_labels)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except _LOADING_ERRORS as error:
-        raise UserError(f"cannot load a tokenizer of {source}: {first_line(error)}") from error
+    tokenizer = _load_tokenizer(source)
     network = _load_weights(source, config, seed, dtype)
     _check_finite(network, source)
     _agree_on_padding(network, tokenizer)
@@ -93,6 +90,17 @@ def _load_config(source: str, num_labels: int) -> PreTrainedConfig:
         )
     config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
     return config
+
+
+def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except _LOADING_ERRORS as error:
+        raise UserError(f"cannot load a tokenizer of {source}: {first_line(error)}") from error
+    # Without its files transformers makes one that knows the special tokens alone, and every word is unknown to it.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(f"cannot load a tokenizer of {source}: its vocabulary files are missing")
+    return tokenizer
 
 
 def _load_weights(source: str, config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:

@@ -198,7 +198,9 @@ def predict(
 
 def _loader(rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> DataLoader[Any]:
     collate = DataCollatorWithPadding(tokenizer)
-    return DataLoader(rows, batch_size=batch_size, collate_fn=collate)  # pyright: ignore[reportArgumentType]
+    # A generator of its own: without one a loader, even an unshuffled one, draws from the global one.
+    generator = torch.Generator()
+    return DataLoader(rows, batch_size=batch_size, collate_fn=collate, generator=generator)  # pyright: ignore[reportArgumentType]
 
 
 class _Trainer(Trainer):

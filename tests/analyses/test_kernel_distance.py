@@ -7,28 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from analyses.kernel_distance import Config, main, run
 from analyses.kernel_distance_tables import summary
 from analyses.results import STAGES, load_result
 from propulsion.errors import UserError
-from propulsion.pretrained import default_model_folder
 from propulsion.training import TrainingConfig
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(default_model_folder())
-    torch.manual_seed(0)
-    BertForSequenceClassification(
-        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-                   vocab_size=len(tokenizer), max_position_embeddings=64)
-    ).save_pretrained(folder)  # fmt: skip
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,242 @@
+"""Rows from files: every format the same, every unusable row refused in one line, every draw stratified and seeded."""
+
+import csv
+import json
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import AutoTokenizer
+
+from propulsion.data import draw_rows, load_task_data, tokenize
+from propulsion.errors import UserError
+from propulsion.tasks import get_task
+
+TRAIN = [{"sentence": f'a "fine" film, number {i}', "label": int(i % 4 == 0)} for i in range(12)]
+VALIDATION = [{"sentence": "1999", "label": 0}, {"sentence": "NA", "label": 1}, {"sentence": "élan, vital", "label": 1}]
+
+
+def write_jsonl(path, rows):
+    path.with_suffix(".jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def write_json(path, rows):
+    path.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def write_csv(path, rows):
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_tsv(path, rows):
+    lines = ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)]
+    path.with_suffix(".tsv").write_text("\n".join(lines), encoding="utf-8")
+
+
+def write_parquet(path, rows):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
+
+
+WRITERS = {"jsonl": write_jsonl, "json": write_json, "csv": write_csv, "tsv": write_tsv, "parquet": write_parquet}
+
+
+def folder_of(tmp_path, train=None, validation=None, write=write_jsonl):
+    write(tmp_path / "train", TRAIN if train is None else train)
+    write(tmp_path / "validation", VALIDATION if validation is None else validation)
+    return tmp_path
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_every_format_reads_the_same_rows(tmp_path, write):
+    (tmp_path / "reference").mkdir()
+    reference = load_task_data("sst2", data_dir=folder_of(tmp_path / "reference"))
+    data = load_task_data("sst2", data_dir=folder_of(tmp_path, write=write))
+    assert list(data.validation["sentence"]) == ["1999", "NA", "élan, vital"]
+    assert list(data.train["label"]) == [row["label"] for row in TRAIN]
+    assert data.fingerprint == reference.fingerprint
+
+
+def test_label_names_stand_for_numbers(tmp_path):
+    (tmp_path / "numbers").mkdir()
+    named = [{**row, "label": ("negative", "positive")[row["label"]]} for row in TRAIN]
+    data = load_task_data("sst2", data_dir=folder_of(tmp_path, train=named))
+    assert data.fingerprint == load_task_data("sst2", data_dir=folder_of(tmp_path / "numbers")).fingerprint
+
+
+def test_fingerprint_follows_the_rows(tmp_path):
+    folder = folder_of(tmp_path)
+    whole = load_task_data("sst2", data_dir=folder).fingerprint
+    assert load_task_data("sst2", data_dir=folder, n_train=6).fingerprint != whole
+    (changed := [dict(row) for row in TRAIN])[0]["sentence"] += "!"
+    assert load_task_data("sst2", data_dir=folder_of(tmp_path, train=changed)).fingerprint != whole
+
+
+def test_demo_needs_no_files():
+    data = load_task_data("demo")
+    assert {len(set(split["label"])) for split in (data.train, data.validation)} == {2}
+    assert not set(data.train["sentence"]) & set(data.validation["sentence"])
+
+
+def changed(row, **columns):
+    return [*TRAIN[:row], {**TRAIN[row], **columns}, *TRAIN[row + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ([{"text": "x", "label": 0}], "lacks the column sentence of task sst2; its columns are: text, label"),
+        ([{"sentence": "x"}], "lacks the column label"),
+        ([], "lacks the column sentence, label"),
+        (changed(4, sentence=None), "row 5: sentence is None, expected text"),
+        (changed(2, label=2), r"row 3: label 2 is not one of 0 \(negative\), 1 \(positive\)"),
+        (changed(2, label=0.5), "row 3: label 0.5 is not one of"),
+        (changed(2, label="good"), "row 3: label 'good' is not a number"),
+        (changed(2, label=float("nan")), r"row 3: the label is missing \(NaN\)"),
+        (changed(2, label=None), "row 3: label None is not a number"),
+        (changed(0, label=-1), r"row 1 is unlabelled \(-1"),
+        (TRAIN[1:4], r"has one label only \(0\)"),
+    ],
+)
+def test_unusable_rows_are_named(tmp_path, train, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_task_data("sst2", data_dir=folder_of(tmp_path, train=train))
+    assert "\n" not in str(caught.value)
+    assert "train.jsonl" in str(caught.value)
+
+
+def test_a_header_without_rows(tmp_path):
+    folder = folder_of(tmp_path)
+    (folder / "train.jsonl").unlink()
+    (folder / "train.csv").write_text("sentence,label\n")
+    with pytest.raises(UserError, match=r"train.csv has no rows"):
+        load_task_data("sst2", data_dir=folder)
+
+
+@pytest.mark.parametrize("score", [5.1, -0.1, 50])
+def test_regression_labels_stay_in_range(tmp_path, score):
+    rows = [{"sentence1": "a", "sentence2": "b", "label": value} for value in (0.0, 2.5, score)]
+    with pytest.raises(UserError, match=f"row 3: label {score} is outside 0.0 to 5.0"):
+        load_task_data("stsb", data_dir=folder_of(tmp_path, train=rows, validation=rows[:2]))
+
+
+def test_regression_labels_are_float32(tmp_path):
+    rows = [{"sentence1": "a", "sentence2": "b", "label": value} for value in (0, 2.5)]
+    data = load_task_data("stsb", data_dir=folder_of(tmp_path, train=rows, validation=rows))
+    assert data.train.features["label"].dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: (folder / "validation.jsonl").unlink(), "no validation file in .*looked for validation with"),
+        (lambda folder: write_csv(folder / "train", TRAIN), "ambiguous train file in .*train.jsonl, train.csv"),
+        (lambda folder: (folder / "train.jsonl").write_text('{"a": 1}\n{"a": \n'), "not valid JSON at line 2"),
+        (lambda folder: (folder / "train.jsonl").write_text('{"a": 1}\n{"b": 1}\n'), "row 2: columns b differ from a"),
+        (lambda folder: (folder / "train.jsonl").write_text("[1]"), "row 1: expected an object of columns, found int"),
+        (lambda folder: (folder / "train.jsonl").write_bytes(b"\xff\xfe\xfa"), "cannot read .*train.jsonl"),
+    ],
+)
+def test_unreadable_files(tmp_path, prepare, message):
+    prepare(folder_of(tmp_path))
+    with pytest.raises(UserError, match=message) as caught:
+        load_task_data("sst2", data_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_ragged_csv_names_the_line(tmp_path):
+    folder = folder_of(tmp_path, write=write_csv)
+    with (folder / "train.csv").open("a") as file:
+        file.write("one,two,three\n")
+    with pytest.raises(UserError, match=r"train.csv, line 14: expected 2 fields, found 3"):
+        load_task_data("sst2", data_dir=folder)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UserError, match=r"data folder .*nowhere does not exist"):
+        load_task_data("sst2", data_dir=tmp_path / "nowhere")
+
+
+def test_hub_out_of_reach_says_what_to_give():
+    with pytest.raises(UserError, match=r"cannot get nyu-mll/glue \(sst2\).*give --data-dir") as caught:
+        load_task_data("sst2")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(2, {0: 1, 1: 1}), (4, {0: 3, 1: 1}), (8, {0: 6, 1: 2}), (12, {0: 9, 1: 3})]
+)
+def test_draws_keep_the_classes_proportions(tmp_path, n, expected):
+    data = load_task_data("sst2", data_dir=folder_of(tmp_path), n_train=n)
+    assert Counter(data.train["label"]) == expected
+    assert len(set(data.train["sentence"])) == n
+
+
+def test_draws_follow_the_seed_and_keep_file_order(tmp_path):
+    folder = folder_of(tmp_path)
+    loaded = [load_task_data("sst2", data_dir=folder, n_train=6, seed=seed) for seed in (0, 0, 1)]
+    draws = [list(data.train["sentence"]) for data in loaded]
+    assert draws[0] == draws[1] != draws[2]
+    order = [row["sentence"] for row in TRAIN]
+    assert draws[0] == sorted(draws[0], key=order.index)
+    assert "drawn with seed 1" in loaded[2].source
+
+
+@pytest.mark.parametrize(
+    ("n", "message"), [(13, "cannot draw 13 rows .* it has 12"), (0, "cannot draw 0 rows"), (1, "2 classes, and each")]
+)
+def test_draws_of_the_wrong_size(tmp_path, n, message):
+    with pytest.raises(UserError, match=message):
+        load_task_data("sst2", data_dir=folder_of(tmp_path), n_train=n)
+
+
+def test_draw_rows_draws_from_a_loaded_split(tmp_path):
+    data = load_task_data("sst2", data_dir=folder_of(tmp_path))
+    drawn = draw_rows(data.train, data.task, 4, seed=0)
+    assert Counter(drawn["label"]) == {0: 3, 1: 1}
+    assert drawn.features == data.train.features
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.model_max_length = 16
+    return tokenizer
+
+
+@pytest.fixture
+def long_rows(tmp_path):
+    rows = [*TRAIN, {"sentence": "word " * 40, "label": 0}]
+    return load_task_data("sst2", data_dir=folder_of(tmp_path, train=rows)).train
+
+
+def test_tokens_are_unpadded_and_carry_their_labels(tmp_path, tokenizer):
+    data = load_task_data("sst2", data_dir=folder_of(tmp_path))
+    encoded = tokenize(data.validation, tokenizer, data.task)
+    assert [len(ids) for ids in encoded["input_ids"]] == [
+        len(tokenizer(row["sentence"]).input_ids) for row in VALIDATION
+    ]
+    assert list(encoded["labels"]) == [0, 1, 1]
+
+
+def test_pairs_are_told_apart(tokenizer, tmp_path):
+    rows = [{"sentence1": "one", "sentence2": "two", "label": value} for value in (0, 1)]
+    data = load_task_data("rte", data_dir=folder_of(tmp_path, train=rows, validation=rows))
+    encoded = tokenize(data.train, tokenizer, data.task)
+    assert encoded["input_ids"][0] == tokenizer("one", "two").input_ids
+    assert set(encoded["token_type_ids"][0]) == {0, 1}
+
+
+def test_long_examples_are_an_error_unless_cut(long_rows, tokenizer):
+    with pytest.raises(UserError, match=r"1 of 13 examples are longer than .*16 tokens .longest: 42"):
+        tokenize(long_rows, tokenizer, get_task("sst2"))
+    assert max(len(ids) for ids in tokenize(long_rows, tokenizer, get_task("sst2"), max_length=10)["input_ids"]) == 10
+
+
+@pytest.mark.parametrize("max_length", [17, 2, 0, -1])
+def test_max_length_out_of_range(long_rows, tokenizer, max_length):
+    with pytest.raises(UserError, match=f"max_length is {max_length}, expected 3 to 16"):
+        tokenize(long_rows, tokenizer, get_task("sst2"), max_length=max_length)

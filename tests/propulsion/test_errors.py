@@ -1,0 +1,37 @@
+"""How a command ends: one line and its exit code, or, for a defect of ours, the traceback."""
+
+import pytest
+
+from propulsion.errors import UserError, first_line, one_line, run_command
+
+
+def raises(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_a_users_mistake_is_one_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_command(raises(UserError("a\n  message\nof lines")))
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", "error: a message of lines\n")
+
+
+def test_an_interrupt_ends_as_shells_report_it(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_command(raises(KeyboardInterrupt()))
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.startswith("interrupted")
+
+
+@pytest.mark.parametrize("error", [ValueError("defect"), RuntimeError("defect"), AssertionError()])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        run_command(raises(error))
+
+
+def test_messages_without_text():
+    assert one_line(ValueError()) == first_line(ValueError()) == "ValueError"
+    assert first_line(ValueError("\n one \n two")) == "one"

@@ -1,0 +1,51 @@
+"""Which rate and decay each parameter trains with."""
+
+import pytest
+from peft import IA3Config, get_peft_model
+
+from propulsion.optim import ADAPTER_RATE, HEAD_RATE, SCALE_RATE, WEIGHT_RATE, Rates, parameter_groups
+from propulsion.pretrained import load_classifier
+from propulsion.training import apply_propulsion
+
+
+@pytest.fixture
+def model(tiny_model):
+    return load_classifier(tiny_model, num_labels=2)[0]
+
+
+def by_parameter(model, **kwargs):
+    groups = parameter_groups(model, **{"rates": Rates(), "weight_decay": 0.1} | kwargs)
+    found = {id(p): group for group in groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups)  # None twice.
+    return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+
+
+def test_full_fine_tuning(model):
+    groups = by_parameter(model)
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    for name, group in groups.items():
+        head = name.startswith("classifier")
+        assert (group["role"], group["lr"]) == (("head", HEAD_RATE) if head else ("weight", WEIGHT_RATE))
+        # Biases and norms are vectors, and vectors are not decayed.
+        assert group["weight_decay"] == (0 if name.endswith("bias") or "LayerNorm" in name else 0.1)
+
+
+@pytest.mark.parametrize("degree", [1, 15])
+def test_scales_follow_their_degree_and_do_not_decay(model, degree):
+    groups = by_parameter(apply_propulsion(model, degree=degree))
+    scales = {name: group for name, group in groups.items() if group["role"] == "scale"}
+    heads = groups.keys() - scales.keys()
+    assert scales
+    assert {(g["lr"], g["weight_decay"]) for g in scales.values()} == {(SCALE_RATE / degree, 0.0)}
+    assert {(groups[name]["role"], groups[name]["lr"]) for name in heads} == {("head", HEAD_RATE)}
+    assert not any(name.endswith("base_layer.weight") for name in groups)
+
+
+def test_other_adapters_have_their_own_rate(model):
+    groups = by_parameter(get_peft_model(model, IA3Config(target_modules=["query"], feedforward_modules=[])))
+    assert {(group["role"], group["lr"]) for group in groups.values()} == {("adapter", ADAPTER_RATE)}
+
+
+def test_given_rates_are_taken_as_they_are(model):
+    groups = by_parameter(apply_propulsion(model, degree=15), rates=Rates(body=0.5, head=0.25))
+    assert {(group["role"], group["lr"]) for group in groups.values()} == {("scale", 0.5), ("head", 0.25)}
