@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntk import jacobian
+from ntk import jacobian, structured
 from ntk.functional import ParameterChoice, evaluation, nonfinite_cause, select_parameters
 from ntk.inputs import Inputs
 from ntk.kernels import REDUCTIONS, reduce_outputs
@@ -15,6 +15,9 @@ from ntk.outputs import Output
 # name -> function(model, inputs, inputs2, *, params, output, memory_budget, progress, summed) -> {name: kernel}
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "jacobian": jacobian.layer_kernels,
+    "structured": structured.layer_kernels,
+    # The structured path checks itself on every call, and hands what it cannot capture to the reference.
+    "auto": structured.layer_kernels,
 }
 
 
@@ -45,9 +48,12 @@ def empirical_ntk(
         params: ``"all"``, ``"trainable"`` or a predicate ``(name, parameter) -> bool``. Tied parameters count once.
         output: ``(model_output, inputs) -> (n, c)``; a classifier's logits if None. See :mod:`ntk.outputs`.
         reduce: None, ``"trace"``, ``"diagonal"`` or ``"sum"``: see :func:`ntk.kernels.reduce_outputs`.
-        method: ``"jacobian"`` is the reference (:mod:`ntk.jacobian`, cost and memory there); ``"auto"`` is the fastest
-            that is exact for this model.
-        memory_budget: bytes for Jacobians and kernel, beside the model itself; None for half of the free memory.
+        method: ``"jacobian"`` is the reference (:mod:`ntk.jacobian`), ``"structured"`` the fast way
+            (:mod:`ntk.structured`; costs there). ``"auto"`` takes the fast way for every parameter for which a check on
+            one or two examples finds it exact, and the reference for the others; the logger ``ntk`` says at level INFO
+            which those are, and why.
+        memory_budget: bytes for Jacobians or features, and kernels, beside the model itself; None for half of the free
+            memory.
         progress: show a progress bar.
 
     Returns:
@@ -87,9 +93,9 @@ def layer_kernels(
 def _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, *, summed):
     if reduce is not None and reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be None, {', '.join(map(repr, REDUCTIONS))}; got {reduce!r}")
-    compute = METHODS.get("jacobian" if method == "auto" else method)
+    compute = METHODS.get(method)
     if compute is None:
-        raise ValueError(f"method must be one of {', '.join(map(repr, ['auto', *METHODS]))}; got {method!r}")
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}; got {method!r}")
     chosen = select_parameters(model, params)
     with evaluation(model):
         kernels = compute(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from ntk import outputs
 from ntk.inputs import Inputs
@@ -57,25 +58,39 @@ def output_function(
     Raises:
         ValueError: the output is not ``(1, c)`` or ``(1,)`` for one example, or has no gradient.
     """
-    read = output or outputs.logits
 
     def f(params: Parameters, example: dict[str, Tensor], constant: Mapping[str, Any]) -> Tensor:
         inputs: Any = {key: value.unsqueeze(0) for key, value in example.items()} | dict(constant)
-        if "" in inputs:  # a plain tensor, the input of a plain module
-            inputs = inputs[""]
-            model_output = functional_call(model, params, (inputs,))
-        else:
-            withheld = () if is_encoder_decoder(model) and "decoder_input_ids" not in inputs else ("labels",)
-            model_output = functional_call(model, params, (), {k: v for k, v in inputs.items() if k not in withheld})
-        value = read(model_output, inputs)
-        if not isinstance(value, Tensor) or value.ndim not in (1, 2) or value.shape[0] != 1:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"output must return a tensor (n, c) for n examples; for one example it returned {got}")
-        if not value.is_floating_point():
-            raise ValueError(f"output must be floating-point to have a gradient; got {value.dtype}")
-        return value.reshape(-1)
+        return call(model, output, inputs, 1, params).reshape(-1)
 
     return f
+
+
+def call(
+    model: nn.Module, output: outputs.Output | None, inputs: Mapping[str, Any], n: int, params: Parameters | None = None
+) -> Tensor:
+    """The outputs ``(n, c)`` of a batch of n examples, with ``params`` in place of the model's own.
+
+    Raises:
+        ValueError: the output is not ``(n, c)`` or ``(n,)``, or has no gradient.
+    """
+    positional: tuple[Any, ...] = ()
+    named: Mapping[str, Any] = {}
+    given: Any = inputs
+    if "" in inputs:  # a plain tensor, the input of a plain module
+        given = inputs[""]
+        positional = (given,)
+    else:
+        withheld = () if is_encoder_decoder(model) and "decoder_input_ids" not in inputs else ("labels",)
+        named = {key: value for key, value in inputs.items() if key not in withheld}
+    result = model(*positional, **named) if params is None else functional_call(model, params, positional, dict(named))
+    value = (output or outputs.logits)(result, given)
+    if not isinstance(value, Tensor) or value.ndim not in (1, 2) or value.shape[0] != n:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"output must return a tensor (n, c) for n examples; for {n} it returned {got}")
+    if not value.is_floating_point():
+        raise ValueError(f"output must be floating-point to have a gradient; got {value.dtype}")
+    return value.reshape(n, -1)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -88,14 +103,20 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without autograd's own graph; every module's mode is restored, whatever happens.
 
     Raises:
-        ValueError: the block drew random numbers, so that the outputs are not a function of parameters and inputs.
+        ValueError: the block drew random numbers or changed a parameter or buffer, so that the outputs are not a
+            function of parameters and inputs.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    before = _random_state()
+    before, versions = _random_state(), _versions(model)
     try:
         with torch.no_grad():
             yield
+    except RuntimeError as error:
+        _check_unchanged(model, versions, error)  # autograd may have stumbled over it first
+        raise
+    else:
+        _check_unchanged(model, versions)
         if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
             raise ValueError(
                 "the model draws random numbers in evaluation mode, so it has no tangent kernel; "
@@ -106,9 +127,22 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def _check_unchanged(model: nn.Module, versions: dict[str, tuple[int, int]], cause: Exception | None = None) -> None:
+    if changed := [name for name, version in _versions(model).items() if versions.get(name) != version]:
+        raise ValueError(
+            f"the model changes its {changed[0]} in its own forward pass, so it has no one tangent kernel; "
+            "compute what is to be remembered outside of forward"
+        ) from cause
+
+
 def _random_state() -> list[Tensor]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *cuda]
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensor each name stands for, and how often it was written to."""
+    return {name: (id(t), t._version) for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
 def nonfinite_cause(model: nn.Module, inputs: Inputs) -> str:
@@ -120,4 +154,29 @@ def nonfinite_cause(model: nn.Module, inputs: Inputs) -> str:
     for key, value in entries.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             return f"the inputs{f' ({key})' if key else ''} hold NaN or infinite values"
-    return "activations or gradients overflow; run the model in float32 or float64"
+    if layer := _first_overflow(model, inputs):
+        return f"the activations overflow at {layer}; run the model in float32 or float64"
+    return "gradients overflow; run the model in float32 or float64"
+
+
+def _first_overflow(model: nn.Module, inputs: Inputs) -> str | None:
+    """The first module that turns finite inputs into an output that is not."""
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            floats = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+            # A mask may hold minus infinity; only an activation with a NaN, or one that is infinite, is lost.
+            if not found and any(not torch.isfinite(t).all() for t in floats):
+                found.append(f"{name} ({type(module).__name__})")
+
+        return module.register_forward_hook(hook)
+
+    hooks = [look(name, module) for name, module in model.named_modules() if not list(module.children())]
+    try:
+        with torch.no_grad():
+            model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None

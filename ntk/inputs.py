@@ -9,6 +9,7 @@ batched one.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -168,3 +169,80 @@ def tiles(groups: Sequence[Group], size: int) -> list[list[Group]]:
             room -= stop - start
             start = stop
     return result
+
+
+# Entries that can be filled up on the right where the mask says so, and with what.
+_FILL = {"input_ids": None, "token_type_ids": 0, "position_ids": 0}
+
+
+def padding_token(model: Any) -> int | None:
+    """The token that a Hugging Face encoder or decoder pads with; None for other models, or where it knows of none."""
+    config = getattr(model, "config", None)
+    padding = getattr(config, "pad_token_id", None)
+    known = isinstance(padding, int) and padding >= 0 and not getattr(config, "is_encoder_decoder", False)
+    return padding if known else None
+
+
+def pad_together(groups: Sequence[Group], padding: int, *, overhead: float = float("inf")) -> list[Group]:
+    """Join groups of different lengths by padding on the right, so that fewer, larger batches run.
+
+    Args:
+        groups: as :func:`group_examples` returns them.
+        padding: token id to fill with.
+        overhead: what a batch costs beside its tokens, in tokens. The batches chosen cost least in all; with an
+            infinite overhead that is as few as possible.
+
+    Returns:
+        Groups whose mask is batched where lengths differ. Those with other entries than token ids, or with holes in
+        their mask, are left as they are.
+    """
+    plain = [g for g in groups if _is_plain(g)]
+    kinds: dict[tuple, list[Group]] = {}
+    for g in plain:
+        kinds.setdefault((tuple(g.batched), tuple(v.dtype for v in g.batched.values())), []).append(g)
+    joined = [batch for same in kinds.values() for batch in _join(same, padding, overhead)]
+    return joined + [g for g in groups if not _is_plain(g)]
+
+
+def _is_plain(group: Group) -> bool:
+    mask = group.constant.get(ENCODER_MASK)
+    whole = isinstance(mask, Tensor) and mask.ndim == 2 and len(group.constant) == 1 and bool(mask.all())
+    fits = all(key in _FILL and value.ndim == 2 for key, value in group.batched.items())
+    return whole and fits and "input_ids" in group.batched
+
+
+def _join(groups: list[Group], padding: int, overhead: float) -> list[Group]:
+    """Cut the groups, in order of length, where that costs least: cost(k) = min_j cost(j) + batch of groups j..k-1."""
+    ordered = sorted(groups, key=lambda g: g.batched["input_ids"].shape[1])
+    lengths = [g.batched["input_ids"].shape[1] for g in ordered]
+    sizes = [len(g.indices) for g in ordered]
+    unit = 1e12 if overhead == float("inf") else overhead
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for stop in range(1, len(ordered) + 1):
+        options = []
+        count = 0
+        for start in reversed(range(stop)):
+            count += sizes[start]
+            options.append((best[start][0] + unit + count * lengths[stop - 1], start))
+        best.append(min(options))
+    cuts = [len(ordered)]
+    while cuts[-1] > 0:
+        cuts.append(best[cuts[-1]][1])
+    return [_padded(ordered[start:stop], padding) for stop, start in pairwise(cuts)]
+
+
+def _padded(groups: list[Group], padding: int) -> Group:
+    if len(groups) == 1:
+        return groups[0]
+    longest = max(g.batched["input_ids"].shape[1] for g in groups)
+
+    def filled(t: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=value)
+
+    batched = {}
+    for key, fill in _FILL.items():
+        if key in groups[0].batched:
+            batched[key] = torch.cat([filled(g.batched[key], padding if fill is None else fill) for g in groups])
+    masks = [g.constant[ENCODER_MASK].expand(len(g.indices), -1) for g in groups]
+    batched[ENCODER_MASK] = torch.cat([filled(mask, 0) for mask in masks])
+    return Group([i for g in groups for i in g.indices], batched, {})

@@ -107,10 +107,13 @@ def jacobian_function(
                 traceable[:] = [True]
                 return result
             except (RuntimeError, NotImplementedError) as error:
-                # A model that torch.func could trace before fails for a reason of its own, which must be seen.
-                if traceable or not _is_tracing_failure(error):
+                # A model that torch.func could trace before fails for a reason of its own, which must be seen; so does
+                # one that fails in the loop as well.
+                if traceable:
                     raise
-                logger.info("no vmap over %s (%s): one backward pass per output instead", type(model).__name__, error)
+                _check_randomness(error)
+                why = str(error).partition(". ")[0]
+                logger.info("no vmap over %s (%s): one backward pass per output instead", type(model).__name__, why)
                 traceable[:] = [False]
         return _looped_jacobian(f, params, group)
 
@@ -126,13 +129,11 @@ def jacobian_function(
     return jacobian
 
 
-def _is_tracing_failure(error: Exception) -> bool:
-    message = str(error)
-    if "randomness" in message:
+def _check_randomness(error: Exception) -> None:
+    if "randomness" in str(error):
         raise ValueError(
             "the model draws random numbers in evaluation mode, so it has no tangent kernel; switch its noise off"
         ) from error
-    return "vmap" in message or "functorch" in message or "batching rule" in message
 
 
 def _looped_jacobian(f: Callable[..., Tensor], params: Parameters, group: Group) -> Jacobian:
@@ -186,8 +187,8 @@ def _tile_size(
         )
         raise MemoryError(
             f"the kernel of {n1} x {n2} examples, {c} outputs and {total:,} parameters "
-            f"needs at least {_gigabytes(minimum)} but memory_budget is {_gigabytes(budget)} "
-            f"(kernels {_gigabytes(kernel_bytes)}, Jacobians of two examples {_gigabytes(2 * example_bytes)}): "
+            f"needs at least {gigabytes(minimum)} but memory_budget is {gigabytes(budget)} "
+            f"(kernels {gigabytes(kernel_bytes)}, Jacobians of two examples {gigabytes(2 * example_bytes)}): "
             f"use {reduce_by}, or raise memory_budget"
         )
     return min(max(n1, n2), int((budget - kernel_bytes) // (2 * example_bytes)))
@@ -200,7 +201,8 @@ def default_memory_budget(device: torch.device) -> int:
     return psutil.virtual_memory().available // 2
 
 
-def _gigabytes(size: int | float) -> str:
+def gigabytes(size: int | float) -> str:
+    """A number of bytes in words."""
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
 
 

@@ -3,16 +3,8 @@
 from collections.abc import Callable
 
 import torch
+import transformers as hf
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    PreTrainedConfig,
-    RobertaConfig,
-)
 
 VOCABULARY = 50
 PAD = 1
@@ -25,28 +17,81 @@ _SIZES = {
     "num_labels": 3,
     "pad_token_id": PAD,
 }
-
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "bert": lambda: BertConfig(**_SIZES, max_position_embeddings=80),
-    "roberta": lambda: RobertaConfig(**_SIZES, max_position_embeddings=82),
-    "gpt2": lambda: GPT2Config(
-        n_embd=12, n_layer=2, n_head=2, n_positions=80, vocab_size=VOCABULARY, num_labels=3, pad_token_id=PAD,
-        bos_token_id=2, eos_token_id=2,
-    ),
-    "llama": lambda: LlamaConfig(**_SIZES, num_key_value_heads=1, bos_token_id=2, eos_token_id=2),
+_SHORT = _SIZES | {"max_position_embeddings": 82}
+_ENDS = {"bos_token_id": 2, "eos_token_id": 2}
+_GROUPED = _SIZES | _ENDS | {"num_key_value_heads": 1}
+_HEADS = _GROUPED | {"head_dim": 6}
+_GPT = _ENDS | {
+    "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 80, "vocab_size": VOCABULARY, "num_labels": 3,
+    "pad_token_id": PAD,
 }  # fmt: skip
+_FEW = {key: _SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}
+_LABELS = _ENDS | {"num_labels": 3, "pad_token_id": PAD}
+_SIDES = {
+    f"{side}_{what}": size
+    for side in ("encoder", "decoder")
+    for what, size in {"layers": 2, "attention_heads": 2, "ffn_dim": 20}.items()
+}
+
+# Every family of text models that the fast kernel is tested on, as classifiers.
+FAMILIES: dict[str, Callable[[], hf.PreTrainedConfig]] = {
+    "bert": lambda: hf.BertConfig(**_SHORT),
+    "roberta": lambda: hf.RobertaConfig(**_SHORT),
+    "gpt2": lambda: hf.GPT2Config(**_GPT),
+    "llama": lambda: hf.LlamaConfig(**_GROUPED),
+    "distilbert": lambda: hf.DistilBertConfig(
+        dim=12, n_layers=2, n_heads=2, hidden_dim=20, vocab_size=VOCABULARY, max_position_embeddings=80, num_labels=3,
+        pad_token_id=PAD,
+    ),
+    "electra": lambda: hf.ElectraConfig(**_SHORT, embedding_size=8),
+    "albert": lambda: hf.AlbertConfig(**_SHORT, embedding_size=8),
+    "deberta-v2": lambda: hf.DebertaV2Config(
+        **_SHORT, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, share_att_key=True,
+        position_biased_input=False, type_vocab_size=0,
+    ),
+    "gptj": lambda: hf.GPTJConfig(**_GPT, rotary_dim=4),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**_SIZES),
+    "mistral": lambda: hf.MistralConfig(**_GROUPED),
+    "qwen2": lambda: hf.Qwen2Config(**_GROUPED),
+    "qwen3": lambda: hf.Qwen3Config(**_HEADS),
+    "gemma2": lambda: hf.Gemma2Config(**_HEADS),
+    "gemma3": lambda: hf.Gemma3TextConfig(**_HEADS),
+    "phi": lambda: hf.PhiConfig(**_SIZES, **_ENDS, partial_rotary_factor=0.67),
+    "falcon": lambda: hf.FalconConfig(**_FEW, **_LABELS),
+    "bloom": lambda: hf.BloomConfig(hidden_size=12, n_layer=2, n_head=2, vocab_size=VOCABULARY, **_LABELS),
+    "opt": lambda: hf.OPTConfig(
+        **_FEW, **_LABELS, ffn_dim=20, max_position_embeddings=80, word_embed_proj_dim=8,
+    ),
+    "mixtral": lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "t5": lambda: hf.T5Config(
+        d_model=12, d_kv=6, num_layers=2, num_heads=2, d_ff=20, vocab_size=VOCABULARY, num_labels=3, pad_token_id=PAD,
+        decoder_start_token_id=PAD, eos_token_id=2,
+    ),
+    "bart": lambda: hf.BartConfig(
+        **_SIDES, d_model=12, vocab_size=VOCABULARY, max_position_embeddings=80, num_labels=3, pad_token_id=PAD,
+        bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+    ),
+}  # fmt: skip
+# Those that the reference is tested on.
+CONFIGS = {family: FAMILIES[family] for family in ("bert", "roberta", "gpt2", "llama")}
+# Families whose classifier reads out at the end-of-text token.
+READ_AT_END = ("t5", "bart")
 
 
 def classifier(family: str, attention: str = "eager") -> nn.Module:
     """A float64 classifier whose every parameter is random, biases and norms included, in training mode."""
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(CONFIGS[family](), attn_implementation=attention)
+    # The other implementations of a mixture of experts know no float64.
+    options = {"experts_implementation": "eager"} if family == "mixtral" else {}
+    model = hf.AutoModelForSequenceClassification.from_config(
+        FAMILIES[family](), attn_implementation=attention, **options
+    )
     return randomized(model.double()).train()
 
 
 def tied_gpt2() -> nn.Module:
     torch.manual_seed(0)
-    return randomized(GPT2LMHeadModel(CONFIGS["gpt2"]()).double())
+    return randomized(hf.GPT2LMHeadModel(CONFIGS["gpt2"]()).double())
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -71,6 +116,15 @@ def batch(
         ids[i, real] = torch.randint(3, VOCABULARY, (length,), generator=generator)
         mask[i, real] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def batch_for(family: str, lengths: tuple[int, ...] = (7, 3, 5, 7), **kwargs) -> dict[str, Tensor]:
+    """A batch whose examples end as the family's classifier needs."""
+    inputs = batch(lengths, **kwargs)
+    if family in READ_AT_END:
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            ids[mask.nonzero()[-1]] = 2
+    return inputs
 
 
 def rows(inputs: dict[str, Tensor], index: slice) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ def test_two_sided_with_uneven_tiles_equals_one_tile():
     for inputs2 in (right, None):
         whole = ntk.empirical_ntk(model, left, inputs2)
         assert relative_error(whole, autograd_kernel(model, left, inputs2)) <= EXACT
-        tiled = ntk.empirical_ntk(model, left, inputs2, memory_budget=kernels + 2 * 2 * example)
+        tiled = ntk.empirical_ntk(model, left, inputs2, memory_budget=kernels + 2 * 2 * example, method="jacobian")
         assert relative_error(tiled, whole) <= EXACT
 
 
@@ -171,7 +171,7 @@ def test_models_that_torch_func_cannot_trace_are_exact_too(caplog):
     model = Untraceable().double()
     x = torch.randn(4, 3, dtype=torch.float64)
     with caplog.at_level("INFO", logger="ntk.jacobian"):
-        kernel = ntk.empirical_ntk(model, x)
+        kernel = ntk.empirical_ntk(model, x, method="jacobian")
     assert "one backward pass per output" in caplog.text
     assert relative_error(kernel, autograd_kernel(model, x)) <= EXACT
 
@@ -184,12 +184,13 @@ def test_tiles_fit_the_budget():
 
 
 class TestMistakes:
-    def test_kernel_larger_than_memory_says_what_it_needs(self):
-        with pytest.raises(MemoryError, match=r"needs at least .* but memory_budget is .*fewer"):
-            ntk.empirical_ntk(classifier("bert"), batch(), memory_budget=10_000)
+    @pytest.mark.parametrize("method", ["jacobian", "structured"])
+    def test_kernel_larger_than_memory_says_what_it_needs(self, method):
+        with pytest.raises(MemoryError, match=r"needs? at least .* but memory_budget is .*fewer"):
+            ntk.empirical_ntk(classifier("bert"), batch(), method=method, memory_budget=5_000)
 
     def test_unknown_method(self):
-        with pytest.raises(ValueError, match="method must be one of 'auto', 'jacobian'"):
+        with pytest.raises(ValueError, match="method must be one of 'jacobian', 'structured', 'auto'"):
             ntk.empirical_ntk(classifier("bert"), batch(), method="magic")
 
     def test_unknown_reduction(self):

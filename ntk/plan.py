@@ -1,0 +1,252 @@
+"""What a model's structured kernel will take, found on one or two examples, and whether it will be right.
+
+Nothing is taken on trust: the captured features are compared with the gradients of ordinary passes, each example alone
+and unpadded. A parameter whose features do not add up, or which a gradient reaches by a way that was not captured, is
+refused.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ntk import inputs as _inputs
+from ntk.capture import Capture, Place
+from ntk.features import Dense, Feature, Outer, subtract, values_of
+from ntk.functional import call
+from ntk.inputs import Group
+from ntk.outputs import Output
+from ntk.passes import WHOLE, Leaves, Pass, Segment, batch_of, length
+
+# How far, in units of the machine epsilon, the sum of captured features may be from an ordinary gradient. Both sum the
+# same few thousand terms in another order; a feature that is missing or misplaced is off by its own size.
+_ROUNDING = 2e3
+# Half precision rounds so coarsely that only this is told from a mistake.
+_COARSE = 0.05
+# A parameter's own gradient may vanish but for rounding (a key's bias); then this share of all gradients counts.
+_SHARE = 1e-2
+# Share of the memory for activations of the batch in progress; the rest holds features of all batches.
+IN_PROGRESS = 0.3
+
+
+@dataclass
+class Cost:
+    """What one mixing operation holds, in bytes for each token and for each example.
+
+    Attributes:
+        names: parameters it uses.
+        graph: activations that autograd keeps until the next one, and gradient buffers, while a batch is in progress.
+        per_token: features of matrices and embeddings, until they are contracted.
+        per_example: features of other parameters.
+    """
+
+    names: set[str] = field(default_factory=set)
+    graph: float = 0.0
+    per_token: float = 0.0
+    per_example: float = 0.0
+
+
+@dataclass
+class Plan:
+    """What the check found.
+
+    Attributes:
+        outputs: c.
+        rounding: the machine epsilon of the least precise tensor in the model's computation.
+        padding: token id that fills up the shorter examples of a batch; None where lengths must not be mixed: where
+            padding would change the outputs, or would show in the rounding of a model of high precision that sums over
+            tokens in a lower one.
+        largest: most examples that the model takes at once.
+        refused: parameter name -> why the reference has to take it.
+        costs: of each mixing operation, in their order.
+        checked: the batch it was found on, and its examples alone.
+    """
+
+    outputs: int
+    device: torch.device
+    dtype: torch.dtype
+    rounding: float = 0.0
+    padding: int | None = None
+    largest: int | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    costs: list[Cost] = field(default_factory=list)
+    checked: tuple[Group, list[Group]] | None = None
+
+
+def check_together(model: nn.Module, output: Output | None, leaves: Leaves, groups: list[Group]) -> Plan:
+    """Find out how examples can run together: padded if that is right for every parameter, else at equal lengths."""
+    padding = _inputs.padding_token(model)
+    shortest = sorted(groups, key=length)
+    plan = None
+    if padding is not None and len(shortest) > 1:
+        pair = [shortest[0].take(slice(0, 1)), shortest[1].take(slice(0, 1))]
+        together = _inputs.pad_together(pair, padding)
+        if len(together) == 1:
+            plan = compare(model, output, leaves, together[0], pair)
+            plan.padding = padding if plan.rounding <= torch.finfo(plan.dtype).eps else None
+            if plan.padding is not None and not plan.refused:
+                return plan
+    # Two examples show, where one cannot, a rule that mistakes one for the other.
+    group = max(groups, key=lambda g: (min(2, len(g.indices)), -length(g))).take(slice(0, 2))
+    try:
+        exact = compare(model, output, leaves, group, [group.take(slice(i, i + 1)) for i in range(len(group.indices))])
+    except ValueError:
+        if len(group.indices) == 1:
+            raise
+        # Some models refuse several examples at once where one is fine (decoders that know no padding token).
+        return check_alone(model, output, leaves, groups)
+    return exact if plan is None or plan.padding is None or len(exact.refused) < len(plan.refused) else plan
+
+
+def check_alone(model: nn.Module, output: Output | None, leaves: Leaves, groups: list[Group]) -> Plan:
+    """Find out which parameters can be captured if every example runs alone."""
+    example = min(groups, key=length).take(slice(0, 1))
+    plan = compare(model, output, leaves, example, [example])
+    plan.largest = 1
+    return plan
+
+
+def compare(
+    model: nn.Module,
+    output: Output | None,
+    leaves: Leaves,
+    group: Group,
+    single: list[Group],
+    segments: Sequence[Segment] = (WHOLE,),
+) -> Plan:
+    """Compare the captured features of a group with ordinary gradients, of each example alone.
+
+    Args:
+        model: in evaluation mode.
+        output: as in :func:`ntk.empirical_ntk`.
+        leaves: the parameters to capture.
+        group: one or two examples.
+        single: the same, each alone.
+        segments: cover the model, from the last to the first.
+    """
+    first = next(iter(leaves.values()))
+    dtype = torch.float32
+    for p in leaves.values():
+        dtype = torch.promote_types(dtype, p.dtype)
+    plan = Plan(0, first.device, dtype, torch.finfo(first.dtype).eps, checked=(group, single))
+    n, tokens = len(group.indices), len(group.indices) * length(group)
+    gradients: dict[str, Tensor] = {}
+    norms: dict[str, float] = {}
+    weights = torch.zeros(())
+    above: dict[Place, Tensor] | None = None
+    shared: set[int] = set()
+    for segment in segments:
+        observe = partial(_measured, leaves=leaves, costs=plan.costs, tokens=tokens)
+        done = Pass(model, output, leaves, group, segment, above, observe)
+        above, capture = done.below, done.capture
+        plan.refused.update(done.missed)
+        plan.rounding = max(plan.rounding, capture.coarsest)
+        if not plan.outputs:
+            plan.outputs = capture.outputs
+            weights = torch.randn(n, plan.outputs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            weights = weights.to(first.device)
+            gradients = _ordinary_gradients(model, output, leaves, single, weights)
+            norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
+        for use in capture.uses:
+            held = use.received.values if use.received else None
+            if held is not None and held.data_ptr() not in shared:
+                shared.add(held.data_ptr())
+                _at(plan.costs, use.number).graph += held.numel() * held.element_size() / tokens
+        for name, number, feature in done.features(leaves):
+            left = gradients.setdefault(name, torch.zeros_like(leaves[name]))
+            subtract(feature, weights.to(values_of(feature).dtype), left)
+            _charge(_at(plan.costs, number), name, feature, n, tokens, shared)
+    everything = sum(norm**2 for norm in norms.values()) ** 0.5
+    for name, left in gradients.items():
+        tolerance = min(_ROUNDING * plan.rounding, _COARSE) * (norms.get(name, 0.0) + _SHARE * everything)
+        if not float(left.norm()) <= tolerance and name not in plan.refused:
+            plan.refused[name] = "its features do not add up to its gradient"
+    return plan
+
+
+def _ordinary_gradients(
+    model: nn.Module, output: Output | None, leaves: Leaves, single: list[Group], weights: Tensor
+) -> dict[str, Tensor]:
+    """Gradients of sum_ia weights[i, a] f_a(x_i), by the name of every parameter that has one."""
+    with torch.enable_grad():
+        total = torch.zeros((), device=weights.device)
+        for example, weight in zip(single, weights, strict=True):
+            values = call(model, output, batch_of(example), 1)
+            total = total + (values[0] * weight.to(values)).sum()
+        if not total.requires_grad:
+            return {}
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+
+
+@contextmanager
+def _measured(capture: Capture, leaves: Leaves, costs: list[Cost], tokens: int) -> Iterator[None]:
+    """Counts what autograd keeps, by the number of mixing operations seen before it was kept."""
+    seen = {p.untyped_storage().data_ptr() for p in leaves.values()}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            _at(costs, max(0, capture.count - 1)).graph += t.numel() * t.element_size() / tokens
+        return t
+
+    with saved_tensors_hooks(keep, lambda t: t):
+        yield
+
+
+def _at(costs: list[Cost], number: int) -> Cost:
+    while len(costs) <= number:
+        costs.append(Cost())
+    return costs[number]
+
+
+def _charge(cost: Cost, name: str, feature: Feature, n: int, tokens: int, shared: set[int]) -> None:
+    cost.names.add(name)
+    if isinstance(feature, Dense):
+        cost.per_example += feature.value.numel() * feature.value.element_size() / n
+        return
+    for t in (feature.x, feature.g) if isinstance(feature, Outer) else (feature.g,):
+        if t.data_ptr() not in shared:
+            shared.add(t.data_ptr())
+            cost.per_token += t.numel() * t.element_size() / tokens
+
+
+def weight(costs: Sequence[Cost], segment: Segment) -> float:
+    """Bytes for each token that a batch in progress holds over a segment."""
+    stop = None if segment[1] == float("inf") else int(segment[1])
+    return sum(cost.graph for cost in costs[segment[0] : stop])
+
+
+def cut(costs: Sequence[Cost], tokens: int, examples: int, room: float) -> list[Segment] | None:
+    """Cut the mixing operations, from the last to the first, into segments whose features fit in ``room`` bytes.
+
+    None if one of them alone does not fit.
+    """
+    held = [cost.per_token * tokens + cost.per_example * examples for cost in costs]
+    lowest = {name: i for i, cost in reversed(list(enumerate(costs))) for name in cost.names}
+    segments: list[Segment] = []
+    stop: float = float("inf")
+    load = carried = 0.0  # Features of parameters that are used again further down are carried along.
+    for i in reversed(range(len(costs))):
+        if load + carried + held[i] > room and load > 0:
+            segments.append((i + 1, stop))
+            stop, load = i + 1, 0.0
+            carried = sum(held[j] for j in range(i + 1, len(costs)) if any(lowest[n] <= i for n in costs[j].names))
+        if carried + held[i] > room:
+            return None
+        load += held[i]
+    return [*segments, (0, stop)]
+
+
+def least_room(costs: Sequence[Cost], tokens: int, examples: int) -> float:
+    """The least for which :func:`cut` finds segments, to a thousandth."""
+    low, high = 0.0, sum(cost.per_token * tokens + cost.per_example * examples for cost in costs)
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if cut(costs, tokens, examples, middle) is None else (low, middle)
+    return high

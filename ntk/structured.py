@@ -1,0 +1,255 @@
+"""The fast exact kernel: forward and backward passes of the model itself, and no Jacobian.
+
+One forward pass and c backward passes under :class:`ntk.capture.Capture` leave, for every use of a parameter, what its
+tangent feature is made of: the inputs and output gradients of a matrix product (Novak et al. 2022, "structured
+derivatives"; per-example gradients as in Goodfellow 2015). :func:`ntk.features.gram` contracts them, forming features
+slice by slice or not at all, whichever takes fewer multiplications. Examples of similar length run together. Where the
+features of all parameters do not fit in memory at once, the passes go segment by segment, from the outputs down.
+
+What :mod:`ntk.plan` refuses is tried once more with one example at a time, and goes to the reference after that.
+"""
+
+import itertools
+import logging
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ntk import inputs as _inputs
+from ntk import jacobian
+from ntk.capture import Place
+from ntk.features import CHUNK, Feature, gram
+from ntk.functional import Parameters, is_encoder_decoder
+from ntk.inputs import Group, Inputs
+from ntk.outputs import Output
+from ntk.passes import Leaves, Pass, Segment, length, requiring_gradients
+from ntk.plan import IN_PROGRESS, Plan, check_alone, check_together, compare, cut, least_room, weight
+
+logger = logging.getLogger(__name__)
+
+# A batch costs about as much before its first token as these many tokens do.
+_OVERHEAD = 48
+# Share of a small budget for the temporaries of contractions.
+_TEMPORARY = 0.1
+
+
+def layer_kernels(
+    model: nn.Module,
+    inputs: Inputs,
+    inputs2: Inputs | None,
+    *,
+    params: Parameters,
+    output: Output | None,
+    memory_budget: int | float | None,
+    progress: bool,
+    summed: bool = False,
+) -> dict[str, Tensor]:
+    """As :func:`ntk.jacobian.layer_kernels`; parameters that it could not capture come from there.
+
+    Cost: one forward and c backward passes, the contractions, and a check on two examples. Memory: the inputs and c
+    output gradients of every captured use, on all examples. Where that exceeds ``memory_budget``, S segments of the
+    model take turns, at the cost of (S + 1) / 2 forward passes.
+
+    Where even one layer's do not fit, tiles of examples take turns.
+
+    Raises:
+        MemoryError: ``memory_budget`` is too small for two examples; says the least that is needed.
+    """
+    encoder_decoder = is_encoder_decoder(model)
+    groups1 = _inputs.group_examples(inputs, encoder_decoder=encoder_decoder)
+    groups2 = [] if inputs2 is None else _inputs.group_examples(inputs2, encoder_decoder=encoder_decoder)
+    kernels: dict[str, Tensor] = {}
+    left = dict.fromkeys(params, "")  # parameters still to be done -> why they were not
+    # Together, then one example at a time, where rows of different examples cannot be mistaken for one another.
+    for check in (check_together, check_alone):
+        with requiring_gradients(model, left) as leaves:
+            plan = check(model, output, leaves, [*groups1, *groups2])
+        captured = [name for name in left if name not in plan.refused]
+        if captured:
+            with requiring_gradients(model, captured) as leaves:
+                job = _Job(model, output, leaves, plan, groups1, groups2, memory_budget, progress, summed)
+                try:
+                    _merge(kernels, job.run())
+                except NotImplementedError as error:
+                    plan.refused = dict.fromkeys(left, str(error))
+        left = plan.refused
+        if not left:
+            return kernels if summed else {name: kernels[name] for name in params}
+        logger.info("not captured: %s", "; ".join(f"{name} ({why})" for name, why in left.items()))
+    logger.info("by the reference instead: %s", ", ".join(left))
+    rest = jacobian.layer_kernels(
+        model, inputs, inputs2, params={name: params[name] for name in left}, output=output,
+        memory_budget=memory_budget, progress=progress, summed=summed,
+    )  # fmt: skip
+    _merge(kernels, rest)
+    return kernels if summed else {name: kernels[name] for name in params}
+
+
+def _merge(kernels: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    for name, kernel in more.items():
+        kernels[name] = kernels[name].add_(kernel) if name in kernels else kernel
+
+
+class _Job:
+    """The kernels of all captured parameters, over all examples or a tile of them."""
+
+    def __init__(
+        self, model: nn.Module, output: Output | None, leaves: Leaves, plan: Plan, groups1: list[Group],
+        groups2: list[Group], memory_budget: int | float | None, progress: bool, summed: bool,
+    ):  # fmt: skip
+        self.model, self.output, self.leaves, self.plan = model, output, leaves, plan
+        self.groups1, self.groups2 = groups1, groups2
+        self.n1, self.n2 = (sum(len(g.indices) for g in groups) for groups in (groups1, groups2))
+        self.progress, self.summed = progress, summed
+        self.budget = memory_budget if memory_budget is not None else jacobian.default_memory_budget(plan.device)
+        self.chunk = int(min(CHUNK, _TEMPORARY / 3 * self.budget / plan.dtype.itemsize))
+        self.kernels: dict[str, Tensor] = {}
+
+    def run(self) -> dict[str, Tensor]:
+        """One kernel for each parameter; under the name "" their sum, if that is all that is wanted."""
+        groups = [*self.groups1, *self.groups2]
+        tokens = sum(len(g.indices) * length(g) for g in groups)
+        room = self._room()
+        segments = cut(self.plan.costs, tokens, self.n1 + self.n2, room * (1 - IN_PROGRESS)) if room > 0 else None
+        if segments is None:
+            return self._tiled()
+        if len(segments) > 1:
+            self._check(segments)
+        heaviest = max(weight(self.plan.costs, segment) for segment in segments)
+        most = max(max(length(g) for g in groups), int(room * IN_PROGRESS / max(1.0, heaviest)))
+        batches = [self._batches(side, most) for side in (self.groups1, self.groups2)]
+        self._passes(segments, [*batches[0], *batches[1]])
+        for name in self.leaves if not self.summed else ("",):
+            if name not in self.kernels and name not in self.plan.refused:
+                self.kernels[name] = self._zeros()
+        return self.kernels
+
+    def _passes(self, segments: list[Segment], batches: list[Group]) -> None:
+        above: list[dict[Place, Tensor] | None] = [None] * len(batches)
+        features: dict[str, dict[int, list[Feature]]] = {}
+        finished: set[str] = set()
+        disable = None if self.progress else True
+        with tqdm(total=len(segments) * len(batches), desc="kernel passes", disable=disable, leave=False) as bar:
+            for segment in segments:
+                for i, batch in enumerate(batches):
+                    done = Pass(self.model, self.output, self.leaves, batch, segment, above[i])
+                    self.plan.refused.update(done.missed)
+                    for name, _, feature in done.features(self.leaves):
+                        features.setdefault(name, {}).setdefault(i, []).append(feature.compact())
+                    above[i] = done.below
+                    bar.update()
+                further_down = {name for cost in self.plan.costs[: segment[0]] for name in cost.names}
+                for name in [name for name in features if name not in further_down]:
+                    if name in finished:
+                        raise NotImplementedError("parameters are not used in the same order by all examples")
+                    finished.add(name)
+                    self._add(name, features.pop(name), batches)
+        if wrong := finished & self.plan.refused.keys():
+            if self.summed:
+                raise NotImplementedError(f"some examples use {min(wrong)} in a way that others do not")
+            for name in wrong:
+                self.kernels.pop(name, None)
+
+    def _check(self, segments: list[Segment]) -> None:
+        """See that the passes can be cut so, which tensors that escape the capture would prevent."""
+        assert self.plan.checked is not None
+        group, single = self.plan.checked
+        found = compare(self.model, self.output, self.leaves, group, single, segments)
+        if found.refused:
+            raise NotImplementedError("the passes of this model cannot be cut into segments")
+
+    def _tiled(self) -> dict[str, Tensor]:
+        """The kernels, tile by tile: halves of the examples against themselves and each other.
+
+        Raises:
+            MemoryError: two examples are too many.
+        """
+        c, width = self.plan.outputs, self.plan.dtype.itemsize
+        n2 = self.n2 or self.n1
+        kept = (1 if self.summed else len(self.leaves)) * self.n1 * n2 * c**2 * width
+        if max(self.n1, n2) == 1:
+            raise self._too_little()
+        sides = [_halves(groups, n) for groups, n in ((self.groups1, self.n1), (self.groups2, self.n2))]
+        if self.n2 == 0:
+            first, second = sides[0]
+            tiles = [(first, []), (first, second), (second, [])]
+        else:
+            tiles = [(left, right) for left in sides[0] for right in sides[1]]
+        kernels = {name: self._zeros() for name in (self.leaves if not self.summed else ("",))}
+        for left, right in tiles:
+            (local1, rows), (local2, columns) = _renumbered(left), _renumbered(right)
+            part = _Job(
+                self.model, self.output, self.leaves, self.plan, local1, local2, self.budget - kept, self.progress,
+                self.summed,
+            ).run()  # fmt: skip
+            for name, kernel in part.items():
+                kernels[name][rows[:, None], (columns if right else rows)[None, :]] = kernel
+                if right and self.n2 == 0:
+                    kernels[name][columns[:, None], rows[None, :]] = kernel.permute(1, 0, 3, 2)
+        if self.summed and self.plan.refused.keys() & self.leaves.keys():
+            raise NotImplementedError("some examples use parameters in a way that others do not")
+        return {name: kernel for name, kernel in kernels.items() if name not in self.plan.refused}
+
+    def _too_little(self) -> MemoryError:
+        tokens = sum(len(g.indices) * length(g) for g in self.groups1 + self.groups2)
+        room = least_room(self.plan.costs, tokens, self.n1 + self.n2)
+        kernels = self.budget * (1 - _TEMPORARY) - self._room()
+        least = (kernels + room / (1 - IN_PROGRESS)) / (1 - _TEMPORARY)
+        return MemoryError(
+            f"two examples need at least {jacobian.gigabytes(least)} but memory_budget is "
+            f"{jacobian.gigabytes(self.budget)}: raise memory_budget, or use shorter examples or fewer parameters"
+        )
+
+    def _room(self) -> float:
+        """Bytes left for features and activations beside kernels and temporaries."""
+        width = self.plan.dtype.itemsize
+        # The running sum or all of them, one more in the making, and its Gram matrix.
+        kept = 3 if self.summed else 2 + len(self.leaves)
+        kernels = kept * self.n1 * (self.n2 or self.n1) * self.plan.outputs**2 * width
+        return self.budget - kernels - 3 * self.chunk * width
+
+    def _batches(self, groups: list[Group], most_tokens: int) -> list[Group]:
+        """Groups of similar length run together, cut to what fits in memory."""
+        if self.plan.padding is not None:
+            groups = _inputs.pad_together(groups, self.plan.padding, overhead=_OVERHEAD)
+        result = []
+        for group in groups:
+            size = max(1, most_tokens // length(group))
+            size = min(size, self.plan.largest or size)
+            result += [group.take(slice(i, i + size)) for i in range(0, len(group.indices), size)]
+        return result
+
+    def _add(self, name: str, features: dict[int, list[Feature]], batches: list[Group]) -> None:
+        """Contract one parameter's features; batches that do not use it have no share."""
+        c, device = self.plan.outputs, self.plan.device
+        starts = [0, *itertools.accumulate(len(g.indices) for g in batches)]
+        left = [i for i in sorted(features) if starts[i] < self.n1]
+        right = [i for i in sorted(features) if starts[i] >= self.n1]
+        if not left or (self.n2 and not right):
+            return
+        rows = torch.tensor([k for i in left for k in batches[i].indices], device=device)
+        columns = torch.tensor([k for i in right for k in batches[i].indices], device=device) if self.n2 else rows
+        used = [features[i] for i in (*left, *right)]
+        matrix = gram(used, self.leaves[name].shape, len(rows) if self.n2 else None, self.chunk).to(self.plan.dtype)
+        kernel = self._zeros()
+        blocks = matrix.unflatten(0, (len(rows), c)).unflatten(2, (len(columns), c))
+        kernel[rows[:, None], columns[None, :]] = blocks.transpose(1, 2)
+        _merge(self.kernels, {"" if self.summed else name: kernel})
+
+    def _zeros(self) -> Tensor:
+        c = self.plan.outputs
+        return torch.zeros(self.n1, self.n2 or self.n1, c, c, dtype=self.plan.dtype, device=self.plan.device)
+
+
+def _halves(groups: list[Group], n: int) -> list[list[Group]]:
+    return _inputs.tiles(groups, -(-n // 2)) if n > 1 else [groups]
+
+
+def _renumbered(groups: list[Group]) -> tuple[list[Group], Tensor]:
+    """The groups with their examples numbered from 0 in their order, and the numbers that they had."""
+    starts = [0, *itertools.accumulate(len(g.indices) for g in groups)]
+    local = [
+        Group(list(range(a, b)), g.batched, g.constant) for g, a, b in zip(groups, starts, starts[1:], strict=False)
+    ]
+    return local, torch.tensor([i for g in groups for i in g.indices])
