@@ -9,8 +9,8 @@ examples first, then outputs, neither averaged nor divided by anything, in the p
 t tokens, c outputs, p parameters of one tensor, P all of them.
 """
 
-from ntk import inputs, kernels, metrics, nulls, outputs
-from ntk.empirical import METHODS, empirical_ntk, layer_kernels
+from ntk import adapters, inputs, kernels, metrics, nulls, outputs
+from ntk.empirical import METHODS, adapter_kernels, empirical_ntk, layer_kernels
 from ntk.kernels import flatten, reduce_outputs
 from ntk.metrics import (
     UndefinedMetricError,
@@ -30,6 +30,8 @@ from ntk.nulls import gaussian_sketch, hidden_state_kernel, permuted, random_sub
 __all__ = [
     "METHODS",
     "UndefinedMetricError",
+    "adapter_kernels",
+    "adapters",
     "best_scale",
     "center",
     "cka",

@@ -76,6 +76,8 @@ class Use:
         derived: the tensor whose (dense) feature it is, if that is not a parameter itself.
         number: which of the forward pass's mixing operations it belongs to.
         received: the gradients at the operation's output, shared by its uses.
+        output: what the operation returned, or what of that is the parameter's doing, if it was asked for.
+        version: of the output, which writing in place would change.
     """
 
     names: frozenset[str]
@@ -83,6 +85,27 @@ class Use:
     derived: Tensor | None = None
     number: int = 0
     received: "Received | None" = None
+    output: Tensor | None = None
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The feature of one use of one parameter.
+
+    Attributes:
+        name: of the parameter.
+        number: which of the forward pass's mixing operations it is from.
+        feature: the feature.
+        derived: whether the parameter was changed into something else first.
+        output: the operation's output, if that was asked for and still is what it was.
+    """
+
+    name: str
+    number: int
+    feature: Feature
+    derived: bool = False
+    output: Tensor | None = None
 
 
 @dataclass
@@ -131,6 +154,7 @@ class Capture(TorchFunctionMode):
         outputs: int | None = None,
         segment: tuple[int, float] = (0, float("inf")),
         keep: frozenset[Place] = frozenset(),
+        keep_outputs: bool = False,
     ):
         """Prepare a capture.
 
@@ -140,6 +164,7 @@ class Capture(TorchFunctionMode):
             outputs: c, if known already; else set before the first backward pass.
             segment: first mixing operation to record, and the first not to.
             keep: places of tensors wanted in ``kept``, the cut of the segment after this one.
+            keep_outputs: also hold the outputs of the operations.
         """
         super().__init__()
         self.n = n
@@ -155,6 +180,7 @@ class Capture(TorchFunctionMode):
         self.outputs = outputs or 0
         self._segment = segment
         self._keep = keep
+        self._keep_outputs = keep_outputs
         self._operations = 0
 
     def mark(self, inputs: Any) -> Any:
@@ -262,6 +288,9 @@ class Capture(TorchFunctionMode):
         received = Received()
         for use in found.values():
             use.number, use.received = self.count, received
+            if self._keep_outputs:
+                use.output = (result if use.output is None else use.output).detach()
+                use.version = use.output._version
         self.uses.extend(found.values())
 
         def receive(gradient: Tensor) -> None:
@@ -313,11 +342,8 @@ class _Root(torch.autograd.Function):
         return None, torch.zeros((), dtype=ctx.dtype, device=ctx.device)
 
 
-def collect(uses: list[Use], parameters: Mapping[str, Tensor], n: int, c: int) -> Iterator[tuple[str, int, Feature]]:
-    """The features that the uses left, as (parameter, use number, feature).
-
-    Features of derived tensors are pulled back to their parameters.
-    """
+def collect(uses: list[Use], parameters: Mapping[str, Tensor], n: int, c: int) -> Iterator[Captured]:
+    """The features that the uses left; those of derived tensors pulled back to their parameters."""
     while uses:
         use = uses.pop()
         gradients = use.received.complete() if use.received else None
@@ -327,7 +353,8 @@ def collect(uses: list[Use], parameters: Mapping[str, Tensor], n: int, c: int) -
         feature = use.feature(gradients.unflatten(1, (n, -1)).transpose(0, 1))
         use.received = None
         if use.derived is None:
-            yield next(iter(use.names)), use.number, feature
+            output = use.output if use.output is not None and use.output._version == use.version else None
+            yield Captured(next(iter(use.names)), use.number, feature, output=output)
             continue
         assert isinstance(feature, Dense)
         names = sorted(use.names)
@@ -338,7 +365,7 @@ def collect(uses: list[Use], parameters: Mapping[str, Tensor], n: int, c: int) -
         )  # fmt: skip
         for name, value in zip(names, pulled, strict=True):
             if value is not None:
-                yield name, use.number, Dense(value.unflatten(0, (n, c)))
+                yield Captured(name, use.number, Dense(value.unflatten(0, (n, c))), derived=True)
 
 
 def _tensors(args, kwargs) -> list[Tensor]:

@@ -1,16 +1,19 @@
 """Empirical tangent kernels of any PyTorch or Hugging Face model: validation and the table of methods."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntk import jacobian, structured
+from ntk.adapters import Method
 from ntk.functional import ParameterChoice, evaluation, nonfinite_cause, select_parameters
 from ntk.inputs import Inputs
 from ntk.kernels import REDUCTIONS, reduce_outputs
 from ntk.outputs import Output
+from ntk.wanted import method_kernels
 
 # name -> function(model, inputs, inputs2, *, params, output, memory_budget, progress, summed) -> {name: kernel}
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -90,9 +93,65 @@ def layer_kernels(
     return _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, summed=False)
 
 
+def adapter_kernels(
+    model: nn.Module,
+    inputs: Inputs,
+    methods: Mapping[str, Any],
+    inputs2: Inputs | None = None,
+    *,
+    output: Output | None = None,
+    reduce: str | None = None,
+    memory_budget: int | float | None = None,
+    progress: bool = False,
+) -> dict[str, Float[Tensor, "..."]]:
+    """The kernel of each parameter-efficient method at its initialisation, all from the same passes.
+
+    Args:
+        model: the bare model; its head is not adapted, but ``Full`` and ``BitFit`` count its parameters.
+        inputs: as in :func:`empirical_ntk`.
+        methods: methods of :mod:`ntk.adapters` by any name.
+        inputs2: as in :func:`empirical_ntk`.
+        output: as in :func:`empirical_ntk`.
+        reduce: as in :func:`empirical_ntk`.
+        memory_budget: as in :func:`empirical_ntk`.
+        progress: show a progress bar.
+
+    Returns:
+        One kernel for each name, of the shape that :func:`empirical_ntk` gives.
+
+    Raises:
+        ValueError: as :func:`empirical_ntk`; a method trains nothing in this model.
+        TypeError: ``methods`` is no mapping from names to methods.
+        NotImplementedError: a layer that should be adapted uses its weight in a way that cannot be captured.
+        MemoryError: as :func:`empirical_ntk`.
+    """
+    if not isinstance(methods, Mapping) or not all(isinstance(method, Method) for method in methods.values()):
+        raise TypeError(f"methods must map names to methods such as ntk.adapters.LoRA(rank=8); got {methods!r}")
+    _check_reduction(reduce)
+    wanted = method_kernels(model, methods)
+    with evaluation(model):
+        kernels, left = structured.kernels(
+            model, inputs, inputs2, wanted=wanted, output=output, memory_budget=memory_budget, progress=progress
+        )
+        if lost := [name for name, _ in wanted.layers if name in left]:
+            raise NotImplementedError(
+                f"the kernels of adapters beside {lost[0]} cannot be captured ({left[lost[0]]}); "
+                "wrap the model by peft, and take empirical_ntk(..., params='trainable') of that"
+            )
+        if left:
+            params = {name: p for name, p in select_parameters(model).items() if name in left}
+            rest = jacobian.layer_kernels(
+                model, inputs, inputs2, params=params, output=output, memory_budget=memory_budget, progress=progress
+            )
+            for name, kernel in rest.items():
+                for key, share in wanted.shares[name].items():
+                    kernels[key] = kernels.get(key, torch.zeros_like(kernel)) + share * kernel
+    _check_finite(model, kernels, inputs, inputs2)
+    return {key: reduce_outputs(kernels[key], reduce) for key in methods}
+
+
 def _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, *, summed):
-    if reduce is not None and reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be None, {', '.join(map(repr, REDUCTIONS))}; got {reduce!r}")
+    _check_reduction(reduce)
     compute = METHODS.get(method)
     if compute is None:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}; got {method!r}")
@@ -108,7 +167,16 @@ def _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budg
             progress=progress,
             summed=summed,
         )
-    if not all(torch.isfinite(kernel).all() for kernel in kernels.values()):
-        causes = [nonfinite_cause(model, batch) for batch in (inputs, inputs2) if batch is not None]
-        raise ValueError(f"the kernel holds NaN or infinite values: {causes[0]}")
+    _check_finite(model, kernels, inputs, inputs2)
     return {name: reduce_outputs(kernel, reduce) for name, kernel in kernels.items()}
+
+
+def _check_reduction(reduce: str | None) -> None:
+    if reduce is not None and reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be None, {', '.join(map(repr, REDUCTIONS))}; got {reduce!r}")
+
+
+def _check_finite(model: nn.Module, kernels: dict[str, Tensor], *batches: Inputs | None) -> None:
+    if not all(torch.isfinite(kernel).all() for kernel in kernels.values()):
+        causes = [nonfinite_cause(model, batch) for batch in batches if batch is not None]
+        raise ValueError(f"the kernel holds NaN or infinite values: {causes[0]}")

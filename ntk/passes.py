@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntk.capture import Capture, Place, SegmentEnd, collect
-from ntk.features import Feature
+from ntk.capture import Capture, Captured, Place, SegmentEnd, collect
 from ntk.functional import call
 from ntk.inputs import Group
 from ntk.outputs import Output
@@ -45,6 +44,7 @@ class Pass:
         group: Group,
         segment: Segment = WHOLE,
         above: dict[Place, Tensor] | None = None,
+        keep_outputs: bool = False,
         observe: Callable[[Capture], AbstractContextManager] | None = None,
     ):
         """Run them.
@@ -56,11 +56,14 @@ class Pass:
             group: the batch.
             segment: first mixing operation to record, and the first not to.
             above: for all but the last segment, the gradients ``(c, ...)`` at its cut with the next one.
+            keep_outputs: whether to hold the outputs of the operations too.
             observe: makes a context for the forward pass from its capture.
         """
         n = len(group.indices)
         outputs = next(iter(above.values())).shape[0] if above else None
-        self.capture = capture = Capture(leaves, n, outputs=outputs, segment=segment, keep=frozenset(above or ()))
+        self.capture = capture = Capture(
+            leaves, n, outputs=outputs, segment=segment, keep=frozenset(above or ()), keep_outputs=keep_outputs
+        )
         batch = capture.mark(batch_of(group))
         with torch.enable_grad():
             with nullcontext() if observe is None else observe(capture), capture:
@@ -107,11 +110,11 @@ class Pass:
                         self.below[place] = gradient.new_zeros(capture.outputs, *gradient.shape)
                     self.below[place][a] += gradient
 
-    def features(self, leaves: Leaves) -> Iterator[tuple[str, int, Feature]]:
-        """The features of the segment's uses, as (parameter, mixing operation, feature); they can be taken once."""
-        for name, number, feature in collect(self.capture.uses, leaves, self.capture.n, self.capture.outputs):
-            if name not in self.missed:
-                yield name, number, feature
+    def features(self, leaves: Leaves) -> Iterator[Captured]:
+        """The features of the segment's uses; they can be taken once."""
+        for found in collect(self.capture.uses, leaves, self.capture.n, self.capture.outputs):
+            if found.name not in self.missed:
+                yield found
 
 
 def batch_of(group: Group) -> dict[str, Any]:

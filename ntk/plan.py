@@ -21,6 +21,7 @@ from ntk.functional import call
 from ntk.inputs import Group
 from ntk.outputs import Output
 from ntk.passes import WHOLE, Leaves, Pass, Segment, batch_of, length
+from ntk.wanted import Wanted
 
 # How far, in units of the machine epsilon, the sum of captured features may be from an ordinary gradient. Both sum the
 # same few thousand terms in another order; a feature that is missing or misplaced is off by its own size.
@@ -77,7 +78,9 @@ class Plan:
     checked: tuple[Group, list[Group]] | None = None
 
 
-def check_together(model: nn.Module, output: Output | None, leaves: Leaves, groups: list[Group]) -> Plan:
+def check_together(
+    model: nn.Module, output: Output | None, leaves: Leaves, groups: list[Group], wanted: Wanted
+) -> Plan:
     """Find out how examples can run together: padded if that is right for every parameter, else at equal lengths."""
     padding = _inputs.padding_token(model)
     shortest = sorted(groups, key=length)
@@ -86,26 +89,27 @@ def check_together(model: nn.Module, output: Output | None, leaves: Leaves, grou
         pair = [shortest[0].take(slice(0, 1)), shortest[1].take(slice(0, 1))]
         together = _inputs.pad_together(pair, padding)
         if len(together) == 1:
-            plan = compare(model, output, leaves, together[0], pair)
+            plan = compare(model, output, leaves, wanted, together[0], pair)
             plan.padding = padding if plan.rounding <= torch.finfo(plan.dtype).eps else None
             if plan.padding is not None and not plan.refused:
                 return plan
     # Two examples show, where one cannot, a rule that mistakes one for the other.
     group = max(groups, key=lambda g: (min(2, len(g.indices)), -length(g))).take(slice(0, 2))
     try:
-        exact = compare(model, output, leaves, group, [group.take(slice(i, i + 1)) for i in range(len(group.indices))])
+        single = [group.take(slice(i, i + 1)) for i in range(len(group.indices))]
+        exact = compare(model, output, leaves, wanted, group, single)
     except ValueError:
         if len(group.indices) == 1:
             raise
         # Some models refuse several examples at once where one is fine (decoders that know no padding token).
-        return check_alone(model, output, leaves, groups)
+        return check_alone(model, output, leaves, groups, wanted)
     return exact if plan is None or plan.padding is None or len(exact.refused) < len(plan.refused) else plan
 
 
-def check_alone(model: nn.Module, output: Output | None, leaves: Leaves, groups: list[Group]) -> Plan:
+def check_alone(model: nn.Module, output: Output | None, leaves: Leaves, groups: list[Group], wanted: Wanted) -> Plan:
     """Find out which parameters can be captured if every example runs alone."""
     example = min(groups, key=length).take(slice(0, 1))
-    plan = compare(model, output, leaves, example, [example])
+    plan = compare(model, output, leaves, wanted, example, [example])
     plan.largest = 1
     return plan
 
@@ -114,6 +118,7 @@ def compare(
     model: nn.Module,
     output: Output | None,
     leaves: Leaves,
+    wanted: Wanted,
     group: Group,
     single: list[Group],
     segments: Sequence[Segment] = (WHOLE,),
@@ -124,6 +129,7 @@ def compare(
         model: in evaluation mode.
         output: as in :func:`ntk.empirical_ntk`.
         leaves: the parameters to capture.
+        wanted: what the features are for.
         group: one or two examples.
         single: the same, each alone.
         segments: cover the model, from the last to the first.
@@ -141,7 +147,7 @@ def compare(
     shared: set[int] = set()
     for segment in segments:
         observe = partial(_measured, leaves=leaves, costs=plan.costs, tokens=tokens)
-        done = Pass(model, output, leaves, group, segment, above, observe)
+        done = Pass(model, output, leaves, group, segment, above, bool(wanted.methods), observe)
         above, capture = done.below, done.capture
         plan.refused.update(done.missed)
         plan.rounding = max(plan.rounding, capture.coarsest)
@@ -156,10 +162,15 @@ def compare(
             if held is not None and held.data_ptr() not in shared:
                 shared.add(held.data_ptr())
                 _at(plan.costs, use.number).graph += held.numel() * held.element_size() / tokens
-        for name, number, feature in done.features(leaves):
-            left = gradients.setdefault(name, torch.zeros_like(leaves[name]))
-            subtract(feature, weights.to(values_of(feature).dtype), left)
-            _charge(_at(plan.costs, number), name, feature, n, tokens, shared)
+        for found in done.features(leaves):
+            left = gradients.setdefault(found.name, torch.zeros_like(leaves[found.name]))
+            subtract(found.feature, weights.to(values_of(found.feature).dtype), left)
+            cost = _at(plan.costs, found.number)
+            cost.names.add(found.name)
+            if found.output is not None:
+                cost.graph += found.output.numel() * found.output.element_size() / tokens
+            for piece in wanted.pieces(found, left.shape):
+                _charge(cost, piece.feature, n, tokens, shared)
     everything = sum(norm**2 for norm in norms.values()) ** 0.5
     for name, left in gradients.items():
         tolerance = min(_ROUNDING * plan.rounding, _COARSE) * (norms.get(name, 0.0) + _SHARE * everything)
@@ -205,8 +216,7 @@ def _at(costs: list[Cost], number: int) -> Cost:
     return costs[number]
 
 
-def _charge(cost: Cost, name: str, feature: Feature, n: int, tokens: int, shared: set[int]) -> None:
-    cost.names.add(name)
+def _charge(cost: Cost, feature: Feature, n: int, tokens: int, shared: set[int]) -> None:
     if isinstance(feature, Dense):
         cost.per_example += feature.value.numel() * feature.value.element_size() / n
         return

@@ -140,7 +140,8 @@ def _add(capture: Capture, args: tuple, kwargs: dict, result: Tensor, *, signs: 
             # Rows of an embedding that all examples share (position ids): as if each had read them itself.
             name, ids, padding = state.lookup
             ids = _readable(ids, padding, 1 << 62).expand(result.shape[:-1])
-            found.append((t, Use(frozenset((name,)), partial(_looked_up, capture.n, ids))))
+            rows = t.detach().expand(result.shape)
+            found.append((t, Use(frozenset((name,)), partial(_looked_up, capture.n, ids), output=rows)))
         else:
             found.append((t, lambda g, t=t, sign=sign: _summed(capture.n, t.shape, g if sign == 1 else -g)))
     return found

@@ -11,6 +11,8 @@ What :mod:`ntk.plan` refuses is tried once more with one example at a time, and 
 
 import itertools
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from ntk.inputs import Group, Inputs
 from ntk.outputs import Output
 from ntk.passes import Leaves, Pass, Segment, length, requiring_gradients
 from ntk.plan import IN_PROGRESS, Plan, check_alone, check_together, compare, cut, least_room, weight
+from ntk.wanted import Wanted, parameter_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +48,44 @@ def layer_kernels(
     progress: bool,
     summed: bool = False,
 ) -> dict[str, Tensor]:
-    """As :func:`ntk.jacobian.layer_kernels`; parameters that it could not capture come from there.
+    """As :func:`ntk.jacobian.layer_kernels`; parameters that could not be captured come from there.
+
+    Cost and memory as :func:`kernels`.
+    """
+    options = {"memory_budget": memory_budget, "progress": progress}
+    found, left = kernels(
+        model, inputs, inputs2, wanted=parameter_kernels(params, summed=summed), output=output, **options
+    )
+    if left:
+        logger.info("by the reference instead: %s", ", ".join(left))
+        rest = jacobian.layer_kernels(
+            model,
+            inputs,
+            inputs2,
+            params={name: params[name] for name in left},
+            output=output,
+            summed=summed,
+            **options,
+        )
+        _merge(found, rest)
+    return found if summed else {name: found[name] for name in params}
+
+
+def kernels(
+    model: nn.Module,
+    inputs: Inputs,
+    inputs2: Inputs | None,
+    *,
+    wanted: Wanted,
+    output: Output | None,
+    memory_budget: int | float | None,
+    progress: bool,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The wanted kernels as far as they can be captured, and the parameters that are missing in them, with the reason.
 
     Cost: one forward and c backward passes, the contractions, and a check on two examples. Memory: the inputs and c
     output gradients of every captured use, on all examples. Where that exceeds ``memory_budget``, S segments of the
-    model take turns, at the cost of (S + 1) / 2 forward passes.
-
-    Where even one layer's do not fit, tiles of examples take turns.
+    model take turns, at the cost of (S + 1) / 2 forward passes; where even one layer's do not fit, tiles of examples.
 
     Raises:
         MemoryError: ``memory_budget`` is too small for two examples; says the least that is needed.
@@ -59,31 +93,26 @@ def layer_kernels(
     encoder_decoder = is_encoder_decoder(model)
     groups1 = _inputs.group_examples(inputs, encoder_decoder=encoder_decoder)
     groups2 = [] if inputs2 is None else _inputs.group_examples(inputs2, encoder_decoder=encoder_decoder)
-    kernels: dict[str, Tensor] = {}
-    left = dict.fromkeys(params, "")  # parameters still to be done -> why they were not
+    found: dict[str, Tensor] = {}
+    layers = [name for name, _ in wanted.layers]
+    left = dict.fromkeys([*wanted.shares, *layers], "")  # parameters still to be done -> why they were not
     # Together, then one example at a time, where rows of different examples cannot be mistaken for one another.
     for check in (check_together, check_alone):
         with requiring_gradients(model, left) as leaves:
-            plan = check(model, output, leaves, [*groups1, *groups2])
+            plan = check(model, output, leaves, [*groups1, *groups2], wanted)
         captured = [name for name in left if name not in plan.refused]
         if captured:
             with requiring_gradients(model, captured) as leaves:
-                job = _Job(model, output, leaves, plan, groups1, groups2, memory_budget, progress, summed)
+                job = _Job(model, output, leaves, plan, wanted, groups1, groups2, memory_budget, progress)
                 try:
-                    _merge(kernels, job.run())
+                    _merge(found, job.run())
                 except NotImplementedError as error:
                     plan.refused = dict.fromkeys(left, str(error))
         left = plan.refused
         if not left:
-            return kernels if summed else {name: kernels[name] for name in params}
+            break
         logger.info("not captured: %s", "; ".join(f"{name} ({why})" for name, why in left.items()))
-    logger.info("by the reference instead: %s", ", ".join(left))
-    rest = jacobian.layer_kernels(
-        model, inputs, inputs2, params={name: params[name] for name in left}, output=output,
-        memory_budget=memory_budget, progress=progress, summed=summed,
-    )  # fmt: skip
-    _merge(kernels, rest)
-    return kernels if summed else {name: kernels[name] for name in params}
+    return found, left
 
 
 def _merge(kernels: dict[str, Tensor], more: dict[str, Tensor]) -> None:
@@ -91,23 +120,33 @@ def _merge(kernels: dict[str, Tensor], more: dict[str, Tensor]) -> None:
         kernels[name] = kernels[name].add_(kernel) if name in kernels else kernel
 
 
+@dataclass
+class _Pending:
+    """Features of one trained parameter, by batch, until all are there."""
+
+    shape: torch.Size
+    shares: Mapping[str, float]
+    features: dict[int, list[Feature]] = field(default_factory=dict)
+
+
 class _Job:
     """The kernels of all captured parameters, over all examples or a tile of them."""
 
     def __init__(
-        self, model: nn.Module, output: Output | None, leaves: Leaves, plan: Plan, groups1: list[Group],
-        groups2: list[Group], memory_budget: int | float | None, progress: bool, summed: bool,
+        self, model: nn.Module, output: Output | None, leaves: Leaves, plan: Plan, wanted: Wanted,
+        groups1: list[Group], groups2: list[Group], memory_budget: int | float | None, progress: bool,
     ):  # fmt: skip
-        self.model, self.output, self.leaves, self.plan = model, output, leaves, plan
+        self.model, self.output, self.leaves, self.plan, self.wanted = model, output, leaves, plan, wanted
         self.groups1, self.groups2 = groups1, groups2
         self.n1, self.n2 = (sum(len(g.indices) for g in groups) for groups in (groups1, groups2))
-        self.progress, self.summed = progress, summed
+        self.progress = progress
+        self.shared = len(wanted.keys) < len(leaves)  # several parameters' kernels are summed
         self.budget = memory_budget if memory_budget is not None else jacobian.default_memory_budget(plan.device)
         self.chunk = int(min(CHUNK, _TEMPORARY / 3 * self.budget / plan.dtype.itemsize))
         self.kernels: dict[str, Tensor] = {}
 
     def run(self) -> dict[str, Tensor]:
-        """One kernel for each parameter; under the name "" their sum, if that is all that is wanted."""
+        """The captured parameters' part of every wanted kernel that they have a part in."""
         groups = [*self.groups1, *self.groups2]
         tokens = sum(len(g.indices) * length(g) for g in groups)
         room = self._room()
@@ -120,33 +159,40 @@ class _Job:
         most = max(max(length(g) for g in groups), int(room * IN_PROGRESS / max(1.0, heaviest)))
         batches = [self._batches(side, most) for side in (self.groups1, self.groups2)]
         self._passes(segments, [*batches[0], *batches[1]])
-        for name in self.leaves if not self.summed else ("",):
-            if name not in self.kernels and name not in self.plan.refused:
-                self.kernels[name] = self._zeros()
+        for name in self.leaves:
+            for key in self.wanted.shares.get(name, ()) if name not in self.plan.refused else ():
+                if key not in self.kernels:
+                    self.kernels[key] = self._zeros()
         return self.kernels
 
     def _passes(self, segments: list[Segment], batches: list[Group]) -> None:
         above: list[dict[Place, Tensor] | None] = [None] * len(batches)
-        features: dict[str, dict[int, list[Feature]]] = {}
+        pending: dict[str, dict[str, _Pending]] = {}  # parameter -> slot
         finished: set[str] = set()
         disable = None if self.progress else True
         with tqdm(total=len(segments) * len(batches), desc="kernel passes", disable=disable, leave=False) as bar:
             for segment in segments:
                 for i, batch in enumerate(batches):
-                    done = Pass(self.model, self.output, self.leaves, batch, segment, above[i])
+                    done = Pass(
+                        self.model, self.output, self.leaves, batch, segment, above[i], bool(self.wanted.methods)
+                    )
                     self.plan.refused.update(done.missed)
-                    for name, _, feature in done.features(self.leaves):
-                        features.setdefault(name, {}).setdefault(i, []).append(feature.compact())
+                    for found in done.features(self.leaves):
+                        slots = pending.setdefault(found.name, {})
+                        for piece in self.wanted.pieces(found, self.leaves[found.name].shape):
+                            slot = slots.setdefault(piece.slot, _Pending(piece.shape, piece.shares))
+                            slot.features.setdefault(i, []).append(piece.feature.compact())
                     above[i] = done.below
                     bar.update()
                 further_down = {name for cost in self.plan.costs[: segment[0]] for name in cost.names}
-                for name in [name for name in features if name not in further_down]:
+                for name in [name for name in pending if name not in further_down]:
                     if name in finished:
                         raise NotImplementedError("parameters are not used in the same order by all examples")
                     finished.add(name)
-                    self._add(name, features.pop(name), batches)
+                    for slot in pending.pop(name).values():
+                        self._add(slot, batches)
         if wrong := finished & self.plan.refused.keys():
-            if self.summed:
+            if self.shared or self.wanted.methods:
                 raise NotImplementedError(f"some examples use {min(wrong)} in a way that others do not")
             for name in wrong:
                 self.kernels.pop(name, None)
@@ -155,7 +201,7 @@ class _Job:
         """See that the passes can be cut so, which tensors that escape the capture would prevent."""
         assert self.plan.checked is not None
         group, single = self.plan.checked
-        found = compare(self.model, self.output, self.leaves, group, single, segments)
+        found = compare(self.model, self.output, self.leaves, self.wanted, group, single, segments)
         if found.refused:
             raise NotImplementedError("the passes of this model cannot be cut into segments")
 
@@ -167,7 +213,7 @@ class _Job:
         """
         c, width = self.plan.outputs, self.plan.dtype.itemsize
         n2 = self.n2 or self.n1
-        kept = (1 if self.summed else len(self.leaves)) * self.n1 * n2 * c**2 * width
+        kept = len(self.wanted.keys) * self.n1 * n2 * c**2 * width
         if max(self.n1, n2) == 1:
             raise self._too_little()
         sides = [_halves(groups, n) for groups, n in ((self.groups1, self.n1), (self.groups2, self.n2))]
@@ -176,20 +222,21 @@ class _Job:
             tiles = [(first, []), (first, second), (second, [])]
         else:
             tiles = [(left, right) for left in sides[0] for right in sides[1]]
-        kernels = {name: self._zeros() for name in (self.leaves if not self.summed else ("",))}
+        kernels: dict[str, Tensor] = {}
         for left, right in tiles:
             (local1, rows), (local2, columns) = _renumbered(left), _renumbered(right)
             part = _Job(
-                self.model, self.output, self.leaves, self.plan, local1, local2, self.budget - kept, self.progress,
-                self.summed,
+                self.model, self.output, self.leaves, self.plan, self.wanted, local1, local2, self.budget - kept,
+                self.progress,
             ).run()  # fmt: skip
-            for name, kernel in part.items():
-                kernels[name][rows[:, None], (columns if right else rows)[None, :]] = kernel
+            for key, kernel in part.items():
+                whole = kernels[key] if key in kernels else kernels.setdefault(key, self._zeros())
+                whole[rows[:, None], (columns if right else rows)[None, :]] = kernel
                 if right and self.n2 == 0:
-                    kernels[name][columns[:, None], rows[None, :]] = kernel.permute(1, 0, 3, 2)
-        if self.summed and self.plan.refused.keys() & self.leaves.keys():
-            raise NotImplementedError("some examples use parameters in a way that others do not")
-        return {name: kernel for name, kernel in kernels.items() if name not in self.plan.refused}
+                    whole[columns[:, None], rows[None, :]] = kernel.permute(1, 0, 3, 2)
+        if wrong := self.plan.refused.keys() & self.leaves.keys():
+            raise NotImplementedError(f"some examples use {min(wrong)} in a way that others do not")
+        return kernels
 
     def _too_little(self) -> MemoryError:
         tokens = sum(len(g.indices) * length(g) for g in self.groups1 + self.groups2)
@@ -205,7 +252,7 @@ class _Job:
         """Bytes left for features and activations beside kernels and temporaries."""
         width = self.plan.dtype.itemsize
         # The running sum or all of them, one more in the making, and its Gram matrix.
-        kept = 3 if self.summed else 2 + len(self.leaves)
+        kept = 2 + len(self.wanted.keys)
         kernels = kept * self.n1 * (self.n2 or self.n1) * self.plan.outputs**2 * width
         return self.budget - kernels - 3 * self.chunk * width
 
@@ -220,22 +267,26 @@ class _Job:
             result += [group.take(slice(i, i + size)) for i in range(0, len(group.indices), size)]
         return result
 
-    def _add(self, name: str, features: dict[int, list[Feature]], batches: list[Group]) -> None:
-        """Contract one parameter's features; batches that do not use it have no share."""
+    def _add(self, slot: _Pending, batches: list[Group]) -> None:
+        """Contract one trained parameter's features; batches that do not use it have no share."""
         c, device = self.plan.outputs, self.plan.device
         starts = [0, *itertools.accumulate(len(g.indices) for g in batches)]
-        left = [i for i in sorted(features) if starts[i] < self.n1]
-        right = [i for i in sorted(features) if starts[i] >= self.n1]
+        left = [i for i in sorted(slot.features) if starts[i] < self.n1]
+        right = [i for i in sorted(slot.features) if starts[i] >= self.n1]
         if not left or (self.n2 and not right):
             return
         rows = torch.tensor([k for i in left for k in batches[i].indices], device=device)
         columns = torch.tensor([k for i in right for k in batches[i].indices], device=device) if self.n2 else rows
-        used = [features[i] for i in (*left, *right)]
-        matrix = gram(used, self.leaves[name].shape, len(rows) if self.n2 else None, self.chunk).to(self.plan.dtype)
+        used = [slot.features[i] for i in (*left, *right)]
+        matrix = gram(used, slot.shape, len(rows) if self.n2 else None, self.chunk).to(self.plan.dtype)
         kernel = self._zeros()
         blocks = matrix.unflatten(0, (len(rows), c)).unflatten(2, (len(columns), c))
         kernel[rows[:, None], columns[None, :]] = blocks.transpose(1, 2)
-        _merge(self.kernels, {"" if self.summed else name: kernel})
+        for key, share in slot.shares.items():
+            if key in self.kernels:
+                self.kernels[key].add_(kernel, alpha=share)
+            else:
+                self.kernels[key] = kernel * share
 
     def _zeros(self) -> Tensor:
         c = self.plan.outputs

@@ -1,0 +1,410 @@
+"""Kernels of parameter-efficient methods at their initialisation, from the stream of the full kernel.
+
+At its initialisation an adapter leaves the network's function as it is, so the tangent features of its parameters are
+made of what a pass of the bare network shows at each layer: a layer's inputs x_t, its outputs y_t (bias included) and
+the gradients g_t there, summed over tokens t. One forward and c backward passes serve every method at once.
+
+A method is one class: either it weighs parameters of the network itself (full fine-tuning, BitFit, norms), or it says,
+for one layer, what the features of its own parameters are. r is a layer's width, s that of its input.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ntk.features import Dense, Feature, Outer
+
+Modules = str | Sequence[str] | Callable[[str], bool] | None
+"""Which layers: a regular expression of the whole module name, names or their last parts, a predicate; None for all."""
+
+Found = Iterator[tuple[str, torch.Size, Feature]]  # name of the adapter's parameter, its shape, its feature
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of a linear layer or an embedding by n examples.
+
+    Attributes:
+        name: of the module.
+        weight: ``(r, s)``; of an embedding its table, ``(rows, r)``.
+        bias: ``(r,)``, if there is one.
+        x: ``(n, t, s)`` inputs; None for an embedding.
+        y: ``(n, t, r)`` outputs.
+        g: ``(n, c, t, r)`` gradients at the outputs.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    x: Tensor | None
+    y: Tensor
+    g: Tensor
+
+
+class Method:
+    """A parameter-efficient method at its initialisation."""
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """How much a parameter of the network counts: its kernel is multiplied by this. 0 where it is frozen.
+
+        Args:
+            name: of the parameter.
+            parameter: itself.
+            module: whose parameter it is.
+            layer: that module's name, if the parameter is its matrix and adapters may stand beside it.
+        """
+        return 0.0
+
+    def adapts(self, module: str) -> bool:
+        """Whether a layer, by its module's name, carries parameters of the method's own."""
+        return False
+
+    def features(self, layer: Layer) -> Found:
+        """The features of the method's own parameters at a layer that carries them."""
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Full fine-tuning."""
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """Everything."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class BitFit(Method):
+    """All biases, those of norms included (Ben Zaken, Goldberg and Ravfogel 2022)."""
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """Parameters called bias."""
+        return float(name.rpartition(".")[2] == "bias")
+
+
+@dataclass(frozen=True)
+class NormTuning(Method):
+    """Scales and shifts of all normalisation layers, known by their class's name (Zhao et al. 2024)."""
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """Parameters of norms."""
+        return float("norm" in type(module).__name__.lower())
+
+
+@dataclass(frozen=True)
+class Propulsion(Method):
+    """A vector z on the outputs of layers, acting as z**degree, at z = 1 (Kowsher et al. 2024).
+
+        d f / d z_j = degree * sum_t g_tj y_tj
+
+    Attributes:
+        degree: the exponent k; the kernel grows as k squared.
+        modules: layers and embeddings that carry a vector.
+    """
+
+    degree: float = 1.0
+    modules: Modules = None
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module)
+
+    def features(self, layer: Layer) -> Found:
+        """One vector of length r."""
+        yield "z", layer.y.shape[-1:], Dense(self.degree * torch.einsum("nctr,ntr->ncr", layer.g, layer.y))
+
+
+@dataclass(frozen=True)
+class IA3(Method):
+    """Vectors on the outputs of layers, or on the inputs of feed-forward ones, at 1 (Liu et al. 2022).
+
+    Attributes:
+        modules: layers whose outputs are scaled.
+        feedforward: layers whose inputs are scaled instead.
+    """
+
+    modules: Modules
+    feedforward: Modules = ()
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module) or chosen(self.feedforward, module)
+
+    def features(self, layer: Layer) -> Found:
+        """One vector of length s or r."""
+        if layer.x is None:
+            return
+        if chosen(self.feedforward, layer.name):
+            back = layer.g @ layer.weight.to(layer.g.dtype)
+            yield "l", layer.x.shape[-1:], Dense(torch.einsum("ncts,nts->ncs", back, layer.x.to(back.dtype)))
+        else:
+            yield "l", layer.y.shape[-1:], Dense(torch.einsum("nctr,ntr->ncr", layer.g, layer.y))
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """A product B A beside each weight, at B = 0 (Hu et al. 2022): d f / d B = (alpha / rank) sum_t g_t (A x_t)^T.
+
+    Attributes:
+        rank: of the product.
+        alpha: the product is multiplied by alpha / rank; by default alpha = rank.
+        modules: linear layers that carry one.
+        a: matrices A ``(rank, s)`` by module name; "random" for peft's own initialisation, drawn from ``seed``;
+            "expected" for the mean of the kernel over those draws.
+        seed: of the random matrices, which do not depend on the other layers.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    modules: Modules = None
+    a: Mapping[str, Tensor] | str = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"the rank of LoRA must be at least 1; got {self.rank}")
+        if isinstance(self.a, str) and self.a not in ("random", "expected"):
+            raise ValueError(f"a must be 'random', 'expected' or matrices by module name; got {self.a!r}")
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """In the mean over A, whose entries have variance 1 / (3 s), a multiple of the weight's own kernel."""
+        if self.a != "expected" or layer is None or not chosen(self.modules, layer):
+            return 0.0
+        width = parameter.shape[0] if _stores_transposed(module) else parameter.shape[1]
+        return self.scale**2 * self.rank / (3 * width)
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers, unless the weights' own kernels say it all."""
+        return self.a != "expected" and chosen(self.modules, module)
+
+    def features(self, layer: Layer) -> Found:
+        """The matrix B, ``(r, rank)``."""
+        if layer.x is None:
+            return
+        a = self._matrix(layer).to(layer.x)
+        shape = torch.Size((layer.y.shape[-1], len(a)))
+        yield "B", shape, Outer(self.scale * (layer.x @ a.T), layer.g, False)
+
+    def _matrix(self, layer: Layer) -> Float[Tensor, "rank s"]:
+        if isinstance(self.a, str):
+            return kaiming_uniform((self.rank, layer.weight.shape[1]), f"{self.seed}.{layer.name}")
+        if layer.name not in self.a:
+            raise ValueError(f"no matrix A is given for {layer.name}; give one, or leave the layer out of modules")
+        return self.a[layer.name]
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """LoRA beside the direction of each weight, and its rows' lengths m (Liu et al. 2024).
+
+    At B = 0, d f / d B is LoRA's, since the norm is held constant in the gradient, and
+    d f / d m_j = sum_t g_tj (W x_t)_j / |W_j|.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.a == "expected":
+            raise ValueError("DoRA has no mean over A here: its lengths do not depend on A; use LoRA for that part")
+
+    def features(self, layer: Layer) -> Found:
+        """LoRA's matrix and the lengths."""
+        if layer.x is None:
+            return
+        yield from super().features(layer)
+        linear = layer.y if layer.bias is None else layer.y - layer.bias
+        lengths = layer.weight.norm(dim=1)
+        yield "m", lengths.shape, Dense(torch.einsum("nctr,ntr->ncr", layer.g, (linear / lengths).to(layer.g.dtype)))
+
+
+@dataclass(frozen=True)
+class VeRA(Method):
+    """Frozen random matrices A and B shared by all layers, vectors b = 0 and d trained (Kopiczko et al. 2024).
+
+        d f / d b_j = sum_t g_tj (B (d * A x_t))_j       (d f / d d = 0 at b = 0)
+
+    Attributes:
+        a: ``(rank, s)``, at least as wide as the widest input.
+        b: ``(r, rank)``, at least as long as the longest output.
+        initial: value of d.
+        modules: linear layers that carry vectors.
+    """
+
+    a: Tensor
+    b: Tensor
+    initial: float = 0.1
+    modules: Modules = None
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module)
+
+    def features(self, layer: Layer) -> Found:
+        """The vector b, of length r."""
+        if layer.x is None:
+            return
+        r, s = layer.weight.shape
+        if self.a.shape[1] < s or len(self.b) < r:
+            raise ValueError(f"{layer.name} is {r} x {s}: VeRA's matrices {tuple(self.b.shape)} and "
+                             f"{tuple(self.a.shape)} are too small")  # fmt: skip
+        inner = self.initial * (layer.x @ self.a[:, :s].to(layer.x).T) @ self.b[:r].to(layer.x).T
+        yield "b", torch.Size((r,)), Dense(torch.einsum("nctr,ntr->ncr", layer.g, inner.to(layer.g.dtype)))
+
+
+@dataclass(frozen=True)
+class LoHa(Method):
+    """The elementwise product of two low-rank products beside each weight, at w2_b = 0 (Hyeon-Woo et al. 2022).
+
+        d f / d w2_b = (alpha / rank) w2_a^T (sum_t g_t x_t^T * (w1_a w1_b))
+
+    Attributes:
+        rank: of each product.
+        alpha: the whole is multiplied by alpha / rank; by default alpha = rank.
+        modules: linear layers that carry one.
+        factors: (w1_a ``(r, rank)``, w1_b ``(rank, s)``, w2_a ``(r, rank)``) by module name; if None, peft's
+            initialisation from ``seed``.
+        seed: of the random factors.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    modules: Modules = None
+    factors: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None
+    seed: int = 0
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module)
+
+    def features(self, layer: Layer) -> Found:
+        """The matrix w2_b, ``(rank, s)``."""
+        if layer.x is None:
+            return
+        r, s = layer.weight.shape
+        key = f"{self.seed}.{layer.name}"
+        factors = (
+            (kaiming_uniform((r, self.rank), key + ".1a"), kaiming_uniform((self.rank, s), key + ".1b"),
+             kaiming_uniform((r, self.rank), key + ".2a"))
+            if self.factors is None
+            else self.factors[layer.name]
+        )  # fmt: skip
+        w1_a, w1_b, w2_a = (factor.to(layer.g) for factor in factors)
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        value = layer.g.new_zeros(*layer.g.shape[:2], self.rank, s)
+        for column, row in zip(w1_a.T, w1_b, strict=True):  # rank by rank of the first product
+            value += torch.einsum("nctq,nts->ncqs", layer.g @ (w2_a * column[:, None]), layer.x.to(layer.g.dtype) * row)
+        yield "w2_b", torch.Size((self.rank, s)), Dense(scale * value)
+
+
+@dataclass(frozen=True)
+class RandomSubset(Method):
+    """Weights chosen at random, trained directly, the others frozen (as SHiRA does; Bhardwaj et al. 2024).
+
+    Attributes:
+        count: weights of each layer; all of a layer that has fewer.
+        modules: linear layers they are drawn from.
+        seed: of the choice, which does not depend on the other layers.
+    """
+
+    count: int
+    modules: Modules = None
+    seed: int = 0
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module)
+
+    def features(self, layer: Layer) -> Found:
+        """The chosen entries of the weight's feature."""
+        if layer.x is None:
+            return
+        places = subset(layer.weight.numel(), self.count, f"{self.seed}.{layer.name}").to(layer.g.device)
+        rows, columns = places // layer.weight.shape[1], places % layer.weight.shape[1]
+        value = torch.einsum("nctm,ntm->ncm", layer.g[..., rows], layer.x[..., columns].to(layer.g.dtype))
+        yield "W", torch.Size((len(places),)), Dense(value)
+
+
+def chosen(modules: Modules, name: str) -> bool:
+    """Whether a choice of layers holds a module, as peft reads ``target_modules``."""
+    if modules is None:
+        return True
+    if callable(modules):
+        return modules(name)
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == part or name.endswith(f".{part}") for part in modules)
+
+
+def kaiming_uniform(shape: tuple[int, int], key: str) -> Tensor:
+    """Entries uniform in +-1 / sqrt(columns), as ``nn.Linear`` and peft draw them, from a key of their own."""
+    return torch.empty(shape).uniform_(-1, 1, generator=_generator(key)) / math.sqrt(shape[1])
+
+
+def subset(total: int, count: int, key: str) -> Tensor:
+    """``count`` of ``total`` numbers, drawn without replacement from a key of their own, in order."""
+    return torch.randperm(total, generator=_generator(key))[:count].sort().values
+
+
+def _generator(key: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(key.encode()))
+
+
+def layers_of(model: nn.Module) -> dict[tuple[str, bool], tuple[str, nn.Module]]:
+    """(parameter name, whether an embedding reads it) -> (module name, module), of the layers that take adapters.
+
+    Those are the linear layers and embeddings of the model's body; a Hugging Face model's head is none. A table tied to
+    a readout is the weight of two layers, told apart by how it is used.
+    """
+    body = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    inside = {id(module) for module in body.modules()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for name, module in model.named_modules():
+        reads = isinstance(module, nn.Embedding)
+        if id(module) in inside and (reads or _is_linear(module)) and id(module.weight) in names:
+            found[names[id(module.weight)], reads] = (name, module)
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _stores_transposed(module)
+
+
+def _stores_transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def layer_of(name: str, module: nn.Module, feature: Feature, output: Tensor | None) -> Layer:
+    """One layer as the methods see it, from a captured use of its weight.
+
+    Args:
+        name: of the module.
+        module: linear layer or embedding.
+        feature: of its weight.
+        output: of the operation, ``(n m, ..., r)``; computed anew if None.
+
+    Raises:
+        NotImplementedError: the output of an embedding is gone, overwritten by what came after it.
+    """
+    weight, bias = module.weight, getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    assert not isinstance(feature, Dense)
+    weight = weight.detach().T if _stores_transposed(module) else weight.detach()
+    bias = None if bias is None else bias.detach()
+    x = feature.x if isinstance(feature, Outer) else None
+    if output is None:
+        if x is None:
+            raise NotImplementedError(f"the model overwrites the output of {name}, which adapters would scale")
+        output = torch.nn.functional.linear(x, weight, bias)
+    y = output.reshape(len(feature.g), -1, output.shape[-1])
+    return Layer(name, weight, bias, x, y.to(feature.g.dtype), feature.g)
