@@ -13,12 +13,14 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntk.features import Dense, Feature, Outer
+from ntk.features import Dense, Feature, Lookup, Outer
 
 Modules = str | Sequence[str] | Callable[[str], bool] | None
 """Which layers: a regular expression of the whole module name, names or their last parts, a predicate; None for all."""
@@ -36,7 +38,7 @@ class Layer:
         bias: ``(r,)``, if there is one.
         x: ``(n, t, s)`` inputs; None for an embedding.
         y: ``(n, t, r)`` outputs.
-        g: ``(n, c, t, r)`` gradients at the outputs.
+        feature: of the weight; it holds the gradients at the outputs.
     """
 
     name: str
@@ -44,7 +46,22 @@ class Layer:
     bias: Tensor | None
     x: Tensor | None
     y: Tensor
-    g: Tensor
+    feature: Outer | Lookup
+
+    @property
+    def g(self) -> Float[Tensor, "n c t r"]:
+        """The gradients g_t at the outputs."""
+        return self.feature.g
+
+    @cached_property
+    def gy(self) -> Float[Tensor, "n c r"]:
+        """sum_t g_tj y_tj."""
+        return over_tokens(self.g, self.y)
+
+
+def over_tokens(g: Float[Tensor, "n c t d"], y: Float[Tensor, "n t d"]) -> Float[Tensor, "n c d"]:
+    """sum_t g_tj y_tj, for every example and output."""
+    return torch.stack([(ga * y).sum(dim=1) for ga in g.unbind(dim=1)], dim=1)
 
 
 class Method:
@@ -117,7 +134,7 @@ class Propulsion(Method):
 
     def features(self, layer: Layer) -> Found:
         """One vector of length r."""
-        yield "z", layer.y.shape[-1:], Dense(self.degree * torch.einsum("nctr,ntr->ncr", layer.g, layer.y))
+        yield "z", layer.y.shape[-1:], Dense(self.degree * layer.gy)
 
 
 @dataclass(frozen=True)
@@ -142,9 +159,9 @@ class IA3(Method):
             return
         if chosen(self.feedforward, layer.name):
             back = layer.g @ layer.weight.to(layer.g.dtype)
-            yield "l", layer.x.shape[-1:], Dense(torch.einsum("ncts,nts->ncs", back, layer.x.to(back.dtype)))
+            yield "l", layer.x.shape[-1:], Dense(over_tokens(back, layer.x.to(back.dtype)))
         else:
-            yield "l", layer.y.shape[-1:], Dense(torch.einsum("nctr,ntr->ncr", layer.g, layer.y))
+            yield "l", layer.y.shape[-1:], Dense(layer.gy)
 
 
 @dataclass(frozen=True)
@@ -194,7 +211,8 @@ class LoRA(Method):
             return
         a = self._matrix(layer).to(layer.x)
         shape = torch.Size((layer.y.shape[-1], len(a)))
-        yield "B", shape, Outer(self.scale * (layer.x @ a.T), layer.g, False)
+        assert isinstance(layer.feature, Outer)
+        yield "B", shape, layer.feature.beside(self.scale * (layer.x @ a.T))
 
     def _matrix(self, layer: Layer) -> Float[Tensor, "rank s"]:
         if isinstance(self.a, str):
@@ -222,9 +240,9 @@ class DoRA(LoRA):
         if layer.x is None:
             return
         yield from super().features(layer)
-        linear = layer.y if layer.bias is None else layer.y - layer.bias
         lengths = layer.weight.norm(dim=1)
-        yield "m", lengths.shape, Dense(torch.einsum("nctr,ntr->ncr", layer.g, (linear / lengths).to(layer.g.dtype)))
+        linear = layer.gy if layer.bias is None else layer.gy - layer.g.sum(dim=2) * layer.bias
+        yield "m", lengths.shape, Dense(linear / lengths)
 
 
 @dataclass(frozen=True)
@@ -258,7 +276,7 @@ class VeRA(Method):
             raise ValueError(f"{layer.name} is {r} x {s}: VeRA's matrices {tuple(self.b.shape)} and "
                              f"{tuple(self.a.shape)} are too small")  # fmt: skip
         inner = self.initial * (layer.x @ self.a[:, :s].to(layer.x).T) @ self.b[:r].to(layer.x).T
-        yield "b", torch.Size((r,)), Dense(torch.einsum("nctr,ntr->ncr", layer.g, inner.to(layer.g.dtype)))
+        yield "b", torch.Size((r,)), Dense(over_tokens(layer.g, inner.to(layer.g.dtype)))
 
 
 @dataclass(frozen=True)
@@ -330,7 +348,8 @@ class RandomSubset(Method):
             return
         places = subset(layer.weight.numel(), self.count, f"{self.seed}.{layer.name}").to(layer.g.device)
         rows, columns = places // layer.weight.shape[1], places % layer.weight.shape[1]
-        value = torch.einsum("nctm,ntm->ncm", layer.g[..., rows], layer.x[..., columns].to(layer.g.dtype))
+        x = layer.x.index_select(-1, columns).to(layer.g.dtype)
+        value = over_tokens(layer.g.index_select(-1, rows), x)
         yield "W", torch.Size((len(places),)), Dense(value)
 
 
@@ -345,18 +364,22 @@ def chosen(modules: Modules, name: str) -> bool:
     return any(name == part or name.endswith(f".{part}") for part in modules)
 
 
+@lru_cache(maxsize=1024)
 def kaiming_uniform(shape: tuple[int, int], key: str) -> Tensor:
     """Entries uniform in +-1 / sqrt(columns), as ``nn.Linear`` and peft draw them, from a key of their own."""
-    return torch.empty(shape).uniform_(-1, 1, generator=_generator(key)) / math.sqrt(shape[1])
+    generator = torch.Generator().manual_seed(_seed(key))
+    return torch.empty(shape).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])
 
 
+@lru_cache(maxsize=1024)
 def subset(total: int, count: int, key: str) -> Tensor:
     """``count`` of ``total`` numbers, drawn without replacement from a key of their own, in order."""
-    return torch.randperm(total, generator=_generator(key))[:count].sort().values
+    drawn = np.random.default_rng(_seed(key)).choice(total, min(count, total), replace=False)
+    return torch.from_numpy(np.sort(drawn))
 
 
-def _generator(key: str) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(key.encode()))
+def _seed(key: str) -> int:
+    return zlib.crc32(key.encode())
 
 
 def layers_of(model: nn.Module) -> dict[tuple[str, bool], tuple[str, nn.Module]]:
@@ -407,4 +430,4 @@ def layer_of(name: str, module: nn.Module, feature: Feature, output: Tensor | No
             raise NotImplementedError(f"the model overwrites the output of {name}, which adapters would scale")
         output = torch.nn.functional.linear(x, weight, bias)
     y = output.reshape(len(feature.g), -1, output.shape[-1])
-    return Layer(name, weight, bias, x, y.to(feature.g.dtype), feature.g)
+    return Layer(name, weight, bias, x, y.to(feature.g.dtype), feature)

@@ -38,15 +38,26 @@ class Outer:
         """Which tokens have a gradient: ``(n, t)``, bool. One that is not a number counts."""
         return torch.linalg.vector_norm(self.g, ord=float("inf"), dim=(1, 3)) != 0
 
-    def compact(self) -> "Outer":
-        """Without the tokens that have no gradient: each example's others moved to the front, and cut to the most."""
+    def active(self) -> Tensor | None:
+        """Where each example's tokens that have a gradient are, and as few others as possible: ``(n, most)``.
+
+        None if that would spare little.
+        """
         most = max(1, int(self.real.sum(dim=1).max()))
         if most > 0.8 * self.real.shape[1]:
-            return self
-        first = self.real.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        x = self.x.gather(1, first[:, :, None].expand(-1, -1, self.x.shape[-1]))
-        g = self.g.gather(2, first[:, None, :, None].expand(-1, self.g.shape[1], -1, self.g.shape[-1]))
-        return Outer(x, g, self.transposed)
+            return None
+        return self.real.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+
+    def at(self, places: Tensor) -> "Outer":
+        """The feature from these tokens alone, ``(n, most)`` places."""
+        g = self.g.gather(2, places[:, None, :, None].expand(-1, self.g.shape[1], -1, self.g.shape[-1]))
+        return Outer(tokens_at(self.x, places), g, self.transposed)
+
+    def beside(self, x: Tensor) -> "Outer":
+        """The feature of another matrix (r, s') that multiplies x, with the same gradients."""
+        other = Outer(x, self.g, False)
+        other.__dict__["real"] = self.real
+        return other
 
     def write(self, rows: slice, out: Tensor, *, add: bool = False) -> None:
         """Put the rows of the feature into ``out``, ``(n, c, rows, width)``, or add them to it."""
@@ -74,10 +85,6 @@ class Lookup:
     ids: Tensor
     g: Tensor
 
-    def compact(self) -> "Lookup":
-        """Itself."""
-        return self
-
     def write(self, rows: slice, out: Tensor, *, add: bool = False) -> None:
         """Put the rows of the feature into ``out``, ``(n, c, rows, width)``, or add them to it."""
         n, c, count, width = out.shape
@@ -104,10 +111,6 @@ class Dense:
 
     value: Tensor
 
-    def compact(self) -> "Dense":
-        """Itself."""
-        return self
-
     def write(self, rows: slice, out: Tensor, *, add: bool = False) -> None:
         """Put the rows of the feature into ``out``, ``(n, c, rows, width)``, or add them to it."""
         value = (self.value[:, :, rows] if self.value.ndim > 2 else self.value).reshape(out.shape)
@@ -119,6 +122,11 @@ class Dense:
 
 
 Feature = Outer | Lookup | Dense
+
+
+def tokens_at(x: Tensor, places: Tensor) -> Tensor:
+    """Tokens ``(n, most)`` of x ``(n, t, d)``."""
+    return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
 def formed(feature: Feature, shape: torch.Size) -> Dense:

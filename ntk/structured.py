@@ -181,7 +181,7 @@ class _Job:
                         slots = pending.setdefault(found.name, {})
                         for piece in self.wanted.pieces(found, self.leaves[found.name].shape):
                             slot = slots.setdefault(piece.slot, _Pending(piece.shape, piece.shares))
-                            slot.features.setdefault(i, []).append(piece.feature.compact())
+                            slot.features.setdefault(i, []).append(piece.feature)
                     above[i] = done.below
                     bar.update()
                 further_down = {name for cost in self.plan.costs[: segment[0]] for name in cost.names}
