@@ -318,9 +318,9 @@ class LoHa(Method):
         )  # fmt: skip
         w1_a, w1_b, w2_a = (factor.to(layer.g) for factor in factors)
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        value = layer.g.new_zeros(*layer.g.shape[:2], self.rank, s)
-        for column, row in zip(w1_a.T, w1_b, strict=True):  # rank by rank of the first product
-            value += torch.einsum("nctq,nts->ncqs", layer.g @ (w2_a * column[:, None]), layer.x.to(layer.g.dtype) * row)
+        both = (w2_a[:, None, :] * w1_a[:, :, None]).flatten(1)  # (r, rank of the first * rank of the second)
+        inner = (layer.g @ both).mT.flatten(1, 2) @ layer.x.to(layer.g.dtype)
+        value = (inner.unflatten(1, (-1, *w1_b.shape[:1], self.rank)) * w1_b[:, None]).sum(dim=2)
         yield "w2_b", torch.Size((self.rank, s)), Dense(scale * value)
 
 
@@ -348,8 +348,9 @@ class RandomSubset(Method):
             return
         places = subset(layer.weight.numel(), self.count, f"{self.seed}.{layer.name}").to(layer.g.device)
         rows, columns = places // layer.weight.shape[1], places % layer.weight.shape[1]
-        x = layer.x.index_select(-1, columns).to(layer.g.dtype)
-        value = over_tokens(layer.g.index_select(-1, rows), x)
+        # Rows of the transposes are read faster than columns.
+        g, x = layer.g.mT.contiguous().index_select(-2, rows), layer.x.mT.contiguous().index_select(-2, columns)
+        value = over_tokens(g.mT, x.mT.to(g.dtype))
         yield "W", torch.Size((len(places),)), Dense(value)
 
 

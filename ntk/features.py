@@ -17,6 +17,8 @@ from torch import Tensor
 CHUNK = 1 << 24
 # Tokens in a block of a ghost contraction: its matrices of c tokens squared stay in the caches.
 _BLOCK = 256
+# Rows from which a product of halves is faster than a whole one.
+_HALF = 128
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,14 @@ class Outer:
     def write(self, rows: slice, out: Tensor, *, add: bool = False) -> None:
         """Put the rows of the feature into ``out``, ``(n, c, rows, width)``, or add them to it."""
         x = self.x.to(self.g.dtype)
-        for a in range(self.g.shape[1]):
-            left, right = (x[..., rows], self.g[:, a]) if self.transposed else (self.g[:, a, :, rows], x)
-            target = out[:, a]
-            torch.baddbmm(target, left.mT, right, beta=int(add), out=target)
+        if self.transposed:
+            left = x[..., rows].mT.contiguous()
+            for a in range(self.g.shape[1]):
+                torch.baddbmm(out[:, a], left, self.g[:, a], beta=int(add), out=out[:, a])
+        else:  # all outputs at once
+            left = self.g[..., rows].mT.reshape(len(x), -1, x.shape[1])
+            whole = out.flatten(1, 2)
+            torch.baddbmm(whole, left, x, beta=int(add), out=whole)
 
     def active_rows(self, count: int) -> Tensor:
         """Which of the parameter's rows are not zero for every example: ``(count,)``, bool."""
@@ -171,11 +177,11 @@ def gram(groups: Sequence[Sequence[Feature]], shape: torch.Size, split: int | No
 
 
 def product(left: Tensor, split: int | None) -> Tensor:
-    """left left^T, or its block between two batches; the symmetric product by halves, at 9/16 of the work."""
+    """left left^T, or its block between two batches; a large symmetric product by halves, at 9/16 of the work."""
     if split is not None:
         return left[:split] @ left[split:].T
     half = len(left) // 2
-    if half < 16:
+    if half < _HALF:
         return left @ left.T
     result = left.new_empty(len(left), len(left))
     result[:half, :half] = product(left[:half], None)
@@ -317,7 +323,7 @@ def _ghost_is_cheaper(groups: Sequence[Sequence[Feature]], shape: torch.Size) ->
             tokens += int(feature.real.sum())
             (c, r), s = (feature.g.shape[1], feature.g.shape[-1]), feature.x.shape[-1]
         n += _examples(features)
-    direct = 1.4 * tokens * c * r * s + 0.8 * (n * c) ** 2 * r * s
+    direct = 1.4 * tokens * c * r * s + (1 if n * c < 2 * _HALF else 0.75) * (n * c) ** 2 * r * s
     ghost = 0.65 * tokens**2 * (s + c**2 * r + 20 * c**2)
     return ghost < direct
 

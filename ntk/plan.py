@@ -144,8 +144,10 @@ def compare(
     norms: dict[str, float] = {}
     weights = torch.zeros(())
     above: dict[Place, Tensor] | None = None
+    buffers: set[int] = set()
     shared: set[int] = set()
     for segment in segments:
+        alive: list[Feature] = []  # so that no two tensors are seen at one address
         observe = partial(_measured, leaves=leaves, costs=plan.costs, tokens=tokens)
         done = Pass(model, output, leaves, group, segment, above, bool(wanted.methods), observe)
         above, capture = done.below, done.capture
@@ -159,8 +161,8 @@ def compare(
             norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
         for use in capture.uses:
             held = use.received.values if use.received else None
-            if held is not None and held.data_ptr() not in shared:
-                shared.add(held.data_ptr())
+            if held is not None and held.data_ptr() not in buffers:
+                buffers.add(held.data_ptr())
                 _at(plan.costs, use.number).graph += held.numel() * held.element_size() / tokens
         for found in done.features(leaves):
             left = gradients.setdefault(found.name, torch.zeros_like(leaves[found.name]))
@@ -170,6 +172,7 @@ def compare(
             if found.output is not None:
                 cost.graph += found.output.numel() * found.output.element_size() / tokens
             for piece in wanted.pieces(found, left.shape):
+                alive.append(piece.feature)
                 _charge(cost, piece.feature, n, tokens, shared)
     everything = sum(norm**2 for norm in norms.values()) ** 0.5
     for name, left in gradients.items():
