@@ -1,7 +1,8 @@
 """Cost of exact kernels, as ratios measured in one run: `python -m benchmarks.kernels`.
 
 For every job, kernels are first compared with those of torch.func, and nothing is timed if they differ. Then each
-measure runs in fresh processes, in turn. Results go to `docs/benchmarks/`, one JSON file a job and a table of all; `notes.md` there is written by hand.
+measure runs in fresh processes, in turn. Results go to `docs/benchmarks/`, one JSON file a job and a table of all;
+`notes.md` there is written by hand.
 """
 
 import json
