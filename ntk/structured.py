@@ -144,6 +144,8 @@ class _Job:
         self.budget = memory_budget if memory_budget is not None else jacobian.default_memory_budget(plan.device)
         self.chunk = int(min(CHUNK, _TEMPORARY / 3 * self.budget / plan.dtype.itemsize))
         self.kernels: dict[str, Tensor] = {}
+        self.longest = max(length(g) for g in (*groups1, *groups2))
+        self.spent = 0.0  # of the caller's budget, on kernels of which this job computes a tile
 
     def run(self) -> dict[str, Tensor]:
         """The captured parameters' part of every wanted kernel that they have a part in."""
@@ -225,10 +227,12 @@ class _Job:
         kernels: dict[str, Tensor] = {}
         for left, right in tiles:
             (local1, rows), (local2, columns) = _renumbered(left), _renumbered(right)
-            part = _Job(
+            job = _Job(
                 self.model, self.output, self.leaves, self.plan, self.wanted, local1, local2, self.budget - kept,
                 self.progress,
-            ).run()  # fmt: skip
+            )  # fmt: skip
+            job.longest, job.spent = self.longest, self.spent + kept
+            part = job.run()
             for key, kernel in part.items():
                 whole = kernels[key] if key in kernels else kernels.setdefault(key, self._zeros())
                 whole[rows[:, None], (columns if right else rows)[None, :]] = kernel
@@ -239,13 +243,13 @@ class _Job:
         return kernels
 
     def _too_little(self) -> MemoryError:
-        tokens = sum(len(g.indices) * length(g) for g in self.groups1 + self.groups2)
-        room = least_room(self.plan.costs, tokens, self.n1 + self.n2)
+        room = least_room(self.plan.costs, 2 * self.longest, 2)
         kernels = self.budget * (1 - _TEMPORARY) - self._room()
-        least = (kernels + room / (1 - IN_PROGRESS)) / (1 - _TEMPORARY)
+        least = self.spent + (kernels + room / (1 - IN_PROGRESS)) / (1 - _TEMPORARY)
         return MemoryError(
             f"two examples need at least {jacobian.gigabytes(least)} but memory_budget is "
-            f"{jacobian.gigabytes(self.budget)}: raise memory_budget, or use shorter examples or fewer parameters"
+            f"{jacobian.gigabytes(self.budget + self.spent)}: raise memory_budget, or use shorter examples or fewer "
+            "parameters"
         )
 
     def _room(self) -> float:
