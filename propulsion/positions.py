@@ -1,7 +1,7 @@
 """The paper's positions, as the modules of an architecture (Kowsher et al. 2024, Section 4 and Table 1).
 
-"all" and "embedding" go by a module's type and work on any model. The others go by name, and a name is a matter of
-the architecture: a new family is one entry in `FAMILIES`.
+"all" (which leaves norms out), "embedding" and "norm" go by a module's type and work on any model. The others go by
+name, and a name is a matter of the architecture: a new family is one entry in `FAMILIES`.
 """
 
 import re
@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-POSITIONS = ("all", "attn", "query", "key", "value", "attention_output", "mlp", "embedding")
+POSITIONS = ("all", "attn", "query", "key", "value", "attention_output", "mlp", "embedding", "norm")
 
 _Names = dict[str, str]
 
@@ -125,11 +125,14 @@ def _at(position: str, model: nn.Module, candidates: dict[str, nn.Module]) -> se
         return {name for name, module in candidates.items() if isinstance(module, (nn.Linear, Conv1D, nn.Embedding))}
     if position == "embedding":
         return {name for name, module in candidates.items() if isinstance(module, nn.Embedding)}
+    if position == "norm":
+        return {name for name, module in candidates.items() if _is_norm(module)}
     model_type = _model_type(model)
     if model_type not in FAMILIES:
         raise ValueError(
             f"position {position!r} is not known for the architecture {model_type or type(model).__name__!r}, only "
-            f"for {', '.join(sorted(FAMILIES))}: name the modules with target_modules, or use 'all' or 'embedding'"
+            f"for {', '.join(sorted(FAMILIES))}: name the modules with target_modules, or use 'all', 'embedding', "
+            "'norm'"
         )
     family = FAMILIES[model_type]
     if position not in family:
@@ -138,6 +141,12 @@ def _at(position: str, model: nn.Module, candidates: dict[str, nn.Module]) -> se
             "one: use 'attn' for all three"
         )
     return {name for name in candidates if _ends_with(family[position], name)}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    named = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    weight = getattr(module, "weight", None)
+    return named and weight is not None and weight.ndim == 1
 
 
 def _model_type(model: nn.Module) -> str:

@@ -1,0 +1,156 @@
+"""Cost of exact kernels, as ratios measured in one run: `python -m benchmarks.kernels`.
+
+For every job, kernels are first compared with those of torch.func, and nothing is timed if they differ. Then each
+measure runs in fresh processes, in turn. Results go to `docs/benchmarks/`, one JSON file a job and a table of all.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from analyses.results import environment
+from analyses.tables import format_table, number
+from benchmarks.jobs import ADAPTERS, GIGABYTE, JOBS, Job
+from propulsion.errors import UserError, run_command
+
+AGREE = 1e-4  # Relative error of float32 kernels; theirs is about 1e-6. In float64, the tests ask for 1e-10.
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure the cost of exact kernels."""
+
+    jobs: list[str] = field(default_factory=lambda: ["minilm-32", "minilm-128", "minilm-1024", "roberta-large-64"])
+    """Any of minilm-32, minilm-128, minilm-1024, roberta-large-64, roberta-large-256."""
+    data_dir: Path | None = None
+    """Folder with SST-2's train.jsonl and validation.jsonl; by default from the Hugging Face hub."""
+    device: str = "cpu"
+    """Where models run."""
+    output_dir: Path = Path("docs/benchmarks")
+    """Where results go."""
+
+
+def main(config: Config) -> None:
+    """Measure every job, and write the table of all results that are there."""
+    for name in config.jobs:
+        if name not in JOBS:
+            raise UserError(f"no job {name!r}; there are {', '.join(JOBS)}")
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    for name in config.jobs:
+        result = measure_job(name, JOBS[name], config)
+        file = config.output_dir / f"{name}{'' if config.device == 'cpu' else '-' + config.device}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(format_table(HEADER, list(rows(result))), flush=True)
+    write_tables(config.output_dir)
+
+
+def measure_job(name: str, job: Job, config: Config) -> dict[str, Any]:
+    """Agreement, then all rounds of all measures, then where the time goes."""
+    errors = child(name, job.measures[0], config, "--agreement")
+    print(f"{job.title}: agreement {errors}", flush=True)
+    if not all(error <= AGREE for error in errors.values()):
+        raise SystemExit(f"kernels of {name} do not agree with torch.func: {errors}; nothing was timed")
+    found: dict[str, list[dict]] = {measure: [] for measure in job.measures}
+    for _ in range(job.rounds):
+        for measure in job.measures:
+            found[measure].append(child(name, measure, config))
+            print(f"  {measure}: {found[measure][-1]}", flush=True)
+    profiles = {m: child(name, m, config, "--profile") for m in job.measures if m not in ("bare", "torch.func")}
+    return {"job": name, "title": job.title, "device": config.device, "relative_errors": errors, "measures": found,
+            "profiles": profiles, "environment": environment()}  # fmt: skip
+
+
+def child(name: str, measure: str, config: Config, *flags: str) -> dict[str, Any]:
+    """One measurement in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.measure", "--job", name, "--measure", measure, *flags]
+    command += ["--device", config.device, *(["--data-dir", str(config.data_dir)] if config.data_dir else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+HEADER = ("job and measure", "first call, s", "later calls, s", "peak, GB", "over bare", "torch.func over it")
+
+
+def rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    """One row a measure; ratios are medians over the rounds, of later calls."""
+    measures = result["measures"]
+    yield [f"**{result['title']}**", *[""] * (len(HEADER) - 1)]
+    for name, runs in measures.items():
+        peak = max(run["peak_bytes"] for run in runs) / GIGABYTE
+        times = [number(statistics.median(run[key] for run in runs)) for key in ("first_seconds", "seconds")]
+        over_bare, speedup = ratio(measures, name, "bare"), ratio(measures, "torch.func", name)
+        yield [name, *times, f"{peak:.2f}", number(over_bare), number(speedup)]
+
+
+def ratio(measures: dict[str, list[dict]], left: str, right: str, key: str = "seconds") -> float | None:
+    """Median over the rounds of one measure's time over another's; None where one was not measured."""
+    if left not in measures or right not in measures:
+        return None
+    return statistics.median(a[key] / b[key] for a, b in zip(measures[left], measures[right], strict=True))
+
+
+def targets(result: dict[str, Any]) -> Iterator[list[str]]:
+    """What was to be reached, and what was."""
+    measures = result["measures"]
+    for target in JOBS[result["job"]].targets:
+        found = {key: ratio(measures, target.measure, target.against, key) for key in ("first_seconds", "seconds")}
+        peak = max(run["peak_bytes"] for run in measures[target.measure])
+        reached = [value is not None and value <= target.ratio for value in found.values()]
+        if target.peak is not None:
+            reached.append(peak <= target.peak)
+        verdict = "reached" if all(reached) else "reached in part" if any(reached) else "missed"
+        limit = "" if target.peak is None else f"{target.peak / GIGABYTE:.1f}"
+        yield [f"{result['title']}: {target.measure} over {target.against}", number(target.ratio),
+               number(found["first_seconds"]), number(found["seconds"]), limit, f"{peak / GIGABYTE:.2f}",
+               verdict]  # fmt: skip
+
+
+def write_tables(folder: Path) -> None:
+    """`README.md` in the folder, from its JSON files alone."""
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    order = {(name, device): i for i, (name, device) in enumerate((n, d) for d in ("cpu", "cuda") for n in JOBS)}
+    results.sort(key=lambda r: order[r["job"], r["device"]])
+    costs = format_table(HEADER, [row for r in results for row in rows(r)], markdown=True)
+    reach = ("ratio", "at most", "first call", "later calls", "GB at most", "peak, GB", "verdict")
+    verdicts = format_table(reach, [row for r in results for row in targets(r)], markdown=True)
+    lines = [
+        "# Cost of exact kernels", "",
+        "Written by `python -m benchmarks.kernels`; every JSON file here holds one job's runs and its environment.", "",
+        "- *full*: `ntk.empirical_ntk(method=\"structured\")`, all parameters, both outputs.",
+        f"- *adapters*: `ntk.adapter_kernels`, full and {len(ADAPTERS)} parameter-efficient methods from one "
+        "stream.",
+        "- *Propulsion*: `ntk.adapter_kernels` of that method alone.",
+        "- *bare*: one forward pass of the padded batch and one backward pass for each output, to every parameter.",
+        "- *torch.func*: `vmap(jacrev)` and contraction, on the padded batch.",
+        "",
+        "Each measure runs in processes of its own, which warm up on two examples. The first call finds no memory to "
+        "reuse; later calls are the median of those after it. Ratios are taken between processes of one round, "
+        "medians over rounds. Peaks are of the whole process, model and libraries included.", "",
+        costs, "", "## Targets", "",
+        "Set before the measurements.", "", verdicts, "", "## Agreement", "",
+        "Relative errors (Frobenius) in float32, of the full kernel against torch.func and of Propulsion's against the "
+        "Jacobian of a peft model, measured before anything is timed:", "",
+        *[f"- {r['title']}: " + ", ".join(f"{k} {e:.1e}" for k, e in r["relative_errors"].items()) for r in results],
+        "", "## Where the time goes", "",
+        "Share of processor time by operation, of the larger ones:", "",
+        *[f"- {r['title']}, {name}: {shares(p)}" for r in results for name, p in r["profiles"].items()],
+    ]  # fmt: skip
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def shares(profile: dict[str, float]) -> str:
+    """The larger ones, in words."""
+    return ", ".join(f"{key.removeprefix('aten::')} {share:.0%}" for key, share in profile.items() if share > 0.03)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m benchmarks.kernels", description=__doc__)))

@@ -1,0 +1,148 @@
+"""One measurement in a process of its own, so that its peak memory is its own; prints one line of JSON."""
+
+import copy
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+import ntk
+from benchmarks.baselines import bare_passes, torch_func_ntk
+from benchmarks.jobs import ADAPTERS, JOBS, TILE, Job
+from ntk.adapters import Full, Method, Propulsion
+from propulsion.training import apply_propulsion
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What to measure."""
+
+    job: str
+    measure: str
+    data_dir: Path | None = None
+    device: str = "cpu"
+    agreement: bool = False
+    """Compare with torch.func on a few examples, and time nothing."""
+    profile: bool = False
+    """Say which operations the time goes to, and time nothing."""
+
+
+def main(config: Measurement) -> None:
+    """Measure and print."""
+    job = JOBS[config.job]
+    model, batch = job.load(job.examples, config.data_dir, config.device)
+    compute = measures(model, job)
+    if config.agreement:
+        found: dict[str, Any] = agreement(model, first(batch, job.agree_on), compute, job.measures)
+    else:
+        compute[config.measure](first(batch, 2))  # Threads and libraries start up.
+        if config.profile:
+            found = profile(lambda: compute[config.measure](batch))
+        else:
+            found = timing(lambda: compute[config.measure](batch), job.repeats)
+            found["tokens"] = int(batch["attention_mask"].sum())
+    print(json.dumps(found))
+
+
+def measures(model: torch.nn.Module, job: Job) -> dict[str, Callable]:
+    """Everything that can be timed on a batch, by name."""
+    budget = job.memory_budget
+
+    def methods(some: dict[str, Method]) -> Callable:
+        return lambda batch: ntk.adapter_kernels(model, batch, some, memory_budget=budget)
+
+    return {
+        "full": lambda batch: ntk.empirical_ntk(model, batch, method="structured", memory_budget=budget),
+        "torch.func": lambda batch: torch_func_ntk(model, batch, TILE),
+        "bare": lambda batch: bare_passes(model, batch),
+        "adapters": methods({"full": Full(), **ADAPTERS}),
+        "Propulsion": methods({"Propulsion": Propulsion()}),
+    }
+
+
+def timing(compute: Callable, repeats: int) -> dict[str, float]:
+    """Seconds of the first call, which finds no memory to reuse, and the median of the calls after it; peak memory.
+
+    Seconds that a machine with room for all Jacobians would not need are taken off.
+    """
+    seconds = []
+    for _ in range(1 + repeats):
+        synchronize()
+        start = time.perf_counter()
+        found = compute()
+        synchronize()
+        again = found[1] if isinstance(found, tuple) else 0.0
+        seconds.append(time.perf_counter() - start - again)
+        del found
+    later = statistics.median(seconds[1:] or seconds)
+    return {"first_seconds": seconds[0], "seconds": later, "peak_bytes": peak_bytes()}
+
+
+def profile(compute: Callable, most: int = 12) -> dict[str, float]:
+    """Share of the time in each kind of operation, the largest first."""
+    on_gpu = torch.cuda.is_available()
+    with torch.profiler.profile() as found:
+        compute()
+        synchronize()
+    times = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in found.key_averages()}
+    total = sum(times.values())
+    return {key: times[key] / total for key in sorted(times, key=times.__getitem__, reverse=True)[:most]}
+
+
+def agreement(model: torch.nn.Module, batch: Batch, compute: dict[str, Callable], names: Sequence[str]) -> dict:
+    """Relative errors (Frobenius): full fine-tuning's kernel against torch.func's, Propulsion's against peft's.
+
+    The other methods' kernels are compared with the gradients of peft's own layers in the tests.
+    """
+    errors: dict[str, float] = {}
+    if "full" in names:
+        full = compute["torch.func"](batch)[0]
+        errors["full"] = relative_error(compute["full"](batch), full)
+        if "adapters" in names:
+            errors["full, beside adapters"] = relative_error(compute["adapters"](batch)["full"], full)
+    fast = compute["Propulsion"](batch)["Propulsion"]
+    wrapped = apply_propulsion(copy.deepcopy(model), degree=1, positions=("all",), train_head=False)
+    truth = ntk.empirical_ntk(
+        wrapped, batch, params=lambda name, p: p.requires_grad and "classifier" not in name, method="jacobian"
+    )
+    errors["Propulsion"] = relative_error(fast, truth)
+    return errors
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|."""
+    return float((found - expected).norm() / expected.norm())
+
+
+def first(batch: Batch, count: int) -> Batch:
+    """The batch's first examples."""
+    return {name: value[:count] for name, value in batch.items()}
+
+
+def peak_bytes() -> int:
+    """Of this process, or of the accelerator if one is used."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def synchronize() -> None:
+    """Wait for the accelerator."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Measurement))
