@@ -43,7 +43,8 @@ class PropulsionConfig(PeftConfig):
             init_value^k. Every pooling merges.
         pooling: "mean", "max", "min" or "l2" (the root mean square), over the p scales.
         lean: In training, keep a layer's scaled output for the backward pass and not its unscaled one beside it
-            (`propulsion.lean`). False for a model that writes into its layers' outputs in place.
+            (`propulsion.lean`): less memory, and a gradient of z that is exact but for two roundings. Not for models
+            that write into their layers' outputs in place (Falcon, ``nn.ReLU(inplace=True)``): autograd raises.
 
     Raises:
         ValueError: a field, or two fields together, make no sense; the message says what to change.
@@ -78,7 +79,7 @@ class PropulsionConfig(PeftConfig):
     )
     vectors: int = field(default=1, metadata={"help": "Number of vectors of each module, whose scales are pooled."})
     pooling: str = field(default="mean", metadata={"help": f"Over several vectors: one of {', '.join(POOLINGS)}."})
-    lean: bool = field(default=True, metadata={"help": "Keep less for the backward pass; see propulsion.lean."})
+    lean: bool = field(default=False, metadata={"help": "Keep less for the backward pass; see propulsion.lean."})
 
     # The positions as module names of the model at hand. Not a field: a saved config stays free of one model's names.
     resolved: ClassVar[SimpleNamespace | None] = None

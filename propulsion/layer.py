@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from propulsion.config import PropulsionConfig
 from propulsion.lean import SMALLEST, multiply
+from propulsion.positions import is_norm
 from propulsion.scale import initial_vectors, scale_of
 
 _NOISE = 0.02
@@ -50,7 +51,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._unmerged: dict[str, nn.Parameter] = {}
         self._active_adapter = adapter_name
-        self._lean = True
+        self._lean = False
         self._far: tuple[tuple, bool] = ((), False)
         self.in_features, self.out_features = self.features()
         self.update_layer(adapter_name, config, name)
@@ -138,10 +139,11 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         """Whether to keep the scaled output for the backward pass instead of the other (`propulsion.lean`)."""
         if not (self._lean and self.training and scale.requires_grad and torch.is_grad_enabled()):
             return False
-        if torch.compiler.is_compiling():
-            return False  # a compiler decides itself what to keep
+        # A compiler decides itself what to keep, and a transform of torch.func cannot look at values.
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
         # Looked at once for each value of z: on an accelerator it waits for the result.
-        state = tuple((name, z._version, z.data_ptr()) for name, z in self.propulsion_z.items())
+        state = tuple((name, z._version, id(z)) for name, z in self.propulsion_z.items())
         if self._far[0] != (state, tuple(self.active_adapters)):
             far = bool((scale.detach().abs() >= SMALLEST).all())
             self._far = ((state, tuple(self.active_adapters)), far)
@@ -162,11 +164,11 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         if not adapter_names:
             return
         base = self.get_base_layer()
+        self._check_mergeable(base, self.weight)
         # A further merge starts again from the unmerged weight, so that it rounds only once.
         unmerged = self._unmerged or {
             name: parameter for name in ("weight", "bias") if (parameter := getattr(base, name, None)) is not None
         }
-        self._check_mergeable(base, unmerged["weight"])
         adapter_names = [*self.merged_adapters, *adapter_names]
         merged = self._scaled(unmerged, adapter_names)
         if safe_merge and not all(value.isfinite().all() for value in merged.values()):
@@ -282,22 +284,26 @@ class PropulsionNorm(PropulsionLayer):
         current = {name: getattr(base, name) for name in parameters}
         x = torch.linspace(-1, 1, self.out_features, device=weight.device, dtype=weight.dtype)
         x = torch.stack([x, x.roll(1).cos()])
-        tolerance = 8 * torch.finfo(weight.dtype).eps
+        # Many norms compute in float32, whatever the dtype of their weight.
+        tolerance = 8 * max(torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32))
         try:
             for name, p in parameters.items():
                 setattr(base, name, p)
             expected = (base(x) * scale).to(weight.dtype)
+            found = []
             for shift in (0, 1):
                 merged = {name: (p * scale).to(p.dtype) for name, p in parameters.items()}
                 merged["weight"] = ((weight.to(scale.dtype) + shift) * scale - shift).to(weight.dtype)
                 for name, value in merged.items():
                     setattr(base, name, nn.Parameter(value, requires_grad=False))
-                size = expected.abs().max() + (weight.abs() + shift).max() * scale.abs().max()
-                if bool(((base(x) - expected).abs().max() <= tolerance * size) | ~expected.isfinite().all()):
-                    return merged
+                found.append((float((base(x) - expected).abs().max()), merged))
         finally:
             for name, p in current.items():
                 setattr(base, name, p)
+        error, merged = min(found, key=lambda pair: pair[0])
+        size = float(expected.abs().max() + (1 + weight.abs().max()) * scale.abs().max())
+        if error <= tolerance * size or not expected.isfinite().all():
+            return merged
         raise ValueError(
             f"expected a norm that multiplies by its weight, or by one plus it, to merge into; {type(base).__name__} "
             "does neither: keep the adapter unmerged"
@@ -319,9 +325,8 @@ LAYERS: dict[type[nn.Module], type[PropulsionLayer]] = {
 def layer_class(module: nn.Module) -> type[PropulsionLayer] | None:
     """Return the class that adapts this module; None if none does."""
     found = next((layer for kind, layer in LAYERS.items() if isinstance(module, kind)), None)
-    weight = getattr(module, "weight", None)
-    if found is PropulsionNorm or (found is None and type(module).__name__.endswith("RMSNorm")):
-        return PropulsionNorm if isinstance(weight, Tensor) and weight.ndim == 1 else None
+    if found is PropulsionNorm or (found is None and is_norm(module)):
+        return PropulsionNorm if is_norm(module) else None
     if found is None and _is_quantised_linear(module):
         return PropulsionLinear
     return found

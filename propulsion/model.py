@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from propulsion.config import PropulsionConfig
 from propulsion.layer import BASE, LAYERS, PropulsionLayer, layer_class
-from propulsion.positions import base_modules, bypass, resolve
+from propulsion.positions import base_modules, bypass, resolve, shared_by_all_examples
 from propulsion.registration import PREFIX
 from propulsion.scale import root
 
@@ -60,6 +60,9 @@ class PropulsionModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        # What peft trains in full, it finds by the end of a name: DistilBERT's "pre_classifier" with "classifier".
+        if any(key.endswith(name) for name in peft_config.modules_to_save or ()):
+            return False
         resolved = getattr(peft_config, "resolved", None)
         if resolved is None:
             return check_target_module_exists(peft_config, key)
@@ -139,8 +142,14 @@ class PropulsionModel(BaseTuner):
         def hand_over_once(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             return args, {**kwargs, "adapter_names": names}  # an encoder runs before the beams part
 
-        for module in self.modules():
-            if isinstance(module, (PropulsionLayer, AuxiliaryTrainingWrapper)):
+        for name, module in self.model.named_modules():
+            if isinstance(module, PropulsionLayer) and shared_by_all_examples(self.model, name):
+                if set(names) & set(module.propulsion_z):
+                    raise ValueError(
+                        f"the output of {name!r} is shared by all examples of a batch, and cannot be scaled by each "
+                        "one's own adapter: leave it out of the adapters (exclude_modules) to mix them"
+                    )
+            elif isinstance(module, (PropulsionLayer, AuxiliaryTrainingWrapper)):
                 hook = hand_over_once if id(module) in inside else hand_over
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:

@@ -61,6 +61,10 @@ _BYPASSED = {
 }
 
 
+# Modules whose output has no axis of examples: T5 adds one bias by position to the scores of all.
+_WITHOUT_EXAMPLES = {"t5": "relative_attention_bias"}
+
+
 def resolve(
     model: nn.Module,
     positions: Iterable[str] | str,
@@ -120,13 +124,26 @@ def bypass(model: nn.Module, name: str) -> str | None:
     return None
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm or RMSNorm, of torch or of any family, with one weight for each feature."""
+    named = type(module).__name__.endswith(("LayerNorm", "RMSNorm")) or isinstance(module, nn.LayerNorm)
+    weight = getattr(module, "weight", None)
+    return named and isinstance(weight, nn.Parameter) and weight.ndim == 1
+
+
+def shared_by_all_examples(model: nn.Module, name: str) -> bool:
+    """Whether the output of a module has no axis of examples, so that no example can have a scale of its own."""
+    pattern = _WITHOUT_EXAMPLES.get(_model_type(model))
+    return pattern is not None and _ends_with(pattern, name)
+
+
 def _at(position: str, model: nn.Module, candidates: dict[str, nn.Module]) -> set[str]:
     if position == "all":
         return {name for name, module in candidates.items() if isinstance(module, (nn.Linear, Conv1D, nn.Embedding))}
     if position == "embedding":
         return {name for name, module in candidates.items() if isinstance(module, nn.Embedding)}
     if position == "norm":
-        return {name for name, module in candidates.items() if _is_norm(module)}
+        return {name for name, module in candidates.items() if is_norm(module)}
     model_type = _model_type(model)
     if model_type not in FAMILIES:
         raise ValueError(
@@ -141,12 +158,6 @@ def _at(position: str, model: nn.Module, candidates: dict[str, nn.Module]) -> se
             "one: use 'attn' for all three"
         )
     return {name for name in candidates if _ends_with(family[position], name)}
-
-
-def _is_norm(module: nn.Module) -> bool:
-    named = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
-    weight = getattr(module, "weight", None)
-    return named and weight is not None and weight.ndim == 1
 
 
 def _model_type(model: nn.Module) -> str:

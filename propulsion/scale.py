@@ -20,7 +20,7 @@ from torch import Tensor
 SPREAD = 0.02
 
 
-def power(z: Float[Tensor, "*p d_out"], degree: int | float) -> Float[Tensor, "*p d_out"]:
+def power(z: Float[Tensor, "..."], degree: int | float) -> Float[Tensor, "..."]:
     """The scale: z^k for an integer degree k, sign(z) |z|^k for another, in float32 or wider.
 
     The second form agrees with the first at odd k, increases with z everywhere and is never NaN; nor is its gradient,
@@ -34,7 +34,7 @@ def power(z: Float[Tensor, "*p d_out"], degree: int | float) -> Float[Tensor, "*
     return torch.where(nonzero, z.sign() * torch.where(nonzero, z.abs(), 1.0) ** degree, 0.0)
 
 
-def root(scale: Float[Tensor, "*p d_out"], degree: int | float) -> Float[Tensor, "*p d_out"]:
+def root(scale: Float[Tensor, "..."], degree: int | float) -> Float[Tensor, "..."]:
     """The z whose `power` is the scale, the positive one of two.
 
     Raises:

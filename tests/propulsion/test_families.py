@@ -58,12 +58,15 @@ def test_life_of_an_adapter(family, options, tmp_path):
     assert torch.equal(outputs(loaded, batch), output)
 
     model.merge_adapter(safe_merge=True)
+    # Norms of these families compute in float32, with the merged weight as with the other.
+    single = family in ("gemma2", "gemma3", "t5", "llama", "mistral", "qwen2", "qwen3", "mixtral") and "norm" in options
+    precision = 1e-5 if single else 1e-10
     size = float(output.abs().max())
-    torch.testing.assert_close(outputs(model, batch), output, rtol=1e-9, atol=1e-10 * size)
+    torch.testing.assert_close(outputs(model, batch), output, rtol=0, atol=precision * size)
     model.unmerge_adapter()
     assert torch.equal(outputs(model, batch), output)
     merged = loaded.merge_and_unload()
-    torch.testing.assert_close(outputs(merged, batch), output, rtol=1e-9, atol=1e-10 * size)
+    torch.testing.assert_close(outputs(merged, batch), output, rtol=0, atol=precision * size)
 
     model.add_adapter("second", PropulsionConfig(**OPTIONS[options], task_type="SEQ_CLS"))
     model.set_adapter("second")
@@ -125,7 +128,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_compiled_training_gives_the_same_gradients():
+def test_compiled_training_gives_the_same_gradients(no_shape_checks):
     torch._dynamo.reset()
     base, batch = classifier("bert"), batch_for("bert")
     model = get_peft_model(base, PropulsionConfig(degree=3, positions="attn")).eval()

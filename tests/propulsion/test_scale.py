@@ -150,7 +150,7 @@ def test_near_zero_the_unscaled_output_is_kept_and_gradients_are_exact():
 
 def test_a_scale_that_reaches_zero_is_noticed():
     base = nn.Linear(5, 4).double()
-    layer = layer_class(base)(base, "default", PropulsionConfig(degree=1)).train()
+    layer = layer_class(base)(base, "default", PropulsionConfig(degree=1, lean=True)).train()
     x = torch.ones(2, 5, dtype=torch.float64)
     layer(x).sum().backward()
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_a_scale_that_reaches_zero_is_noticed():
 def test_torch_func_takes_a_training_layer():
     torch.manual_seed(0)
     base = nn.Linear(5, 4).double()
-    layer = layer_class(base)(base, "default", PropulsionConfig(degree=2)).train()
+    layer = layer_class(base)(base, "default", PropulsionConfig(degree=2, lean=True)).train()
     p = {"propulsion_z.default": torch.rand(4, dtype=torch.float64) + 0.5}
     x = torch.randn(6, 5, dtype=torch.float64)
 
