@@ -173,8 +173,9 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         merged = self._scaled(unmerged, adapter_names)
         if safe_merge and not all(value.isfinite().all() for value in merged.values()):
             raise ValueError(
-                f"expected finite merged weights, got some that are not from adapters {adapter_names}: z or the weight "
-                f"is broken, or z^k overflows {unmerged['weight'].dtype}. Nothing was merged"
+                # peft's own words, which its users search for.
+                f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken: z or the "
+                f"weight is, or z^k overflows {unmerged['weight'].dtype}. Nothing was merged"
             )
         for name, value in merged.items():
             setattr(base, name, nn.Parameter(value, requires_grad=unmerged[name].requires_grad))

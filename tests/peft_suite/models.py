@@ -26,7 +26,9 @@ MODELS = {
     "hf-internal-testing/tiny-random-gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT)),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**GPT, rotary_dim=4)),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
-    "peft-internal-testing/tiny-dummy-qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES)),
+    "peft-internal-testing/tiny-dummy-qwen2": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**SIZES, num_key_value_heads=2)
+    ),
     "hf-internal-testing/tiny-random-MistralForCausalLM": lambda: hf.MistralForCausalLM(
         hf.MistralConfig(**SIZES, num_key_value_heads=2)
     ),

@@ -26,6 +26,7 @@ def fetch(folder: Path) -> Path:
         with tarfile.open(folder / f"{release}.tar.gz") as archive:
             wanted = [m for m in archive.getmembers() if m.name.startswith(f"{release}/tests/")]
             archive.extractall(folder, wanted, filter="data")
+        (folder / release / "tests" / "__init__.py").touch()  # left out of the distribution, though its files need it
     return folder / release / "tests"
 
 

@@ -177,7 +177,7 @@ def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing():
     with torch.no_grad():
         layer.propulsion_z["default"].fill_(2.0)
     before = bits(layer)
-    with pytest.raises(ValueError, match="expected finite merged weights"):
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         layer.merge(safe_merge=True)
     assert not layer.merged
     assert equal(bits(layer), before)
