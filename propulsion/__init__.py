@@ -6,9 +6,10 @@
 """
 
 from propulsion.config import PropulsionConfig
+from propulsion.hotswap import hotswap_adapter
 from propulsion.model import PropulsionModel
 from propulsion.registration import register
 
-__all__ = ["PropulsionConfig", "PropulsionModel"]
+__all__ = ["PropulsionConfig", "PropulsionModel", "hotswap_adapter"]
 
 register(PropulsionConfig, PropulsionModel)

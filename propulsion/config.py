@@ -10,6 +10,7 @@ from peft import PeftConfig
 
 from propulsion.positions import POSITIONS
 from propulsion.registration import METHOD, PROPULSION
+from propulsion.scale import POOLINGS
 
 BIASES = ("none", "all", f"{METHOD}_only")
 
@@ -32,8 +33,18 @@ class PropulsionConfig(PeftConfig):
         layers_to_transform: Indices of the blocks to adapt; modules outside numbered blocks are then left alone.
         layers_pattern: Name of the list of blocks, where the first number in a module's name is not the block.
         bias: Biases to train besides z: "none", "all", or "propulsion_only" (those of adapted modules).
-        init_weights: True starts at z = 1, so that the model starts unchanged. False adds noise of standard deviation
-            0.02 from torch's global generator, for tests.
+        init_weights: True starts as the next two say. False adds noise of standard deviation 0.02, for tests.
+        init_value: What z starts at. At 1 the model starts unchanged.
+        init_noise: Standard deviation of noise added to z, from torch's global generator.
+        degree_pattern: Degrees of single modules, by the end of their name or a regular expression for it, as LoRA's
+            ``rank_pattern``.
+        vectors: Number p of vectors of each module, whose scales are pooled (the paper's multi-propulsion, App. F).
+            They start spread by 2 %, since equal vectors would stay equal for ever, with the pooled scale at
+            init_value^k. Every pooling merges.
+        pooling: "mean", "max", "min" or "l2" (the root mean square), over the p scales.
+        lean: In training, keep a layer's scaled output for the backward pass and not its unscaled one beside it
+            (`propulsion.lean`): less memory, and a gradient of z that is exact but for two roundings. Not for models
+            that write into their layers' outputs in place (Falcon, ``nn.ReLU(inplace=True)``): autograd raises.
 
     Raises:
         ValueError: a field, or two fields together, make no sense; the message says what to change.
@@ -61,6 +72,15 @@ class PropulsionConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": f"Biases to train: one of {', '.join(BIASES)}."})
     init_weights: bool = field(default=True, metadata={"help": "Start at z = 1; False: at z = 1 plus noise."})
 
+    init_value: float = field(default=1.0, metadata={"help": "What z starts at."})
+    init_noise: float = field(default=0.0, metadata={"help": "Standard deviation of noise added to z."})
+    degree_pattern: dict[str, int | float] = field(
+        default_factory=dict, metadata={"help": "Degrees of single modules: name or regular expression -> degree."}
+    )
+    vectors: int = field(default=1, metadata={"help": "Number of vectors of each module, whose scales are pooled."})
+    pooling: str = field(default="mean", metadata={"help": f"Over several vectors: one of {', '.join(POOLINGS)}."})
+    lean: bool = field(default=False, metadata={"help": "Keep less for the backward pass; see propulsion.lean."})
+
     # The positions as module names of the model at hand. Not a field: a saved config stays free of one model's names.
     resolved: ClassVar[SimpleNamespace | None] = None
 
@@ -68,6 +88,8 @@ class PropulsionConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PROPULSION
         self.degree = _checked_degree(self.degree)
+        self.degree_pattern = {name: _checked_degree(degree) for name, degree in (self.degree_pattern or {}).items()}
+        _check_start(self)
         if self.target_modules is not None and self.positions is not None:
             raise ValueError(
                 f"expected target_modules or positions, got both ({self.target_modules!r} and {self.positions!r}): "
@@ -100,6 +122,24 @@ def _checked_degree(degree: int | float) -> int | float:
     if isinstance(degree, bool) or not isinstance(degree, numbers.Real) or not math.isfinite(degree) or degree <= 0:
         raise ValueError(f"degree must be a finite number > 0, got {degree!r}: use for example 15, the paper's")
     return int(degree) if degree == int(degree) else float(degree)
+
+
+def _check_start(config: PropulsionConfig) -> None:
+    for name in ("init_value", "init_noise"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if config.init_noise < 0:
+        raise ValueError(f"init_noise is a standard deviation and must be >= 0, got {config.init_noise!r}")
+    if isinstance(config.vectors, bool) or not isinstance(config.vectors, int) or config.vectors < 1:
+        raise ValueError(f"vectors must be a whole number >= 1, got {config.vectors!r}")
+    if config.pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}; got {config.pooling!r}")
+    if config.vectors > 1 and config.init_value <= 0:
+        raise ValueError(
+            f"several vectors start spread about a positive init_value, got {config.init_value!r}: around 0 they would "
+            "be equal, and stay so"
+        )
 
 
 def _checked_positions(positions: list[str] | tuple[str, ...] | str) -> list[str] | str:

@@ -1,94 +1,153 @@
 """The layer of Propulsion: y = z^k * v (Kowsher et al. 2024, Eq. 1-3)."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from propulsion.config import PropulsionConfig
+from propulsion.lean import SMALLEST, multiply
+from propulsion.positions import is_norm
+from propulsion.scale import initial_vectors, scale_of
 
 _NOISE = 0.02
-
-
-def power(z: Float[Tensor, "d_out"], degree: int | float) -> Float[Tensor, "d_out"]:
-    """The scale: z^k for an integer degree k, sign(z) |z|^k for another, in float32 or wider.
-
-    The second form agrees with the first at odd k, increases with z everywhere and is never NaN; nor is its gradient,
-    k |z|^(k-1), which is taken as 0 at z = 0.
-    """
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    if isinstance(degree, int):
-        return z**degree
-    # The inner where keeps autograd from forming 0 * inf at z = 0.
-    nonzero = z != 0
-    return torch.where(nonzero, z.sign() * torch.where(nonzero, z.abs(), 1.0) ** degree, 0.0)
+BASE = "__base__"  # peft's name, among a batch's adapter names, for the model without any
 
 
 class PropulsionLayer(nn.Module, BaseTunerLayer):
-    """A frozen layer whose output v, bias included, is multiplied by z^k, one z (d_out,) per adapter.
+    """A frozen layer whose output v, bias included, is multiplied by z^k.
 
-    z is float32 whatever the dtype of the layer, as 1 + 1e-3 is 1 in bfloat16, and float64 over a float64 layer.
-    Several active adapters multiply.
+    One z per adapter: a vector (d_out,), or several (p, d_out) whose scales are pooled. z is float32 whatever the dtype
+    of the layer, as 1 + 1e-3 is 1 in bfloat16, and float64 over a float64 layer. Several active adapters multiply.
 
     Merging replaces the layer's Parameter objects and keeps the old ones: unmerging restores their bits (z = 0
     included), and another module that shares a parameter, as a tied head does, keeps the old one and so its function.
-    A merged layer thus holds its weight twice until it is unmerged or unloaded.
+    A merged layer thus holds its weight twice until it is unmerged or unloaded. Every pooling merges, since it acts on
+    the scales alone.
 
-    Abstract: a subclass says along which axis of the weight the outputs lie.
+    Abstract: a subclass says along which axis of the weight the outputs lie, and how many axes follow them in the
+    output.
     """
 
     adapter_layer_names = ("propulsion_z",)
-    other_param_names = ("degree",)
+    other_param_names = ("degree", "pooling")
 
-    output_axis: int
+    weight_axis: int
+    kernel_axes: int = 0
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PropulsionConfig):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PropulsionConfig, name: str = ""):
         super().__init__()
         self.base_layer = base_layer
         self.propulsion_z = nn.ParameterDict()
         self.degree: dict[str, int | float] = {}
+        self.pooling: dict[str, str] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._unmerged: dict[str, nn.Parameter] = {}
         self._active_adapter = adapter_name
-        shape = self.weight.shape
-        self.in_features: int = shape[1 - self.output_axis]
-        self.out_features: int = shape[self.output_axis]
-        self.update_layer(adapter_name, config)
+        self._lean = False
+        self._far: tuple[tuple, bool] = ((), False)
+        self.in_features, self.out_features = self.features()
+        self.update_layer(adapter_name, config, name)
 
-    def update_layer(self, adapter_name: str, config: PropulsionConfig) -> None:
-        """Add an adapter."""
+    def features(self) -> tuple[int, int]:
+        """(d_in, d_out) of the layer beneath."""
+        shape = self.weight.shape
+        return shape[1 - self.weight_axis], shape[self.weight_axis]
+
+    def update_layer(self, adapter_name: str, config: PropulsionConfig, name: str = "") -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: its name.
+            config: its configuration.
+            name: of the module, which `degree_pattern` may single out.
+        """
         weight = self.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        z = torch.ones(self.out_features, dtype=dtype)
-        if not config.init_weights:
-            z += _NOISE * torch.randn(self.out_features, dtype=dtype)
+        degree = config.degree_pattern.get(get_pattern_key(config.degree_pattern, name), config.degree)
+        z = initial_vectors(
+            config.vectors,
+            self.out_features,
+            degree=degree,
+            pooling=config.pooling,
+            value=config.init_value,
+            noise=config.init_noise if config.init_weights else max(config.init_noise, _NOISE),
+            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+        )
         self.propulsion_z[adapter_name] = nn.Parameter(z.to(weight.device))
-        self.degree[adapter_name] = config.degree
+        self.degree[adapter_name] = degree
+        self.pooling[adapter_name] = config.pooling
+        self._lean = config.lean
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def scale(self, adapter_names: list[str]) -> Float[Tensor, "d_out"] | None:
-        """The product of z^k over those of the named adapters that this layer has; None if it has none."""
+    def scale(self, adapter_names: Sequence[str]) -> Float[Tensor, "d_out"] | None:
+        """The product of the scales of those of the named adapters that this layer has; None if it has none."""
         scale = None
         for name in adapter_names:
             if name in self.propulsion_z:
-                factor = power(self.propulsion_z[name], self.degree[name])
+                factor = scale_of(self.propulsion_z[name], self.degree[name], self.pooling[name])
                 scale = factor if scale is None else scale * factor
         return scale
 
-    def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "*batch d_out"]:
-        """Return z^k * v; v alone when disabled, and what the merged weight gives when merged."""
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Return z^k * v; v alone when disabled, and what the merged weight gives when merged.
+
+        Args:
+            args: of the layer beneath.
+            adapter_names: one adapter for each example, for batches that mix them; "__base__" is the model without any.
+            kwargs: of the layer beneath.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and self.merged:
+            raise ValueError("expected an unmerged model for a batch that mixes adapters: call unmerge_adapter() first")
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters or self.merged:
             return output
+        if adapter_names is not None:
+            return self._mixed(output, adapter_names)
         scale = self.scale(self.active_adapters)
-        return output if scale is None else output * scale.to(output.dtype)
+        if scale is None:
+            return output
+        return multiply(output, self._along_output(scale), lean=self._may_be_lean(scale))
+
+    def _mixed(self, output: Tensor, adapter_names: list[str]) -> Tensor:
+        """Each example scaled by its own adapter; an output that all share (positions') gets a row for each."""
+        if len(output) not in (1, len(adapter_names)) or output.ndim < 2 + self.kernel_axes:
+            raise ValueError(f"expected one adapter name for each of {len(output)} examples, got {len(adapter_names)}")
+        found = {name: self.scale([name]) for name in dict.fromkeys(adapter_names)}
+        some = next((scale for scale in found.values() if scale is not None), None)
+        if some is None:
+            return output
+        scales = torch.stack([torch.ones_like(some) if scale is None else scale for scale in found.values()])
+        places = torch.tensor([list(found).index(name) for name in adapter_names], device=output.device)
+        between = (1,) * (output.ndim - 2 - self.kernel_axes)
+        after = (1,) * self.kernel_axes
+        return multiply(output, scales[places].reshape(len(places), *between, -1, *after), lean=False)
+
+    def _along_output(self, scale: Tensor) -> Tensor:
+        """The scale, shaped to multiply the output."""
+        return scale.reshape(-1, *(1,) * self.kernel_axes)
+
+    def _may_be_lean(self, scale: Tensor) -> bool:
+        """Whether to keep the scaled output for the backward pass instead of the other (`propulsion.lean`)."""
+        if not (self._lean and self.training and scale.requires_grad and torch.is_grad_enabled()):
+            return False
+        # A compiler decides itself what to keep, and a transform of torch.func cannot look at values.
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
+        # Looked at once for each value of z: on an accelerator it waits for the result.
+        state = tuple((name, z._version, id(z)) for name, z in self.propulsion_z.items())
+        if self._far[0] != (state, tuple(self.active_adapters)):
+            far = bool((scale.detach().abs() >= SMALLEST).all())
+            self._far = ((state, tuple(self.active_adapters)), far)
+        return self._far[1]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold z^k into the weight and bias: W' = diag(z^k) W, b' = z^k * b.
@@ -98,24 +157,25 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             adapter_names: Adapters to merge; the active ones if None.
 
         Raises:
-            ValueError: the weight is quantised, an embedding renormalises its rows, or `safe_merge` found a
-                non-finite value. The layer is then as it was.
+            ValueError: the weight is quantised, an embedding renormalises its rows, a norm uses its weight in an
+                unknown way, or `safe_merge` found a non-finite value. The layer is then as it was.
         """
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.propulsion_z]
         if not adapter_names:
             return
         base = self.get_base_layer()
+        self._check_mergeable(base, self.weight)
         # A further merge starts again from the unmerged weight, so that it rounds only once.
         unmerged = self._unmerged or {
             name: parameter for name in ("weight", "bias") if (parameter := getattr(base, name, None)) is not None
         }
-        self._check_mergeable(base, unmerged["weight"])
         adapter_names = [*self.merged_adapters, *adapter_names]
         merged = self._scaled(unmerged, adapter_names)
         if safe_merge and not all(value.isfinite().all() for value in merged.values()):
             raise ValueError(
-                f"expected finite merged weights, got some that are not from adapters {adapter_names}: z or the weight "
-                f"is broken, or z^k overflows {unmerged['weight'].dtype}. Nothing was merged"
+                # peft's own words, which its users search for.
+                f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken: z or the "
+                f"weight is, or z^k overflows {unmerged['weight'].dtype}. Nothing was merged"
             )
         for name, value in merged.items():
             setattr(base, name, nn.Parameter(value, requires_grad=unmerged[name].requires_grad))
@@ -141,7 +201,10 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         """The weight and bias times the scale, computed in the wider dtype of the two and rounded once."""
         scale = self.scale(adapter_names)
         assert scale is not None
-        along = {"weight": scale[:, None] if self.output_axis == 0 else scale, "bias": scale}
+        weight = parameters["weight"]
+        shape = [1] * weight.ndim
+        shape[self.weight_axis] = -1
+        along = {"weight": scale.view(shape), "bias": scale}
         return {name: (p * along[name].to(p.device)).to(p.dtype) for name, p in parameters.items()}
 
     def _check_mergeable(self, base: nn.Module, weight: Tensor) -> None:
@@ -161,9 +224,14 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
 
 class PropulsionLinear(PropulsionLayer):
-    """Over `torch.nn.Linear`: weight (d_out, d_in)."""
+    """Over `torch.nn.Linear` and its quantised relatives: weight (d_out, d_in)."""
 
-    output_axis = 0
+    weight_axis = 0
+
+    def features(self) -> tuple[int, int]:
+        """As the layer says: a quantised weight is packed."""
+        base: Any = self.get_base_layer()
+        return base.in_features, base.out_features
 
 
 class PropulsionTransposedLinear(PropulsionLayer):
@@ -172,22 +240,102 @@ class PropulsionTransposedLinear(PropulsionLayer):
     The name holds "Linear" because peft's "all-linear" finds adapted Linears by the name of their class.
     """
 
-    output_axis = 1
+    weight_axis = 1
 
 
 class PropulsionEmbedding(PropulsionLayer):
     """Over `torch.nn.Embedding`: weight (vocabulary, d_out). A padding row is scaled like any other."""
 
-    output_axis = 1
+    weight_axis = 1
+
+
+class PropulsionConvolution(PropulsionLayer):
+    """Over `torch.nn.Conv1d`, `Conv2d`, `Conv3d`: weight (d_out, d_in / groups, ...), one z for each output channel."""
+
+    weight_axis = 0
+
+    def features(self) -> tuple[int, int]:
+        """Channels."""
+        base: Any = self.get_base_layer()
+        return base.in_channels, base.out_channels
+
+    @property
+    def kernel_axes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """One, two or three."""
+        return self.weight.ndim - 2
+
+
+class PropulsionNorm(PropulsionLayer):
+    """Over `torch.nn.LayerNorm`, and RMSNorms of any family: weight (d_out,), and a bias perhaps.
+
+    Families multiply by the weight, or by one plus it (Gemma). Which, is found by trying when it comes to merging.
+    """
+
+    weight_axis = 0
+
+    def features(self) -> tuple[int, int]:
+        """The normalised axis."""
+        return self.weight.numel(), self.weight.numel()
+
+    @torch.no_grad()
+    def _scaled(self, parameters: dict[str, nn.Parameter], adapter_names: list[str]) -> dict[str, Tensor]:
+        scale = self.scale(adapter_names)
+        assert scale is not None
+        base, weight = self.get_base_layer(), parameters["weight"]
+        current = {name: getattr(base, name) for name in parameters}
+        x = torch.linspace(-1, 1, self.out_features, device=weight.device, dtype=weight.dtype)
+        x = torch.stack([x, x.roll(1).cos()])
+        # Many norms compute in float32, whatever the dtype of their weight.
+        tolerance = 8 * max(torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32))
+        try:
+            for name, p in parameters.items():
+                setattr(base, name, p)
+            expected = (base(x) * scale).to(weight.dtype)
+            found = []
+            for shift in (0, 1):
+                merged = {name: (p * scale).to(p.dtype) for name, p in parameters.items()}
+                merged["weight"] = ((weight.to(scale.dtype) + shift) * scale - shift).to(weight.dtype)
+                for name, value in merged.items():
+                    setattr(base, name, nn.Parameter(value, requires_grad=False))
+                found.append((float((base(x) - expected).abs().max()), merged))
+        finally:
+            for name, p in current.items():
+                setattr(base, name, p)
+        error, merged = min(found, key=lambda pair: pair[0])
+        size = float(expected.abs().max() + (1 + weight.abs().max()) * scale.abs().max())
+        if error <= tolerance * size or not expected.isfinite().all():
+            return merged
+        raise ValueError(
+            f"expected a norm that multiplies by its weight, or by one plus it, to merge into; {type(base).__name__} "
+            "does neither: keep the adapter unmerged"
+        )
 
 
 LAYERS: dict[type[nn.Module], type[PropulsionLayer]] = {
     nn.Linear: PropulsionLinear,
     Conv1D: PropulsionTransposedLinear,
     nn.Embedding: PropulsionEmbedding,
+    nn.Conv1d: PropulsionConvolution,
+    nn.Conv2d: PropulsionConvolution,
+    nn.Conv3d: PropulsionConvolution,
+    nn.LayerNorm: PropulsionNorm,
+    nn.RMSNorm: PropulsionNorm,
 }
 
 
 def layer_class(module: nn.Module) -> type[PropulsionLayer] | None:
     """Return the class that adapts this module; None if none does."""
-    return next((layer for kind, layer in LAYERS.items() if isinstance(module, kind)), None)
+    found = next((layer for kind, layer in LAYERS.items() if isinstance(module, kind)), None)
+    if found is PropulsionNorm or (found is None and is_norm(module)):
+        return PropulsionNorm if is_norm(module) else None
+    if found is None and _is_quantised_linear(module):
+        return PropulsionLinear
+    return found
+
+
+def _is_quantised_linear(module: nn.Module) -> bool:
+    """A backend's own class (GPTQ, AWQ, HQQ, EETQ, ...): whole numbers for a weight, and features like a Linear's."""
+    if not all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
+        return False
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(not t.is_floating_point() for t in tensors)

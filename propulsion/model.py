@@ -1,5 +1,8 @@
 """The tuner that puts Propulsion into a model."""
 
+import copy
+import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +16,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from propulsion.config import PropulsionConfig
-from propulsion.layer import LAYERS, PropulsionLayer, layer_class
-from propulsion.positions import base_modules, bypass, resolve
+from propulsion.layer import BASE, LAYERS, PropulsionLayer, layer_class
+from propulsion.positions import base_modules, bypass, resolve, shared_by_all_examples
 from propulsion.registration import PREFIX
+from propulsion.scale import root
 
 
 class PropulsionModel(BaseTuner):
@@ -56,6 +60,9 @@ class PropulsionModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        # What peft trains in full, it finds by the end of a name: DistilBERT's "pre_classifier" with "classifier".
+        if any(key.endswith(name) for name in peft_config.modules_to_save or ()):
+            return False
         resolved = getattr(peft_config, "resolved", None)
         if resolved is None:
             return check_target_module_exists(peft_config, key)
@@ -76,6 +83,7 @@ class PropulsionModel(BaseTuner):
             if chosen or self._check_target_module_exists(peft_config, name):
                 target = model.get_submodule(name)
                 _check_target(model, name, target, names_by_module[id(target)])
+                _warn_of_head(model, name)
 
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -87,11 +95,11 @@ class PropulsionModel(BaseTuner):
         current_key: str,
     ) -> None:
         if isinstance(target, PropulsionLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, current_key)
             return
         layer = layer_class(target)
         assert layer is not None  # _prepare_model checked
-        adapted = layer(target, adapter_name, peft_config)
+        adapted = layer(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)  # a further adapter is trainable only once it is made active
         self._replace_module(parent, target_name, adapted, target)
@@ -111,13 +119,109 @@ class PropulsionModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # peft would drop the argument without a word and apply the active adapter to every example.
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"Propulsion does not mix adapters within a batch, got adapter_names={kwargs['adapter_names']!r}: "
-                "run one batch per adapter, choosing it with set_adapter"
-            )
-        yield
+        """Hand `adapter_names`, one for each example, to every adapted layer."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("expected a model in evaluation mode for adapter_names: call eval() first")
+        if unknown := sorted(set(names) - {BASE, *self._adapters()}):
+            # peft's own words, which its users search for.
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams")
+        repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
+
+        def hand_over(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return args, {**kwargs, "adapter_names": repeated}
+
+        handles = []
+        encoder = self.model.get_encoder() if beams and hasattr(self.model, "get_encoder") else None
+        inside = {id(module) for module in encoder.modules()} if isinstance(encoder, nn.Module) else set()
+
+        def hand_over_once(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return args, {**kwargs, "adapter_names": names}  # an encoder runs before the beams part
+
+        for name, module in self.model.named_modules():
+            if isinstance(module, PropulsionLayer) and shared_by_all_examples(self.model, name):
+                if set(names) & set(module.propulsion_z):
+                    raise ValueError(
+                        f"the output of {name!r} is shared by all examples of a batch, and cannot be scaled by each "
+                        "one's own adapter: leave it out of the adapters (exclude_modules) to mix them"
+                    )
+            elif isinstance(module, (PropulsionLayer, AuxiliaryTrainingWrapper)):
+                hook = hand_over_once if id(module) in inside else hand_over
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _adapters(self) -> set[str]:
+        """Names of the adapters that some layer or trained module has."""
+        found: set[str] = set()
+        for module in self.modules():
+            if isinstance(module, PropulsionLayer):
+                found |= set(module.propulsion_z)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                found |= set(module._adapters)
+        return found
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Add an adapter whose scale is the geometric combination of others': s = prod_i sign(s_i) |s_i|^w_i.
+
+        Scales multiply, so that weights of 1 compose the adapters, as merging them one after another would, and weights
+        of 1/m take their geometric mean. Several vectors of one module combine by their pooled scale.
+
+        Args:
+            adapters: names of those to combine; each layer combines those that it has.
+            weights: one finite number for each.
+            adapter_name: of the new adapter, which gets the degree of the first.
+
+        Raises:
+            ValueError: an adapter does not exist, the name is taken, the numbers differ, a weight is not finite, they
+                choose modules differently, or the combined scale is negative and the degree even.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"expected a new name for the combined adapter, got {adapter_name!r}, which exists")
+        if missing := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"expected existing adapters, got {missing}; there are {list(self.peft_config)}")
+        if not adapters or len(adapters) != len(weights) or not all(math.isfinite(w) for w in weights):
+            raise ValueError(f"expected one finite weight for each of {adapters}, got {weights}")
+        combined: dict[PropulsionLayer, Any] = {}
+        layers = [module for module in self.modules() if isinstance(module, PropulsionLayer)]
+        for layer in layers:
+            present = [(n, w) for n, w in zip(adapters, weights, strict=True) if n in layer.propulsion_z]
+            if present:
+                factors = [_weighed(layer.scale([name]), weight) for name, weight in present]
+                combined[layer] = math.prod(factors[1:], start=factors[0])
+        config = copy.copy(self.peft_config[adapters[0]])
+        assert isinstance(config, PropulsionConfig)
+        degrees = {layer: layer.degree.get(adapters[0], config.degree) for layer in combined}
+        values = {layer: root(scale, degrees[layer]) for layer, scale in combined.items()}
+        config.vectors, config.init_weights, config.init_value, config.init_noise = 1, True, 1.0, 0.0
+        if len({_targets(self.peft_config[name]) for name in adapters}) > 1:
+            names = {name for name, module in self.model.named_modules() if module in combined}
+            config.positions, config.target_modules, config.exclude_modules = None, names, None
+            config.layers_to_transform = config.layers_pattern = None
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer, z in values.items():
+            new = layer.propulsion_z[adapter_name]
+            layer.degree[adapter_name] = degrees[layer]
+            new.data.copy_(z)
+            new.requires_grad_(False)
+
+
+def _weighed(scale: Any, weight: float) -> Any:
+    return scale.detach().sign() * scale.detach().abs() ** weight
+
+
+def _targets(config: PeftConfig) -> str:
+    fields = ("target_modules", "positions", "exclude_modules", "layers_to_transform", "layers_pattern")
+    values = [getattr(config, name) for name in fields]
+    return repr([sorted(v) if isinstance(v, (set, list)) else v for v in values])
 
 
 def _check_target(model: nn.Module, name: str, target: nn.Module, names: list[str]) -> None:
@@ -143,6 +247,18 @@ def _check_target(model: nn.Module, name: str, target: nn.Module, names: list[st
         raise ValueError(
             f"expected every module under one name, got one as {' and '.join(map(repr, names))}: only one of its uses "
             "would be scaled. Exclude it with exclude_modules, or give each use a module of its own"
+        )
+
+
+def _warn_of_head(model: nn.Module, name: str) -> None:
+    """Say when a task's head is scaled but stays random."""
+    body = getattr(model, "base_model_prefix", "")
+    is_classifier = type(model).__name__.endswith(("Classification", "QuestionAnswering"))
+    if is_classifier and hasattr(model, body) and not name.startswith(f"{body}."):
+        warnings.warn(
+            f"{name!r} is part of the head of {type(model).__name__}: its output gets a scale and its weight stays "
+            "frozen. If the head is new, and so random, train it: give task_type='SEQ_CLS' or modules_to_save",
+            stacklevel=2,
         )
 
 

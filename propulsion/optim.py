@@ -15,11 +15,16 @@ Weight decay pulls towards 0, and so applies to matrices only. Biases and norms 
 out because its neutral value is 1.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
+from transformers import TrainerCallback
+
+from propulsion.layer import PropulsionLayer
 
 WEIGHT_RATE = 1e-4
 SCALE_RATE = 2e-2
@@ -27,6 +32,8 @@ ADAPTER_RATE = 1e-3
 HEAD_RATE = 1e-3
 
 SCALE_NAME = "propulsion_z"
+# A relative change of an activation in one step, beyond which training is likely to diverge.
+LARGEST_STEP = 0.25
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,51 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     return {
         name: "scale" if SCALE_NAME in name else inner if id(parameter) in inside else "head"
         for name, parameter in model.named_parameters()
+    }
+
+
+def warn_of_traps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Warn of settings that are known to spoil the training of scales.
+
+    Weight decay on z, which pulls the scales to 0 and the network with them; a learning rate with which one step of
+    Adam or sign descent can move a scale z^k, near 1, by more than `LARGEST_STEP`.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    degrees = _degrees(model)
+    for group in optimizer.param_groups:
+        scales = [names[id(p)] for p in group["params"] if SCALE_NAME in names.get(id(p), "")]
+        if scales and group.get("weight_decay", 0.0) > 0:
+            warnings.warn(
+                f"weight decay {group['weight_decay']} acts on z ({scales[0]} and others): it pulls every scale to "
+                "0. Put z in a group without decay, as propulsion.optim.parameter_groups does",
+                stacklevel=2,
+            )
+        k = max((degrees.get(name, 1.0) for name in scales), default=0.0)
+        if k * group["lr"] > LARGEST_STEP:
+            warnings.warn(
+                f"learning rate {group['lr']:g} at degree {k:g}: one step may move a scale by {k * group['lr']:.0%}. "
+                f"Divide the rate by the degree; {SCALE_RATE / k:.2g} is the default of propulsion.optim",
+                stacklevel=2,
+            )
+
+
+class TrapWarnings(TrainerCallback):
+    """`warn_of_traps` for `transformers.Trainer`: ``Trainer(..., callbacks=[TrapWarnings()])``."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the optimizer before the first step."""
+        if kwargs.get("optimizer") is not None:
+            optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+            warn_of_traps(kwargs["model"], optimizer)
+
+
+def _degrees(model: nn.Module) -> dict[str, float]:
+    """Degree of every z, by its parameter's name."""
+    return {
+        f"{name}.{SCALE_NAME}.{adapter}": float(degree)
+        for name, module in model.named_modules()
+        if isinstance(module, PropulsionLayer)
+        for adapter, degree in module.degree.items()
     }
 
 

@@ -1,7 +1,7 @@
 """The paper's positions, as the modules of an architecture (Kowsher et al. 2024, Section 4 and Table 1).
 
-"all" and "embedding" go by a module's type and work on any model. The others go by name, and a name is a matter of
-the architecture: a new family is one entry in `FAMILIES`.
+"all" (which leaves norms out), "embedding" and "norm" go by a module's type and work on any model. The others go by
+name, and a name is a matter of the architecture: a new family is one entry in `FAMILIES`.
 """
 
 import re
@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-POSITIONS = ("all", "attn", "query", "key", "value", "attention_output", "mlp", "embedding")
+POSITIONS = ("all", "attn", "query", "key", "value", "attention_output", "mlp", "embedding", "norm")
 
 _Names = dict[str, str]
 
@@ -59,6 +59,10 @@ _BYPASSED = {
     "t5": "shared",
     "bart": "shared",
 }
+
+
+# Modules whose output has no axis of examples: T5 adds one bias by position to the scores of all.
+_WITHOUT_EXAMPLES = {"t5": "relative_attention_bias"}
 
 
 def resolve(
@@ -120,16 +124,32 @@ def bypass(model: nn.Module, name: str) -> str | None:
     return None
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm or RMSNorm, of torch or of any family, with one weight for each feature."""
+    named = type(module).__name__.endswith(("LayerNorm", "RMSNorm")) or isinstance(module, nn.LayerNorm)
+    weight = getattr(module, "weight", None)
+    return named and isinstance(weight, nn.Parameter) and weight.ndim == 1
+
+
+def shared_by_all_examples(model: nn.Module, name: str) -> bool:
+    """Whether the output of a module has no axis of examples, so that no example can have a scale of its own."""
+    pattern = _WITHOUT_EXAMPLES.get(_model_type(model))
+    return pattern is not None and _ends_with(pattern, name)
+
+
 def _at(position: str, model: nn.Module, candidates: dict[str, nn.Module]) -> set[str]:
     if position == "all":
         return {name for name, module in candidates.items() if isinstance(module, (nn.Linear, Conv1D, nn.Embedding))}
     if position == "embedding":
         return {name for name, module in candidates.items() if isinstance(module, nn.Embedding)}
+    if position == "norm":
+        return {name for name, module in candidates.items() if is_norm(module)}
     model_type = _model_type(model)
     if model_type not in FAMILIES:
         raise ValueError(
             f"position {position!r} is not known for the architecture {model_type or type(model).__name__!r}, only "
-            f"for {', '.join(sorted(FAMILIES))}: name the modules with target_modules, or use 'all' or 'embedding'"
+            f"for {', '.join(sorted(FAMILIES))}: name the modules with target_modules, or use 'all', 'embedding', "
+            "'norm'"
         )
     family = FAMILIES[model_type]
     if position not in family:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from propulsion import PropulsionConfig
-from propulsion.layer import layer_class, power
+from propulsion.layer import layer_class
+from propulsion.scale import power
 
 D_IN, D_OUT = 5, 4
 DEGREES = [1, 2, 3, 15, 55, 0.5, 2.5]
@@ -176,7 +177,7 @@ def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing():
     with torch.no_grad():
         layer.propulsion_z["default"].fill_(2.0)
     before = bits(layer)
-    with pytest.raises(ValueError, match="expected finite merged weights"):
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         layer.merge(safe_merge=True)
     assert not layer.merged
     assert equal(bits(layer), before)
@@ -210,7 +211,9 @@ def test_z_is_float32_over_bfloat16(kind):
         z.fill_(1.001)  # 1 in bfloat16, where z^15 is not
     output = layer(x)
     assert output.dtype == torch.bfloat16
-    assert torch.equal(output, layer.base_layer(x) * torch.tensor(1.001**15).bfloat16())
+    # The product is rounded once, not the scale before it.
+    scale = torch.tensor(1.001, dtype=torch.float32) ** 15
+    assert torch.equal(output, (layer.base_layer(x).float() * scale).bfloat16())
     assert not torch.equal(output, layer.base_layer(x))
     output.float().sum().backward()
     assert z.grad is not None
@@ -243,3 +246,104 @@ def test_torch_func_agrees_with_autograd(kind, degree):
     for one, rows in zip(batch, jacobian, strict=True):
         expected = [torch.autograd.grad(value, z, retain_graph=True)[0] for value in output(z, one)]
         torch.testing.assert_close(rows, torch.stack(expected), rtol=1e-14, atol=0)
+
+
+class GemmaLike(nn.Module):
+    """Multiplies by one plus its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D_OUT))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class GemmaLikeRMSNorm(GemmaLike):
+    pass
+
+
+class SigmoidRMSNorm(GemmaLike):
+    """Uses its weight in a way of its own."""
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight.sigmoid()
+
+
+OTHERS = {
+    "convolution 1d": (lambda: nn.Conv1d(2, D_OUT, 3), (5, 2, 7)),
+    "convolution 1d, no batch": (lambda: nn.Conv1d(2, D_OUT, 3), (2, 7)),
+    "convolution 2d": (lambda: nn.Conv2d(2, D_OUT, 3, bias=False), (5, 2, 7, 6)),
+    "grouped convolution 2d": (lambda: nn.Conv2d(4, D_OUT, 3, groups=2), (5, 4, 7, 6)),
+    "convolution 3d": (lambda: nn.Conv3d(2, D_OUT, 3), (5, 2, 7, 6, 5)),
+    "layer norm": (lambda: nn.LayerNorm(D_OUT), (3, 5, D_OUT)),
+    "layer norm without bias": (lambda: nn.LayerNorm(D_OUT, bias=False), (3, 5, D_OUT)),
+    "rms norm": (lambda: nn.RMSNorm(D_OUT), (3, 5, D_OUT)),
+    "norm of one plus w": (GemmaLikeRMSNorm, (3, 5, D_OUT)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_convolutions_and_norms(kind, dtype):
+    torch.manual_seed(0)
+    make, shape = OTHERS[kind]
+    base = make().to(dtype)
+    with torch.no_grad():
+        for p in base.parameters():
+            p += 0.3 * torch.randn_like(p)
+    layer = layer_class(base)(base, "default", PropulsionConfig(degree=3, init_noise=0.1))
+    x = torch.randn(shape).to(dtype)
+    axis = shape.index(D_OUT, 1) if "norm" in kind else len(shape) - (base.weight.ndim - 1)
+    z = layer.propulsion_z["default"].detach()
+    along = [1] * len(shape)
+    along[axis] = -1
+    output = layer(x)
+    expected = (base(x).double() * z.double().view(along) ** 3).to(dtype)
+    precision = torch.finfo(dtype).eps
+    torch.testing.assert_close(output, expected, rtol=8 * precision, atol=8 * precision)
+    before = bits(layer)
+    layer.merge(safe_merge=True)
+    size = float(output.abs().max())
+    torch.testing.assert_close(layer(x), output, rtol=8 * precision, atol=8 * precision * size)
+    layer.unmerge()
+    assert equal(bits(layer), before)
+    assert torch.equal(layer(x), output)
+
+
+def test_a_norm_that_uses_its_weight_in_its_own_way_adapts_and_does_not_merge():
+    base = SigmoidRMSNorm()
+    layer = layer_class(base)(base, "default", PropulsionConfig(degree=2, init_value=1.1))
+    x = torch.randn(3, D_OUT)
+    output, before = layer(x), bits(layer)
+    torch.testing.assert_close(output, base(x) * 1.1**2)
+    with pytest.raises(ValueError, match="SigmoidRMSNorm does neither: keep the adapter unmerged"):
+        layer.merge()
+    assert equal(bits(layer), before)
+    assert torch.equal(layer(x), output)
+
+
+def test_norms_without_a_weight_or_over_several_axes_are_not_adapted():
+    assert layer_class(nn.LayerNorm(4, elementwise_affine=False)) is None
+    assert layer_class(nn.LayerNorm((3, 4))) is None
+
+
+class PackedLinear(nn.Module):
+    """A backend's quantised layer: whole numbers, and a scale for each output."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = D_IN, D_OUT
+        self.register_buffer("qweight", torch.randint(-8, 8, (D_IN, D_OUT), dtype=torch.int8))
+
+    def forward(self, x):
+        return x @ self.qweight.to(x.dtype) / 8
+
+
+def test_a_quantised_linear_is_adapted_and_not_merged():
+    base = PackedLinear()
+    layer = layer_class(base)(base, "default", PropulsionConfig(degree=2, init_value=1.1))
+    x = torch.randn(3, D_IN)
+    torch.testing.assert_close(layer(x), base(x) * 1.1**2)
+    with pytest.raises(ValueError, match="got a quantised PackedLinear"):
+        layer.merge()

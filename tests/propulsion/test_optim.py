@@ -1,9 +1,14 @@
 """Which rate and decay each parameter trains with."""
 
+import re
+
 import pytest
+import torch
+from architectures import build
 from peft import IA3Config, get_peft_model
 
-from propulsion.optim import ADAPTER_RATE, HEAD_RATE, SCALE_RATE, WEIGHT_RATE, Rates, parameter_groups
+from propulsion import PropulsionConfig
+from propulsion.optim import ADAPTER_RATE, HEAD_RATE, SCALE_RATE, WEIGHT_RATE, Rates, TrapWarnings, parameter_groups
 from propulsion.pretrained import load_classifier
 from propulsion.training import apply_propulsion
 
@@ -49,3 +54,21 @@ def test_other_adapters_have_their_own_rate(model):
 def test_given_rates_are_taken_as_they_are(model):
     groups = by_parameter(apply_propulsion(model, degree=15), rates=Rates(body=0.5, head=0.25))
     assert {(group["role"], group["lr"]) for group in groups.values()} == {("scale", 0.5), ("head", 0.25)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 1e-3, "weight_decay": 0.01}, "weight decay 0.01 acts on z"),
+        ({"lr": 0.05, "weight_decay": 0.0}, r"learning rate 0.05 at degree 15: one step may move a scale by 75%"),
+        ({"lr": 1e-3, "weight_decay": 0.0}, None),
+    ],
+)
+def test_known_traps_are_pointed_out(options, message, recwarn):
+    model = get_peft_model(build("bert"), PropulsionConfig(degree=15, positions="attn"))
+    recwarn.clear()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options)
+    TrapWarnings().on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    found = [str(w.message) for w in recwarn]
+    assert len(found) == (message is not None)
+    assert message is None or re.search(message, found[0])

