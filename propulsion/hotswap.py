@@ -1,6 +1,7 @@
 """Putting another saved adapter in the place of a loaded one, without compiling a compiled model again."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -27,7 +28,7 @@ def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "d
         ValueError: the adapters differ in degree, vectors, pooling, modules or shapes, the adapter is merged, or heads
             were trained beside it; nothing has changed then.
     """
-    network = getattr(model, "_orig_mod", model)
+    network: Any = getattr(model, "_orig_mod", model)
     old, new = network.peft_config[adapter_name], PeftConfig.from_pretrained(str(folder))
     if not isinstance(new, PropulsionConfig):
         raise ValueError(f"expected a Propulsion adapter in {folder}, got {new.peft_type}")

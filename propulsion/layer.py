@@ -70,7 +70,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             name: of the module, which `degree_pattern` may single out.
         """
         weight = self.weight
-        degree = config.degree_pattern.get(get_pattern_key(config.degree_pattern, name), config.degree)
+        degree = config.degree_pattern.get(get_pattern_key(list(config.degree_pattern), name), config.degree)
         z = initial_vectors(
             config.vectors,
             self.out_features,
@@ -140,7 +140,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         if not (self._lean and self.training and scale.requires_grad and torch.is_grad_enabled()):
             return False
         # A compiler decides itself what to keep, and a transform of torch.func cannot look at values.
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        transformed = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+        if torch.compiler.is_compiling() or transformed is not None:
             return False
         # Looked at once for each value of z: on an accelerator it waits for the result.
         state = tuple((name, z._version, id(z)) for name, z in self.propulsion_z.items())

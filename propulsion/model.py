@@ -61,7 +61,7 @@ class PropulsionModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         # What peft trains in full, it finds by the end of a name: DistilBERT's "pre_classifier" with "classifier".
-        if any(key.endswith(name) for name in peft_config.modules_to_save or ()):
+        if any(key.endswith(name) for name in getattr(peft_config, "modules_to_save", None) or ()):
             return False
         resolved = getattr(peft_config, "resolved", None)
         if resolved is None:

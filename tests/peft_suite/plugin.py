@@ -11,8 +11,8 @@ suite:
   z is float32 always.
 - Where no module is named, (IA)3's default is replaced by the attention projections, and the tests of defaults are left
   out: Propulsion's default is every layer, embeddings and heads included.
-- `test_safe_merge` asks of Conv2dGroups2 what float32 does not give there; the suite itself grants other convolutions of
-  (IA)3 and LoRA 1e-3. Left out for that model.
+- `test_safe_merge` asks of Conv2dGroups2 what float32 does not give there; the suite itself grants other convolutions
+  of (IA)3 and LoRA 1e-3. Left out for that model.
 - `diffusers`, which only tests of other methods need, is replaced by a module with an empty class.
 """
 
