@@ -36,8 +36,8 @@ class Layer:
         name: of the module.
         weight: ``(r, s)``; of an embedding its table, ``(rows, r)``.
         bias: ``(r,)``, if there is one.
-        x: ``(n, t, s)`` inputs; None for an embedding.
-        y: ``(n, t, r)`` outputs.
+        x: ``(N, s)`` inputs; None for an embedding.
+        y: ``(N, r)`` outputs.
         feature: of the weight; it holds the gradients at the outputs.
     """
 
@@ -49,19 +49,18 @@ class Layer:
     feature: Outer | Lookup
 
     @property
-    def g(self) -> Float[Tensor, "n c t r"]:
+    def g(self) -> Float[Tensor, "c N r"]:
         """The gradients g_t at the outputs."""
         return self.feature.g
 
+    def over_tokens(self, values: Float[Tensor, "c N d"]) -> Dense:
+        """The sum over each example's tokens, as a feature."""
+        return Dense(self.feature.tokens.sums(values).transpose(0, 1))
+
     @cached_property
-    def gy(self) -> Float[Tensor, "n c r"]:
+    def gy(self) -> Dense:
         """sum_t g_tj y_tj."""
-        return over_tokens(self.g, self.y)
-
-
-def over_tokens(g: Float[Tensor, "n c t d"], y: Float[Tensor, "n t d"]) -> Float[Tensor, "n c d"]:
-    """sum_t g_tj y_tj, for every example and output."""
-    return torch.stack([(ga * y).sum(dim=1) for ga in g.unbind(dim=1)], dim=1)
+        return self.over_tokens(self.g * self.y)
 
 
 class Method:
@@ -134,7 +133,7 @@ class Propulsion(Method):
 
     def features(self, layer: Layer) -> Found:
         """One vector of length r."""
-        yield "z", layer.y.shape[-1:], Dense(self.degree * layer.gy)
+        yield "z", layer.y.shape[-1:], Dense(self.degree * layer.gy.value)
 
 
 @dataclass(frozen=True)
@@ -159,9 +158,9 @@ class IA3(Method):
             return
         if chosen(self.feedforward, layer.name):
             back = layer.g @ layer.weight.to(layer.g.dtype)
-            yield "l", layer.x.shape[-1:], Dense(over_tokens(back, layer.x.to(back.dtype)))
+            yield "l", layer.x.shape[-1:], layer.over_tokens(back * layer.x)
         else:
-            yield "l", layer.y.shape[-1:], Dense(layer.gy)
+            yield "l", layer.y.shape[-1:], layer.gy
 
 
 @dataclass(frozen=True)
@@ -211,8 +210,7 @@ class LoRA(Method):
             return
         a = self._matrix(layer).to(layer.x)
         shape = torch.Size((layer.y.shape[-1], len(a)))
-        assert isinstance(layer.feature, Outer)
-        yield "B", shape, layer.feature.beside(self.scale * (layer.x @ a.T))
+        yield "B", shape, Outer(self.scale * (layer.x @ a.T), layer.g, layer.feature.tokens)
 
     def _matrix(self, layer: Layer) -> Float[Tensor, "rank s"]:
         if isinstance(self.a, str):
@@ -241,7 +239,9 @@ class DoRA(LoRA):
             return
         yield from super().features(layer)
         lengths = layer.weight.norm(dim=1)
-        linear = layer.gy if layer.bias is None else layer.gy - layer.g.sum(dim=2) * layer.bias
+        linear = layer.gy.value
+        if layer.bias is not None:
+            linear = linear - layer.over_tokens(layer.g).value * layer.bias
         yield "m", lengths.shape, Dense(linear / lengths)
 
 
@@ -276,7 +276,7 @@ class VeRA(Method):
             raise ValueError(f"{layer.name} is {r} x {s}: VeRA's matrices {tuple(self.b.shape)} and "
                              f"{tuple(self.a.shape)} are too small")  # fmt: skip
         inner = self.initial * (layer.x @ self.a[:, :s].to(layer.x).T) @ self.b[:r].to(layer.x).T
-        yield "b", torch.Size((r,)), Dense(over_tokens(layer.g, inner.to(layer.g.dtype)))
+        yield "b", torch.Size((r,)), layer.over_tokens(layer.g * inner)
 
 
 @dataclass(frozen=True)
@@ -318,9 +318,14 @@ class LoHa(Method):
         )  # fmt: skip
         w1_a, w1_b, w2_a = (factor.to(layer.g) for factor in factors)
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        both = (w2_a[:, None, :] * w1_a[:, :, None]).flatten(1)  # (r, rank of the first * rank of the second)
-        inner = (layer.g @ both).mT.flatten(1, 2) @ layer.x.to(layer.g.dtype)
-        value = (inner.unflatten(1, (-1, *w1_b.shape[:1], self.rank)) * w1_b[:, None]).sum(dim=2)
+        # Each token's x * w1_b[p], and the product with every column p of w1_a in its gradient, contracted over both.
+        inputs = (w1_b * layer.x[:, None]).flatten(1)  # (N, p s)
+        columns = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)  # (r, p q)
+        tokens = layer.feature.tokens
+        inner = tokens.padded(layer.g @ columns).unflatten(-1, (-1, self.rank))  # (c, n, t, p, q)
+        inner = inner.flatten(2, 3).permute(1, 0, 3, 2).flatten(1, 2)  # (n, c q, t p)
+        value = inner @ tokens.padded(inputs).unflatten(-1, (-1, s)).flatten(1, 2)
+        value = value.unflatten(1, (-1, self.rank))
         yield "w2_b", torch.Size((self.rank, s)), Dense(scale * value)
 
 
@@ -350,8 +355,7 @@ class RandomSubset(Method):
         rows, columns = places // layer.weight.shape[1], places % layer.weight.shape[1]
         # Rows of the transposes are read faster than columns.
         g, x = layer.g.mT.contiguous().index_select(-2, rows), layer.x.mT.contiguous().index_select(-2, columns)
-        value = over_tokens(g.mT, x.mT.to(g.dtype))
-        yield "W", torch.Size((len(places),)), Dense(value)
+        yield "W", torch.Size((len(places),)), layer.over_tokens((g * x).mT)
 
 
 def chosen(modules: Modules, name: str) -> bool:
@@ -415,7 +419,7 @@ def layer_of(name: str, module: nn.Module, feature: Feature, output: Tensor | No
         name: of the module.
         module: linear layer or embedding.
         feature: of its weight.
-        output: of the operation, ``(n m, ..., r)``; computed anew if None.
+        output: of the operation, ``(N, r)``; computed anew if None.
 
     Raises:
         NotImplementedError: the output of an embedding is gone, overwritten by what came after it.
@@ -425,10 +429,9 @@ def layer_of(name: str, module: nn.Module, feature: Feature, output: Tensor | No
     assert not isinstance(feature, Dense)
     weight = weight.detach().T if _stores_transposed(module) else weight.detach()
     bias = None if bias is None else bias.detach()
-    x = feature.x if isinstance(feature, Outer) else None
+    x = feature.x.to(feature.g.dtype) if isinstance(feature, Outer) else None
     if output is None:
         if x is None:
             raise NotImplementedError(f"the model overwrites the output of {name}, which adapters would scale")
-        output = torch.nn.functional.linear(x, weight, bias)
-    y = output.reshape(len(feature.g), -1, output.shape[-1])
-    return Layer(name, weight, bias, x, y.to(feature.g.dtype), feature)
+        output = torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
+    return Layer(name, weight, bias, x, output.to(feature.g.dtype), feature)

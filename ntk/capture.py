@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ntk.features import Dense, Feature
+from ntk.features import Dense, Feature, Lookup, Outer
+from ntk.tokens import Gradients, Packing
 
 _STATE = "_ntk_state"
 
@@ -72,7 +73,7 @@ class Use:
 
     Attributes:
         names: the parameters whose feature this is.
-        feature: turns the gradients at the output, ``(n, c, m, ...)``, into a feature.
+        feature: turns the gradients at the output into a feature.
         derived: the tensor whose (dense) feature it is, if that is not a parameter itself.
         number: which of the forward pass's mixing operations it belongs to.
         received: the gradients at the operation's output, shared by its uses.
@@ -81,7 +82,7 @@ class Use:
     """
 
     names: frozenset[str]
-    feature: Callable[[Tensor], Feature]
+    feature: Callable[[Gradients], Feature]
     derived: Tensor | None = None
     number: int = 0
     received: "Received | None" = None
@@ -98,7 +99,8 @@ class Captured:
         number: which of the forward pass's mixing operations it is from.
         feature: the feature.
         derived: whether the parameter was changed into something else first.
-        output: the operation's output, if that was asked for and still is what it was.
+        output: the operation's output at the feature's tokens, ``(N, r)``, if that was asked for and still is what it
+            was.
     """
 
     name: str
@@ -110,22 +112,20 @@ class Captured:
 
 @dataclass
 class Received:
-    """Gradients at the output of one operation.
+    """Gradients at the output of one operation, as the backward passes hand them over.
 
     Attributes:
-        values: ``(c, n m, ...)``, filled in by the backward passes; None before the first.
-        outputs: which of the c have arrived.
+        by_output: which of the network's outputs -> the gradient ``(n m, ...)``; held, not copied.
     """
 
-    values: Tensor | None = None
-    outputs: set[int] = field(default_factory=set)
+    by_output: dict[int, Tensor] = field(default_factory=dict)
+    _all: Gradients | None = None
 
-    def complete(self) -> Tensor | None:
-        """The gradients, zero for outputs that do not depend on the operation; None if none does."""
-        if self.values is not None:
-            for a in set(range(len(self.values))) - self.outputs:
-                self.values[a] = 0
-        return self.values
+    def all(self, c: int, packing: Packing) -> Gradients | None:
+        """All c of them; None if no output depends on the operation."""
+        if self._all is None and self.by_output:
+            self._all = Gradients(self.by_output, c, packing)
+        return self._all
 
 
 class SegmentEnd(Exception):
@@ -294,11 +294,7 @@ class Capture(TorchFunctionMode):
         self.uses.extend(found.values())
 
         def receive(gradient: Tensor) -> None:
-            if received.values is None:
-                dtype = torch.promote_types(gradient.dtype, torch.float32)
-                received.values = gradient.new_empty(self.outputs, *gradient.shape, dtype=dtype)
-            received.values[self.output] = gradient
-            received.outputs.add(self.output)
+            received.by_output[self.output] = gradient
 
         result.register_hook(receive)
         return result
@@ -344,16 +340,18 @@ class _Root(torch.autograd.Function):
 
 def collect(uses: list[Use], parameters: Mapping[str, Tensor], n: int, c: int) -> Iterator[Captured]:
     """The features that the uses left; those of derived tensors pulled back to their parameters."""
+    packing = Packing(n)
     while uses:
         use = uses.pop()
-        gradients = use.received.complete() if use.received else None
+        gradients = use.received.all(c, packing) if use.received else None
         if gradients is None:
             continue
-        # (c, n m, ...) -> (n, c, m, ...): examples lead, whatever the operation's own first axis was.
-        feature = use.feature(gradients.unflatten(1, (n, -1)).transpose(0, 1))
+        feature = use.feature(gradients)
         use.received = None
         if use.derived is None:
-            output = use.output if use.output is not None and use.output._version == use.version else None
+            output = None
+            if use.output is not None and use.output._version == use.version and isinstance(feature, (Outer, Lookup)):
+                output = gradients.tokens.pick(use.output.reshape(-1, use.output.shape[-1]))
             yield Captured(next(iter(use.names)), use.number, feature, output=output)
             continue
         assert isinstance(feature, Dense)

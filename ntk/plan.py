@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ntk import inputs as _inputs
 from ntk.capture import Capture, Place
-from ntk.features import Dense, Feature, Outer, subtract, values_of
+from ntk.features import Dense, Feature, Outer, subtract
 from ntk.functional import call
 from ntk.inputs import Group
 from ntk.outputs import Output
@@ -140,6 +140,7 @@ def compare(
         dtype = torch.promote_types(dtype, p.dtype)
     plan = Plan(0, first.device, dtype, torch.finfo(first.dtype).eps, checked=(group, single))
     n, tokens = len(group.indices), len(group.indices) * length(group)
+    real = sum(len(g.indices) * length(g) for g in single)  # padding leaves no features
     gradients: dict[str, Tensor] = {}
     norms: dict[str, float] = {}
     weights = torch.zeros(())
@@ -160,20 +161,22 @@ def compare(
             gradients = _ordinary_gradients(model, output, leaves, single, weights)
             norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
         for use in capture.uses:
-            held = use.received.values if use.received else None
-            if held is not None and held.data_ptr() not in buffers:
-                buffers.add(held.data_ptr())
-                _at(plan.costs, use.number).graph += held.numel() * held.element_size() / tokens
+            for held in use.received.by_output.values() if use.received else ():
+                if held.data_ptr() not in buffers:
+                    buffers.add(held.data_ptr())
+                    _at(plan.costs, use.number).graph += held.numel() * held.element_size() / tokens
         for found in done.features(leaves):
-            left = gradients.setdefault(found.name, torch.zeros_like(leaves[found.name]))
-            subtract(found.feature, weights.to(values_of(found.feature).dtype), left)
+            left = gradients.get(found.name)
+            if left is None:
+                left = gradients[found.name] = torch.zeros_like(leaves[found.name])
+            subtract(found.feature, weights, left)
             cost = _at(plan.costs, found.number)
             cost.names.add(found.name)
             if found.output is not None:
                 cost.graph += found.output.numel() * found.output.element_size() / tokens
             for piece in wanted.pieces(found, left.shape):
                 alive.append(piece.feature)
-                _charge(cost, piece.feature, n, tokens, shared)
+                _charge(cost, piece.feature, n, real, shared)
     everything = sum(norm**2 for norm in norms.values()) ** 0.5
     for name, left in gradients.items():
         tolerance = min(_ROUNDING * plan.rounding, _COARSE) * (norms.get(name, 0.0) + _SHARE * everything)

@@ -1,8 +1,9 @@
 """One rule per operation: from the gradients at its output to the tangent features of the parameters it mixed in.
 
-A rule takes the call and returns, for each tensor of parameters among its arguments, a function from the gradients
-``(n, c, m, ...)`` at the output ``(n m, ...)`` to a :class:`~ntk.features.Feature`. The first axis of data holds m rows
-for each example, in the examples' order; :mod:`ntk.structured` checks that numerically before it believes a kernel. An
+A rule takes the call and returns, for each tensor of parameters among its arguments, a function from the gradients at
+the output ``(n m, ...)`` to a :class:`~ntk.features.Feature`. The first axis of data holds m rows for each example, in
+the examples' order; :mod:`ntk.plan` checks that numerically before a kernel is believed. Where the last axis is the only
+one that the parameter has, all others are tokens, and those without a gradient are left out (:mod:`ntk.tokens`). An
 operation without an entry in `RULES` is differentiated example by example, which is exact and slower.
 """
 
@@ -17,8 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ntk.capture import Capture, Data, Derived, Use
 from ntk.features import Dense, Feature, Lookup, Outer, formed
+from ntk.tokens import Gradients
 
-FeatureOf = Callable[[Tensor], Feature]
+FeatureOf = Callable[[Gradients], Feature]
 
 
 def features_of(capture: Capture, func: Any, args: tuple, kwargs: dict, result: Tensor) -> dict[int, Use] | None:
@@ -56,20 +58,14 @@ def _is_parameter(capture: Capture, t: Any) -> bool:
     return id(t) in capture.names
 
 
-def _example_major(t: Tensor, n: int) -> Tensor:
-    """(n m, ..., d) -> (n, tokens, d)."""
-    if t.ndim < 2 or len(t) % n:
-        raise _Unsuitable
-    return t.reshape(n, -1, t.shape[-1])
-
-
 def _matrix(capture: Capture, x: Tensor, weight: Tensor, *, rows_first: bool) -> tuple[Tensor, FeatureOf | Use]:
     """x W^T (``rows_first``) or x W: outer products of x and the gradient."""
-    n, x = capture.n, x.detach()
-    tokens = _example_major(x, n)
+    x = x.detach()
+    if x.ndim < 2 or len(x) % capture.n:
+        raise _Unsuitable
 
-    def outer(g: Tensor, transposed: bool) -> Outer:
-        return Outer(tokens, g.reshape(*g.shape[:2], -1, g.shape[-1]), transposed)
+    def outer(g: Gradients, transposed: bool) -> Outer:
+        return Outer(g.inputs(x), g.packed, g.tokens, transposed)
 
     state = capture.state(weight)
     if _is_parameter(capture, weight):
@@ -87,7 +83,7 @@ def _linear(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> Foun
     if _is_source(capture, weight):
         found.append(_matrix(capture, x, weight, rows_first=True))
     if _is_source(capture, bias):
-        found.append((bias, partial(_summed, capture.n, bias.shape)))
+        found.append((bias, partial(_summed, bias.shape)))
     return found
 
 
@@ -99,7 +95,7 @@ def _addmm(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> Found
     if _is_source(capture, weight):
         found.append(_matrix(capture, x, weight, rows_first=False))
     if _is_source(capture, bias):
-        found.append((bias, partial(_summed, capture.n, bias.shape)))
+        found.append((bias, partial(_summed, bias.shape)))
     return found
 
 
@@ -115,7 +111,7 @@ def _embedding(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> F
     )
     if max_norm is not None or by_frequency or not _is_parameter(capture, weight) or len(ids) % capture.n:
         raise _Unsuitable
-    return [(weight, partial(_looked_up, capture.n, _readable(ids, padding, len(weight))))]
+    return [(weight, partial(_looked_up, _readable(ids, padding, len(weight))))]
 
 
 def _readable(ids: Tensor, padding: int | None, rows: int) -> Tensor:
@@ -123,8 +119,8 @@ def _readable(ids: Tensor, padding: int | None, rows: int) -> Tensor:
     return ids if padding is None else torch.where(ids == padding % rows, -1, ids)
 
 
-def _looked_up(n: int, ids: Tensor, g: Tensor) -> Lookup:
-    return Lookup(ids.reshape(n, -1), g.reshape(*g.shape[:2], -1, g.shape[-1]))
+def _looked_up(ids: Tensor, g: Gradients) -> Lookup:
+    return Lookup(g.tokens.pick(ids.reshape(-1, 1)).squeeze(1), g.packed, g.tokens)
 
 
 def _add(capture: Capture, args: tuple, kwargs: dict, result: Tensor, *, signs: tuple[int, int] = (1, 1)) -> Found:
@@ -141,9 +137,9 @@ def _add(capture: Capture, args: tuple, kwargs: dict, result: Tensor, *, signs: 
             name, ids, padding = state.lookup
             ids = _readable(ids, padding, 1 << 62).expand(result.shape[:-1])
             rows = t.detach().expand(result.shape)
-            found.append((t, Use(frozenset((name,)), partial(_looked_up, capture.n, ids), output=rows)))
+            found.append((t, Use(frozenset((name,)), partial(_looked_up, ids), output=rows)))
         else:
-            found.append((t, lambda g, t=t, sign=sign: _summed(capture.n, t.shape, g if sign == 1 else -g)))
+            found.append((t, partial(_summed, t.shape, sign=sign)))
     return found
 
 
@@ -156,14 +152,19 @@ def _mul(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> Found:
             if _is_source(capture, other):
                 raise _Unsuitable
             held = other.detach() if isinstance(other, Tensor) else other
-            found.append((t, partial(_times, capture.n, t.shape, held)))
+            found.append((t, partial(_times, t.shape, held)))
     return found
 
 
-def _times(n: int, shape: torch.Size, factor: Any, g: Tensor) -> Dense:
-    if isinstance(factor, Tensor) and factor.ndim == g.ndim - 2 and factor.shape[:1].numel() == n * g.shape[2]:
+def _times(shape: torch.Size, factor: Any, g: Gradients) -> Dense:
+    """Sum the gradients times the other factor over the axes along which a tensor of ``shape`` was broadcast."""
+    if isinstance(factor, Tensor) and factor.shape == g.shape and _is_last_axis(shape, g.shape):
+        product = g.packed * g.tokens.pick(factor.reshape(-1, factor.shape[-1]))
+        return _per_example(g.tokens.sums(product.to(g.dtype)), shape)
+    n, whole = g.n, g.whole
+    if isinstance(factor, Tensor) and factor.ndim == len(g.shape) and factor.shape[:1] == g.shape[:1]:
         factor = factor.unflatten(0, (n, 1, -1))
-    return _summed(n, shape, (g * factor).to(g.dtype))
+    return _over_broadcast(n, shape, (whole * factor).to(g.dtype))
 
 
 def _layer_norm(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> Found:
@@ -181,14 +182,33 @@ def _norm(capture: Capture, normalized: Callable[[], Tensor], x: Any, weight: An
         raise _Unsuitable
     found: Found = []
     if _is_source(capture, weight):
-        found.append((weight, lambda g: _times(capture.n, weight.shape, normalized(), g)))
+        found.append((weight, lambda g: _times(weight.shape, normalized(), g)))
     if _is_source(capture, bias):
-        found.append((bias, partial(_summed, capture.n, bias.shape)))
+        found.append((bias, partial(_summed, bias.shape)))
     return found
 
 
-def _summed(n: int, shape: torch.Size, g: Tensor) -> Dense:
-    """Sum g ``(n, c, m, ...)`` over the axes along which a tensor of ``shape`` was broadcast."""
+def _summed(shape: torch.Size, g: Gradients, *, sign: int = 1) -> Dense:
+    """Sum the gradients over the axes along which a tensor of ``shape`` was broadcast."""
+    if _is_last_axis(shape, g.shape):
+        found = _per_example(g.tokens.sums(g.packed), shape)
+    else:
+        found = _over_broadcast(g.n, shape, g.whole)
+    return found if sign == 1 else Dense(-found.value)
+
+
+def _is_last_axis(shape: torch.Size, result: torch.Size) -> bool:
+    """Whether a tensor was broadcast along all axes of a result but the last, the first included."""
+    return len(result) > 1 and shape.numel() == result[-1] == shape[-1:].numel() and len(shape) <= len(result)
+
+
+def _per_example(sums: Tensor, shape: torch.Size) -> Dense:
+    """(c, n, d) as features of a parameter of this shape."""
+    return Dense(sums.transpose(0, 1).reshape(sums.shape[1], sums.shape[0], *shape))
+
+
+def _over_broadcast(n: int, shape: torch.Size, g: Tensor) -> Dense:
+    """Sum g ``(n, c, m, ...)``, whatever the axes."""
     whole = len(shape) == g.ndim - 2 and shape[0] != 1
     if whole:
         # The tensor has the batch's own rows: each example sees its rows of it and no others.
@@ -226,7 +246,8 @@ def _example_by_example(
         with torch.enable_grad():
             return func(*again_args, **again_kwargs)
 
-    def feature(which: int, g: Tensor) -> Dense:
+    def feature(which: int, gradients: Gradients) -> Dense:
+        g = gradients.whole
         leaf = leaves[which].detach().clone().requires_grad_()
         # Alone if the call allows it; among all, at n times the cost, if a tensor of parameters has rows of the batch.
         alone = sliced

@@ -2,7 +2,7 @@
 
 One forward pass and c backward passes under :class:`ntk.capture.Capture` leave, for every use of a parameter, what its
 tangent feature is made of: the inputs and output gradients of a matrix product (Novak et al. 2022, "structured
-derivatives"; per-example gradients as in Goodfellow 2015). :func:`ntk.features.gram` contracts them, forming features
+derivatives"; per-example gradients as in Goodfellow 2015). :func:`ntk.gram.gram` contracts them, forming features
 slice by slice or not at all, whichever takes fewer multiplications. Examples of similar length run together. Where the
 features of all parameters do not fit in memory at once, the passes go segment by segment, from the outputs down.
 
@@ -21,8 +21,9 @@ from tqdm import tqdm
 from ntk import inputs as _inputs
 from ntk import jacobian
 from ntk.capture import Place
-from ntk.features import CHUNK, Feature, gram
+from ntk.features import Feature
 from ntk.functional import Parameters, is_encoder_decoder
+from ntk.gram import CHUNK, gram
 from ntk.inputs import Group, Inputs
 from ntk.outputs import Output
 from ntk.passes import Leaves, Pass, Segment, length, requiring_gradients

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ntk.adapters import Method, layer_of, layers_of
 from ntk.capture import Captured
-from ntk.features import Feature, Lookup, Outer, tokens_at
+from ntk.features import Feature, Lookup
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Wanted:
 
     def pieces(self, found: Captured, shape: torch.Size) -> Iterator[Piece]:
         """What one captured use contributes."""
-        feature, output = _compact(found)
+        feature = found.feature
         if shares := self.shares.get(found.name):
             yield Piece("", shape, shares, feature)
         place = self.layers.get((found.name, isinstance(found.feature, Lookup)))
@@ -59,20 +59,10 @@ class Wanted:
             return
         if found.derived:
             raise NotImplementedError(f"{place[0]} changes its weight before it uses it, and takes no adapter here")
-        layer = layer_of(*place, feature, output)
+        layer = layer_of(*place, feature, found.output)
         for key, method in methods.items():
             for name, size, own in method.features(layer):
                 yield Piece(f"{key}.{layer.name}.{name}", size, {key: 1.0}, own)
-
-
-def _compact(found: Captured) -> tuple[Feature, Tensor | None]:
-    """The feature and the operation's output, without tokens that have no gradient."""
-    feature, output = found.feature, found.output
-    if not isinstance(feature, Outer) or (places := feature.active()) is None:
-        return feature, output
-    if output is not None:
-        output = tokens_at(output.reshape(len(places), -1, output.shape[-1]), places)
-    return feature.at(places), output
 
 
 def parameter_kernels(parameters: Mapping[str, Tensor], *, summed: bool) -> Wanted:

@@ -1,0 +1,159 @@
+"""The tokens of a batch one after another, without those whose gradients are all zero, and which example has each.
+
+Padding has no gradient, and in a classifier's last block most tokens have none. Zeros add nothing to any feature, so
+they are dropped once, where gradients arrive, and everything after works on N tokens of n examples, in their order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """N tokens of n examples, in the examples' order.
+
+    Attributes:
+        n: number of examples.
+        owner: which example each token belongs to, ascending.
+        places: where they stand among all of the batch's tokens; None if they are all of them.
+    """
+
+    n: int
+    owner: Int[Tensor, "N"]
+    places: Int[Tensor, "N"] | None = None
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens of each example."""
+        return torch.bincount(self.owner, minlength=self.n).tolist()
+
+    @cached_property
+    def most(self) -> int:
+        """Tokens of the longest example, at least 1."""
+        return max(1, *self.counts)
+
+    @cached_property
+    def equal(self) -> bool:
+        """Whether all examples have the same number of tokens, at least one."""
+        return min(self.counts) == self.most
+
+    @cached_property
+    def slots(self) -> Int[Tensor, "N"]:
+        """Where each token stands when every example has room for the longest."""
+        starts = torch.tensor([0, *self.counts[:-1]], device=self.owner.device).cumsum(0)
+        return torch.arange(len(self.owner), device=self.owner.device) + (self.owner * self.most - starts[self.owner])
+
+    def one_hot(self, like: Tensor) -> Float[Tensor, "n N"]:
+        """1 where a token belongs to an example."""
+        held = self.__dict__.setdefault("_one_hot", {})
+        key = (like.dtype, like.device)
+        if key not in held:
+            numbers = torch.arange(self.n, device=self.owner.device)
+            held[key] = (numbers[:, None] == self.owner).to(like.dtype)
+        return held[key]
+
+    def pick(self, values: Shaped[Tensor, "... T d"]) -> Shaped[Tensor, "... N d"]:
+        """These tokens out of all of the batch's."""
+        return values if self.places is None else values.index_select(-2, self.places)
+
+    def sums(self, values: Float[Tensor, "... N d"]) -> Float[Tensor, "... n d"]:
+        """The sum over each example's tokens."""
+        if self.equal:
+            return values.unflatten(-2, (self.n, -1)).sum(dim=-2)
+        return self.one_hot(values) @ values
+
+    def padded(self, values: Float[Tensor, "... N d"]) -> Float[Tensor, "... n most d"]:
+        """The tokens example by example, zeros behind those of shorter ones."""
+        if self.equal:
+            return values.unflatten(-2, (self.n, -1))
+        room = values.new_zeros(*values.shape[:-2], self.n * self.most, values.shape[-1])
+        return room.index_copy_(-2, self.slots, values).unflatten(-2, (self.n, -1))
+
+
+class Packing:
+    """Finds the tokens that have a gradient; equal patterns are one object, and tensors of inputs are packed once."""
+
+    def __init__(self, n: int):
+        """For a batch of n examples."""
+        self.n = n
+        self._patterns: dict[tuple[int, bytes], Tokens] = {}
+        self._last: tuple[Tensor, Tokens, Tensor] | None = None
+
+    def tokens(self, gradients: list[Float[Tensor, "T d"]]) -> Tokens:
+        """Those of T tokens that any of the gradients does not vanish at. One that is not a number counts."""
+        real = torch.zeros(len(gradients[0]), dtype=torch.bool, device=gradients[0].device)
+        for g in gradients:
+            if g.numel():
+                real |= (g.amax(dim=-1) != 0) | (g.amin(dim=-1) != 0)
+        pattern = (len(real), real.cpu().numpy().tobytes())
+        if pattern not in self._patterns:
+            each = len(real) // self.n
+            if bool(real.all()):
+                owner = torch.arange(self.n, device=real.device).repeat_interleave(each)
+                self._patterns[pattern] = Tokens(self.n, owner)
+            else:
+                places = real.nonzero().flatten()
+                self._patterns[pattern] = Tokens(self.n, places // each, places)
+        return self._patterns[pattern]
+
+    def inputs(self, x: Float[Tensor, "T s"], tokens: Tokens) -> Float[Tensor, "N s"]:
+        """The tokens of an operation's input. Query, key and value share theirs."""
+        last = self._last
+        if last is None or last[0].data_ptr() != x.data_ptr() or last[0].shape != x.shape or last[1] is not tokens:
+            last = self._last = (x, tokens, tokens.pick(x))
+        return last[2]
+
+
+class Gradients:
+    """The gradients of all outputs of the network at one operation's output ``(n m, ...)``, as the rules need them."""
+
+    def __init__(self, by_output: Mapping[int, Tensor], c: int, packing: Packing):
+        """From those that arrived; the others are zero.
+
+        Args:
+            by_output: output of the network -> gradient ``(n m, ...)``; at least one.
+            c: number of outputs.
+            packing: of the batch.
+        """
+        self._by_output, self._c, self._packing = by_output, c, packing
+        like = next(iter(by_output.values()))
+        self.n, self.shape = packing.n, like.shape
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+
+    @cached_property
+    def whole(self) -> Float[Tensor, "n c m ..."]:
+        """All of them, with the batch's own axes."""
+        like = next(iter(self._by_output.values()))
+        value = torch.zeros(self._c, *self.shape, dtype=self.dtype, device=like.device)
+        for a, g in self._by_output.items():
+            value[a] = g
+        return value.unflatten(1, (self.n, -1)).transpose(0, 1)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The tokens, indices of all axes but the last, at which any gradient is not zero."""
+        return self._packing.tokens([g.reshape(-1, self.shape[-1]) for g in self._by_output.values()])
+
+    @cached_property
+    def packed(self) -> Float[Tensor, "c N r"]:
+        """At these tokens."""
+        like, places = next(iter(self._by_output.values())), self.tokens.places
+        value = like.new_empty(self._c, len(self.tokens.owner), self.shape[-1], dtype=self.dtype)
+        for a in range(self._c):
+            g = self._by_output.get(a)
+            if g is None:
+                value[a] = 0
+            elif places is None or g.dtype != self.dtype:
+                value[a] = self.tokens.pick(g.reshape(-1, self.shape[-1]))
+            else:
+                torch.index_select(g.reshape(-1, self.shape[-1]), 0, places, out=value[a])
+        return value
+
+    def inputs(self, x: Tensor) -> Float[Tensor, "N s"]:
+        """The same tokens of the operation's input or output ``(n m, ..., s)``."""
+        return self._packing.inputs(x.reshape(-1, x.shape[-1]), self.tokens)
