@@ -210,7 +210,8 @@ class LoRA(Method):
             return
         a = self._matrix(layer).to(layer.x)
         shape = torch.Size((layer.y.shape[-1], len(a)))
-        yield "B", shape, Outer(self.scale * (layer.x @ a.T), layer.g, layer.feature.tokens)
+        assert isinstance(layer.feature, Outer)
+        yield "B", shape, layer.feature.beside(self.scale * (layer.x @ a.T))
 
     def _matrix(self, layer: Layer) -> Float[Tensor, "rank s"]:
         if isinstance(self.a, str):
@@ -319,12 +320,11 @@ class LoHa(Method):
         w1_a, w1_b, w2_a = (factor.to(layer.g) for factor in factors)
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         # Each token's x * w1_b[p], and the product with every column p of w1_a in its gradient, contracted over both.
-        inputs = (w1_b * layer.x[:, None]).flatten(1)  # (N, p s)
-        columns = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)  # (r, p q)
         tokens = layer.feature.tokens
+        inputs = (tokens.padded(layer.x)[:, :, None] * w1_b).flatten(1, 2)  # (n, t p, s)
+        columns = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)  # (r, p q)
         inner = tokens.padded(layer.g @ columns).unflatten(-1, (-1, self.rank))  # (c, n, t, p, q)
-        inner = inner.flatten(2, 3).permute(1, 0, 3, 2).flatten(1, 2)  # (n, c q, t p)
-        value = inner @ tokens.padded(inputs).unflatten(-1, (-1, s)).flatten(1, 2)
+        value = inner.flatten(2, 3).permute(1, 0, 3, 2).flatten(1, 2) @ inputs  # (n, c q, s)
         value = value.unflatten(1, (-1, self.rank))
         yield "w2_b", torch.Size((self.rank, s)), Dense(scale * value)
 
@@ -353,9 +353,9 @@ class RandomSubset(Method):
             return
         places = subset(layer.weight.numel(), self.count, f"{self.seed}.{layer.name}").to(layer.g.device)
         rows, columns = places // layer.weight.shape[1], places % layer.weight.shape[1]
-        # Rows of the transposes are read faster than columns.
-        g, x = layer.g.mT.contiguous().index_select(-2, rows), layer.x.mT.contiguous().index_select(-2, columns)
-        yield "W", torch.Size((len(places),)), layer.over_tokens((g * x).mT)
+        g = layer.g.gather(-1, rows.expand(*layer.g.shape[:2], -1))
+        x = layer.x.gather(-1, columns.expand(len(layer.x), -1))
+        yield "W", torch.Size((len(places),)), layer.over_tokens(g * x)
 
 
 def chosen(modules: Modules, name: str) -> bool:

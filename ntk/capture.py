@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk.features import Dense, Feature, Lookup, Outer
-from ntk.tokens import Gradients, Packing
+from ntk.tokens import Gradients, Packing, not_zero
 
 _STATE = "_ntk_state"
 
@@ -116,15 +116,24 @@ class Received:
 
     Attributes:
         by_output: which of the network's outputs -> the gradient ``(n m, ...)``; held, not copied.
+        real: the same -> its tokens that are not zero.
     """
 
     by_output: dict[int, Tensor] = field(default_factory=dict)
+    real: dict[int, Tensor] = field(default_factory=dict)
     _all: Gradients | None = None
+
+    def tokens(self, a: int) -> Tensor:
+        """Which tokens of output a's gradient are not zero, bool."""
+        if a not in self.real:
+            g = self.by_output[a]
+            self.real[a] = not_zero(g.reshape(-1, g.shape[-1]))
+        return self.real[a]
 
     def all(self, c: int, packing: Packing) -> Gradients | None:
         """All c of them; None if no output depends on the operation."""
         if self._all is None and self.by_output:
-            self._all = Gradients(self.by_output, c, packing)
+            self._all = Gradients(self.by_output, c, packing, self.tokens)
         return self._all
 
 
@@ -251,14 +260,17 @@ class Capture(TorchFunctionMode):
             state = getattr(args[0], _STATE)
             self.cut[state.place] = args[0].detach().clone().requires_grad_()
             args[0].copy_(self.cut[state.place])
-        return tree_map(leaf, (args, kwargs))
+        return _map(leaf, args, kwargs)
 
     def _mix(self, func, args, kwargs, scrambled: bool) -> Any:
         from ntk import rules  # rules are written in terms of this module's tensors
 
         sources = [t for t in _tensors(args, kwargs) if isinstance(self.state(t), Derived)]
-        detached = tree_map(lambda a: self._detach(a), (args, kwargs))
-        result = func(*detached[0], **detached[1])
+        detached = _map(self._detach, args, kwargs)
+        received = Received()
+        result = self._product(func, *detached, received)
+        if result is None:
+            result = func(*detached[0], **detached[1])
         if not isinstance(result, Tensor):
             self._refuse(sources, f"{_name(func)} returns several tensors")
         elif not result.dtype.is_floating_point:
@@ -270,10 +282,25 @@ class Capture(TorchFunctionMode):
         elif result.shape[:1].numel() % self.n or result.ndim == 0:
             self._refuse(sources, f"{_name(func)} returns shape {tuple(result.shape)} for {self.n} examples")
         elif self.count >= self._segment[0]:
-            result = self._record(rules.features_of(self, func, args, kwargs, result), sources, func, result)
+            found = rules.features_of(self, func, args, kwargs, result)
+            result = self._record(found, sources, func, result, received)
         return result
 
-    def _record(self, found: dict[int, Use] | None, sources: list[Tensor], func, result: Tensor) -> Tensor:
+    def _product(self, func, args, kwargs, received: "Received") -> Tensor | None:
+        """The call, if it is a linear layer on data that takes a gradient; None otherwise."""
+        if func not in _PRODUCTS or kwargs or self.count < self._segment[0] or torch.is_autocast_enabled():
+            return None
+        x, matrix, bias = _PRODUCTS[func](*args)
+        constant = isinstance(matrix, Tensor) and matrix.ndim == 2 and not matrix.requires_grad
+        if not constant or not x.requires_grad or x.ndim < 2 or x.dtype != matrix.dtype:
+            return None
+        if bias is not None and (bias.requires_grad or bias.dtype != x.dtype or bias.ndim != 1):
+            return None
+        return _Product.apply(x, matrix, bias, received, self)
+
+    def _record(
+        self, found: dict[int, Use] | None, sources: list[Tensor], func, result: Tensor, received: "Received"
+    ) -> Tensor:
         for t in {id(t): t for t in sources}.values():
             if found is None or id(t) not in found:
                 self._refuse([t], f"no rule for {_name(func)}")
@@ -285,7 +312,6 @@ class Capture(TorchFunctionMode):
             anchor = torch.zeros((), dtype=result.dtype, device=result.device, requires_grad=True)
             self.roots.append(anchor)
             result = _Root.apply(result, anchor)
-        received = Received()
         for use in found.values():
             use.number, use.received = self.count, received
             if self._keep_outputs:
@@ -295,6 +321,7 @@ class Capture(TorchFunctionMode):
 
         def receive(gradient: Tensor) -> None:
             received.by_output[self.output] = gradient
+            received.real.pop(self.output, None)
 
         result.register_hook(receive)
         return result
@@ -310,7 +337,7 @@ class Capture(TorchFunctionMode):
                 self.unhandled.setdefault(name, why)
 
     def _mark(self, result: Any, scrambled: bool, active: bool) -> None:
-        for position, t in enumerate(tree_leaves(result)):
+        for position, t in enumerate((result,) if isinstance(result, Tensor) else tree_leaves(result)):
             if not isinstance(t, Tensor):
                 continue
             place = (self._operations, position)
@@ -322,6 +349,50 @@ class Capture(TorchFunctionMode):
             else:
                 # Masks and indices carry no gradient, and what they select is judged where they are used.
                 setattr(t, _STATE, Data(place=place))
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, whose backward pass leaves out tokens without a gradient where most have none, as in a last block.
+
+    Its result is no view, as a linear layer's is: a view would have to be copied to be hooked.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, received: Received, capture: Capture
+    ) -> Tensor:
+        ctx.save_for_backward(matrix)
+        ctx.received, ctx.capture = received, capture
+        result = x.new_empty(*x.shape[:-1], len(matrix))
+        flat, out = x.reshape(-1, x.shape[-1]), result.view(-1, len(matrix))
+        if bias is None:
+            torch.mm(flat, matrix.T, out=out)
+        else:
+            torch.addmm(bias, flat, matrix.T, out=out)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (matrix,) = ctx.saved_tensors
+        received, a = ctx.received, ctx.capture.output
+        # The hook on the result has left the gradient there, unless this operation had no rule.
+        if a in received.by_output:
+            real = received.tokens(a)
+            places = real.nonzero().flatten()
+            if len(places) < _FEW * len(real):
+                rows = gradient.reshape(-1, gradient.shape[-1]).index_select(0, places) @ matrix
+                whole = rows.new_zeros(len(real), rows.shape[-1]).index_copy_(0, places, rows)
+                return whole.view(*gradient.shape[:-1], -1), None, None, None, None
+        return gradient @ matrix, None, None, None, None
+
+
+# Share of tokens below which leaving out the others saves more than gathering them costs.
+_FEW = 0.5
+# Linear layers -> what they multiply, the matrix W (r, s) and the bias.
+_PRODUCTS: dict[Any, Callable[..., tuple[Tensor, Tensor, Tensor | None]]] = {
+    torch.nn.functional.linear: lambda x, weight, bias=None: (x, weight, bias),
+    torch.addmm: lambda bias, x, weight: (x, weight.T, bias),
+}
 
 
 class _Root(torch.autograd.Function):
@@ -374,6 +445,13 @@ def _tensors(args, kwargs) -> list[Tensor]:
     if kwargs:
         found += [t for t in tree_leaves(kwargs) if isinstance(t, Tensor)]
     return found
+
+
+def _map(f: Callable[[Any], Any], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """f of every leaf among the arguments."""
+    if kwargs or any(isinstance(a, (tuple, list, dict)) for a in args):
+        return tree_map(f, (args, kwargs))
+    return tuple(map(f, args)), kwargs
 
 
 def _picks_one(capture: Capture, func, args) -> bool:

@@ -6,13 +6,15 @@ as in :mod:`ntk`, N for the tokens of all examples, and r, s for a matrix's rows
 examples; :mod:`ntk.gram` contracts kernels over lists of them.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ntk.tokens import Tokens
+
+# A matrix with fewer columns takes less time to form than its gradients take to be put in order.
+_NARROW = 64
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,18 @@ class Outer:
         g: ``(c, N, r)``, the gradient at the product.
         tokens: whose they are.
         transposed: the parameter is stored as (s, r).
+        padded: the gradients example by example, once somebody asked; shared by matrices beside one another.
     """
 
     x: Tensor
     g: Tensor
     tokens: Tokens
     transposed: bool = False
+    padded: list[Tensor] = field(default_factory=list, repr=False)
+
+    def beside(self, x: Tensor) -> "Outer":
+        """The feature of another matrix (r, s') that multiplies x ``(N, s')``, with the same gradients."""
+        return Outer(x, self.g, self.tokens, False, self.padded)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,19 +49,21 @@ class Outer:
         """Tells dtype and device."""
         return self.g
 
-    @cached_property
-    def _padded(self) -> tuple[Tensor, Tensor]:
-        """(n, t, s) and (c, n, t, r)."""
-        return self.tokens.padded(self.x.to(self.g.dtype)), self.tokens.padded(self.g)
+    @property
+    def by_example(self) -> Tensor:
+        """The gradients ``(c, n, t, r)``, zeros behind the tokens of shorter examples."""
+        if not self.padded:
+            self.padded.append(self.tokens.padded(self.g))
+        return self.padded[0]
 
     def write(self, rows: slice, out: Tensor, *, add: bool = False) -> None:
         """Put the rows of the feature into ``out``, ``(n, c, rows, width)``, or add them to it."""
-        x, g = self._padded
-        if self.transposed:
-            left = x[..., rows].mT.contiguous()
+        x, g = self.tokens.padded(self.x.to(self.g.dtype)), self.by_example
+        if self.transposed or x.shape[-1] < _NARROW:  # output by output
             for a in range(len(g)):
-                torch.baddbmm(out[:, a], left, g[a], beta=int(add), out=out[:, a])
-        else:  # all outputs at once
+                left, right = (x[..., rows], g[a]) if self.transposed else (g[a][..., rows], x)
+                torch.baddbmm(out[:, a], left.mT, right, beta=int(add), out=out[:, a])
+        else:  # all at once
             left = g[..., rows].permute(1, 0, 3, 2).reshape(len(x), -1, x.shape[1])
             whole = out.flatten(1, 2)
             torch.baddbmm(whole, left, x, beta=int(add), out=whole)
@@ -145,17 +155,23 @@ def formed(feature: Feature, shape: torch.Size) -> Dense:
     return Dense(out.view(*feature.shape, *shape))
 
 
-def subtract(feature: Feature, weights: Tensor, total: Tensor) -> None:
-    """total -= sum_ia weights[i, a] feature[i, a]: what a backward pass of the weighted outputs leaves, in place."""
+def subtract(feature: Feature, weights: Tensor, total: Tensor) -> Tensor:
+    """total - sum_ia weights[i, a] feature[i, a]: what a backward pass of the weighted outputs leaves.
+
+    In place, unless ``total`` is sparse.
+    """
     weights = weights.to(feature.values.dtype)
+    if total.is_sparse and not isinstance(feature, Lookup):
+        total = total.to_dense()
     if isinstance(feature, Dense):
-        total -= torch.einsum("nc...,nc->...", feature.value, weights)
-        return
+        return total.sub_(torch.einsum("nc...,nc->...", feature.value, weights))
     g = torch.einsum("cNd,Nc->Nd", feature.g, weights[feature.tokens.owner]).to(total.dtype)
     if isinstance(feature, Outer):
         x = feature.x.to(total.dtype)
         left, right = (x, g) if feature.transposed else (g, x)
         total.view(left.shape[1], right.shape[1]).addmm_(left.T, right, alpha=-1)
-    else:
-        real = feature.ids >= 0
-        total.index_add_(0, feature.ids[real], g[real], alpha=-1)
+        return total
+    real = feature.ids >= 0
+    if total.is_sparse:
+        return (total - torch.sparse_coo_tensor(feature.ids[real][None], g[real], total.shape, check_invariants=True)).coalesce()
+    return total.index_add_(0, feature.ids[real], g[real], alpha=-1)

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 from ntk import inputs as _inputs
 from ntk.capture import Capture, Place
@@ -169,7 +170,7 @@ def compare(
             left = gradients.get(found.name)
             if left is None:
                 left = gradients[found.name] = torch.zeros_like(leaves[found.name])
-            subtract(found.feature, weights, left)
+            gradients[found.name] = subtract(found.feature, weights, left)
             cost = _at(plan.costs, found.number)
             cost.names.add(found.name)
             if found.output is not None:
@@ -189,7 +190,7 @@ def _ordinary_gradients(
     model: nn.Module, output: Output | None, leaves: Leaves, single: list[Group], weights: Tensor
 ) -> dict[str, Tensor]:
     """Gradients of sum_ia weights[i, a] f_a(x_i), by the name of every parameter that has one."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _SparseRows(leaves):
         total = torch.zeros((), device=weights.device)
         for example, weight in zip(single, weights, strict=True):
             values = call(model, output, batch_of(example), 1)
@@ -197,7 +198,25 @@ def _ordinary_gradients(
         if not total.requires_grad:
             return {}
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+    return {
+        name: g.coalesce() if g.is_sparse else g for name, g in zip(leaves, found, strict=True) if g is not None
+    }
+
+
+class _SparseRows(TorchFunctionMode):
+    """Embeddings keep their gradients as the rows that were read, where torch can: a whole table takes long to fill."""
+
+    def __init__(self, leaves: Leaves):
+        super().__init__()
+        self._tables = {id(p) for p in leaves.values()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.embedding and len(args) == 2 and id(args[1]) in self._tables:
+            plain = {"max_norm": None, "scale_grad_by_freq": False}
+            if all(not kwargs.get(key, default) for key, default in plain.items()):
+                kwargs = kwargs | {"sparse": True}
+        return func(*args, **kwargs)
 
 
 @contextmanager

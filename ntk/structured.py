@@ -11,7 +11,7 @@ What :mod:`ntk.plan` refuses is tried once more with one example at a time, and 
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ntk import inputs as _inputs
 from ntk import jacobian
 from ntk.capture import Place
-from ntk.features import Feature
+from ntk.features import Dense, Feature
 from ntk.functional import Parameters, is_encoder_decoder
 from ntk.gram import CHUNK, gram
 from ntk.inputs import Group, Inputs
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # A batch costs about as much before its first token as these many tokens do.
 _OVERHEAD = 48
+# Elements of the largest parameter whose features are put together with others'.
+_VECTOR = 1 << 16
 # Share of a small budget for the temporaries of contractions.
 _TEMPORARY = 0.1
 
@@ -130,6 +132,47 @@ class _Pending:
     features: dict[int, list[Feature]] = field(default_factory=dict)
 
 
+class _Vectors:
+    """Small features of many parameters that have the same share in the same kernels, put together as one."""
+
+    def __init__(self, most: int):
+        """Of at most so many elements."""
+        self._most = most
+        self._held: dict[tuple, list[_Pending]] = {}
+
+    def take(self, slot: _Pending) -> bool:
+        """Keep a parameter's features for later, if they are vectors."""
+        if not all(isinstance(f, Dense) for features in slot.features.values() for f in features):
+            return False
+        if slot.shape.numel() > _VECTOR:
+            return False
+        self._held.setdefault((*slot.shares.items(), *sorted(slot.features)), []).append(slot)
+        return True
+
+    def full(self, limit: int | None = None) -> Iterator[_Pending]:
+        """Those that have become large, more than ``limit`` elements, as one parameter's."""
+        for key, slots in list(self._held.items()):
+            elements = sum(slot.shape.numel() for slot in slots) * sum(
+                features[0].shape[0] * features[0].shape[1] for features in slots[0].features.values()
+            )
+            if elements > (self._most if limit is None else limit):
+                del self._held[key]
+                yield _together(slots)
+
+
+def _together(slots: list[_Pending]) -> _Pending:
+    """One vector of all entries of several parameters' dense features."""
+    found = {}
+    for batch in slots[0].features:
+        values = []
+        for slot in slots:
+            dense = [f.value for f in slot.features[batch] if isinstance(f, Dense)]
+            values.append(sum(dense[1:], dense[0]).flatten(2) if dense[0].ndim > 2 else sum(dense)[..., None])
+        found[batch] = [Dense(torch.cat(values, dim=-1))]
+    length = next(iter(found.values()))[0].value.shape[-1]
+    return _Pending(torch.Size((length,)), slots[0].shares, found)
+
+
 class _Job:
     """The kernels of all captured parameters, over all examples or a tile of them."""
 
@@ -144,7 +187,8 @@ class _Job:
         self.shared = len(wanted.keys) < len(leaves)  # several parameters' kernels are summed
         self.budget = memory_budget if memory_budget is not None else jacobian.default_memory_budget(plan.device)
         self.chunk = int(min(CHUNK, _TEMPORARY / 3 * self.budget / plan.dtype.itemsize))
-        self.kernels: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}  # kernel (n1 c, n2 c), the examples in the batches' order
+        self.vectors = _Vectors(self.chunk)
         self.longest = max(length(g) for g in (*groups1, *groups2))
         self.spent = 0.0  # of the caller's budget, on kernels of which this job computes a tile
 
@@ -162,11 +206,13 @@ class _Job:
         most = max(max(length(g) for g in groups), int(room * IN_PROGRESS / max(1.0, heaviest)))
         batches = [self._batches(side, most) for side in (self.groups1, self.groups2)]
         self._passes(segments, [*batches[0], *batches[1]])
+        kernels = {key: self._in_order(total, *batches) for key, total in self.totals.items()}
+        self.totals.clear()
         for name in self.leaves:
             for key in self.wanted.shares.get(name, ()) if name not in self.plan.refused else ():
-                if key not in self.kernels:
-                    self.kernels[key] = self._zeros()
-        return self.kernels
+                if key not in kernels:
+                    kernels[key] = self._zeros()
+        return kernels
 
     def _passes(self, segments: list[Segment], batches: list[Group]) -> None:
         above: list[dict[Place, Tensor] | None] = [None] * len(batches)
@@ -193,12 +239,17 @@ class _Job:
                         raise NotImplementedError("parameters are not used in the same order by all examples")
                     finished.add(name)
                     for slot in pending.pop(name).values():
+                        if not self.vectors.take(slot):
+                            self._add(slot, batches)
+                    for slot in self.vectors.full():
                         self._add(slot, batches)
+                for slot in self.vectors.full(0):
+                    self._add(slot, batches)
         if wrong := finished & self.plan.refused.keys():
             if self.shared or self.wanted.methods:
                 raise NotImplementedError(f"some examples use {min(wrong)} in a way that others do not")
             for name in wrong:
-                self.kernels.pop(name, None)
+                self.totals.pop(name, None)
 
     def _check(self, segments: list[Segment]) -> None:
         """See that the passes can be cut so, which tensors that escape the capture would prevent."""
@@ -274,24 +325,37 @@ class _Job:
 
     def _add(self, slot: _Pending, batches: list[Group]) -> None:
         """Contract one trained parameter's features; batches that do not use it have no share."""
-        c, device = self.plan.outputs, self.plan.device
-        starts = [0, *itertools.accumulate(len(g.indices) for g in batches)]
-        left = [i for i in sorted(slot.features) if starts[i] < self.n1]
-        right = [i for i in sorted(slot.features) if starts[i] >= self.n1]
-        if not left or (self.n2 and not right):
+        sizes = [len(g.indices) for g in batches]
+        starts = [0, *itertools.accumulate(sizes)]
+        used = sorted(slot.features)
+        split = sum(sizes[i] for i in used if starts[i] < self.n1) if self.n2 else None
+        count = sum(sizes[i] for i in used)
+        if split == 0 or split == count:
             return
-        rows = torch.tensor([k for i in left for k in batches[i].indices], device=device)
-        columns = torch.tensor([k for i in right for k in batches[i].indices], device=device) if self.n2 else rows
-        used = [slot.features[i] for i in (*left, *right)]
-        matrix = gram(used, slot.shape, len(rows) if self.n2 else None, self.chunk).to(self.plan.dtype)
-        kernel = self._zeros()
-        blocks = matrix.unflatten(0, (len(rows), c)).unflatten(2, (len(columns), c))
-        kernel[rows[:, None], columns[None, :]] = blocks.transpose(1, 2)
+        matrix = gram([slot.features[i] for i in used], slot.shape, split, self.chunk).to(self.plan.dtype)
+        if len(used) < len(batches):
+            c = self.plan.outputs
+            places = torch.cat([torch.arange(starts[i] * c, starts[i + 1] * c) for i in used]).to(self.plan.device)
+            rows, columns = (places, places) if split is None else (places[: split * c], places[split * c :])
+            whole = matrix.new_zeros(self.n1 * c, (self.n2 or self.n1) * c)
+            whole[rows[:, None], (columns - (self.n1 * c if self.n2 else 0))[None, :]] = matrix
+            matrix = whole
         for key, share in slot.shares.items():
-            if key in self.kernels:
-                self.kernels[key].add_(kernel, alpha=share)
+            if key in self.totals:
+                self.totals[key].add_(matrix, alpha=share)
             else:
-                self.kernels[key] = kernel * share
+                self.totals[key] = matrix * share
+
+    def _in_order(self, total: Tensor, left: list[Group], right: list[Group]) -> Tensor:
+        """The kernel (n1, n2, c, c), the examples in their own order."""
+        c = self.plan.outputs
+        rows, columns = (
+            torch.tensor([i for g in side for i in g.indices], device=total.device) for side in (left, right or left)
+        )
+        kernel = self._zeros()
+        blocks = total.view(len(rows), c, len(columns), c)
+        kernel[rows[:, None], columns[None, :]] = blocks.transpose(1, 2)
+        return kernel
 
     def _zeros(self) -> Tensor:
         c = self.plan.outputs

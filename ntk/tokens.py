@@ -4,12 +4,12 @@ Padding has no gradient, and in a classifier's last block most tokens have none.
 they are dropped once, where gradients arrive, and everything after works on N tokens of n examples, in their order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -75,6 +75,13 @@ class Tokens:
         return room.index_copy_(-2, self.slots, values).unflatten(-2, (self.n, -1))
 
 
+def not_zero(g: Float[Tensor, "T d"]) -> Bool[Tensor, "T"]:
+    """Which rows are not zero. One that is not a number counts."""
+    if not g.numel():
+        return torch.zeros(len(g), dtype=torch.bool, device=g.device)
+    return (g.amax(dim=-1) != 0) | (g.amin(dim=-1) != 0)
+
+
 class Packing:
     """Finds the tokens that have a gradient; equal patterns are one object, and tensors of inputs are packed once."""
 
@@ -84,12 +91,8 @@ class Packing:
         self._patterns: dict[tuple[int, bytes], Tokens] = {}
         self._last: tuple[Tensor, Tokens, Tensor] | None = None
 
-    def tokens(self, gradients: list[Float[Tensor, "T d"]]) -> Tokens:
-        """Those of T tokens that any of the gradients does not vanish at. One that is not a number counts."""
-        real = torch.zeros(len(gradients[0]), dtype=torch.bool, device=gradients[0].device)
-        for g in gradients:
-            if g.numel():
-                real |= (g.amax(dim=-1) != 0) | (g.amin(dim=-1) != 0)
+    def tokens(self, real: Bool[Tensor, "T"]) -> Tokens:
+        """Those of T tokens that are marked."""
         pattern = (len(real), real.cpu().numpy().tobytes())
         if pattern not in self._patterns:
             each = len(real) // self.n
@@ -112,14 +115,18 @@ class Packing:
 class Gradients:
     """The gradients of all outputs of the network at one operation's output ``(n m, ...)``, as the rules need them."""
 
-    def __init__(self, by_output: Mapping[int, Tensor], c: int, packing: Packing):
+    def __init__(
+        self, by_output: Mapping[int, Tensor], c: int, packing: Packing, real: Callable[[int], Tensor] | None = None
+    ):
         """From those that arrived; the others are zero.
 
         Args:
             by_output: output of the network -> gradient ``(n m, ...)``; at least one.
             c: number of outputs.
             packing: of the batch.
+            real: output of the network -> which tokens of its gradient are not zero, if that is known.
         """
+        self._real = real or (lambda a: not_zero(by_output[a].reshape(-1, self.shape[-1])))
         self._by_output, self._c, self._packing = by_output, c, packing
         like = next(iter(by_output.values()))
         self.n, self.shape = packing.n, like.shape
@@ -137,7 +144,7 @@ class Gradients:
     @cached_property
     def tokens(self) -> Tokens:
         """The tokens, indices of all axes but the last, at which any gradient is not zero."""
-        return self._packing.tokens([g.reshape(-1, self.shape[-1]) for g in self._by_output.values()])
+        return self._packing.tokens(reduce(torch.logical_or, map(self._real, self._by_output)))
 
     @cached_property
     def packed(self) -> Float[Tensor, "c N r"]:
