@@ -141,8 +141,19 @@ def _random_state() -> list[Tensor]:
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Which tensor each name stands for, and how often it was written to."""
-    return {name: (id(t), t._version) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    """Which tensor each name stands for, and how often it was written to.
+
+    peft's wrapper of a single parameter (of a stack of experts, say) registers it anew in each forward pass, which
+    counts as writing: of those, what their bits add up to.
+    """
+    wrapped = {id(m.base_layer) for m in model.modules() if hasattr(m, "parameter_name") and hasattr(m, "base_layer")}
+    again = {id(p) for m in model.modules() if id(m) in wrapped for p in m.parameters()}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: (id(t), _bits(t) if id(t) in again else t._version) for name, t in tensors}
+
+
+def _bits(t: Tensor) -> int:
+    return int(t.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64))
 
 
 def nonfinite_cause(model: nn.Module, inputs: Inputs) -> str:

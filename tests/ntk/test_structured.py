@@ -102,6 +102,43 @@ def test_adapters_off_their_initial_values(family, adapter, messages):
     assert not any(message.startswith("by the reference") for message in messages())
 
 
+def body_linears(model):
+    """The names of the linear layers of a classifier's body."""
+    inside = {id(m) for m in model.base_model.modules()}
+    kinds = (nn.Linear, hf.pytorch_utils.Conv1D)
+    return [name for name, m in model.named_modules() if isinstance(m, kinds) and id(m) in inside]
+
+
+EVERYWHERE = {
+    "lora": lambda names: peft.LoraConfig(r=2, target_modules=names, task_type="SEQ_CLS"),
+    "ia3": lambda names: peft.IA3Config(target_modules=names, feedforward_modules=names[::3], task_type="SEQ_CLS"),
+    "propulsion": lambda names: PropulsionConfig(degree=3, positions=["all"], task_type="SEQ_CLS"),
+}
+
+
+@pytest.mark.parametrize("adapter", EVERYWHERE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_on_all_linear_layers_of_every_family(family, adapter, messages):
+    model = classifier(family)
+    model = randomized(peft.get_peft_model(model, EVERYWHERE[adapter](body_linears(model))))
+    inputs = batch_for(family)
+    oracle = autograd_kernel(model, inputs, params=lambda name, p: p.requires_grad)
+    kernel = ntk.empirical_ntk(model, inputs, params="trainable", method="structured")
+    assert relative_error(kernel, oracle) <= EXACT
+    assert not any(message.startswith("by the reference") for message in messages())
+
+
+def test_adapters_of_single_parameters_are_no_change_of_the_model():
+    """peft registers a stack of experts anew in each forward pass, with the values that it had."""
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    model = randomized(peft.get_peft_model(classifier("mixtral"), config))
+    assert any("experts.lora_A" in name for name, _ in model.named_parameters())
+    oracle = autograd_kernel(model, batch(), params=lambda name, p: p.requires_grad)
+    for method in ("structured", "jacobian"):
+        kernel = ntk.empirical_ntk(model, batch(), params="trainable", method=method)
+        assert relative_error(kernel, oracle) <= EXACT
+
+
 @pytest.mark.parametrize("words", [[5, 9], [3, 4, 8]])
 def test_tied_head_with_label_words(words):
     compare(tied_gpt2(), batch(), output=ntk.outputs.label_words(words))
