@@ -31,6 +31,7 @@ _ROUNDING = 2e3
 _COARSE = 0.05
 # A parameter's own gradient may vanish but for rounding (a key's bias); then this share of all gradients counts.
 _SHARE = 1e-2
+_MISMATCH = "its features do not add up to its gradient"
 # Share of the memory for activations of the batch in progress; the rest holds features of all batches.
 IN_PROGRESS = 0.3
 
@@ -182,7 +183,10 @@ def compare(
     for name, left in gradients.items():
         tolerance = min(_ROUNDING * plan.rounding, _COARSE) * (norms.get(name, 0.0) + _SHARE * everything)
         if not float(left.norm()) <= tolerance and name not in plan.refused:
-            plan.refused[name] = "its features do not add up to its gradient"
+            plan.refused[name] = _MISMATCH
+    if n > 1 and _MISMATCH in plan.refused.values():
+        # Examples that change one another's outputs may leave some features right on these two, and on no others.
+        plan.refused = dict.fromkeys(leaves, _MISMATCH) | plan.refused
     return plan
 
 

@@ -245,6 +245,28 @@ def test_rows_that_change_places(messages):
     assert any("mixes the rows" in message for message in messages())
 
 
+class Centred(nn.Module):
+    """Examples that change one another's outputs; without the shift, two of them hide it from the sums of most features."""
+
+    def __init__(self, shift: float):
+        super().__init__()
+        self.first, self.second, self.shift = nn.Linear(4, 4), nn.Linear(4, 2), shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(torch.tanh(hidden - hidden.mean(dim=0) + self.shift * x))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_examples_that_change_one_another_run_alone(shift):
+    """A kernel is of examples by themselves, whatever the batch."""
+    torch.manual_seed(1)
+    model, x = Centred(shift).double(), torch.randn(5, 4, dtype=torch.float64)
+    layers = ntk.layer_kernels(model, x, method="structured")
+    for name, kernel in ntk.layer_kernels(model, x, method="jacobian").items():
+        assert float((layers[name] - kernel).norm()) <= EXACT * max(1.0, float(kernel.norm())), name
+
+
 class Doubled(torch.autograd.Function):
     """An operation whose derivative is its own."""
 
