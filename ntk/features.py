@@ -173,5 +173,7 @@ def subtract(feature: Feature, weights: Tensor, total: Tensor) -> Tensor:
         return total
     real = feature.ids >= 0
     if total.is_sparse:
-        return (total - torch.sparse_coo_tensor(feature.ids[real][None], g[real], total.shape, check_invariants=True)).coalesce()
+        return (
+            total - torch.sparse_coo_tensor(feature.ids[real][None], g[real], total.shape, check_invariants=True)
+        ).coalesce()
     return total.index_add_(0, feature.ids[real], g[real], alpha=-1)

@@ -135,7 +135,7 @@ def _ghost(groups: Sequence[Sequence[Feature]], split: int | None) -> Tensor:
             pairs = left.g.flatten(0, 1) @ right.g.flatten(0, 1).T
             pairs = pairs.view(c, len(left.x), c, len(right.x))
             pairs *= left.inner(right)[:, None, :]
-            value = (left.owner @ (pairs @ right.owner.T).flatten(2)).view(c, -1, c, len(right.owner))
+            value = (left.owner @ pairs.flatten(2)).view(c, len(left.owner), c, len(right.x)) @ right.owner.T
             value = value.permute(1, 0, 3, 2)
             full[left.start : left.stop, :, right.start : right.stop] = value
             if split is None and left is not right:

@@ -202,9 +202,7 @@ def _ordinary_gradients(
         if not total.requires_grad:
             return {}
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {
-        name: g.coalesce() if g.is_sparse else g for name, g in zip(leaves, found, strict=True) if g is not None
-    }
+    return {name: g.coalesce() if g.is_sparse else g for name, g in zip(leaves, found, strict=True) if g is not None}
 
 
 class _SparseRows(TorchFunctionMode):

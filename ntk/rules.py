@@ -2,9 +2,9 @@
 
 A rule takes the call and returns, for each tensor of parameters among its arguments, a function from the gradients at
 the output ``(n m, ...)`` to a :class:`~ntk.features.Feature`. The first axis of data holds m rows for each example, in
-the examples' order; :mod:`ntk.plan` checks that numerically before a kernel is believed. Where the last axis is the only
-one that the parameter has, all others are tokens, and those without a gradient are left out (:mod:`ntk.tokens`). An
-operation without an entry in `RULES` is differentiated example by example, which is exact and slower.
+the examples' order; :mod:`ntk.plan` checks that numerically before a kernel is believed. Where the last axis is the
+only one that the parameter has, all others are tokens, and those without a gradient are left out (:mod:`ntk.tokens`).
+An operation without an entry in `RULES` is differentiated example by example, which is exact and slower.
 """
 
 from collections.abc import Callable

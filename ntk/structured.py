@@ -166,8 +166,10 @@ def _together(slots: list[_Pending]) -> _Pending:
     for batch in slots[0].features:
         values = []
         for slot in slots:
-            dense = [f.value for f in slot.features[batch] if isinstance(f, Dense)]
-            values.append(sum(dense[1:], dense[0]).flatten(2) if dense[0].ndim > 2 else sum(dense)[..., None])
+            first, *others = (f.value for f in slot.features[batch] if isinstance(f, Dense))
+            for other in others:
+                first = first + other
+            values.append(first.reshape(*first.shape[:2], slot.shape.numel()))
         found[batch] = [Dense(torch.cat(values, dim=-1))]
     length = next(iter(found.values()))[0].value.shape[-1]
     return _Pending(torch.Size((length,)), slots[0].shares, found)

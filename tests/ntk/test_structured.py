@@ -246,7 +246,7 @@ def test_rows_that_change_places(messages):
 
 
 class Centred(nn.Module):
-    """Examples that change one another's outputs; without the shift, two of them hide it from the sums of most features."""
+    """Examples that change one another's outputs; without a shift, two of them hide it from most features' sums."""
 
     def __init__(self, shift: float):
         super().__init__()
@@ -426,7 +426,9 @@ def test_both_contractions_of_an_embedding_agree(n, c, t, rows, block, uses, dat
             g = torch.randn(size, c, t, 3, generator=generator, dtype=torch.float64)
             g = g * (torch.rand(size, 1, t, 1, generator=generator) < 0.6)
             gradients = Gradients({a: g[:, a] for a in range(c)}, c, Packing(size))
-            group.append(Lookup(gradients.tokens.pick(ids.reshape(-1, 1)).squeeze(1), gradients.packed, gradients.tokens))
+            group.append(
+                Lookup(gradients.tokens.pick(ids.reshape(-1, 1)).squeeze(1), gradients.packed, gradients.tokens)
+            )
             whole += torch.einsum("nctr,ntv->ncvr", g, (ids[..., None] == torch.arange(rows)).double())
         groups.append(group)
         dense.append(whole)
