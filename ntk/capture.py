@@ -126,14 +126,13 @@ class Received:
     def tokens(self, a: int) -> Tensor:
         """Which tokens of output a's gradient are not zero, bool."""
         if a not in self.real:
-            g = self.by_output[a]
-            self.real[a] = not_zero(g.reshape(-1, g.shape[-1]))
+            self.real[a] = not_zero(self.by_output[a])
         return self.real[a]
 
     def all(self, c: int, packing: Packing) -> Gradients | None:
         """All c of them; None if no output depends on the operation."""
         if self._all is None and self.by_output:
-            self._all = Gradients(self.by_output, c, packing, self.tokens)
+            self._all = Gradients(self.by_output, c, packing, self.real)
         return self._all
 
 

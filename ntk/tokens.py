@@ -4,7 +4,7 @@ Padding has no gradient, and in a classifier's last block most tokens have none.
 they are dropped once, where gradients arrive, and everything after works on N tokens of n examples, in their order.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -75,8 +75,9 @@ class Tokens:
         return room.index_copy_(-2, self.slots, values).unflatten(-2, (self.n, -1))
 
 
-def not_zero(g: Float[Tensor, "T d"]) -> Bool[Tensor, "T"]:
-    """Which rows are not zero. One that is not a number counts."""
+def not_zero(g: Float[Tensor, "... d"]) -> Bool[Tensor, "T"]:
+    """Which of the tokens, along all axes but the last, are not zero. One that is not a number counts."""
+    g = g.reshape(-1, g.shape[-1])
     if not g.numel():
         return torch.zeros(len(g), dtype=torch.bool, device=g.device)
     return (g.amax(dim=-1) != 0) | (g.amin(dim=-1) != 0)
@@ -116,7 +117,7 @@ class Gradients:
     """The gradients of all outputs of the network at one operation's output ``(n m, ...)``, as the rules need them."""
 
     def __init__(
-        self, by_output: Mapping[int, Tensor], c: int, packing: Packing, real: Callable[[int], Tensor] | None = None
+        self, by_output: Mapping[int, Tensor], c: int, packing: Packing, real: Mapping[int, Tensor] | None = None
     ):
         """From those that arrived; the others are zero.
 
@@ -124,10 +125,9 @@ class Gradients:
             by_output: output of the network -> gradient ``(n m, ...)``; at least one.
             c: number of outputs.
             packing: of the batch.
-            real: output of the network -> which tokens of its gradient are not zero, if that is known.
+            real: output of the network -> which tokens of its gradient are not zero, as far as that is known.
         """
-        self._real = real or (lambda a: not_zero(by_output[a].reshape(-1, self.shape[-1])))
-        self._by_output, self._c, self._packing = by_output, c, packing
+        self._by_output, self._c, self._packing, self._real = by_output, c, packing, real or {}
         like = next(iter(by_output.values()))
         self.n, self.shape = packing.n, like.shape
         self.dtype = torch.promote_types(like.dtype, torch.float32)
@@ -144,7 +144,8 @@ class Gradients:
     @cached_property
     def tokens(self) -> Tokens:
         """The tokens, indices of all axes but the last, at which any gradient is not zero."""
-        return self._packing.tokens(reduce(torch.logical_or, map(self._real, self._by_output)))
+        masks = (self._real[a] if a in self._real else not_zero(g) for a, g in self._by_output.items())
+        return self._packing.tokens(reduce(torch.logical_or, masks))
 
     @cached_property
     def packed(self) -> Float[Tensor, "c N r"]:

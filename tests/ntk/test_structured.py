@@ -1,5 +1,6 @@
 """The fast kernel against the plain autograd loop and the reference: every family, every way a parameter is used."""
 
+import gc
 import logging
 from unittest import mock
 
@@ -363,6 +364,26 @@ def test_models_that_ignore_the_mask_are_not_padded():
         for j, right in enumerate(cut):
             oracle = autograd_kernel(model, left, right)
             assert relative_error(kernel[i : i + 1, j : j + 1], oracle) <= EXACT
+
+
+def test_nothing_waits_for_the_garbage_collector():
+    """A cycle of references would keep each batch's activations beyond the memory budget."""
+
+    def tensors() -> int:
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    model, inputs = classifier("bert"), batch()
+    methods = {"full": ntk.adapters.Full(), "Propulsion": ntk.adapters.Propulsion(), "LoRA": ntk.adapters.LoRA(rank=2)}
+    ntk.adapter_kernels(model, inputs, methods)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        ntk.empirical_ntk(model, inputs, method="structured")
+        ntk.adapter_kernels(model, inputs, methods)
+        assert tensors() == before
+    finally:
+        gc.enable()
 
 
 @settings(max_examples=25, deadline=None)
