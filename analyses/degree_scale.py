@@ -1,0 +1,194 @@
+"""How large is full fine-tuning's kernel beside Propulsion's, and which degree makes up for it?
+
+At z = 1 Propulsion's kernel grows as k squared, so that k* = sqrt(tr K_F / tr K_P(1)) gives both one size. Measured
+over width and depth of random networks in standard parametrisation, over architectures at random weights, and on a
+pre-trained encoder, beside the degrees that the paper found best.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+import tyro
+from torch import Tensor
+
+import ntk
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.tables import format_table, number
+from ntk.adapters import Full, Propulsion
+from ntk.networks import MLP, Recipe, is_multiplier
+from propulsion.data import draw_rows, load_task_data, tokenize
+from propulsion.errors import UserError, run_command
+from propulsion.pretrained import load_classifier
+from propulsion.tasks import TASKS
+
+# Accuracy over the degree peaks there in the paper's ablation (Kowsher, Prottasha and Bhat 2024, App. E).
+PAPER_BEST = (25, 75)
+
+
+@dataclass(frozen=True)
+class Config:
+    """tr K_F / tr K_P(1), and the degree k* that matches the kernels' sizes."""
+
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Widths of the random networks."""
+    depths: tuple[int, ...] = (1, 2, 4, 8)
+    """Depths of the random networks."""
+    draws: int = 3
+    """Networks of each size."""
+    n_examples: int = 16
+    """Examples."""
+    task: str = "demo"
+    """Task whose sentences the pre-trained encoder reads."""
+    data_dir: Path | None = None
+    """Folder with the task's data; else embedded or from the hub."""
+    seed: int = 0
+    """Of inputs, networks and heads."""
+    output_dir: Path = Path("results/degree_scale")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+def mlp_rows(config: Config) -> Iterator[dict[str, Any]]:
+    """Random ReLU networks: the width at the first depth but one, the depth at the middle width."""
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(config.seed), dtype=torch.float64)
+    middle = sorted(config.widths)[len(config.widths) // 2]
+    sizes = [(w, sorted(config.depths)[min(1, len(config.depths) - 1)]) for w in config.widths]
+    for width, depth in dict.fromkeys([*sizes, *((middle, d) for d in config.depths)]):
+        full, propulsion = 0.0, 0.0
+        for draw in range(config.draws):
+            recipe = Recipe(
+                generator=torch.Generator().manual_seed(1000 * config.seed + draw), sigma_w=2**0.5,
+                parametrization="standard", multipliers="hidden",
+            )  # fmt: skip
+            network = MLP(32, width=width, depth=depth, activation="relu", recipe=recipe)
+            layers = ntk.layer_kernels(network, x, reduce="trace")
+            parameters = dict(network.named_parameters())
+            for name, kernel in layers.items():
+                if is_multiplier(name, parameters[name]):
+                    propulsion += ntk.trace(kernel)
+                else:
+                    full += ntk.trace(kernel)
+        yield _row("random network", "ReLU", full / propulsion, width=width, depth=depth)
+
+
+def architectures(width: int) -> dict[str, Any]:
+    """Classifiers of one width and four layers, at random weights as transformers initialises them."""
+    sizes = {"hidden_size": width, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 4 * width,
+             "vocab_size": 1000, "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": 2}  # fmt: skip
+    gpt = {"n_embd": width, "n_layer": 4, "n_head": 4, "vocab_size": 1000, "n_positions": 64, "pad_token_id": 0,
+           "num_labels": 2}  # fmt: skip
+    return {
+        "BERT": hf.BertConfig(**sizes),
+        "RoBERTa": hf.RobertaConfig(**sizes),
+        "GPT-2": hf.GPT2Config(**gpt),
+        "Llama": hf.LlamaConfig(**sizes),
+    }
+
+
+def architecture_rows(config: Config) -> Iterator[dict[str, Any]]:
+    """Random tokens through random classifiers of growing width."""
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = torch.randint(5, 1000, (min(config.n_examples, 8), 16), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for width in (w for w in config.widths if w <= 256):
+        for name, model_config in architectures(width).items():
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                model = hf.AutoModelForSequenceClassification.from_config(model_config)
+            yield _row("random architecture", name, _ratio(model, inputs), width=width, depth=4)
+
+
+def pretrained_rows(config: Config) -> Iterator[dict[str, Any]]:
+    """The packaged encoder on the task's sentences."""
+    data = load_task_data(config.task, data_dir=config.data_dir, seed=config.seed)
+    model, tokenizer = load_classifier(num_labels=data.task.num_labels, seed=config.seed)
+    rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
+    columns = {name: rows[name] for name in rows.column_names if name != "labels"}
+    inputs = dict(tokenizer.pad(columns, return_tensors="pt"))
+    sizes = model.config
+    yield _row("pre-trained", f"MiniLM-L6, {config.task}", _ratio(model, inputs),
+               width=sizes.hidden_size, depth=sizes.num_hidden_layers)  # fmt: skip
+
+
+def _ratio(model: Any, inputs: dict[str, Tensor]) -> float:
+    kernels = ntk.adapter_kernels(model, inputs, {"full": Full(), "propulsion": Propulsion()}, reduce="trace")
+    head = ntk.empirical_ntk(
+        model, inputs, params=lambda name, p: not name.startswith(f"{model.base_model_prefix}."), reduce="trace"
+    )
+    return ntk.trace_ratio(kernels["full"] - head, kernels["propulsion"])
+
+
+def _row(kind: str, model: str, ratio: float, *, width: int, depth: int) -> dict[str, Any]:
+    return {"kind": kind, "model": model, "width": width, "depth": depth, "ratio": ratio,
+            "matching_degree": math.sqrt(ratio)}  # fmt: skip
+
+
+def run(config: Config) -> Result:
+    """Measure all.
+
+    Raises:
+        UserError: numbers out of range, unusable data.
+    """
+    if not config.widths or not config.depths or min(*config.widths, *config.depths) < 1 or config.draws < 1:
+        raise UserError("expected widths, depths and draws of at least 1")
+    if any(w % 4 for w in config.widths):
+        raise UserError(f"widths must be multiples of 4, the number of attention heads; got {config.widths}")
+    start, rows = time.time(), []
+    for part in (mlp_rows, architecture_rows, pretrained_rows):
+        print(f"{part.__name__} ...", flush=True)
+        rows += list(part(config))
+    degrees = [{"task": name, "degree": task.degree} for name, task in TASKS.items() if name != "demo"]
+    return Result(
+        analysis="degree_scale",
+        config=asdict(config) | {"output_dir": str(config.output_dir), "data_dir": str(config.data_dir or "")},
+        seed=config.seed,
+        metrics=[
+            Metric("matching_degree", r["matching_degree"], None, None, "degree", "initialisation", "full",
+                   f"{r['kind']}, {r['model']}, width {r['width']}, depth {r['depth']}")
+            for r in rows
+        ],
+        tables={"ratios": rows, "paper_degrees": degrees},
+        arrays={},
+        model={"name": "random networks and the packaged encoder"},
+        dataset={"name": config.task},
+        environment=environment(),
+        seconds={"all": time.time() - start},
+        coverage={"full": "every parameter but the head", "propulsion": "a multiplier on every layer but the head"},
+    )  # fmt: skip
+
+
+def summary(result: Result) -> str:
+    """One row a model."""
+    rows = [
+        [
+            f"{r['kind']}: {r['model']}",
+            str(r["width"]),
+            str(r["depth"]),
+            number(r["ratio"]),
+            number(r["matching_degree"]),
+        ]
+        for r in result.tables["ratios"]
+    ]
+    return format_table(["model", "width", "depth", "tr K_F / tr K_P(1)", "k*"], rows)
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    print(f"\n{summary(result)}\n")
+    from figures.degree_scale import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(f"the paper's best degrees are about {PAPER_BEST[0]} to {PAPER_BEST[1]}; result and figures in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.degree_scale", description=__doc__)))

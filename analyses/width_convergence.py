@@ -1,0 +1,203 @@
+"""Do the kernels of finite networks reach their limits, how fast, and does the gap between them close?
+
+Random multilayer perceptrons of growing width, for every activation and in both parametrisations, against
+`ntk.infinite.mlp_kernels`. The error of Propulsion's kernel should fall as 1/sqrt(width); its gap to full fine-tuning's
+stays, except where the corrected theorem says that there is none. In standard parametrisation the kernel of full
+fine-tuning grows with the width, and Propulsion's is the same as in NTK parametrisation.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+import ntk
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.tables import format_table, interval, number
+from ntk.infinite import ACTIVATIONS, mlp_kernels
+from ntk.networks import MLP, PARAMETRIZATIONS, Recipe, is_multiplier
+from propulsion.errors import UserError, run_command
+
+
+@dataclass(frozen=True)
+class Config:
+    """Kernels of finite networks against their infinite-width limits."""
+
+    activations: tuple[str, ...] = tuple(ACTIVATIONS)
+    """Activations, of those that ntk.infinite knows."""
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
+    """Widths of the hidden layers."""
+    depth: int = 2
+    """Hidden layers."""
+    draws: int = 12
+    """Networks of each width."""
+    inputs: int = 4
+    """Random inputs, of 5 coordinates."""
+    degree: int = 1
+    """Propulsion's degree."""
+    sigma_w: float = 1.4
+    """Standard deviation of the weights."""
+    sigma_b: float = 0.3
+    """Standard deviation of the biases."""
+    confidence: float = 0.95
+    """Of the slopes' intervals, by bootstrap over networks."""
+    seed: int = 0
+    """Of the inputs, networks and resamples."""
+    output_dir: Path = Path("results/width_convergence")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+def run(config: Config) -> Result:
+    """Draw networks, compare their kernels with the limits, fit the slopes.
+
+    Raises:
+        UserError: numbers out of range, an unknown activation.
+    """
+    _check(config)
+    start = time.time()
+    generator = torch.Generator().manual_seed(config.seed)
+    x = torch.randn(config.inputs, 5, generator=generator, dtype=torch.float64)
+    rows, metrics = [], []
+    for activation in config.activations:
+        limit = mlp_kernels(
+            x, depth=config.depth, activation=activation, sigma_w=config.sigma_w, sigma_b=config.sigma_b,
+            degree=config.degree,
+        )  # fmt: skip
+        print(f"{activation} ...", flush=True)
+        for parametrization in PARAMETRIZATIONS:
+            found = {w: _kernels(x, w, activation, parametrization, config) for w in config.widths}
+            errors = {w: _errors(found[w], limit.ntk, limit.propulsion) for w in config.widths}
+            rows += [
+                _row(activation, parametrization, w, found[w], errors[w], limit, config.degree) for w in config.widths
+            ]
+            for name in ("full", "propulsion") if parametrization == "ntk" else ("propulsion",):
+                slope, low, high = _slope(config.widths, [errors[w][name] for w in config.widths], config)
+                label = f"{activation}, {parametrization}"
+                metrics.append(
+                    Metric("slope", slope, low, high, "per factor e of width", "initialisation", name, label)
+                )
+    return Result(
+        analysis="width_convergence",
+        config=asdict(config) | {"output_dir": str(config.output_dir)},
+        seed=config.seed,
+        metrics=metrics,
+        tables={"widths": rows},
+        arrays={"inputs": x.numpy()},
+        model={"name": f"multilayer perceptrons of {config.depth} hidden layers"},
+        dataset={"name": f"{config.inputs} Gaussian inputs"},
+        environment=environment(),
+        seconds={"all": time.time() - start},
+        coverage={"full": "every weight and bias", "propulsion": "a multiplier on every hidden layer"},
+    )
+
+
+def _kernels(x: Tensor, width: int, activation: str, parametrization: str, config: Config) -> Tensor:
+    """Kernels of full fine-tuning and of Propulsion, (draws, 2, n, n)."""
+    found = []
+    for draw in range(config.draws):
+        recipe = Recipe(
+            generator=torch.Generator().manual_seed(1000 * config.seed + draw),
+            sigma_w=config.sigma_w, sigma_b=config.sigma_b, parametrization=parametrization, multipliers="hidden",
+            degree=config.degree,
+        )  # fmt: skip
+        network = MLP(x.shape[1], width=width, depth=config.depth, activation=activation, recipe=recipe)
+        layers = ntk.layer_kernels(network, x, reduce="trace")
+        parameters = dict(network.named_parameters())
+        multipliers = sum(k for name, k in layers.items() if is_multiplier(name, parameters[name]))
+        weights = sum(k for name, k in layers.items() if not is_multiplier(name, parameters[name]))
+        found.append(torch.stack([torch.as_tensor(weights), torch.as_tensor(multipliers)]))
+    return torch.stack(found)
+
+
+def _errors(found: Tensor, full: Tensor, propulsion: Tensor) -> dict[str, np.ndarray]:
+    """Relative distance (Frobenius) of each network's kernels from the limits."""
+    return {
+        name: ((found[:, i] - limit).flatten(1).norm(dim=1) / limit.norm()).numpy()
+        for i, (name, limit) in enumerate((("full", full), ("propulsion", propulsion)))
+    }
+
+
+def _row(activation, parametrization, width, found, errors, limit, degree) -> dict[str, float | str]:
+    mean = found.mean(dim=0)
+    gap, expected = mean[1] / degree**2 - mean[0], limit.propulsion / degree**2 - limit.ntk
+    return {
+        "activation": activation,
+        "parametrization": parametrization,
+        "width": width,
+        "error_full": _root_mean_square(errors["full"]),
+        "error_propulsion": _root_mean_square(errors["propulsion"]),
+        "gap": float(gap.norm() / limit.ntk.norm()),
+        "gap_of_the_limits": float(expected.norm() / limit.ntk.norm()),
+        "trace_ratio": float(mean[0].trace() / mean[1].trace()),
+    }
+
+
+def _slope(widths: tuple[int, ...], errors: list[np.ndarray], config: Config) -> tuple[float, float, float]:
+    """Slope of log error over log width, with its bootstrap interval over the networks of each width."""
+    rng = np.random.default_rng(config.seed)
+
+    def fit(pick: Callable[[np.ndarray], np.ndarray]) -> float:
+        return float(np.polyfit(np.log(widths), np.log([_root_mean_square(pick(e)) for e in errors]), 1)[0])
+
+    resampled = [fit(lambda e: rng.choice(e, len(e))) for _ in range(500)]
+    side = (1 - config.confidence) / 2
+    low, high = np.quantile(resampled, [side, 1 - side])
+    return fit(lambda e: e), float(low), float(high)
+
+
+def _root_mean_square(values: np.ndarray) -> float:
+    return math.sqrt(float(np.mean(values**2)))
+
+
+def _check(config: Config) -> None:
+    if unknown := [a for a in config.activations if a not in ACTIVATIONS]:
+        raise UserError(f"unknown activation {unknown[0]!r}; there are {', '.join(ACTIVATIONS)}")
+    if len(config.widths) < 2 or min(config.widths) < 1 or config.draws < 2 or config.inputs < 2 or config.depth < 1:
+        raise UserError("expected at least two widths, two draws, two inputs and one hidden layer")
+    if not (config.sigma_w > 0 and config.sigma_b >= 0 and config.degree > 0):
+        raise UserError("expected sigma_w > 0, sigma_b >= 0 and degree > 0")
+
+
+def summary(result: Result) -> str:
+    """Slopes, and the gap at the largest width, by activation."""
+    rows = []
+    widest = max(result.config["widths"])
+    for activation in result.config["activations"]:
+        slopes = {
+            (m.left, m.right): interval(m.value, m.low, m.high)
+            for m in result.metrics
+            if m.right.startswith(f"{activation}, ")
+        }
+        last = next(
+            r for r in result.tables["widths"]
+            if (r["activation"], r["parametrization"], r["width"]) == (activation, "ntk", widest)
+        )  # fmt: skip
+        rows.append([
+            activation, slopes["full", f"{activation}, ntk"], slopes["propulsion", f"{activation}, ntk"],
+            number(last["gap"]), number(last["gap_of_the_limits"]),
+        ])  # fmt: skip
+    header = ["activation", "slope, K_F", "slope, K_P", f"gap at {widest}", "gap of the limits"]
+    return format_table(header, rows)
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    print(summary(result))
+    from figures.width_convergence import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(f"gaps relative to K_F; intervals: {config.confidence:.0%}, over networks; result and figures in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.width_convergence", description=__doc__)))
