@@ -7,7 +7,7 @@
 from ntk.infinite.activations import ACTIVATIONS, Activation, from_function, leaky_relu
 from ntk.infinite.gaussian import Moments, Pairs, pairs_of_rows
 from ntk.infinite.mlp import METHODS, Layers, MLPKernels, RandomTerm, mlp_kernels
-from ntk.infinite.quadrature import ConvergenceError, diagonal_moments, quadrature_moments, series_moments
+from ntk.infinite.quadrature import ConvergenceError, diagonal_moments, plane_moments, quadrature_moments, series_moments
 
 __all__ = [
     "ACTIVATIONS",
@@ -24,6 +24,7 @@ __all__ = [
     "leaky_relu",
     "mlp_kernels",
     "pairs_of_rows",
+    "plane_moments",
     "quadrature_moments",
     "series_moments",
 ]

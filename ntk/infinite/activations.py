@@ -39,7 +39,7 @@ def leaky_relu(slope: float = 0.01) -> Activation:
     return Activation(
         "leaky_relu" if slope else "relu",
         lambda h: torch.where(h > 0, h, slope * h),
-        lambda h: torch.where(h > 0, 1.0, slope).to(h),
+        lambda h: torch.where(h > 0, 1.0, torch.full_like(h, slope)),  # two numbers would make float32
         partial(closed_forms.leaky_relu, slope=slope),
         partial(closed_forms.leaky_relu_complements, slope=slope),
         homogeneous=True,
@@ -82,6 +82,20 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# torch's own functions of the table, recognised so that they get their closed forms.
+_TORCH: dict[object, str] = {
+    torch.relu: "relu",
+    torch.nn.functional.relu: "relu",
+    torch.nn.functional.leaky_relu: "leaky_relu",
+    torch.erf: "erf",
+    torch.special.erf: "erf",
+    torch.nn.functional.gelu: "gelu",
+    torch.tanh: "tanh",
+    torch.nn.functional.tanh: "tanh",
+    torch.nn.functional.silu: "silu",
+}
+
+
 def find(activation: str | Activation | Callable[[Tensor], Tensor]) -> Activation:
     """An activation by its name, as it is, or from a differentiable elementwise function of tensors.
 
@@ -90,8 +104,9 @@ def find(activation: str | Activation | Callable[[Tensor], Tensor]) -> Activatio
     """
     if isinstance(activation, Activation):
         return activation
-    if isinstance(activation, str) and activation in ACTIVATIONS:
-        return ACTIVATIONS[activation]
+    name = _TORCH.get(activation) if callable(activation) and activation.__hash__ else activation
+    if isinstance(name, str) and name in ACTIVATIONS:
+        return ACTIVATIONS[name]
     if isinstance(activation, str) or not callable(activation):
         raise ValueError(
             f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, an Activation such as "

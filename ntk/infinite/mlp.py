@@ -18,7 +18,7 @@ All are kernels of one output; between two different outputs they are 0.
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -164,31 +164,29 @@ def mlp_kernels(
     moments_of, diagonal_of = _method(method, phi)
     sw, sb, k2 = float(sigma_w), float(sigma_b), float(degree) ** 2
 
-    # Sigma^1 is an inner product of inputs that carry the bias as one more coordinate.
-    rows = [torch.cat([sw / math.sqrt(x.shape[1]) * x, sb * torch.ones_like(x[:, :1])], dim=1) for x in (a, b)]
-    pairs = pairs_of_rows(rows[0], rows[1], symmetric=x2 is None)
+    first, first1, first2, pairs = _first_layer(a, b, sw, sb, symmetric=x2 is None)
 
     # Sums over layers up to l, each term with its D^1 / D^{l+1}: one factor carries them on, and no D need be stored.
-    d, d1, d2 = torch.ones_like(pairs.cov), torch.ones_like(pairs.q1), torch.ones_like(pairs.q2)
-    first = pairs.cov - sb**2
+    d, d1, d2 = torch.ones_like(first), torch.ones_like(first1), torch.ones_like(first2)
     weights, biases, propulsion = first, sb**2 * d, torch.zeros_like(d)
-    lora_variance = (pairs.q1 - sb**2) * (pairs.q2 - sb**2) + first**2
-    steps = []
+    lora_variance = first1 * first2 + first**2
+    steps = [(first, d, torch.zeros_like(d))]
     for layer in range(1, depth + 1):
         moments = moments_of(pairs)
+        if x2 is None:  # symmetric but for rounding
+            moments = Moments(*((m + m.T) / 2 for m in moments))
         own1 = Moments(*(m[:, None] for m in diagonal_of(pairs.q1[:, 0])))
         own2 = Moments(*(m[None] for m in diagonal_of(pairs.q2[0])))
         complements = phi.complements(pairs) if phi.complements else None
-        following = next_pairs(pairs, moments, own1.product, own2.product, sw, sb, complements)
-        share, factor = following.cov - sb**2, sw**2 * moments.slopes
+        share, factor, multiplied = (sw**2 * m for m in moments)
         weights = weights * factor + share
         biases = biases * factor + sb**2
-        propulsion = propulsion * factor + (sw**2 * moments.propulsion if layer in chosen else 0)
-        lora_variance = lora_variance * factor**2 + (following.q1 - sb**2) * (following.q2 - sb**2) + share**2
+        propulsion = propulsion * factor + (multiplied if layer in chosen else 0)
+        lora_variance = lora_variance * factor**2 + sw**4 * own1.product * own2.product + share**2
         d, d1, d2 = d * factor, d1 * sw**2 * own1.slopes, d2 * sw**2 * own2.slopes
         if per_layer:
-            steps.append((pairs.cov, factor, sw**2 * moments.propulsion))
-        pairs = following
+            steps.append((share, factor, multiplied))
+        pairs = next_pairs(pairs, moments, own1.product, own2.product, sw, sb, complements)
 
     input_mean = first * d
     fourth = (a**2) @ (b**2).T * (sw**2 / a.shape[1]) ** 2  # sum_j x_j^2 x'_j^2, of the variance over s_j
@@ -201,27 +199,50 @@ def mlp_kernels(
         propulsion_input=RandomTerm(k2 * input_mean, k2**2 * fourth * (d1 * d2 + d**2)),
         propulsion_readout=RandomTerm(k2 * pairs.cov, k2**2 * (pairs.q1 * pairs.q2 + pairs.cov**2)),
         positions=chosen,
-        layers=_split(steps, pairs.cov, sb, k2) if per_layer else None,
+        layers=_split(steps, sb, k2) if per_layer else None,
         _lora_variance=lora_variance,
     )
 
 
-def _split(steps: list[tuple[Tensor, Tensor, Tensor]], last: Tensor, sb: float, k2: float) -> Layers:
-    """The parts by layer, from (Sigma^l, D^l / D^{l+1}, sigma_w^2 E[h h' phi' phi']) of the hidden layers."""
-    d = [torch.ones_like(last)]  # D^{L+1}, ..., D^1
-    for _, factor, _ in reversed(steps):
-        d.append(d[-1] * factor)
-    d.reverse()
-    covariance = torch.stack([*(cov for cov, _, _ in steps), last])
-    D = torch.stack(d)
-    none = last.new_zeros(0, *last.shape)
+def _first_layer(
+    a: Tensor, b: Tensor, sw: float, sb: float, *, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Pairs]:
+    """sigma_w^2 x.x' / n_0 without the bias, of the pairs, the rows and the columns; and the pairs of h^1.
+
+    Sigma^1 is an inner product of inputs that carry the bias as one more coordinate, whose correlation is known
+    accurately; its entries are the sum, so that no bias is subtracted again where it is large beside the inputs.
+    """
+    rows = [sw / math.sqrt(x.shape[1]) * x for x in (a, b)]
+    extended = [torch.cat([x, sb * torch.ones_like(x[:, :1])], dim=1) for x in rows]
+    first1, first2 = (rows[0] ** 2).sum(1, keepdim=True), (rows[1] ** 2).sum(1, keepdim=True).T
+    first = rows[0] @ rows[1].T
+    if symmetric:
+        first = (first + first.T) / 2
+        first.diagonal().copy_(first1[:, 0])
+    pairs = pairs_of_rows(*extended, symmetric=symmetric)
+    return first, first1, first2, replace(pairs, q1=first1 + sb**2, q2=first2 + sb**2, cov=first + sb**2)
+
+
+def _split(steps: list[tuple[Tensor, Tensor, Tensor]], sb: float, k2: float) -> Layers:
+    """The parts by layer l, from its Sigma^l - sigma_b^2 and, for the layer below, D^{l-1} / D^l and E[h h' phi' phi'].
+
+    The first layer has none below, and the last is the readout.
+    """
+    shares = torch.stack([share for share, _, _ in steps])
+    after = [torch.ones_like(shares[0])]  # D^{L+1}, ..., D^1
+    for _, factor, _ in reversed(steps[1:]):
+        after.append(after[-1] * factor)
+    D = torch.stack(after[::-1])
+    covariance = shares + sb**2
+    hidden = steps[1:]
+    none = shares.new_zeros(0, *shares.shape[1:])
     return Layers(
         covariance=covariance,
-        weights=(covariance - sb**2) * D,
+        weights=shares * D,
         biases=sb**2 * D,
-        propulsion=k2 * torch.stack([p * after for (_, _, p), after in zip(steps, d[1:])]) if steps else none,
+        propulsion=k2 * torch.stack([m * d for (_, _, m), d in zip(hidden, D[1:])]) if hidden else none,
         # sigma_w^2 Cov(h h', phi' phi') before the factor D: two close numbers are subtracted, not two close sums.
-        gap=torch.stack([(p - cov * f) * after for (cov, f, p), after in zip(steps, d[1:])]) if steps else none,
+        gap=torch.stack([(m - c * f) * d for c, (_, f, m), d in zip(covariance, hidden, D[1:])]) if hidden else none,
     )
 
 
