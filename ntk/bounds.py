@@ -73,13 +73,16 @@ def kernel_variance(kernel: Kernel, d: int) -> Float[Tensor, "rows rows"]:
     The variance of LoRA's kernel at rank d as well, for one layer and token, with K = a.a' (times (g.g')^2).
 
     Raises:
-        ValueError: not a square kernel, a negative diagonal, d < 1.
+        ValueError: not a square kernel, not positive semi-definite (by its diagonal and 2 x 2 minors), d < 1.
     """
     _check_dimension(d)
-    K = flatten(kernel)
-    if K.shape[0] != K.shape[1] or bool((K.diagonal() < 0).any()):
-        raise ValueError(f"expected a symmetric kernel with a non-negative diagonal; got shape {tuple(kernel.shape)}")
-    return (K.diagonal()[:, None] * K.diagonal()[None] + K**2) / d
+    K = flatten(kernel).double()
+    if K.shape[0] != K.shape[1]:
+        raise ValueError(f"expected a square kernel; got shape {tuple(kernel.shape)}")
+    own = K.diagonal()[:, None] * K.diagonal()[None]
+    if bool((K.diagonal() < 0).any()) or bool((K**2 > own * (1 + 1e-6)).any()):
+        raise ValueError("the kernel is not positive semi-definite: an entry exceeds sqrt(K[i, i] K[j, j])")
+    return (own + K**2) / d
 
 
 def tail(d: int, epsilon: int | float, rho: int | float) -> float:
@@ -100,18 +103,33 @@ def tail(d: int, epsilon: int | float, rho: int | float) -> float:
     return min(1.0, _exceeds(a, b, d, rho + epsilon) + _exceeds(b, a, d, epsilon - rho))
 
 
-def dimension_needed(epsilon: int | float, confidence: int | float, *, rho: int | float | None = None) -> int:
-    """The least d for which Pr[|S - rho| < eps] >= confidence.
+def dimension_needed(
+    epsilon: int | float, confidence: int | float, *, rho: int | float | None = None, entries: int = 1
+) -> int:
+    """The least d for which |S - rho| < eps with probability ``confidence`` at least: of a width, rank or sketch.
 
-    By :func:`tail_bound`, ceil(4 log(4 / (1 - confidence)) / (eps^2 - eps^3)); with ``rho`` by the exact :func:`tail`.
+    By :func:`tail_bound`, ceil(4 log(4 entries / (1 - confidence)) / (eps^2 - eps^3)); with ``rho`` by the exact
+    :func:`tail`.
+
+    Args:
+        epsilon: error of an entry of a kernel, relative to sqrt(K[i, i] K[j, j]).
+        confidence: probability that it holds.
+        rho: the entry itself, so divided; None for any.
+        entries: how many entries keep the error together (by the union bound): n (n + 1) / 2 for a whole kernel.
 
     Raises:
         ValueError: epsilon or confidence outside (0, 1); more than 10^9 dimensions.
+
+    Example:
+        >>> dimension_needed(0.1, 0.95), dimension_needed(0.1, 0.95, rho=0.5)
+        (1948, 480)
     """
     _check_epsilon(epsilon)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
-    failure = 1 - confidence
+    if entries < 1:
+        raise ValueError(f"entries must be at least 1; got {entries}")
+    failure = (1 - confidence) / entries
     d = math.ceil(4 * math.log(4 / failure) / (epsilon**2 - epsilon**3))
     if d > LARGEST_DIMENSION:
         raise ValueError(f"epsilon={epsilon} and confidence={confidence} take more than {LARGEST_DIMENSION} dimensions")
@@ -153,17 +171,30 @@ def clopper_pearson(successes: int, draws: int, confidence: int | float = 0.95) 
     return Estimate(successes / draws, lower, upper, draws, confidence)
 
 
+SIMULATIONS = ("plane", "matrix")
+
+
 def simulate(
-    x: Float[Tensor, "n"], x2: Float[Tensor, "n"], d: int, *, draws: int, generator: torch.Generator
+    x: Float[Tensor, "n"],
+    x2: Float[Tensor, "n"],
+    d: int,
+    *,
+    draws: int,
+    generator: torch.Generator,
+    method: str = "plane",
 ) -> Float[Tensor, "draws"]:
     """Draws of S = (1/d) (W x).(W x') with Gaussian W, for unit x and x'.
 
-    W acts through its products with an orthonormal basis of the plane of x and x', which are Gaussian themselves: 2 d
-    numbers a draw instead of n d, of the same distribution.
+    | ``method``   | draws                                                                    | numbers a draw |
+    |--------------|--------------------------------------------------------------------------|----------------|
+    | ``"matrix"`` | W itself                                                                 | n d            |
+    | ``"plane"``  | its products with an orthonormal basis of the plane of x and x', Gaussian | 2 d            |
 
     Raises:
         ValueError: x or x' is not of unit length; the bound and the tail are for unit vectors.
     """
+    if method not in SIMULATIONS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, SIMULATIONS))}; got {method!r}")
     x, x2 = _vectors(x, x2)
     for name, vector in (("x", x), ("x2", x2)):
         if abs(float(vector.norm()) - 1) > 1e-9:
@@ -174,13 +205,15 @@ def simulate(
     _check_dimension(d)
     if draws < 1:
         raise ValueError(f"draws must be at least 1; got {draws}")
-    across = x2 - (x @ x2) * x
-    rho, sine = float(x @ x2), float(across.norm())
-    values, step = [], max(1, 10**6 // d)
+    if method == "plane":
+        across = x2 - (x @ x2) * x
+        x, x2 = torch.tensor([1.0, 0.0]).to(x), torch.stack([x @ x2, across.norm()])
+    values, step = [], max(1, 10**6 // (d * len(x)))
     for start in range(0, draws, step):
-        g = torch.randn(2, min(step, draws - start), d, generator=generator, dtype=x.dtype, device=generator.device)
-        values.append((g[0] * (rho * g[0] + sine * g[1])).mean(dim=1))
-    return torch.cat(values).to(x.device)
+        size = (min(step, draws - start), d, len(x))
+        W = torch.randn(size, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
+        values.append(((W @ x) * (W @ x2)).mean(dim=1))
+    return torch.cat(values)
 
 
 def estimate_tail(

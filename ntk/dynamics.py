@@ -29,8 +29,9 @@ class Spectrum:
     """Eigenvalues and eigenvectors of a training kernel, from which everything for squared loss follows.
 
     Attributes:
-        values: ``(rows,)``, ascending, rounding below 0 cut off.
+        values: ``(rows,)``, ascending; those within ``rounding`` of 0, or below, are 0.
         vectors: ``(rows, rows)``.
+        rounding: what an eigenvalue is known to, rows times the machine's epsilon times the largest.
         outputs: c of the kernel, or None for a kernel that all outputs share.
 
     Raises:
@@ -51,7 +52,8 @@ class Spectrum:
                 f"expected a positive semi-definite kernel; its eigenvalues go from {float(values[0]):.3g} to "
                 f"{float(values[-1]):.3g}"
             )
-        self.values = values.clamp_min(0)
+        self.rounding = len(values) * torch.finfo(torch.float64).eps * float(values[-1])
+        self.values = torch.where(values > self.rounding, values, 0.0)
         self.outputs = kernel.shape[2] if kernel.ndim == 4 else None
 
     def rows(self, f: Float[Tensor, "n c"]) -> Float[Tensor, "rows columns"]:
@@ -74,7 +76,7 @@ class Spectrum:
 def kernel_regression(
     kernel: Kernel,
     targets: Float[Tensor, "n c"],
-    initial: Float[Tensor, "n c"] | None = None,
+    initial: Float[Tensor, "_ _"] | None = None,
     *,
     cross: Kernel | None = None,
     initial_cross: Float[Tensor, "m c"] | None = None,
@@ -114,7 +116,7 @@ def kernel_regression(
 def gradient_flow(
     kernel: Kernel,
     targets: Float[Tensor, "n c"],
-    initial: Float[Tensor, "n c"] | None = None,
+    initial: Float[Tensor, "_ _"] | None = None,
     *,
     times: Sequence[float] | Float[Tensor, "times"],
     cross: Kernel | None = None,
@@ -122,9 +124,10 @@ def gradient_flow(
 ) -> Float[Tensor, "times m c"]:
     """Outputs at the given times on squared loss: f_t(X) = y + exp(-K t) (f_0 - y) (Lee et al. 2019, eq. 8, 9).
 
-    On new inputs f_t(x) = f_0(x) + K(x, X) K^-1 (I - exp(-K t)) (y - f_0), where K^-1 (I - exp(-K t)) is t at an
-    eigenvalue 0: a singular kernel needs no inverse. Steps of gradient descent at rate r are times r, 2 r, ... as r
-    goes to 0. Arguments as in :func:`kernel_regression`.
+    On new inputs f_t(x) = f_0(x) + K(x, X) K^-1 (I - exp(-K t)) (y - f_0). A singular kernel needs no inverse: nothing
+    moves along an eigenvector of eigenvalue 0, and K(x, X) is 0 on it. Eigenvalues within rounding of 0 are taken as 0,
+    or else time would amplify the rounding. Steps of gradient descent at rate r are times r, 2 r, ... as r goes to 0.
+    Arguments as in :func:`kernel_regression`.
 
     Raises:
         ValueError: as there, and for negative times.
@@ -138,8 +141,7 @@ def gradient_flow(
         if cross is None:
             results.append(f0 + spectrum.apply(moved, residual).reshape(f0.shape))
         else:
-            small = spectrum.values * t < 1e-12
-            weights = torch.where(small, t, moved / spectrum.values.clamp_min(torch.finfo(torch.float64).tiny))
+            weights = torch.where(spectrum.values > spectrum.rounding, moved / spectrum.values, 0.0)
             results.append(_at_new(cross, spectrum.apply(weights, residual), y.shape[1], initial_cross))
     return torch.stack(results)
 
