@@ -7,6 +7,7 @@
 from ntk.infinite.activations import ACTIVATIONS, Activation, from_function, leaky_relu
 from ntk.infinite.gaussian import Moments, Pairs, pairs_of_rows
 from ntk.infinite.mlp import METHODS, Layers, MLPKernels, RandomTerm, mlp_kernels
+from ntk.infinite.residual import ResidualKernels, residual_kernels
 from ntk.infinite.quadrature import ConvergenceError, diagonal_moments, plane_moments, quadrature_moments, series_moments
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Moments",
     "Pairs",
     "RandomTerm",
+    "ResidualKernels",
     "diagonal_moments",
     "from_function",
     "leaky_relu",
@@ -26,5 +28,6 @@ __all__ = [
     "pairs_of_rows",
     "plane_moments",
     "quadrature_moments",
+    "residual_kernels",
     "series_moments",
 ]

@@ -117,6 +117,22 @@ def next_pairs(
     return Pairs(q1, q2, cov, *_without_variance(q1, q2, minus.clamp(0, 2), plus.clamp(0, 2)))
 
 
+def sum_of_pairs(a: Pairs, b: Pairs) -> Pairs:
+    """The pairs of h + g for independent pairs of h and of g, the correlation with its own accuracy.
+
+    With s = sqrt(q_h q_h'), t = sqrt(q_g q_g') and N N' the root of the product of the sums' variances,
+
+        N N' (1 -+ rho) = (N N' - s - t) + s (1 -+ rho_h) + t (1 -+ rho_g)
+        N N' - s - t = (sqrt(q_h q_g') - sqrt(q_g q_h'))^2 / (N N' + s + t)
+    """
+    q1, q2 = a.q1 + b.q1, a.q2 + b.q2
+    nn = q1.sqrt() * q2.sqrt()
+    rest = ((a.q1 * b.q2).sqrt() - (b.q1 * a.q2).sqrt()) ** 2 / (nn + a.scale + b.scale)
+    minus = (rest + a.scale * a.minus + b.scale * b.minus) / nn
+    plus = (rest + a.scale * a.plus + b.scale * b.plus) / nn
+    return Pairs(q1, q2, a.cov + b.cov, *_without_variance(q1, q2, minus.clamp(0, 2), plus.clamp(0, 2)))
+
+
 def _without_variance(q1: Tensor, q2: Tensor, minus: Tensor, plus: Tensor) -> tuple[Tensor, Tensor]:
     """rho = 0 by convention where a variance is 0; the formulas give 0 / 0 there."""
     none = (q1 == 0) | (q2 == 0)

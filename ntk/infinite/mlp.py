@@ -157,14 +157,14 @@ def mlp_kernels(
         >>> torch.allclose(kernels.propulsion + kernels.propulsion_input.mean, kernels.ntk)
         True
     """
-    a, b = _inputs(x1, x2)
+    a, b = checked_inputs(x1, x2)
     phi = find(activation)
     chosen = _positions(positions, depth)
-    _check_numbers(depth, sigma_w, sigma_b, degree)
+    check_numbers(depth, sigma_w, sigma_b, degree)
     moments_of, diagonal_of = _method(method, phi)
     sw, sb, k2 = float(sigma_w), float(sigma_b), float(degree) ** 2
 
-    first, first1, first2, pairs = _first_layer(a, b, sw, sb, symmetric=x2 is None)
+    first, first1, first2, pairs = first_layer(a, b, sw, sb, symmetric=x2 is None)
 
     # Sums over layers up to l, each term with its D^1 / D^{l+1}: one factor carries them on, and no D need be stored.
     d, d1, d2 = torch.ones_like(first), torch.ones_like(first1), torch.ones_like(first2)
@@ -204,7 +204,7 @@ def mlp_kernels(
     )
 
 
-def _first_layer(
+def first_layer(
     a: Tensor, b: Tensor, sw: float, sb: float, *, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Pairs]:
     """sigma_w^2 x.x' / n_0 without the bias, of the pairs, the rows and the columns; and the pairs of h^1.
@@ -246,7 +246,8 @@ def _split(steps: list[tuple[Tensor, Tensor, Tensor]], sb: float, k2: float) -> 
     )
 
 
-def _inputs(x1: Tensor | np.ndarray, x2: Tensor | np.ndarray | None) -> tuple[Tensor, Tensor]:
+def checked_inputs(x1: Tensor | np.ndarray, x2: Tensor | np.ndarray | None) -> tuple[Tensor, Tensor]:
+    """Both in float64, the second the first's own if None; refused if they are no matrices that fit."""
     a = torch.as_tensor(x1).to(torch.float64)
     b = a if x2 is None else torch.as_tensor(x2).to(a)
     for name, x in (("x1", a), ("x2", b)):
@@ -259,7 +260,8 @@ def _inputs(x1: Tensor | np.ndarray, x2: Tensor | np.ndarray | None) -> tuple[Te
     return a, b
 
 
-def _check_numbers(depth: int, sigma_w: float, sigma_b: float, degree: float) -> None:
+def check_numbers(depth: int, sigma_w: float, sigma_b: float, degree: float) -> None:
+    """Refuse numbers that describe no network."""
     if depth < 0:
         raise ValueError(f"depth, the number of hidden layers, must be at least 0; got {depth}")
     if not (math.isfinite(sigma_w) and sigma_w > 0):
