@@ -3,13 +3,14 @@
 The claim is K_F ≈ K_P. Cases with a limit are compared in the limit; the others on finite networks of random weights,
 and on a pre-trained encoder. Each kernel of Propulsion, of degree 1 at z = 1, is set against full fine-tuning of all
 parameters (the claim), against full fine-tuning of the weights (the corrected theorem), and against the claim up to the
-best single scale.
+best single scale. A second table does it position by position of transformers, each layer against its own weights.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -18,8 +19,9 @@ from torch import Tensor
 import ntk
 from analyses.results import Metric, Result, check_writable, environment, write_result
 from analyses.tables import format_table, number
+from analyses.theorem1_positions import POSITIONS, encoder_kernels, rows_of, transformer_kernels
 from ntk.adapters import Full, Method, Propulsion
-from ntk.infinite import mlp_kernels
+from ntk.infinite import mlp_kernels, residual_kernels
 from ntk.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
 from propulsion.data import draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
@@ -42,6 +44,10 @@ class Config:
     """Hidden layers, or blocks."""
     draws: int = 4
     """Finite networks of each kind, whose kernels are averaged."""
+    transformer_widths: tuple[int, ...] = (32, 64, 128, 256)
+    """Widths of the random transformers that are compared position by position."""
+    transformer_draws: int = 8
+    """Transformers of each width."""
     n_examples: int = 32
     """Sentences for the pre-trained encoder."""
     task: str = "demo"
@@ -77,8 +83,12 @@ def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
 
         return compute
 
+    def residual_limit() -> Kernels:
+        k = residual_kernels(x, depth=config.depth, activation="relu", sigma_w=2**0.5)
+        return k.ntk, k.weights.sum(0), k.propulsion.sum(0) + k.propulsion_input
+
     sizes = {"width": config.width, "depth": config.depth}
-    tokens = torch.randn(config.inputs, 6, 32, generator=generator, dtype=torch.float64)
+    tokens = tokens_of(config)
     yield "linear", "limit", limit("linear", "all", 0.0)
     yield "ReLU", "limit", limit("relu", "all", 0.0)
     yield (
@@ -90,8 +100,9 @@ def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
     yield "ReLU, not on the input", "limit", limit("relu", "hidden", 0.0)
     yield "GELU", "limit", limit("gelu", "all", 0.0)
     yield "erf", "limit", limit("erf", "all", 0.0)
+    yield "residual ReLU", "limit", residual_limit
     yield (
-        "residual ReLU",
+        "residual ReLU, finite",
         f"width {config.width}",
         finite(lambda r: ResidualMLP(config.n_in, activation="relu", recipe=r, **sizes), x),
     )
@@ -100,7 +111,24 @@ def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
         "width 64",
         finite(lambda r: Transformer(32, width=64, depth=config.depth, recipe=r), tokens),
     )
-    yield "encoder, pre-trained", "standard parameters", lambda: _pretrained(config)
+    yield "MiniLM-L6, pre-trained", "standard parameters", lambda: _pretrained(config)
+
+
+def positions(config: Config) -> Iterator[dict[str, Any]]:
+    """Rows of random transformers of growing width, and of the pre-trained encoder, position by position."""
+    for width in config.transformer_widths:
+        found = transformer_kernels(
+            width, depth=2, draws=config.transformer_draws, x=tokens_of(config), seed=config.seed
+        )  # fmt: skip
+        yield from rows_of(f"random, width {width}", *found)
+    model, inputs = _encoder(config)
+    yield from rows_of("MiniLM-L6, pre-trained", *encoder_kernels(model, inputs))
+
+
+def tokens_of(config: Config) -> Tensor:
+    """Random inputs of the transformers, (inputs, 6, 32)."""
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    return torch.randn(config.inputs, 6, 32, generator=generator, dtype=torch.float64)
 
 
 def _recipe(config: Config, draw: int) -> Recipe:
@@ -149,15 +177,19 @@ class Body(Full):
         return float(name.startswith(self.prefix))
 
 
-def _pretrained(config: Config) -> Kernels:
+def _encoder(config: Config) -> tuple[Any, dict[str, Tensor]]:
     data = load_task_data(config.task, data_dir=config.data_dir, seed=config.seed)
     model, tokenizer = load_classifier(num_labels=data.task.num_labels, seed=config.seed)
     rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
     columns = {name: rows[name] for name in rows.column_names if name != "labels"}
-    inputs = tokenizer.pad(columns, return_tensors="pt")
+    return model, dict(tokenizer.pad(columns, return_tensors="pt"))
+
+
+def _pretrained(config: Config) -> Kernels:
+    model, inputs = _encoder(config)
     prefix = f"{model.base_model_prefix}."
-    methods = {"full": Body(prefix), "weights": Weights(prefix), "propulsion": Propulsion()}
-    kernels = ntk.adapter_kernels(model, dict(inputs), methods, reduce="trace")
+    methods = {"full": Body(prefix), "weights": Weights(prefix), "propulsion": Propulsion(modules=f"{prefix}.*")}
+    kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
     return kernels["full"].double(), kernels["weights"].double(), kernels["propulsion"].double()
 
 
@@ -167,8 +199,12 @@ def run(config: Config) -> Result:
     Raises:
         UserError: numbers out of range, unusable data.
     """
-    if min(config.inputs, config.draws, config.depth) < 1 or config.width < 2 or config.n_examples < 2:
-        raise UserError("expected at least one input, draw and layer, a width and examples of at least 2")
+    if min(config.inputs, config.draws, config.depth, config.transformer_draws) < 1:
+        raise UserError("expected at least one input, draw and layer")
+    if config.width < 2 or config.n_examples < 2 or config.inputs < 2:
+        raise UserError("expected a width, inputs and examples of at least 2")
+    if not config.transformer_widths or any(w < 2 or w % 2 for w in config.transformer_widths):
+        raise UserError(f"transformer widths must be even, for two heads; got {config.transformer_widths}")
     start = time.time()
     rows, arrays = [], {}
     for name, where, compute in cases(config):
@@ -188,6 +224,8 @@ def run(config: Config) -> Result:
             f"{key}.weights": weights.numpy(),
             f"{key}.propulsion": propulsion.numpy(),
         }
+    print("transformers by position ...", flush=True)
+    by_position = list(positions(config))
     measures = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
     return Result(
         analysis="theorem1",
@@ -197,7 +235,7 @@ def run(config: Config) -> Result:
             Metric(measure, row[measure], None, None, "", "initialisation", row["case"], "propulsion")
             for row in rows for measure in measures
         ],
-        tables={"cases": rows},
+        tables={"cases": rows, "positions": by_position},
         arrays=arrays,
         model={"name": "random networks and the packaged encoder"},
         dataset={"name": f"Gaussian inputs, {config.task}"},
@@ -212,8 +250,15 @@ def summary(result: Result) -> str:
     """One row a case."""
     header = ["case", "compared", "|K_F - K_P| / |K_F|", "of the weights", "best scale", "CKA", "tr K_F / tr K_P"]
     keys = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
-    return format_table(
+    cases_table = format_table(
         header, [[r["case"], r["compared"], *(number(r[k]) for k in keys)] for r in result.tables["cases"]]
+    )
+    by_position = result.tables["positions"]
+    networks = list(dict.fromkeys(r["network"] for r in by_position))
+    found = {(r["network"], r["position"]): number(r["best_scale"]) for r in by_position}
+    rows = [[position, *(found[network, position] for network in networks)] for position in POSITIONS]
+    return f"{cases_table}\n\nbest scale, each position against its own weights\n\n" + format_table(
+        ["position", *networks], rows
     )
 
 

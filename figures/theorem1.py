@@ -1,4 +1,4 @@
-"""Theorem 1, literal, corrected and up to scale, case by case, from a result folder."""
+"""Theorem 1, literal, corrected and up to scale, case by case and position by position, from a result folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analyses.results import Result, load_result
@@ -21,23 +22,55 @@ LOOKS = {
 
 
 def draw(result: Result) -> Figure:
-    """Relative distance of Propulsion's kernel from three kernels of full fine-tuning, one line a case."""
+    """Left: distance of K_P from three kernels of full fine-tuning, by case. Right: by position of transformers."""
     rows = result.tables["cases"]
-    places = np.arange(len(rows))[::-1]
     with style():
-        figure = Figure(figsize=(PAGE_WIDTH, 0.27 * len(rows) + 0.95), layout="constrained")
-        axes = figure.subplots()
-        for (key, (words, marker)), color in zip(LOOKS.items(), PALETTE):
-            values = np.maximum([row[key] for row in rows], SMALLEST)
-            axes.plot(values, places, marker, color=color, markersize=5, fillstyle="none", label=words)
-        for place in places:
-            axes.axhline(place, color="0.9", linewidth=0.6, zorder=0)
-        axes.axvline(1, color="0.6", linewidth=0.6, linestyle=":")
-        axes.set(xscale="log", xlabel="relative distance of K_P, ‖K − K_P‖ / ‖K‖ (10⁻¹⁶: rounding)")
-        axes.set_yticks(places, [f"{row['case']} ({row['compared']})" for row in rows])
-        axes.tick_params(axis="y", length=0)
-        figure.legend(loc="outside upper center", ncols=3)
+        figure = Figure(figsize=(PAGE_WIDTH, 0.24 * len(rows) + 1.05), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(5, 4))
+        _cases(left, rows)
+        _positions(right, result.tables["positions"])
     return figure
+
+
+def _cases(axes: Axes, rows: list[dict]) -> None:
+    places = np.arange(len(rows))[::-1]
+    for (key, (words, marker)), color, size in zip(LOOKS.items(), PALETTE, (6.5, 4.5, 2.5)):
+        values = np.maximum([row[key] for row in rows], SMALLEST)
+        axes.plot(values, places, marker, color=color, markersize=size, fillstyle="none", label=words)
+    _lines(axes, places)
+    axes.axvline(1, color="0.6", linewidth=0.6, linestyle=":")
+    axes.set(xscale="log", xlim=(SMALLEST / 3, 5), xlabel="relative distance of K_P (10⁻¹⁶: rounding)")
+    where = [f"{row['case']}" + ("" if "," in row["case"] else f", {row['compared']}") for row in rows]
+    axes.set_yticks(places, where)
+    axes.set_title("From full fine-tuning, by case")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.35, -0.44), ncols=1)
+
+
+def _positions(axes: Axes, rows: list[dict]) -> None:
+    positions = list(dict.fromkeys(row["position"] for row in rows))
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    places = np.arange(len(positions))[::-1]
+    drawn = [network for network in networks if network.startswith("random")]
+    shades = dict(zip(drawn, np.linspace(0.75, 0.0, len(drawn))))
+    for network in networks:
+        values = {row["position"]: row["best_scale"] for row in rows if row["network"] == network}
+        random = network in shades
+        axes.plot(
+            [values[p] for p in positions], places, "o" if random else "*", markersize=4 if random else 7,
+            color=str(shades[network]) if random else PALETTE[1], label=network,
+        )  # fmt: skip
+    _lines(axes, places)
+    axes.set_yticks(places, positions)
+    axes.set(xscale="log", xlabel="relative distance at the best scale")
+    axes.set_title("From the layer's own weights, by position")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.45, -0.44), ncols=2, handletextpad=0.2, columnspacing=1)
+
+
+def _lines(axes: Axes, places: np.ndarray) -> None:
+    for place in places:
+        axes.axhline(place, color="0.9", linewidth=0.6, zorder=0)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(-0.6, len(places) - 0.4)
 
 
 def write(result: Result, folder: Path) -> list[Path]:
