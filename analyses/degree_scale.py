@@ -2,7 +2,8 @@
 
 At z = 1 Propulsion's kernel grows as k squared, so that k* = sqrt(tr K_F / tr K_P(1)) gives both one size. Measured
 over width and depth of random networks in standard parametrisation, over architectures at random weights, and on a
-pre-trained encoder, beside the degrees that the paper found best.
+pre-trained encoder, beside the degrees that the paper found best and what random weights would lead to expect: a layer's
+kernels differ by the variance of its weights' entries, so k* is about 1 / their standard deviation.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as hf
 import tyro
@@ -19,8 +21,10 @@ from torch import Tensor
 
 import ntk
 from analyses.results import Metric, Result, check_writable, environment, write_result
-from analyses.tables import format_table, number
-from ntk.adapters import Full, Propulsion
+from analyses.tables import format_table, interval, number
+from analyses.theorem1 import Body
+from ntk.adapters import Propulsion
+from ntk.infinite import mlp_kernels
 from ntk.networks import MLP, Recipe, is_multiplier
 from propulsion.data import draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
@@ -39,14 +43,14 @@ class Config:
     """Widths of the random networks."""
     depths: tuple[int, ...] = (1, 2, 4, 8)
     """Depths of the random networks."""
-    draws: int = 3
+    draws: int = 5
     """Networks of each size."""
-    n_examples: int = 16
+    n_examples: int = 32
     """Examples."""
-    task: str = "demo"
-    """Task whose sentences the pre-trained encoder reads."""
+    tasks: tuple[str, ...] = ("demo",)
+    """Tasks whose sentences the pre-trained encoder reads."""
     data_dir: Path | None = None
-    """Folder with the task's data; else embedded or from the hub."""
+    """Folder with a folder of each task's data; else embedded or from the hub."""
     seed: int = 0
     """Of inputs, networks and heads."""
     output_dir: Path = Path("results/degree_scale")
@@ -61,21 +65,28 @@ def mlp_rows(config: Config) -> Iterator[dict[str, Any]]:
     middle = sorted(config.widths)[len(config.widths) // 2]
     sizes = [(w, sorted(config.depths)[min(1, len(config.depths) - 1)]) for w in config.widths]
     for width, depth in dict.fromkeys([*sizes, *((middle, d) for d in config.depths)]):
-        full, propulsion = 0.0, 0.0
+        full, propulsion = [], []
         for draw in range(config.draws):
             recipe = Recipe(
                 generator=torch.Generator().manual_seed(1000 * config.seed + draw), sigma_w=2**0.5,
                 parametrization="standard", multipliers="hidden",
             )  # fmt: skip
             network = MLP(32, width=width, depth=depth, activation="relu", recipe=recipe)
-            layers = ntk.layer_kernels(network, x, reduce="trace")
-            parameters = dict(network.named_parameters())
-            for name, kernel in layers.items():
-                if is_multiplier(name, parameters[name]):
-                    propulsion += ntk.trace(kernel)
-                else:
-                    full += ntk.trace(kernel)
-        yield _row("random network", "ReLU", full / propulsion, width=width, depth=depth)
+            traces = {name: ntk.trace(k) for name, k in ntk.layer_kernels(network, x, reduce="trace").items()}
+            multipliers = {name for name, p in network.named_parameters() if is_multiplier(name, p)}
+            full.append(sum(t for name, t in traces.items() if name not in multipliers))
+            propulsion.append(sum(t for name, t in traces.items() if name in multipliers))
+        yield _row("random network", "ReLU", np.array(full), np.array(propulsion), config, width=width, depth=depth,
+                   expected=_limit(x, width, depth))  # fmt: skip
+
+
+def _limit(x: Tensor, width: int, depth: int) -> float:
+    """k* from the infinite-width kernels: in standard parametrisation a layer's K_F is n_in / sigma_w^2 times theirs."""
+    kernels = mlp_kernels(x, depth=depth, activation="relu", sigma_w=2**0.5, sigma_b=0)
+    assert kernels.layers is not None
+    sizes = [x.shape[1], *[width] * depth]
+    full = sum(n / 2 * ntk.trace(k) for n, k in zip(sizes, kernels.layers.weights, strict=True))
+    return math.sqrt(full / ntk.trace(kernels.propulsion))
 
 
 def architectures(width: int) -> dict[str, Any]:
@@ -99,35 +110,65 @@ def architecture_rows(config: Config) -> Iterator[dict[str, Any]]:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     for width in (w for w in config.widths if w <= 256):
         for name, model_config in architectures(width).items():
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 model = hf.AutoModelForSequenceClassification.from_config(model_config)
-            yield _row("random architecture", name, _ratio(model, inputs), width=width, depth=4)
+            yield _row("random architecture", name, *_diagonals(model, inputs), config, width=width, depth=4,
+                       expected=1 / model_config.initializer_range)  # fmt: skip
 
 
 def pretrained_rows(config: Config) -> Iterator[dict[str, Any]]:
-    """The packaged encoder on the task's sentences."""
-    data = load_task_data(config.task, data_dir=config.data_dir, seed=config.seed)
-    model, tokenizer = load_classifier(num_labels=data.task.num_labels, seed=config.seed)
-    rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
-    columns = {name: rows[name] for name in rows.column_names if name != "labels"}
-    inputs = dict(tokenizer.pad(columns, return_tensors="pt"))
-    sizes = model.config
-    yield _row("pre-trained", f"MiniLM-L6, {config.task}", _ratio(model, inputs),
-               width=sizes.hidden_size, depth=sizes.num_hidden_layers)  # fmt: skip
+    """The packaged encoder on the sentences of every task."""
+    for task in config.tasks:
+        data_dir = config.data_dir / task if config.data_dir else None
+        data = load_task_data(task, data_dir=data_dir, seed=config.seed)
+        model, tokenizer = load_classifier(num_labels=data.task.num_labels, seed=config.seed)
+        rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
+        columns = {name: rows[name] for name in rows.column_names if name != "labels"}
+        inputs = dict(tokenizer.pad(columns, return_tensors="pt"))
+        sizes = model.config
+        paper = TASKS[task].degree if task != "demo" else None
+        yield _row("pre-trained", f"MiniLM-L6, {task}", *_diagonals(model, inputs), config, paper=paper,
+                   width=sizes.hidden_size, depth=sizes.num_hidden_layers, expected=_weight_scale(model))  # fmt: skip
 
 
-def _ratio(model: Any, inputs: dict[str, Tensor]) -> float:
-    kernels = ntk.adapter_kernels(model, inputs, {"full": Full(), "propulsion": Propulsion()}, reduce="trace")
-    head = ntk.empirical_ntk(
-        model, inputs, params=lambda name, p: not name.startswith(f"{model.base_model_prefix}."), reduce="trace"
-    )
-    return ntk.trace_ratio(kernels["full"] - head, kernels["propulsion"])
+def _weight_scale(model: Any) -> float:
+    """1 / the root mean square of the entries of the body's matrices: k* if they were random, as in docs/theory.md."""
+    matrices = [
+        p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(f"{model.base_model_prefix}.")
+    ]
+    return math.sqrt(sum(p.numel() for p in matrices) / sum(float(p.detach().square().sum()) for p in matrices))
 
 
-def _row(kind: str, model: str, ratio: float, *, width: int, depth: int) -> dict[str, Any]:
+def _diagonals(model: Any, inputs: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Diagonals of the kernels of full fine-tuning without the head, and of Propulsion, over the examples."""
+    body = f"{model.base_model_prefix}.".replace(".", r"\.") + ".*"
+    methods = {"full": Body(f"{model.base_model_prefix}."), "propulsion": Propulsion(modules=body)}
+    kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
+    full, propulsion = (kernels[name].diagonal().double().numpy() for name in methods)
+    return full, propulsion
+
+
+def _row(
+    kind: str,
+    model: str,
+    full: np.ndarray,
+    propulsion: np.ndarray,
+    config: Config,
+    *,
+    width: int,
+    depth: int,
+    expected: float,
+    paper: float | None = None,
+) -> dict[str, Any]:
+    """k* with its 95 % bootstrap interval over what was averaged: networks drawn, or examples."""
+    rng = np.random.default_rng(config.seed)
+    picks = rng.integers(0, len(full), size=(1000, len(full)))
+    low, high = np.quantile(np.sqrt(full[picks].sum(1) / propulsion[picks].sum(1)), [0.025, 0.975])
+    ratio = float(full.sum() / propulsion.sum())
     return {"kind": kind, "model": model, "width": width, "depth": depth, "ratio": ratio,
-            "matching_degree": math.sqrt(ratio)}  # fmt: skip
+            "matching_degree": math.sqrt(ratio), "low": float(low), "high": float(high), "expected": expected,
+            "paper_degree": paper}  # fmt: skip
 
 
 def run(config: Config) -> Result:
@@ -140,24 +181,25 @@ def run(config: Config) -> Result:
         raise UserError("expected widths, depths and draws of at least 1")
     if any(w % 4 for w in config.widths):
         raise UserError(f"widths must be multiples of 4, the number of attention heads; got {config.widths}")
+    if unknown := [task for task in config.tasks if task not in TASKS]:
+        raise UserError(f"unknown task {unknown[0]!r}; there are {', '.join(TASKS)}")
     start, rows = time.time(), []
     for part in (mlp_rows, architecture_rows, pretrained_rows):
         print(f"{part.__name__} ...", flush=True)
         rows += list(part(config))
-    degrees = [{"task": name, "degree": task.degree} for name, task in TASKS.items() if name != "demo"]
     return Result(
         analysis="degree_scale",
         config=asdict(config) | {"output_dir": str(config.output_dir), "data_dir": str(config.data_dir or "")},
         seed=config.seed,
         metrics=[
-            Metric("matching_degree", r["matching_degree"], None, None, "degree", "initialisation", "full",
+            Metric("matching_degree", r["matching_degree"], r["low"], r["high"], "degree", "initialisation", "full",
                    f"{r['kind']}, {r['model']}, width {r['width']}, depth {r['depth']}")
             for r in rows
         ],
-        tables={"ratios": rows, "paper_degrees": degrees},
+        tables={"ratios": rows},
         arrays={},
         model={"name": "random networks and the packaged encoder"},
-        dataset={"name": config.task},
+        dataset={"name": ", ".join(config.tasks)},
         environment=environment(),
         seconds={"all": time.time() - start},
         coverage={"full": "every parameter but the head", "propulsion": "a multiplier on every layer but the head"},
@@ -168,15 +210,13 @@ def summary(result: Result) -> str:
     """One row a model."""
     rows = [
         [
-            f"{r['kind']}: {r['model']}",
-            str(r["width"]),
-            str(r["depth"]),
-            number(r["ratio"]),
-            number(r["matching_degree"]),
+            f"{r['kind']}: {r['model']}", str(r["width"]), str(r["depth"]), number(r["ratio"]),
+            interval(r["matching_degree"], r["low"], r["high"]), number(r["expected"]), number(r["paper_degree"]),
         ]
         for r in result.tables["ratios"]
-    ]
-    return format_table(["model", "width", "depth", "tr K_F / tr K_P(1)", "k*"], rows)
+    ]  # fmt: skip
+    header = ["model", "width", "depth", "tr K_F / tr K_P(1)", "k*", "k* expected", "paper's degree"]
+    return format_table(header, rows)
 
 
 def main(config: Config) -> None:

@@ -82,7 +82,7 @@ def run(config: Config) -> Result:
         metrics=[
             Metric(name, float(v), None, None, "", "initialisation", "projection", "") for name, v in counts.items()
         ],
-        tables={"tail": cells, "variance": variances},
+        tables={"tail": cells, "variance": variances, "curves": _curves(config)},
         arrays={},
         model={"name": "one random linear layer"},
         dataset={"name": "unit vectors"},
@@ -90,6 +90,16 @@ def run(config: Config) -> Result:
         seconds={"all": time.time() - start},
         coverage={},
     )
+
+
+def _curves(config: Config) -> list[dict[str, float]]:
+    """Bound and exact tail over every size of dimension, at the largest rho below 1."""
+    rho = max([r for r in config.rhos if r < 1], default=config.rhos[0])
+    dimensions = sorted({round(d) for d in np.geomspace(min(config.dimensions), max(config.dimensions), 80)})
+    return [
+        {"d": d, "rho": rho, "epsilon": e, "bound": tail_bound(d, e), "exact": tail(d, e, rho)}
+        for e in config.epsilons for d in dimensions
+    ]  # fmt: skip
 
 
 def _cell(d: int, rho: float, epsilon: float, found) -> dict[str, float]:

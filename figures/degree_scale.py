@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analyses.results import Result, load_result
@@ -16,38 +18,71 @@ PAPER_BEST = (25, 75)
 
 
 def draw(result: Result) -> Figure:
-    """Left: k* over width, of random networks and architectures and the pre-trained encoder. Right: over depth."""
+    """k* over width and depth of random networks, over width of architectures, and of the pre-trained encoder."""
     rows = result.tables["ratios"]
     with style():
         figure = Figure(figsize=(PAGE_WIDTH, 2.6), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
-        mlp = [r for r in rows if r["kind"] == "random network"]
-        depths = [r["depth"] for r in mlp]
-        common = max(set(depths), key=depths.count)
-        _line(left, [r for r in mlp if r["depth"] == common], "width", "ReLU network", PALETTE[6])
-        names = sorted({r["model"] for r in rows if r["kind"] == "random architecture"})
-        for name, color in zip(names, PALETTE):
-            chosen = [r for r in rows if (r["kind"], r["model"]) == ("random architecture", name)]
-            _line(left, chosen, "width", f"{name}, random", color)
-        for row in (r for r in rows if r["kind"] == "pre-trained"):
-            left.plot(row["width"], row["matching_degree"], "*", color=PALETTE[1], markersize=9, label=row["model"])
-        left.set(xscale="log", yscale="log", xlabel="width", ylabel="k* = (tr K_F / tr K_P(1))$^{1/2}$")
-        widths = [r["width"] for r in mlp]
-        middle = max(set(widths), key=widths.count)
-        _line(right, [r for r in mlp if r["width"] == middle], "depth", f"ReLU network, width {middle}", PALETTE[6])
-        right.set(xscale="log", xlabel="hidden layers")
-        for axes in (left, right):
-            axes.axhspan(*PAPER_BEST, color="0.9", zorder=0)
-        left.annotate("best degrees in the paper", (0.02, np.sqrt(PAPER_BEST[0] * PAPER_BEST[1])), color="0.4",
-                      xycoords=("axes fraction", "data"), va="center")  # fmt: skip
-        figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
+        left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(4, 4, 3))
+        _random_networks(left, [r for r in rows if r["kind"] == "random network"])
+        _architectures(middle, [r for r in rows if r["kind"] == "random architecture"])
+        _pretrained(right, [r for r in rows if r["kind"] == "pre-trained"])
+        left.set_ylabel("k* = (tr K_F / tr K_P(1))$^{1/2}$")
+        for axes in (left, middle, right):
+            axes.axhspan(*PAPER_BEST, color="0.92", zorder=0)
+            axes.set_yscale("log")
+            axes.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
+            axes.minorticks_off()
+        left.annotate("best degrees in the paper's ablation", (0.97, 0.5 * sum(PAPER_BEST) * 0.88), color="0.4",
+                      xycoords=("axes fraction", "data"), va="center", ha="right")  # fmt: skip
     return figure
 
 
-def _line(axes, rows, over: str, label: str, color: str) -> None:
-    rows = sorted(rows, key=lambda r: r[over])
-    axes.plot([r[over] for r in rows], [r["matching_degree"] for r in rows], "o-", color=color, markersize=3,
-              label=label)  # fmt: skip
+def _random_networks(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for depth, color in zip(sorted({r["depth"] for r in rows}), PALETTE):
+        line = sorted((r for r in rows if r["depth"] == depth), key=lambda r: r["width"])
+        if len(line) > 1:
+            axes.plot([r["width"] for r in line], [r["expected"] for r in line], color="0.6", zorder=0)
+        _errorbar(axes, [r["width"] for r in line], line, color=color, label=f"{depth} hidden layer{'s'[: depth > 1]}")
+    _widths(axes, rows)
+    axes.set_title("ReLU networks (line: limit)")
+    axes.legend(loc="lower right", handletextpad=0.1)
+
+
+def _architectures(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for name, color in zip(sorted({r["model"] for r in rows}), PALETTE):
+        line = sorted((r for r in rows if r["model"] == name), key=lambda r: r["width"])
+        _errorbar(axes, [r["width"] for r in line], line, color=color, label=name)
+    if rows:
+        axes.axhline(rows[0]["expected"], color="0.6", linewidth=0.8, zorder=0)
+    _widths(axes, rows)
+    axes.set_title("Random weights (line: 1 / their std)")
+    axes.legend(loc="lower center", ncols=2, handletextpad=0.1, columnspacing=1)
+
+
+def _pretrained(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    places = np.arange(len(rows))
+    _errorbar(axes, places, rows, color=PALETTE[1], label="k*")
+    axes.plot(places, [r["expected"] for r in rows], "_", color="0.5", markersize=10, label="1 / rms weight")
+    degrees = [(i, r["paper_degree"]) for i, r in enumerate(rows) if r["paper_degree"]]
+    if degrees:
+        axes.plot(*zip(*degrees), "x", color=PALETTE[0], markersize=4, label="the paper's degree")
+    axes.set_xticks(places, [r["model"].split(", ")[-1].upper().replace("DEMO", "demo") for r in rows])
+    axes.set(xlim=(-0.6, len(rows) - 0.4))
+    axes.set_title("MiniLM-L6, pre-trained")
+    axes.legend(loc="lower center", handletextpad=0.1)
+
+
+def _errorbar(axes: Axes, x: Any, rows: list[dict[str, Any]], *, color: str, label: str) -> None:
+    y = np.array([r["matching_degree"] for r in rows])
+    ends = np.clip([y - [r["low"] for r in rows], [r["high"] for r in rows] - y], 0, None)
+    axes.errorbar(x, y, ends, fmt="o", markersize=3, linewidth=0.8, color=color, label=label)
+
+
+def _widths(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    widths = sorted({r["width"] for r in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(widths, [str(w) for w in widths])
+    axes.set_xlabel("width")
 
 
 def write(result: Result, folder: Path) -> list[Path]:

@@ -15,20 +15,19 @@ from propulsion.errors import run_command
 
 def draw(result: Result) -> Figure:
     """Left: probability of an error of at least eps over d, at one rho. Right: d times the variance over rho."""
-    cells, rows = result.tables["tail"], result.tables["variance"]
-    rhos = sorted({c["rho"] for c in cells})
-    rho = rhos[-2] if len(rhos) > 1 else rhos[0]
+    cells, rows, curves = (result.tables[name] for name in ("tail", "variance", "curves"))
+    rho = curves[0]["rho"]
     with style():
         figure = Figure(figsize=(PAGE_WIDTH, 2.5), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         floor = 1 / (3 * result.config["draws"])
-        epsilons = [e for e in sorted({c["epsilon"] for c in cells}) if 0.05 < e < 0.8]
+        epsilons = sorted({c["epsilon"] for c in cells})
         for epsilon, color in zip(epsilons, PALETTE):
-            line = sorted((c for c in cells if (c["rho"], c["epsilon"]) == (rho, epsilon)), key=lambda c: c["d"])
-            d = np.array([c["d"] for c in line])
-            left.plot(d, [c["exact"] for c in line], color=color, label=rf"$\varepsilon$ = {epsilon:g}")
-            left.plot(d, [c["bound"] for c in line], color=color, linestyle="--", linewidth=0.9)
-            seen = [c for c in line if c["probability"] > 0]
+            curve = [c for c in curves if c["epsilon"] == epsilon]
+            d = np.array([c["d"] for c in curve])
+            left.plot(d, [c["exact"] for c in curve], color=color, label=rf"$\varepsilon$ = {epsilon:g}")
+            left.plot(d, [c["bound"] for c in curve], color=color, linestyle="--", linewidth=0.9)
+            seen = [c for c in cells if (c["rho"], c["epsilon"]) == (rho, epsilon) and c["probability"] > 0]
             p = np.array([c["probability"] for c in seen])
             bars = [p - [c["lower"] for c in seen], [c["upper"] for c in seen] - p]
             left.errorbar([c["d"] for c in seen], p, bars, color=color, fmt="o", markersize=2.5, linewidth=0.8)

@@ -13,7 +13,7 @@ from analyses.results import Result, load_result
 from figures.style import PAGE_WIDTH, PALETTE, save, style
 from propulsion.errors import run_command
 
-SMALLEST = 1e-16
+EXACT = 1e-12
 LOOKS = {
     "literal": ("all of full fine-tuning, as claimed", "o"),
     "best_scale": ("the same, at the best single scale", "^"),
@@ -25,25 +25,28 @@ def draw(result: Result) -> Figure:
     """Left: distance of K_P from three kernels of full fine-tuning, by case. Right: by position of transformers."""
     rows = result.tables["cases"]
     with style():
-        figure = Figure(figsize=(PAGE_WIDTH, 0.24 * len(rows) + 1.05), layout="constrained")
+        figure = Figure(figsize=(PAGE_WIDTH, 0.24 * len(rows) + 1.25), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(5, 4))
         _cases(left, rows)
         _positions(right, result.tables["positions"])
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=1)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, columnspacing=1)
     return figure
 
 
 def _cases(axes: Axes, rows: list[dict]) -> None:
     places = np.arange(len(rows))[::-1]
     for (key, (words, marker)), color, size in zip(LOOKS.items(), PALETTE, (6.5, 4.5, 2.5)):
-        values = np.maximum([row[key] for row in rows], SMALLEST)
-        axes.plot(values, places, marker, color=color, markersize=size, fillstyle="none", label=words)
+        axes.plot([row[key] for row in rows], places, marker, color=color, markersize=size, fillstyle="none", label=words)
+    for place, row in zip(places, rows):
+        if exact := [words for key, words in (("literal", "claim"), ("corrected", "of the weights")) if row[key] < EXACT]:
+            text = "exact" if len(exact) == 2 else f"{exact[0]}: exact"
+            axes.annotate(text, (0.0, place), (9 if len(exact) == 2 else 4, 4), textcoords="offset points", color="0.4")
     _lines(axes, places)
-    axes.axvline(1, color="0.6", linewidth=0.6, linestyle=":")
-    axes.set(xscale="log", xlim=(SMALLEST / 3, 5), xlabel="relative distance of K_P (10⁻¹⁶: rounding)")
-    where = [f"{row['case']}" + ("" if "," in row["case"] else f", {row['compared']}") for row in rows]
+    axes.set(xlim=(-0.04, 1.08), xlabel="relative distance of K_P, ‖K − K_P‖ / ‖K‖")
+    where = [row["case"] + ("" if "," in row["case"] else f", {row['compared']}") for row in rows]
     axes.set_yticks(places, where)
     axes.set_title("From full fine-tuning, by case")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.35, -0.44), ncols=1)
 
 
 def _positions(axes: Axes, rows: list[dict]) -> None:
@@ -62,8 +65,9 @@ def _positions(axes: Axes, rows: list[dict]) -> None:
     _lines(axes, places)
     axes.set_yticks(places, positions)
     axes.set(xscale="log", xlabel="relative distance at the best scale")
+    axes.set_xticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+    axes.minorticks_off()
     axes.set_title("From the layer's own weights, by position")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.45, -0.44), ncols=2, handletextpad=0.2, columnspacing=1)
 
 
 def _lines(axes: Axes, places: np.ndarray) -> None:
