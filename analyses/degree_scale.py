@@ -2,8 +2,8 @@
 
 At z = 1 Propulsion's kernel grows as k squared, so that k* = sqrt(tr K_F / tr K_P(1)) gives both one size. Measured
 over width and depth of random networks in standard parametrisation, over architectures at random weights, and on a
-pre-trained encoder, beside the degrees that the paper found best and what random weights would lead to expect: a layer's
-kernels differ by the variance of its weights' entries, so k* is about 1 / their standard deviation.
+pre-trained encoder, beside the degrees that the paper found best and what random weights would lead to expect: a
+layer's kernels differ by the variance of its weights' entries, so k* is about 1 / their standard deviation.
 """
 
 import math
@@ -81,7 +81,7 @@ def mlp_rows(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _limit(x: Tensor, width: int, depth: int) -> float:
-    """k* from the infinite-width kernels: in standard parametrisation a layer's K_F is n_in / sigma_w^2 times theirs."""
+    """k* from the infinite-width kernels: a layer's K_F is n_in / sigma_w^2 times theirs here."""
     kernels = mlp_kernels(x, depth=depth, activation="relu", sigma_w=2**0.5, sigma_b=0)
     assert kernels.layers is not None
     sizes = [x.shape[1], *[width] * depth]
@@ -91,10 +91,13 @@ def _limit(x: Tensor, width: int, depth: int) -> float:
 
 def architectures(width: int) -> dict[str, Any]:
     """Classifiers of one width and four layers, at random weights as transformers initialises them."""
-    sizes = {"hidden_size": width, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 4 * width,
-             "vocab_size": 1000, "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": 2}  # fmt: skip
-    gpt = {"n_embd": width, "n_layer": 4, "n_head": 4, "vocab_size": 1000, "n_positions": 64, "pad_token_id": 0,
-           "num_labels": 2}  # fmt: skip
+    common = {"vocab_size": 1000, "pad_token_id": 0, "num_labels": 2}
+    sizes: dict[str, Any] = common | {
+        "hidden_size": width, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 4 * width,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    gpt: dict[str, Any] = common | {"n_embd": width, "n_layer": 4, "n_head": 4, "n_positions": 64,
+                                    "bos_token_id": None, "eos_token_id": None}  # fmt: skip
     return {
         "BERT": hf.BertConfig(**sizes),
         "RoBERTa": hf.RobertaConfig(**sizes),

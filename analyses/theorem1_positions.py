@@ -1,7 +1,7 @@
 """Theorem 1 position by position of a transformer: each layer's multiplier against its own weights.
 
-docs/theory.md says that at random weights the two kernels agree, up to a width's fluctuation, wherever a layer's outputs
-meet no elementwise nonlinearity before the next random matrix: everywhere but before the feed-forward activation.
+docs/theory.md says that at random weights the two kernels agree, up to a width's fluctuation, wherever a layer's
+outputs meet no elementwise nonlinearity before the next random matrix: everywhere but before the feed-forward block's.
 """
 
 from collections.abc import Iterator

@@ -37,9 +37,13 @@ def draw(result: Result) -> Figure:
 def _cases(axes: Axes, rows: list[dict]) -> None:
     places = np.arange(len(rows))[::-1]
     for (key, (words, marker)), color, size in zip(LOOKS.items(), PALETTE, (6.5, 4.5, 2.5)):
-        axes.plot([row[key] for row in rows], places, marker, color=color, markersize=size, fillstyle="none", label=words)
+        axes.plot(
+            [row[key] for row in rows], places, marker, color=color, markersize=size, fillstyle="none", label=words
+        )
     for place, row in zip(places, rows):
-        if exact := [words for key, words in (("literal", "claim"), ("corrected", "of the weights")) if row[key] < EXACT]:
+        if exact := [
+            words for key, words in (("literal", "claim"), ("corrected", "of the weights")) if row[key] < EXACT
+        ]:
             text = "exact" if len(exact) == 2 else f"{exact[0]}: exact"
             axes.annotate(text, (0.0, place), (9 if len(exact) == 2 else 4, 4), textcoords="offset points", color="0.4")
     _lines(axes, places)

@@ -80,7 +80,7 @@ def kernel_variance(kernel: Kernel, d: int) -> Float[Tensor, "rows rows"]:
     if K.shape[0] != K.shape[1]:
         raise ValueError(f"expected a square kernel; got shape {tuple(kernel.shape)}")
     own = K.diagonal()[:, None] * K.diagonal()[None]
-    if bool((K.diagonal() < 0).any()) or bool((K**2 > own * (1 + 1e-6)).any()):
+    if bool((K.diagonal() < 0).any()) or bool((own * (1 + 1e-6) < K**2).any()):
         raise ValueError("the kernel is not positive semi-definite: an entry exceeds sqrt(K[i, i] K[j, j])")
     return (own + K**2) / d
 

@@ -237,7 +237,7 @@ class Linearized(nn.Module):
             return found if isinstance(found, Tensor) else found.logits
 
         directions = dict(zip(self.names, self.delta, strict=True))
-        value, slope = jvp(outputs, (self._start,), (directions,))
+        value, slope = jvp(outputs, (self._start,), (directions,))  # pyright: ignore[reportAssignmentType]
         return value + slope
 
 

@@ -7,8 +7,14 @@
 from ntk.infinite.activations import ACTIVATIONS, Activation, from_function, leaky_relu
 from ntk.infinite.gaussian import Moments, Pairs, pairs_of_rows
 from ntk.infinite.mlp import METHODS, Layers, MLPKernels, RandomTerm, mlp_kernels
+from ntk.infinite.quadrature import (
+    ConvergenceError,
+    diagonal_moments,
+    plane_moments,
+    quadrature_moments,
+    series_moments,
+)
 from ntk.infinite.residual import ResidualKernels, residual_kernels
-from ntk.infinite.quadrature import ConvergenceError, diagonal_moments, plane_moments, quadrature_moments, series_moments
 
 __all__ = [
     "ACTIVATIONS",

@@ -204,9 +204,7 @@ def mlp_kernels(
     )
 
 
-def first_layer(
-    a: Tensor, b: Tensor, sw: float, sb: float, *, symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor, Pairs]:
+def first_layer(a: Tensor, b: Tensor, sw: float, sb: float, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Pairs]:
     """sigma_w^2 x.x' / n_0 without the bias, of the pairs, the rows and the columns; and the pairs of h^1.
 
     Sigma^1 is an inner product of inputs that carry the bias as one more coordinate, whose correlation is known

@@ -1,9 +1,9 @@
 """The three expectations for any differentiable activation: a Hermite series, and the plain rule of the plane.
 
-| name          | what                                                      | cost                                        |
-|---------------|-----------------------------------------------------------|---------------------------------------------|
-| ``series``    | Gauss-Hermite expansion of each side, Mehler's formula     | n nodes terms + n1 n2 terms, terms 64 - 2048 |
-| ``quadrature``| Gauss-Legendre in polar coordinates, a pair at a time      | n1 n2 nodes, nodes about 10^4 to 10^6        |
+| name           | what                                                | cost                                        |
+|----------------|-----------------------------------------------------|---------------------------------------------|
+| ``series``     | Hermite expansion of each side, Mehler's formula    | n nodes terms + n1 n2 terms, 64 - 2048 terms |
+| ``quadrature`` | Gauss-Legendre in polar coordinates, pair by pair   | n1 n2 nodes, about 10^4 to 10^6 nodes        |
 
 The series is the default without closed form. Its few pairs that it cannot reach, nearly parallel ones of steep
 activations or of those with a kink, are handed to the plain rule. Both rules have a seam at 0, so that a kink there
@@ -154,7 +154,7 @@ def _coefficients(f: Function, q: Tensor, terms: int, level: int) -> Float[Tenso
 
 @lru_cache(maxsize=8)
 def _hermite_basis(terms: int, level: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes z, their weights with exp(-z^2 / 4) / sqrt(2 pi), and exp(-z^2 / 4) He_k(z) / sqrt(k!), which is bounded."""
+    """Nodes z, their weights with exp(-z^2 / 4) / sqrt(2 pi), and the bounded exp(-z^2 / 4) He_k(z) / sqrt(k!)."""
     z, weights = _line(level)
     half = torch.exp(-(z**2) / 4)
     rows = [half, z * half]
@@ -216,8 +216,7 @@ def _plane_rule(
         ):
             for sign in (1.0, -1.0):
                 h, h2 = (
-                    sign * s[part][:, None, None] * d[:, :, None] * r
-                    for s, d in ((s1, direction), (s2, direction2))
+                    sign * s[part][:, None, None] * d[:, :, None] * r for s, d in ((s1, direction), (s2, direction2))
                 )
                 slopes = activation.derivative(h) * activation.derivative(h2)
                 for i, values in enumerate((activation.function(h) * activation.function(h2), slopes, h * h2 * slopes)):

@@ -4,8 +4,8 @@
     h^{l+1} = h^l + u^{l+1},   u^{l+1} = alpha (sigma_w / sqrt(n) W^{l+1} phi(h^l) + sigma_b b^{l+1}),   l < L
     f = sigma_w / sqrt(n) W^{L+1} phi(h^L) + sigma_b b^{L+1}
 
-A multiplier scales its branch: u -> z^k u. With U^l the covariance of u^l (u^1 = h^1), Sigma^l = U^1 + ... + U^l that of
-h^l, and D^l that of the gradients at h^l,
+A multiplier scales its branch: u -> z^k u. With U^l the covariance of u^l (u^1 = h^1), Sigma^l = U^1 + ... + U^l that
+of h^l, and D^l that of the gradients at h^l,
 
     D^{L+1} = 1,   c_L = sigma_w^2,   c_m = alpha^2 sigma_w^2 D^{m+1} for m < L
     D^l = sum_{m=l..L} c_m E[phi'(h^m) phi'(h'^m)]
@@ -44,7 +44,7 @@ class ResidualKernels:
         weights: full fine-tuning of W^l, l = 1..L+1.
         biases: of b^l, l = 1..L+1.
         propulsion: of the multiplier on layer l = 1..L (the stem, then the branches), degree included.
-        propulsion_input: the mean of the multiplier on the input, which settles as in :class:`~ntk.infinite.MLPKernels`.
+        propulsion_input: the mean of the multiplier on the input, which settles as that of :class:`MLPKernels` does.
         gap: K_P,l / k^2 - K_F,l, l = 1..L.
     """
 

@@ -501,7 +501,10 @@ def test_any_differentiable_function_is_an_activation():
     assert close(kernels(x, activation=torch.nn.functional.relu).ntk, kernels(x).ntk, 0)
     # A kink at 0 costs no accuracy, in one layer to all digits.
     for name, kinked in {"relu": lambda h: h.clamp(min=0), "leaky_relu": lambda h: torch.maximum(h, h / 100)}.items():
-        one, other = kernels(hard_inputs(), activation=kinked, depth=1), kernels(hard_inputs(), activation=name, depth=1)
+        one, other = (
+            kernels(hard_inputs(), activation=kinked, depth=1),
+            kernels(hard_inputs(), activation=name, depth=1),
+        )
         assert close(one.ntk, other.ntk, 1e-12)
         assert close(one.propulsion, other.propulsion, 1e-12)
     # E[sin sin'] = exp(-(q + q')/2) sinh(c)

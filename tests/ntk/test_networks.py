@@ -18,7 +18,9 @@ NETWORKS = {
     "mlp": lambda r: MLP(3, width=8, depth=2, activation="gelu", recipe=r, n_out=2),
     "residual": lambda r: ResidualMLP(3, width=8, depth=3, activation="relu", recipe=r, n_out=2, branch_scale=0.5),
     "transformer": lambda r: Transformer(3, width=8, depth=2, recipe=r, n_out=2),
-    "linear attention scale": lambda r: Transformer(3, width=8, depth=1, recipe=r, tokens_mix="linear", layer_norm=False),
+    "linear attention scale": lambda r: Transformer(
+        3, width=8, depth=1, recipe=r, tokens_mix="linear", layer_norm=False
+    ),
 }
 
 

@@ -5,7 +5,7 @@ Not a test, and not run by any: the library needs an old jax. In an environment 
     pip install neural-tangents==0.6.5 jax==0.4.38 jaxlib==0.4.38 tf2jax==0.3.6
     python tests/oracles/neural_tangents_table.py
 
-The network is that of ntk/infinite/mlp.py: NTK parametrisation, ``depth`` hidden layers and a readout, biases everywhere.
+The network is that of ntk/infinite/mlp.py: NTK parametrisation, ``depth`` hidden layers and a readout, all biased.
 """
 
 import json
