@@ -1,5 +1,6 @@
 """The analyses behind docs/theory.md, on small settings, and that the page names tests that exist."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -28,8 +29,17 @@ def test_every_test_that_the_page_names_exists():
         assert (ROOT / "analyses" / f"{module}.py").exists()
 
 
+def assert_draws_again(analysis: str, folder: Path) -> None:
+    """The figure left beside the result is what the result alone draws."""
+    importlib.import_module(f"figures.{analysis}").main(folder / "out", folder / "again")
+    for suffix in ("png", "pdf"):
+        first, again = (folder / where / f"{analysis}.{suffix}" for where in ("out", "again"))
+        assert first.read_bytes() == again.read_bytes()
+
+
 def test_the_bound_holds_in_every_cell_and_the_exact_values_lie_in_their_intervals(tmp_path):
-    config = johnson_lindenstrauss.Config(draws=3000, output_dir=tmp_path / "out")
+    dimensions = (2, 4, 16, 64, 128, 256, 512, 1024)
+    config = johnson_lindenstrauss.Config(dimensions=dimensions, draws=4000, output_dir=tmp_path / "out")
     johnson_lindenstrauss.main(config)
     result = load_result(tmp_path / "out", analysis="johnson_lindenstrauss")
     counts = {m.name: m.value for m in result.metrics}
@@ -39,7 +49,7 @@ def test_the_bound_holds_in_every_cell_and_the_exact_values_lie_in_their_interva
     assert counts["variances"] == 40
     assert counts["variances_beside_exact"] == 0
     assert counts["median_bound_over_exact"] > 2  # the bound is far from sharp
-    assert (tmp_path / "out" / "johnson_lindenstrauss.png").exists()
+    assert_draws_again("johnson_lindenstrauss", tmp_path)
 
 
 def test_kernels_reach_their_limits_as_one_over_root_width(tmp_path):
@@ -57,6 +67,7 @@ def test_kernels_reach_their_limits_as_one_over_root_width(tmp_path):
     rows = {(r["activation"], r["parametrization"], r["width"]): r for r in result.tables["widths"]}
     wide = rows["gelu", "ntk", 256]
     assert wide["gap"] == pytest.approx(wide["gap_of_the_limits"], rel=0.25)
+    assert_draws_again("width_convergence", tmp_path)
     standard = [rows["gelu", "standard", w]["trace_ratio"] for w in config.widths]
     assert standard[-1] > 4 * standard[0]  # grows with the width, eightfold here
     for w in config.widths:  # the same functions, and so the same kernel of Propulsion
@@ -102,6 +113,7 @@ def test_the_matching_degree_is_one_over_the_spread_of_random_weights(tmp_path):
             assert r["expected"] == pytest.approx(50)  # 1 / 0.02, transformers' initialisation
             assert r["matching_degree"] == pytest.approx(50, rel=0.2)
     assert any(r["kind"] == "pre-trained" for r in rows)
+    assert_draws_again("degree_scale", tmp_path)
 
 
 def test_a_norm_leaves_one_direction_of_the_scales_before_it_dead():
