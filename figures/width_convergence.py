@@ -13,10 +13,12 @@ from figures.style import PAGE_WIDTH, PALETTE, save, style
 from propulsion.errors import run_command
 
 MARKERS = "osD^v<>"
+SHOWN = ("linear", "relu", "erf", "gelu")
+"""Activations of the middle panel, which more would crowd."""
 
 
 def draw(result: Result) -> Figure:
-    """Error of K_P over width; gap between K_P and K_F over width; tr K_F / tr K_P in both parametrisations."""
+    """Error of K_P over width; gap of K_P and K_F, and its scatter; tr K_F / tr K_P in both parametrisations."""
     rows, activations = result.tables["widths"], result.config["activations"]
     widths = np.array(result.config["widths"])
 
@@ -30,25 +32,27 @@ def draw(result: Result) -> Figure:
         for activation, color, marker in zip(activations, PALETTE, MARKERS):
             look = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1}
             left.plot(widths, column("error_propulsion", activation), label=activation.replace("_", " "), **look)
-            middle.plot(widths, column("gap", activation), **look)
-            middle.axhline(column("gap_of_the_limits", activation)[0], color=color, linewidth=0.6, linestyle=":")
+            if activation in SHOWN:
+                middle.plot(widths, column("gap", activation), **look)
+                middle.plot(widths, column("gap_scatter", activation), **look, linestyle="--")
+                middle.axhline(column("gap_of_the_limits", activation)[0], color=color, linewidth=0.6, linestyle=":")
             right.plot(widths, column("trace_ratio", activation), **look)
             right.plot(widths, column("trace_ratio", activation, "standard"), **look, linestyle="--")
-        reference = column("error_propulsion", activations[0])[0] * 1.5
-        left.plot(widths, reference * np.sqrt(widths[0] / widths), color="0.6", linewidth=0.8, zorder=0)
-        left.annotate("∝ width$^{-1/2}$", (widths[-1], reference * np.sqrt(widths[0] / widths[-1])), color="0.4",
-                      ha="right", va="bottom")  # fmt: skip
-        left.set(
-            xscale="log",
-            yscale="log",
-            xlabel="width",
-            ylabel="relative error",
-            title="Propulsion's kernel and its limit",
-        )
-        middle.set(xscale="log", ylim=(0, None), xlabel="width", ylabel="|K_P / k² − K_F| / |K_F|",
-                   title="The gap stands (dotted: its limit)")  # fmt: skip
-        right.set(xscale="log", yscale="log", xlabel="width", ylabel="tr K_F / tr K_P",
-                  title="NTK (solid), standard (dashed)")  # fmt: skip
+        reference = max(column("error_propulsion", a)[0] for a in activations) * 1.3
+        end = reference * np.sqrt(widths[0] / widths[-1])
+        left.plot(widths[[0, -1]], [reference, end], color="0.6", linewidth=0.8, zorder=0)
+        left.annotate("∝ width$^{-1/2}$", (0.97, 0.95), xycoords="axes fraction", color="0.4", ha="right", va="top")
+        for axes in (left, middle, right):
+            axes.set(xscale="log", yscale="log", xlabel="width")
+            axes.set_xticks(widths, [str(w) for w in widths])
+            axes.minorticks_off()
+        for axes in (left, middle):
+            low, high = axes.get_ylim()
+            axes.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0.02", "0.05", "0.1", "0.2", "0.5", "1"])
+            axes.set_ylim(max(0.01, low), high)
+        left.set(ylabel="relative error", title="Propulsion's kernel and its limit")
+        middle.set(ylabel="relative to K_F of the hidden layers", title="Gap (solid), its scatter (dashed)")
+        right.set(ylabel="tr K_F / tr K_P", title="Sizes: NTK (solid), standard (dashed)")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(activations))
     return figure
 
