@@ -76,9 +76,11 @@ def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
 
         return compute
 
-    def finite(make: Callable[[Recipe], torch.nn.Module], inputs: Tensor) -> Callable[[], Kernels]:
+    def finite(
+        make: Callable[[Recipe], torch.nn.Module], inputs: Tensor, without: tuple[str, ...] = ("readout",)
+    ) -> Callable[[], Kernels]:
         def compute() -> Kernels:
-            kernels = [_finite(make(_recipe(config, draw)), inputs) for draw in range(config.draws)]
+            kernels = [_finite(make(_recipe(config, draw, without)), inputs) for draw in range(config.draws)]
             return tuple(torch.stack(part).mean(dim=0) for part in zip(*kernels, strict=True))  # pyright: ignore
 
         return compute
@@ -109,7 +111,7 @@ def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
     yield (
         "transformer, random",
         "width 64",
-        finite(lambda r: Transformer(32, width=64, depth=config.depth, recipe=r), tokens),
+        finite(lambda r: Headless(32, width=64, depth=config.depth, recipe=r), tokens, ("input", "readout")),
     )
     yield "MiniLM-L6, pre-trained", "standard parameters", lambda: _pretrained(config)
 
@@ -131,18 +133,26 @@ def tokens_of(config: Config) -> Tensor:
     return torch.randn(config.inputs, 6, 32, generator=generator, dtype=torch.float64)
 
 
-def _recipe(config: Config, draw: int) -> Recipe:
-    """NTK parametrisation, a multiplier everywhere but on the readout."""
+class Headless(Transformer):
+    """A transformer whose readout is given, as a pre-trained model's head is left out of the comparison."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.readout.weight.requires_grad_(False)
+
+
+def _recipe(config: Config, draw: int, without: tuple[str, ...]) -> Recipe:
+    """NTK parametrisation, a multiplier everywhere but at some positions."""
 
     class Everywhere(Recipe):
         def chosen(self, positions):
-            return frozenset(positions) - {"readout"}
+            return frozenset(positions) - set(without)
 
     return Everywhere(generator=torch.Generator().manual_seed(1000 * config.seed + draw), sigma_w=2**0.5)
 
 
 def _finite(network: torch.nn.Module, x: Tensor) -> Kernels:
-    layers = ntk.layer_kernels(network, x, reduce="trace")
+    layers = ntk.layer_kernels(network, x, params="trainable", reduce="trace")
     parameters = dict(network.named_parameters())
     total = torch.zeros(len(x), len(x), dtype=torch.float64)
     full, weights, multipliers = total, total, total
@@ -241,7 +251,7 @@ def run(config: Config) -> Result:
         dataset={"name": f"Gaussian inputs, {config.task}"},
         environment=environment(),
         seconds={"all": time.time() - start},
-        coverage={"full": "every parameter but a pre-trained model's head", "weights": "matrices and embeddings",
+        coverage={"full": "every parameter but a transformer's head", "weights": "matrices and embeddings",
                   "propulsion": "a multiplier on every layer but the readout"},
     )  # fmt: skip
 

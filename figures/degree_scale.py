@@ -42,10 +42,10 @@ def _random_networks(axes: Axes, rows: list[dict[str, Any]]) -> None:
         line = sorted((r for r in rows if r["depth"] == depth), key=lambda r: r["width"])
         if len(line) > 1:
             axes.plot([r["width"] for r in line], [r["expected"] for r in line], color="0.6", zorder=0)
-        _errorbar(axes, [r["width"] for r in line], line, color=color, label=f"{depth} hidden layer{'s'[: depth > 1]}")
+        _errorbar(axes, [r["width"] for r in line], line, color=color, label=f"depth {depth}")
     _widths(axes, rows)
     axes.set_title("ReLU networks (line: limit)")
-    axes.legend(loc="lower right", handletextpad=0.1)
+    axes.legend(loc="lower right", ncols=2, handletextpad=0.1, columnspacing=0.8)
 
 
 def _architectures(axes: Axes, rows: list[dict[str, Any]]) -> None:
