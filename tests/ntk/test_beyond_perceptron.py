@@ -76,6 +76,7 @@ def test_residual_branches_have_a_gap_off_the_diagonal_and_the_corrected_theorem
     assert bool((kernels.gap[:, 0, 1:4] > 1e-3 * own[:, 0, 1:4].abs()).all())
     total = kernels.propulsion.sum(0) + kernels.propulsion_input
     assert distance(total, kernels.weights.sum(0)) > 0.05
+    assert distance(total.diagonal(), kernels.weights.sum(0).diagonal()) < 1e-12  # the input's share is the readout's
     # As for the perceptron: linear networks have no gap.
     linear = residual_kernels(x, depth=4, activation="linear", sigma_w=0.8, sigma_b=0.3)
     assert float(linear.gap.abs().max()) <= 1e-12 * float(linear.weights.max())
