@@ -48,7 +48,9 @@ class Config:
     n_examples: int = 32
     """Examples."""
     tasks: tuple[str, ...] = ("demo",)
-    """Tasks whose sentences the pre-trained encoder reads."""
+    """Tasks whose sentences the pre-trained models read."""
+    models: tuple[str, ...] = ()
+    """Further pre-trained models beside the packaged encoder, by hub name or folder."""
     data_dir: Path | None = None
     """Folder with a folder of each task's data; else embedded or from the hub."""
     seed: int = 0
@@ -121,17 +123,18 @@ def architecture_rows(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def pretrained_rows(config: Config) -> Iterator[dict[str, Any]]:
-    """The packaged encoder on the sentences of every task."""
-    for task in config.tasks:
+    """The packaged encoder, and further models, on the sentences of every task."""
+    for name, task in ((name, task) for name in (None, *config.models) for task in config.tasks):
         data_dir = config.data_dir / task if config.data_dir else None
         data = load_task_data(task, data_dir=data_dir, seed=config.seed)
-        model, tokenizer = load_classifier(num_labels=data.task.num_labels, seed=config.seed)
+        model, tokenizer = load_classifier(name, num_labels=data.task.num_labels, seed=config.seed)
         rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
         columns = {name: rows[name] for name in rows.column_names if name != "labels"}
         inputs = dict(tokenizer.pad(columns, return_tensors="pt"))
         sizes = model.config
         paper = TASKS[task].degree if task != "demo" else None
-        yield _row("pre-trained", f"MiniLM-L6, {task}", *_diagonals(model, inputs), config, paper=paper,
+        label = Path(name).name if name else "MiniLM-L6"
+        yield _row("pre-trained", f"{label}, {task}", *_diagonals(model, inputs), config, paper=paper,
                    width=sizes.hidden_size, depth=sizes.num_hidden_layers, expected=_weight_scale(model))  # fmt: skip
 
 
@@ -201,7 +204,7 @@ def run(config: Config) -> Result:
         ],
         tables={"ratios": rows},
         arrays={},
-        model={"name": "random networks and the packaged encoder"},
+        model={"name": ", ".join(("random networks", "the packaged encoder", *config.models))},
         dataset={"name": ", ".join(config.tasks)},
         environment=environment(),
         seconds={"all": time.time() - start},

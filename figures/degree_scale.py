@@ -66,9 +66,13 @@ def _pretrained(axes: Axes, rows: list[dict[str, Any]]) -> None:
     degrees = [(i, r["paper_degree"]) for i, r in enumerate(rows) if r["paper_degree"]]
     if degrees:
         axes.plot(*zip(*degrees), "x", color=PALETTE[0], markersize=4, label="the paper's degree")
-    axes.set_xticks(places, [r["model"].split(", ")[-1].upper().replace("DEMO", "demo") for r in rows])
+    names = [row["model"].split(", ") for row in rows]
+    axes.set_xticks(places, [task for _, task in names], rotation=90 if len(rows) > 5 else 0)
     axes.set(xlim=(-0.6, len(rows) - 0.4))
-    axes.set_title("MiniLM-L6, pre-trained")
+    models = list(dict.fromkeys(model for model, _ in names))
+    for first in (i for i, (model, _) in enumerate(names) if i and model != names[i - 1][0]):
+        axes.axvline(first - 0.5, color="0.6", linewidth=0.6)
+    axes.set_title("Pre-trained: " + ", ".join(models))
     axes.legend(loc="lower center", handletextpad=0.1)
 
 
