@@ -22,7 +22,7 @@ def draw(result: Result) -> Figure:
     rows = result.tables["ratios"]
     with style():
         figure = Figure(figsize=(PAGE_WIDTH, 2.6), layout="constrained")
-        left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(4, 4, 3))
+        left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(5, 5, 6))
         _random_networks(left, [r for r in rows if r["kind"] == "random network"])
         _architectures(middle, [r for r in rows if r["kind"] == "random architecture"])
         _pretrained(right, [r for r in rows if r["kind"] == "pre-trained"])
@@ -62,18 +62,19 @@ def _architectures(axes: Axes, rows: list[dict[str, Any]]) -> None:
 def _pretrained(axes: Axes, rows: list[dict[str, Any]]) -> None:
     places = np.arange(len(rows))
     _errorbar(axes, places, rows, color=PALETTE[1], label="k*")
-    axes.plot(places, [r["expected"] for r in rows], "_", color="0.5", markersize=10, label="1 / rms weight")
+    axes.plot(places, [r["expected"] for r in rows], "_", color="0.5", markersize=8, label="1 / rms weight")
     degrees = [(i, r["paper_degree"]) for i, r in enumerate(rows) if r["paper_degree"]]
     if degrees:
-        axes.plot(*zip(*degrees), "x", color=PALETTE[0], markersize=4, label="the paper's degree")
+        axes.plot(*zip(*degrees), "x", color=PALETTE[0], markersize=4, label="paper's degree")
     names = [row["model"].split(", ") for row in rows]
     axes.set_xticks(places, [task for _, task in names], rotation=90 if len(rows) > 5 else 0)
-    axes.set(xlim=(-0.6, len(rows) - 0.4))
-    models = list(dict.fromkeys(model for model, _ in names))
-    for first in (i for i, (model, _) in enumerate(names) if i and model != names[i - 1][0]):
-        axes.axvline(first - 0.5, color="0.6", linewidth=0.6)
-    axes.set_title("Pre-trained: " + ", ".join(models))
-    axes.legend(loc="lower center", handletextpad=0.1)
+    axes.set(xlim=(-0.6, len(rows) - 0.4), title="Pre-trained models")
+    for model in dict.fromkeys(model for model, _ in names):
+        own = [i for i, (other, _) in enumerate(names) if other == model]
+        axes.annotate(model, (np.mean(own), 0.97), xycoords=("data", "axes fraction"), ha="center", va="top")
+        if own[0]:
+            axes.axvline(own[0] - 0.5, color="0.6", linewidth=0.6)
+    axes.legend(loc="center right", bbox_to_anchor=(1.02, 0.66), handletextpad=0.1)
 
 
 def _errorbar(axes: Axes, x: Any, rows: list[dict[str, Any]], *, color: str, label: str) -> None:
