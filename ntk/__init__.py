@@ -9,7 +9,7 @@ examples first, then outputs, neither averaged nor divided by anything, in the p
 t tokens, c outputs, p parameters of one tensor, P all of them.
 """
 
-from ntk import adapters, inputs, kernels, metrics, nulls, outputs
+from ntk import adapters, bounds, dynamics, infinite, inputs, kernels, metrics, networks, nulls, outputs
 from ntk.empirical import METHODS, adapter_kernels, empirical_ntk, layer_kernels
 from ntk.kernels import flatten, reduce_outputs
 from ntk.metrics import (
@@ -33,13 +33,16 @@ __all__ = [
     "adapter_kernels",
     "adapters",
     "best_scale",
+    "bounds",
     "center",
     "cka",
+    "dynamics",
     "effective_rank",
     "empirical_ntk",
     "flatten",
     "gaussian_sketch",
     "hidden_state_kernel",
+    "infinite",
     "inputs",
     "kernel_alignment",
     "kernel_distance",
@@ -47,6 +50,7 @@ __all__ = [
     "layer_kernels",
     "matching_degree",
     "metrics",
+    "networks",
     "nulls",
     "outputs",
     "permuted",

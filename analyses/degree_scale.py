@@ -1,0 +1,240 @@
+"""How large is full fine-tuning's kernel beside Propulsion's, and which degree makes up for it?
+
+At z = 1 Propulsion's kernel grows as k squared, so that k* = sqrt(tr K_F / tr K_P(1)) gives both one size. Measured
+over width and depth of random networks in standard parametrisation, over architectures at random weights, and on a
+pre-trained encoder, beside the degrees that the paper found best and what random weights would lead to expect: a
+layer's kernels differ by the variance of its weights' entries, so k* is about 1 / their standard deviation.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+import tyro
+from torch import Tensor
+
+import ntk
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.tables import format_table, interval, number
+from analyses.theorem1 import Body
+from ntk.adapters import Propulsion
+from ntk.infinite import mlp_kernels
+from ntk.networks import MLP, Recipe, is_multiplier
+from propulsion.data import draw_rows, load_task_data, tokenize
+from propulsion.errors import UserError, run_command
+from propulsion.pretrained import load_classifier
+from propulsion.tasks import TASKS
+
+# Accuracy over the degree peaks there in the paper's ablation (Kowsher, Prottasha and Bhat 2024, App. E).
+PAPER_BEST = (25, 75)
+
+
+@dataclass(frozen=True)
+class Config:
+    """tr K_F / tr K_P(1), and the degree k* that matches the kernels' sizes."""
+
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Widths of the random networks."""
+    depths: tuple[int, ...] = (1, 2, 4, 8)
+    """Depths of the random networks."""
+    draws: int = 5
+    """Networks of each size."""
+    n_examples: int = 32
+    """Examples."""
+    tasks: tuple[str, ...] = ("demo",)
+    """Tasks whose sentences the pre-trained models read."""
+    models: tuple[str, ...] = ()
+    """Further pre-trained models beside the packaged encoder, by hub name or folder."""
+    data_dir: Path | None = None
+    """Folder with a folder of each task's data; else embedded or from the hub."""
+    seed: int = 0
+    """Of inputs, networks and heads."""
+    output_dir: Path = Path("results/degree_scale")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+def mlp_rows(config: Config) -> Iterator[dict[str, Any]]:
+    """Random ReLU networks: the width at the first depth but one, the depth at the middle width."""
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(config.seed), dtype=torch.float64)
+    middle = sorted(config.widths)[len(config.widths) // 2]
+    sizes = [(w, sorted(config.depths)[min(1, len(config.depths) - 1)]) for w in config.widths]
+    for width, depth in dict.fromkeys([*sizes, *((middle, d) for d in config.depths)]):
+        full, propulsion = [], []
+        for draw in range(config.draws):
+            recipe = Recipe(
+                generator=torch.Generator().manual_seed(1000 * config.seed + draw), sigma_w=2**0.5,
+                parametrization="standard", multipliers="hidden",
+            )  # fmt: skip
+            network = MLP(32, width=width, depth=depth, activation="relu", recipe=recipe)
+            traces = {name: ntk.trace(k) for name, k in ntk.layer_kernels(network, x, reduce="trace").items()}
+            multipliers = {name for name, p in network.named_parameters() if is_multiplier(name, p)}
+            full.append(sum(t for name, t in traces.items() if name not in multipliers))
+            propulsion.append(sum(t for name, t in traces.items() if name in multipliers))
+        yield _row("random network", "ReLU", np.array(full), np.array(propulsion), config, width=width, depth=depth,
+                   expected=_limit(x, width, depth))  # fmt: skip
+
+
+def _limit(x: Tensor, width: int, depth: int) -> float:
+    """k* from the infinite-width kernels: a layer's K_F is n_in / sigma_w^2 times theirs here."""
+    kernels = mlp_kernels(x, depth=depth, activation="relu", sigma_w=2**0.5, sigma_b=0)
+    assert kernels.layers is not None
+    sizes = [x.shape[1], *[width] * depth]
+    full = sum(n / 2 * ntk.trace(k) for n, k in zip(sizes, kernels.layers.weights, strict=True))
+    return math.sqrt(full / ntk.trace(kernels.propulsion))
+
+
+def architectures(width: int) -> dict[str, Any]:
+    """Classifiers of one width and four layers, at random weights as transformers initialises them."""
+    common = {"vocab_size": 1000, "pad_token_id": 0, "num_labels": 2}
+    sizes: dict[str, Any] = common | {
+        "hidden_size": width, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 4 * width,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    gpt: dict[str, Any] = common | {"n_embd": width, "n_layer": 4, "n_head": 4, "n_positions": 64,
+                                    "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+    return {
+        "BERT": hf.BertConfig(**sizes),
+        "RoBERTa": hf.RobertaConfig(**sizes),
+        "GPT-2": hf.GPT2Config(**gpt),
+        "Llama": hf.LlamaConfig(**sizes),
+    }
+
+
+def architecture_rows(config: Config) -> Iterator[dict[str, Any]]:
+    """Random tokens through random classifiers of growing width."""
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = torch.randint(5, 1000, (min(config.n_examples, 8), 16), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for width in (w for w in config.widths if w <= 256):
+        for name, model_config in architectures(width).items():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                model = hf.AutoModelForSequenceClassification.from_config(model_config)
+            yield _row("random architecture", name, *_diagonals(model, inputs), config, width=width, depth=4,
+                       expected=1 / model_config.initializer_range)  # fmt: skip
+
+
+def pretrained_rows(config: Config) -> Iterator[dict[str, Any]]:
+    """The packaged encoder, and further models, on the sentences of every task."""
+    for name, task in ((name, task) for name in (None, *config.models) for task in config.tasks):
+        data_dir = config.data_dir / task if config.data_dir else None
+        data = load_task_data(task, data_dir=data_dir, seed=config.seed)
+        model, tokenizer = load_classifier(name, num_labels=data.task.num_labels, seed=config.seed)
+        rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
+        columns = {name: rows[name] for name in rows.column_names if name != "labels"}
+        inputs = dict(tokenizer.pad(columns, return_tensors="pt"))
+        sizes = model.config
+        paper = TASKS[task].degree if task != "demo" else None
+        label = Path(name).name if name else "MiniLM-L6"
+        yield _row("pre-trained", f"{label}, {task}", *_diagonals(model, inputs), config, paper=paper,
+                   width=sizes.hidden_size, depth=sizes.num_hidden_layers, expected=_weight_scale(model))  # fmt: skip
+
+
+def _weight_scale(model: Any) -> float:
+    """1 / the root mean square of the entries of the body's matrices: k* if they were random, as in docs/theory.md."""
+    matrices = [
+        p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(f"{model.base_model_prefix}.")
+    ]
+    return math.sqrt(sum(p.numel() for p in matrices) / sum(float(p.detach().square().sum()) for p in matrices))
+
+
+def _diagonals(model: Any, inputs: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Diagonals of the kernels of full fine-tuning without the head, and of Propulsion, over the examples."""
+    body = f"{model.base_model_prefix}.".replace(".", r"\.") + ".*"
+    methods = {"full": Body(f"{model.base_model_prefix}."), "propulsion": Propulsion(modules=body)}
+    kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
+    full, propulsion = (kernels[name].diagonal().double().numpy() for name in methods)
+    return full, propulsion
+
+
+def _row(
+    kind: str,
+    model: str,
+    full: np.ndarray,
+    propulsion: np.ndarray,
+    config: Config,
+    *,
+    width: int,
+    depth: int,
+    expected: float,
+    paper: float | None = None,
+) -> dict[str, Any]:
+    """k* with its 95 % bootstrap interval over what was averaged: networks drawn, or examples."""
+    rng = np.random.default_rng(config.seed)
+    picks = rng.integers(0, len(full), size=(1000, len(full)))
+    low, high = np.quantile(np.sqrt(full[picks].sum(1) / propulsion[picks].sum(1)), [0.025, 0.975])
+    ratio = float(full.sum() / propulsion.sum())
+    return {"kind": kind, "model": model, "width": width, "depth": depth, "ratio": ratio,
+            "matching_degree": math.sqrt(ratio), "low": float(low), "high": float(high), "expected": expected,
+            "paper_degree": paper}  # fmt: skip
+
+
+def run(config: Config) -> Result:
+    """Measure all.
+
+    Raises:
+        UserError: numbers out of range, unusable data.
+    """
+    if not config.widths or not config.depths or min(*config.widths, *config.depths) < 1 or config.draws < 1:
+        raise UserError("expected widths, depths and draws of at least 1")
+    if any(w % 4 for w in config.widths):
+        raise UserError(f"widths must be multiples of 4, the number of attention heads; got {config.widths}")
+    if unknown := [task for task in config.tasks if task not in TASKS]:
+        raise UserError(f"unknown task {unknown[0]!r}; there are {', '.join(TASKS)}")
+    start, rows = time.time(), []
+    for part in (mlp_rows, architecture_rows, pretrained_rows):
+        print(f"{part.__name__} ...", flush=True)
+        rows += list(part(config))
+    return Result(
+        analysis="degree_scale",
+        config=asdict(config) | {"output_dir": str(config.output_dir), "data_dir": str(config.data_dir or "")},
+        seed=config.seed,
+        metrics=[
+            Metric("matching_degree", r["matching_degree"], r["low"], r["high"], "degree", "initialisation", "full",
+                   f"{r['kind']}, {r['model']}, width {r['width']}, depth {r['depth']}")
+            for r in rows
+        ],
+        tables={"ratios": rows},
+        arrays={},
+        model={"name": ", ".join(("random networks", "the packaged encoder", *config.models))},
+        dataset={"name": ", ".join(config.tasks)},
+        environment=environment(),
+        seconds={"all": time.time() - start},
+        coverage={"full": "every parameter but the head", "propulsion": "a multiplier on every layer but the head"},
+    )  # fmt: skip
+
+
+def summary(result: Result) -> str:
+    """One row a model."""
+    rows = [
+        [
+            f"{r['kind']}: {r['model']}", str(r["width"]), str(r["depth"]), number(r["ratio"]),
+            interval(r["matching_degree"], r["low"], r["high"]), number(r["expected"]), number(r["paper_degree"]),
+        ]
+        for r in result.tables["ratios"]
+    ]  # fmt: skip
+    header = ["model", "width", "depth", "tr K_F / tr K_P(1)", "k*", "k* expected", "paper's degree"]
+    return format_table(header, rows)
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    print(f"\n{summary(result)}\n")
+    from figures.degree_scale import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(f"the paper's best degrees are about {PAPER_BEST[0]} to {PAPER_BEST[1]}; result and figures in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.degree_scale", description=__doc__)))

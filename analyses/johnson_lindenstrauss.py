@@ -1,0 +1,159 @@
+"""Is an inner product kept by a random projection, as the paper's Theorem 1 has it, and how sharp is its bound?
+
+For unit x, x' with x.x' = rho and Gaussian W of d rows, S = (W x).(W x') / d is drawn many times for every d and rho,
+and set beside the bound Pr[|S - rho| >= eps] <= 4 exp(-(eps^2 - eps^3) d / 4), the exact probability, and the exact
+variance (1 + rho^2) / d (`ntk.bounds`).
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from scipy.stats import norm
+
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.tables import format_table, number
+from ntk.bounds import clopper_pearson, simulate, tail, tail_bound, variance
+from propulsion.errors import UserError, run_command
+
+# The exact tail is accurate down to here.
+SMALLEST = 1e-40
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tail of a random projection: drawn, bounded, and exact."""
+
+    dimensions: tuple[int, ...] = (4, 16, 64, 128, 256, 512, 1024, 4096)
+    """Dimensions d: the width of Theorem 1, or the rank of LoRA."""
+    epsilons: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
+    """Errors eps, between 0 and 1."""
+    rhos: tuple[float, ...] = (-0.9, -0.3, 0.0, 0.5, 1.0)
+    """Inner products rho of the unit vectors."""
+    draws: int = 20_000
+    """Draws of each projection."""
+    confidence: float = 0.999
+    """Of every interval."""
+    seed: int = 0
+    """Of the draws."""
+    output_dir: Path = Path("results/johnson_lindenstrauss")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+def run(config: Config) -> Result:
+    """Draw, and compare.
+
+    Raises:
+        UserError: numbers out of range.
+    """
+    _check(config)
+    start = time.time()
+    generator = torch.Generator().manual_seed(config.seed)
+    cells, variances = [], []
+    for d in config.dimensions:
+        for rho in config.rhos:
+            x = torch.tensor([1.0, 0.0], dtype=torch.float64)
+            x2 = torch.tensor([rho, math.sqrt(1 - rho**2)], dtype=torch.float64)
+            S = simulate(x, x2, d, draws=config.draws, generator=generator)
+            variances.append(_variance_row(d, rho, S.numpy(), config.confidence))
+            for epsilon in config.epsilons:
+                exceed = int(((S - rho).abs() >= epsilon).sum())
+                cells.append(_cell(d, rho, epsilon, clopper_pearson(exceed, config.draws, config.confidence)))
+    # How sharp the bound is, where it says something and the exact probability is a number that floats hold.
+    sharpness = [c["bound"] / c["exact"] for c in cells if c["bound"] < 1 and c["exact"] > SMALLEST]
+    counts = {
+        "cells": len(cells),
+        "cells_above_bound": sum(cell["lower"] > cell["bound"] for cell in cells),
+        "cells_beside_exact_tail": sum(not cell["lower"] <= cell["exact"] <= cell["upper"] for cell in cells),
+        "variances": len(variances),
+        "variances_beside_exact": sum(not row["lower"] <= row["exact"] <= row["upper"] for row in variances),
+        "median_bound_over_exact": float(np.median(sharpness)) if sharpness else math.nan,
+    }
+    return Result(
+        analysis="johnson_lindenstrauss",
+        config=asdict(config) | {"output_dir": str(config.output_dir)},
+        seed=config.seed,
+        metrics=[
+            Metric(name, float(v), None, None, "", "initialisation", "projection", "") for name, v in counts.items()
+        ],
+        tables={"tail": cells, "variance": variances, "curves": _curves(config)},
+        arrays={},
+        model={"name": "one random linear layer"},
+        dataset={"name": "unit vectors"},
+        environment=environment(),
+        seconds={"all": time.time() - start},
+        coverage={},
+    )
+
+
+def _curves(config: Config) -> list[dict[str, float]]:
+    """Bound and exact tail over every size of dimension, at the largest rho below 1."""
+    rho = max([r for r in config.rhos if r < 1], default=config.rhos[0])
+    dimensions = sorted({round(d) for d in np.geomspace(min(config.dimensions), max(config.dimensions), 80)})
+    return [
+        {"d": d, "rho": rho, "epsilon": e, "bound": tail_bound(d, e), "exact": tail(d, e, rho)}
+        for e in config.epsilons for d in dimensions
+    ]  # fmt: skip
+
+
+def _cell(d: int, rho: float, epsilon: float, found) -> dict[str, float]:
+    return {"d": d, "rho": rho, "epsilon": epsilon, "probability": found.probability, "lower": found.lower,
+            "upper": found.upper, "bound": tail_bound(d, epsilon), "exact": tail(d, epsilon, rho)}  # fmt: skip
+
+
+def _variance_row(d: int, rho: float, S: np.ndarray, confidence: float) -> dict[str, float]:
+    """The sample variance about the known mean, with the normal interval of a mean of squares."""
+    squares = (S - rho) ** 2
+    half = float(norm.ppf((1 + confidence) / 2)) * squares.std(ddof=1) / math.sqrt(len(S))
+    found = float(squares.mean())
+    return {"d": d, "rho": rho, "variance": found, "lower": found - half, "upper": found + half,
+            "exact": variance(d, rho)}  # fmt: skip
+
+
+def _check(config: Config) -> None:
+    if config.draws < 100:
+        raise UserError(f"draws must be at least 100; got {config.draws}")
+    for name, allowed in (
+        ("dimensions", lambda v: v >= 1), ("epsilons", lambda v: 0 < v < 1), ("rhos", lambda v: -1 <= v <= 1),
+    ):  # fmt: skip
+        values = getattr(config, name)
+        if not values or not all(allowed(v) for v in values):
+            raise UserError(f"{name} are out of range: {values}; d >= 1, 0 < eps < 1, -1 <= rho <= 1")
+    if not 0 < config.confidence < 1:
+        raise UserError(f"confidence must lie between 0 and 1; got {config.confidence}")
+
+
+def summary(result: Result) -> str:
+    """The counts, and the tail at one error by dimension."""
+    rho, epsilon = (sorted(result.config[name])[len(result.config[name]) // 2] for name in ("rhos", "epsilons"))
+    chosen = [c for c in result.tables["tail"] if (c["rho"], c["epsilon"]) == (rho, epsilon)]
+    rows = [[str(int(c["d"])), number(c["probability"]), number(c["exact"]), number(c["bound"])] for c in chosen]
+    table = format_table(["d", "drawn", "exact", "bound"], rows)
+    counts = {m.name: m.value for m in result.metrics}
+    return (
+        f"rho = {rho:g}, eps = {epsilon:g}\n\n{table}\n\nbound exceeded in {counts['cells_above_bound']:.0f} of "
+        f"{counts['cells']:.0f} cells; exact tail outside the interval in {counts['cells_beside_exact_tail']:.0f}, "
+        f"exact variance in {counts['variances_beside_exact']:.0f} of {counts['variances']:.0f}; where the bound is "
+        f"below 1, it is {number(counts['median_bound_over_exact'])} times the exact probability (median)"
+    )
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    print(summary(result))
+    from figures.johnson_lindenstrauss import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(f"intervals: {config.confidence:.1%}; result and figures in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.johnson_lindenstrauss", description=__doc__)))

@@ -1,0 +1,287 @@
+"""Theorem 1 of the paper as it is written, as it is right, and where it fails: side by side.
+
+The claim is K_F ≈ K_P. Cases with a limit are compared in the limit; the others on finite networks of random weights,
+and on a pre-trained encoder. Each kernel of Propulsion, of degree 1 at z = 1, is set against full fine-tuning of all
+parameters (the claim), against full fine-tuning of the weights (the corrected theorem), and against the claim up to the
+best single scale. A second table does it position by position of transformers, each layer against its own weights.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+import ntk
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.tables import format_table, number
+from analyses.theorem1_positions import POSITIONS, encoder_kernels, rows_of, transformer_kernels
+from ntk.adapters import Full, Method, Propulsion
+from ntk.infinite import mlp_kernels, residual_kernels
+from ntk.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
+from propulsion.data import draw_rows, load_task_data, tokenize
+from propulsion.errors import UserError, run_command
+from propulsion.pretrained import load_classifier
+
+Kernels = tuple[Tensor, Tensor, Tensor]  # full fine-tuning, its weights, Propulsion
+
+
+@dataclass(frozen=True)
+class Config:
+    """Theorem 1, literal and corrected."""
+
+    inputs: int = 6
+    """Random inputs of the random networks."""
+    n_in: int = 512
+    """Coordinates of an input; the input position settles as they grow."""
+    width: int = 512
+    """Width of the finite networks."""
+    depth: int = 3
+    """Hidden layers, or blocks."""
+    draws: int = 4
+    """Finite networks of each kind, whose kernels are averaged."""
+    transformer_widths: tuple[int, ...] = (32, 64, 128, 256)
+    """Widths of the random transformers that are compared position by position."""
+    transformer_draws: int = 8
+    """Transformers of each width."""
+    n_examples: int = 32
+    """Sentences for the pre-trained encoder."""
+    task: str = "demo"
+    """Task they are from."""
+    data_dir: Path | None = None
+    """Folder with the task's data; else embedded or from the hub."""
+    seed: int = 0
+    """Of inputs, networks and the head."""
+    output_dir: Path = Path("results/theorem1")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
+    """Name, where it is compared, and its kernels, of every case."""
+    generator = torch.Generator().manual_seed(config.seed)
+    x = torch.randn(config.inputs, config.n_in, generator=generator, dtype=torch.float64)
+
+    def limit(activation: str, positions: str, sigma_b: float) -> Callable[[], Kernels]:
+        def compute() -> Kernels:
+            k = mlp_kernels(
+                x, depth=config.depth, activation=activation, sigma_w=2**0.5, sigma_b=sigma_b, positions=positions
+            )
+            return k.ntk, k.ntk_weights, k.propulsion
+
+        return compute
+
+    def finite(
+        make: Callable[[Recipe], torch.nn.Module], inputs: Tensor, without: tuple[str, ...] = ("readout",)
+    ) -> Callable[[], Kernels]:
+        def compute() -> Kernels:
+            kernels = [_finite(make(_recipe(config, draw, without)), inputs) for draw in range(config.draws)]
+            return tuple(torch.stack(part).mean(dim=0) for part in zip(*kernels, strict=True))  # pyright: ignore
+
+        return compute
+
+    def residual_limit() -> Kernels:
+        k = residual_kernels(x, depth=config.depth, activation="relu", sigma_w=2**0.5)
+        return k.ntk, k.weights.sum(0), k.propulsion.sum(0) + k.propulsion_input
+
+    sizes = {"width": config.width, "depth": config.depth}
+    tokens = tokens_of(config)
+    yield "linear", "limit", limit("linear", "all", 0.0)
+    yield "ReLU", "limit", limit("relu", "all", 0.0)
+    yield (
+        "ReLU, finite",
+        f"width {config.width}",
+        finite(lambda r: MLP(config.n_in, activation="relu", recipe=r, **sizes), x),
+    )
+    yield "ReLU, biases trained", "limit", limit("relu", "all", 0.5)
+    yield "ReLU, not on the input", "limit", limit("relu", "hidden", 0.0)
+    yield "GELU", "limit", limit("gelu", "all", 0.0)
+    yield "erf", "limit", limit("erf", "all", 0.0)
+    yield "residual ReLU", "limit", residual_limit
+    yield (
+        "residual ReLU, finite",
+        f"width {config.width}",
+        finite(lambda r: ResidualMLP(config.n_in, activation="relu", recipe=r, **sizes), x),
+    )
+    yield (
+        "transformer, random",
+        "width 64",
+        finite(lambda r: Headless(32, width=64, depth=config.depth, recipe=r), tokens, ("input", "readout")),
+    )
+    yield "MiniLM-L6, pre-trained", "standard parameters", lambda: _pretrained(config)
+
+
+def positions(config: Config) -> Iterator[dict[str, Any]]:
+    """Rows of random transformers of growing width, and of the pre-trained encoder, position by position."""
+    for width in config.transformer_widths:
+        found = transformer_kernels(
+            width, depth=2, draws=config.transformer_draws, x=tokens_of(config), seed=config.seed
+        )  # fmt: skip
+        yield from rows_of(f"random, width {width}", *found)
+    model, inputs = _encoder(config)
+    yield from rows_of("MiniLM-L6, pre-trained", *encoder_kernels(model, inputs))
+
+
+def tokens_of(config: Config) -> Tensor:
+    """Random inputs of the transformers, (inputs, 6, 32)."""
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    return torch.randn(config.inputs, 6, 32, generator=generator, dtype=torch.float64)
+
+
+class Headless(Transformer):
+    """A transformer whose readout is given, as a pre-trained model's head is left out of the comparison."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.readout.weight.requires_grad_(False)
+
+
+def _recipe(config: Config, draw: int, without: tuple[str, ...]) -> Recipe:
+    """NTK parametrisation, a multiplier everywhere but at some positions."""
+
+    class Everywhere(Recipe):
+        def chosen(self, positions):
+            return frozenset(positions) - set(without)
+
+    return Everywhere(generator=torch.Generator().manual_seed(1000 * config.seed + draw), sigma_w=2**0.5)
+
+
+def _finite(network: torch.nn.Module, x: Tensor) -> Kernels:
+    layers = ntk.layer_kernels(network, x, params="trainable", reduce="trace")
+    parameters = dict(network.named_parameters())
+    total = torch.zeros(len(x), len(x), dtype=torch.float64)
+    full, weights, multipliers = total, total, total
+    for name, kernel in layers.items():
+        if is_multiplier(name, parameters[name]):
+            multipliers = multipliers + kernel
+        else:
+            full = full + kernel
+            weights = weights + (kernel if parameters[name].ndim == 2 else 0)
+    return full, weights, multipliers
+
+
+@dataclass(frozen=True)
+class Weights(Method):
+    """Matrices and embeddings of the pre-trained body."""
+
+    prefix: str
+
+    def share(self, name: str, parameter: Tensor, module: torch.nn.Module, layer: str | None) -> float:
+        """All parameters of two axes, the head's aside."""
+        return float(parameter.ndim == 2 and name.startswith(self.prefix))
+
+
+@dataclass(frozen=True)
+class Body(Full):
+    """The pre-trained body without the head."""
+
+    prefix: str = ""
+
+    def share(self, name: str, parameter: Tensor, module: torch.nn.Module, layer: str | None) -> float:
+        """Everything in the body."""
+        return float(name.startswith(self.prefix))
+
+
+def _encoder(config: Config) -> tuple[Any, dict[str, Tensor]]:
+    data = load_task_data(config.task, data_dir=config.data_dir, seed=config.seed)
+    model, tokenizer = load_classifier(num_labels=data.task.num_labels, seed=config.seed)
+    rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
+    columns = {name: rows[name] for name in rows.column_names if name != "labels"}
+    return model, dict(tokenizer.pad(columns, return_tensors="pt"))
+
+
+def _pretrained(config: Config) -> Kernels:
+    model, inputs = _encoder(config)
+    prefix = f"{model.base_model_prefix}."
+    methods = {"full": Body(prefix), "weights": Weights(prefix), "propulsion": Propulsion(modules=f"{prefix}.*")}
+    kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
+    return kernels["full"].double(), kernels["weights"].double(), kernels["propulsion"].double()
+
+
+def run(config: Config) -> Result:
+    """Compute every case.
+
+    Raises:
+        UserError: numbers out of range, unusable data.
+    """
+    if min(config.inputs, config.draws, config.depth, config.transformer_draws) < 1:
+        raise UserError("expected at least one input, draw and layer")
+    if config.width < 2 or config.n_examples < 2 or config.inputs < 2:
+        raise UserError("expected a width, inputs and examples of at least 2")
+    if not config.transformer_widths or any(w < 2 or w % 2 for w in config.transformer_widths):
+        raise UserError(f"transformer widths must be even, for two heads; got {config.transformer_widths}")
+    start = time.time()
+    rows, arrays = [], {}
+    for name, where, compute in cases(config):
+        print(f"{name} ...", flush=True)
+        full, weights, propulsion = compute()
+        rows.append({
+            "case": name, "compared": where,
+            "literal": ntk.kernel_distance(full, propulsion),
+            "corrected": ntk.kernel_distance(weights, propulsion),
+            "best_scale": ntk.kernel_distance(full, propulsion, scaled=True),
+            "cka": ntk.cka(full, propulsion),
+            "trace_ratio": ntk.trace_ratio(full, propulsion),
+        })  # fmt: skip
+        key = name.replace(" ", "_").replace(",", "")
+        arrays |= {
+            f"{key}.full": full.numpy(),
+            f"{key}.weights": weights.numpy(),
+            f"{key}.propulsion": propulsion.numpy(),
+        }
+    print("transformers by position ...", flush=True)
+    by_position = list(positions(config))
+    measures = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
+    return Result(
+        analysis="theorem1",
+        config=asdict(config) | {"output_dir": str(config.output_dir), "data_dir": str(config.data_dir or "")},
+        seed=config.seed,
+        metrics=[
+            Metric(measure, row[measure], None, None, "", "initialisation", row["case"], "propulsion")
+            for row in rows for measure in measures
+        ],
+        tables={"cases": rows, "positions": by_position},
+        arrays=arrays,
+        model={"name": "random networks and the packaged encoder"},
+        dataset={"name": f"Gaussian inputs, {config.task}"},
+        environment=environment(),
+        seconds={"all": time.time() - start},
+        coverage={"full": "every parameter but a transformer's head", "weights": "matrices and embeddings",
+                  "propulsion": "a multiplier on every layer but the readout"},
+    )  # fmt: skip
+
+
+def summary(result: Result) -> str:
+    """One row a case."""
+    header = ["case", "compared", "|K_F - K_P| / |K_F|", "of the weights", "best scale", "CKA", "tr K_F / tr K_P"]
+    keys = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
+    cases_table = format_table(
+        header, [[r["case"], r["compared"], *(number(r[k]) for k in keys)] for r in result.tables["cases"]]
+    )
+    by_position = result.tables["positions"]
+    networks = list(dict.fromkeys(r["network"] for r in by_position))
+    found = {(r["network"], r["position"]): number(r["best_scale"]) for r in by_position}
+    rows = [[position, *(found[network, position] for network in networks)] for position in POSITIONS]
+    return f"{cases_table}\n\nbest scale, each position against its own weights\n\n" + format_table(
+        ["position", *networks], rows
+    )
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    print(f"\n{summary(result)}\n")
+    from figures.theorem1 import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(f"result and figures in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.theorem1", description=__doc__)))

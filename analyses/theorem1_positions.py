@@ -1,0 +1,81 @@
+"""Theorem 1 position by position of a transformer: each layer's multiplier against its own weights.
+
+docs/theory.md says that at random weights the two kernels agree, up to a width's fluctuation, wherever a layer's
+outputs meet no elementwise nonlinearity before the next random matrix: everywhere but before the feed-forward block's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ntk
+from ntk.adapters import Method, Propulsion, chosen
+from ntk.networks import Recipe, Transformer
+
+# Positions of ntk.networks.Transformer, and the modules of a BERT encoder that stand there.
+POSITIONS = {
+    "embedding": r".*embeddings\.word_embeddings",
+    "query": r".*\.self\.query",
+    "key": r".*\.self\.key",
+    "value": r".*\.self\.value",
+    "attention": r".*\.attention\.output\.dense",
+    "up": r".*\.intermediate\.dense",
+    "down": r".*\.\d+\.output\.dense",
+}
+
+
+@dataclass(frozen=True)
+class WeightsOf(Method):
+    """Full fine-tuning of the matrices of some modules."""
+
+    modules: str
+
+    def share(self, name: str, parameter: Tensor, module: torch.nn.Module, layer: str | None) -> float:
+        """The matrices."""
+        return float(name.endswith(".weight") and chosen(self.modules, name.removesuffix(".weight")))
+
+
+def transformer_kernels(
+    width: int, *, depth: int, draws: int, x: Tensor, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Kernels of the weights and of the multipliers of each position, summed over blocks, averaged over networks."""
+    weights: dict[str, Tensor] = {}
+    multipliers: dict[str, Tensor] = {}
+    for draw in range(draws):
+        recipe = Recipe(
+            generator=torch.Generator().manual_seed(1000 * seed + draw), sigma_w=2**0.5, multipliers="all"
+        )  # fmt: skip
+        network = Transformer(x.shape[2], width=width, depth=depth, recipe=recipe)
+        for name, kernel in ntk.layer_kernels(network, x, reduce="trace").items():
+            position = name.removesuffix(".multiplier.z").removesuffix(".weight").rpartition(".")[2]
+            if position in POSITIONS:
+                found = multipliers if name.endswith(".z") else weights
+                found[position] = found.get(position, torch.zeros_like(kernel)) + kernel / draws
+    return weights, multipliers
+
+
+def encoder_kernels(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same of a BERT encoder, in one pass."""
+    methods: dict[str, Method] = {}
+    for position, modules in POSITIONS.items():
+        methods |= {f"weights {position}": WeightsOf(modules), f"multipliers {position}": Propulsion(modules=modules)}
+    kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
+    parts = ({p: kernels[f"{kind} {p}"].double() for p in POSITIONS} for kind in ("weights", "multipliers"))
+    return next(parts), next(parts)
+
+
+def rows_of(network: str, weights: dict[str, Tensor], multipliers: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
+    """One row a position."""
+    for position in POSITIONS:
+        full, propulsion = weights[position], multipliers[position]
+        yield {
+            "network": network,
+            "position": position,
+            "literal": ntk.kernel_distance(full, propulsion),
+            "best_scale": ntk.kernel_distance(full, propulsion, scaled=True),
+            "cka": ntk.cka(full, propulsion),
+            "trace_ratio": ntk.trace_ratio(full, propulsion),
+        }

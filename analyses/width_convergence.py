@@ -1,0 +1,215 @@
+"""Do the kernels of finite networks reach their limits, how fast, and does the gap between them close?
+
+Random multilayer perceptrons of growing width, for every activation and in both parametrisations, against
+`ntk.infinite.mlp_kernels`. The error of both kernels should fall as 1/sqrt(width). Their gap over the hidden layers,
+K_P / k^2 - K_F of the layers that carry a multiplier, should stand still but for linear networks, while its fluctuation
+from one network to the next falls. In standard parametrisation the kernel of full fine-tuning grows with the width, and
+Propulsion's is the same as in NTK parametrisation.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.tables import format_table, interval, number
+from ntk.infinite import ACTIVATIONS, mlp_kernels
+from ntk.networks import MLP, PARAMETRIZATIONS, Recipe, is_multiplier
+from propulsion.errors import UserError, run_command
+
+
+@dataclass(frozen=True)
+class Config:
+    """Kernels of finite networks against their infinite-width limits."""
+
+    activations: tuple[str, ...] = tuple(ACTIVATIONS)
+    """Activations, of those that ntk.infinite knows."""
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
+    """Widths of the hidden layers."""
+    depth: int = 2
+    """Hidden layers."""
+    draws: int = 12
+    """Networks of the largest width; narrower ones get more in proportion, up to eight times as many."""
+    inputs: int = 4
+    """Random inputs, of 5 coordinates."""
+    degree: int = 1
+    """Propulsion's degree."""
+    sigma_w: float = 1.4
+    """Standard deviation of the weights."""
+    sigma_b: float = 0.3
+    """Standard deviation of the biases."""
+    confidence: float = 0.95
+    """Of the slopes' intervals, by bootstrap over networks."""
+    seed: int = 0
+    """Of the inputs, networks and resamples."""
+    output_dir: Path = Path("results/width_convergence")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+def run(config: Config) -> Result:
+    """Draw networks, compare their kernels with the limits, fit the slopes.
+
+    Raises:
+        UserError: numbers out of range, an unknown activation.
+    """
+    _check(config)
+    start = time.time()
+    generator = torch.Generator().manual_seed(config.seed)
+    x = torch.randn(config.inputs, 5, generator=generator, dtype=torch.float64)
+    rows, metrics = [], []
+    for activation in config.activations:
+        limit = mlp_kernels(
+            x, depth=config.depth, activation=activation, sigma_w=config.sigma_w, sigma_b=config.sigma_b,
+            degree=config.degree,
+        )  # fmt: skip
+        print(f"{activation} ...", flush=True)
+        for parametrization in PARAMETRIZATIONS:
+            found = {w: _kernels(x, w, activation, parametrization, config) for w in config.widths}
+            errors = {w: _errors(found[w], limit.ntk, limit.propulsion) for w in config.widths}
+            rows += [
+                _row(activation, parametrization, w, found[w], errors[w], limit, config.degree) for w in config.widths
+            ]
+            for name in ("full", "propulsion") if parametrization == "ntk" else ("propulsion",):
+                slope, low, high = _slope(config.widths, [errors[w][name] for w in config.widths], config)
+                label = f"{activation}, {parametrization}"
+                metrics.append(
+                    Metric("slope", slope, low, high, "per factor e of width", "initialisation", name, label)
+                )
+    return Result(
+        analysis="width_convergence",
+        config=asdict(config) | {"output_dir": str(config.output_dir)},
+        seed=config.seed,
+        metrics=metrics,
+        tables={"widths": rows},
+        arrays={"inputs": x.numpy()},
+        model={"name": f"multilayer perceptrons of {config.depth} hidden layers"},
+        dataset={"name": f"{config.inputs} Gaussian inputs"},
+        environment=environment(),
+        seconds={"all": time.time() - start},
+        coverage={"full": "every weight and bias", "propulsion": "a multiplier on every hidden layer"},
+    )
+
+
+def _kernels(x: Tensor, width: int, activation: str, parametrization: str, config: Config) -> Tensor:
+    """Kernels of full fine-tuning, of Propulsion, and of full fine-tuning of the hidden layers, (draws, 3, n, n)."""
+    found = []
+    for draw in range(config.draws * min(8, max(1, max(config.widths) // width))):
+        recipe = Recipe(
+            generator=torch.Generator().manual_seed(1000 * config.seed + draw),
+            sigma_w=config.sigma_w, sigma_b=config.sigma_b, parametrization=parametrization, multipliers="hidden",
+            degree=config.degree,
+        )  # fmt: skip
+        network = MLP(x.shape[1], width=width, depth=config.depth, activation=activation, recipe=recipe)
+        layers = _layer_kernels(network, x)
+        parameters = dict(network.named_parameters())
+        multipliers = [k for name, k in layers.items() if is_multiplier(name, parameters[name])]
+        full = {name: k for name, k in layers.items() if not is_multiplier(name, parameters[name])}
+        hidden = [k for name, k in full.items() if not name.startswith(f"layers.{config.depth}.")]
+        found.append(torch.stack([torch.stack(part).sum(0) for part in (list(full.values()), multipliers, hidden)]))
+    return torch.stack(found)
+
+
+def _layer_kernels(network: MLP, x: Tensor) -> dict[str, Tensor]:
+    """`ntk.layer_kernels` of a network of one output, from the plain Jacobian: much faster for many small networks."""
+    parameters = dict(network.named_parameters())
+    rows = [torch.autograd.grad(f, list(parameters.values()), retain_graph=True) for f in network(x)[:, 0]]
+    jacobians = (torch.stack([g.flatten() for g in gradients]) for gradients in zip(*rows, strict=True))
+    return {name: J @ J.T for name, J in zip(parameters, jacobians, strict=True)}
+
+
+def _errors(found: Tensor, full: Tensor, propulsion: Tensor) -> dict[str, np.ndarray]:
+    """Relative distance (Frobenius) of each network's kernels from the limits."""
+    return {
+        name: ((found[:, i] - limit).flatten(1).norm(dim=1) / limit.norm()).numpy()
+        for i, (name, limit) in enumerate((("full", full), ("propulsion", propulsion)))
+    }
+
+
+def _row(activation, parametrization, width, found, errors, limit, degree) -> dict[str, float | str]:
+    mean = found.mean(dim=0)
+    gaps = found[:, 1] / degree**2 - found[:, 2]
+    hidden = (limit.layers.weights + limit.layers.biases)[:-1].sum(0).norm()
+    return {
+        "activation": activation,
+        "parametrization": parametrization,
+        "width": width,
+        "error_full": _root_mean_square(errors["full"]),
+        "error_propulsion": _root_mean_square(errors["propulsion"]),
+        "gap": float(gaps.mean(0).norm() / hidden),
+        "gap_scatter": float((gaps - gaps.mean(0)).flatten(1).norm(dim=1).square().mean().sqrt() / hidden),
+        "gap_of_the_limits": float(limit.layers.gap.sum(0).norm() / hidden),
+        "trace_ratio": float(mean[0].trace() / mean[1].trace()),
+    }
+
+
+def _slope(widths: tuple[int, ...], errors: list[np.ndarray], config: Config) -> tuple[float, float, float]:
+    """Slope of log error over log width, with its bootstrap interval over the networks of each width."""
+    rng = np.random.default_rng(config.seed)
+
+    def fit(pick: Callable[[np.ndarray], np.ndarray]) -> float:
+        return float(np.polyfit(np.log(widths), np.log([_root_mean_square(pick(e)) for e in errors]), 1)[0])
+
+    resampled = [fit(lambda e: rng.choice(e, len(e))) for _ in range(500)]
+    side = (1 - config.confidence) / 2
+    low, high = np.quantile(resampled, [side, 1 - side])
+    return fit(lambda e: e), float(low), float(high)
+
+
+def _root_mean_square(values: np.ndarray) -> float:
+    return math.sqrt(float(np.mean(values**2)))
+
+
+def _check(config: Config) -> None:
+    if unknown := [a for a in config.activations if a not in ACTIVATIONS]:
+        raise UserError(f"unknown activation {unknown[0]!r}; there are {', '.join(ACTIVATIONS)}")
+    if len(config.widths) < 2 or min(config.widths) < 1 or config.draws < 2 or config.inputs < 2 or config.depth < 1:
+        raise UserError("expected at least two widths, two draws, two inputs and one hidden layer")
+    if not (config.sigma_w > 0 and config.sigma_b >= 0 and config.degree > 0):
+        raise UserError("expected sigma_w > 0, sigma_b >= 0 and degree > 0")
+
+
+def summary(result: Result) -> str:
+    """Slopes, and the gap at the largest width, by activation."""
+    rows = []
+    widest = max(result.config["widths"])
+    for activation in result.config["activations"]:
+        slopes = {
+            (m.left, m.right): interval(m.value, m.low, m.high)
+            for m in result.metrics
+            if m.right.startswith(f"{activation}, ")
+        }
+        last = next(
+            r for r in result.tables["widths"]
+            if (r["activation"], r["parametrization"], r["width"]) == (activation, "ntk", widest)
+        )  # fmt: skip
+        rows.append([
+            activation, slopes["full", f"{activation}, ntk"], slopes["propulsion", f"{activation}, ntk"],
+            number(last["gap"]), number(last["gap_of_the_limits"]),
+        ])  # fmt: skip
+    header = ["activation", "slope, K_F", "slope, K_P", f"gap at {widest}", "gap of the limits"]
+    return format_table(header, rows)
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    print(summary(result))
+    from figures.width_convergence import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(f"gaps relative to K_F of the hidden layers; intervals: {config.confidence:.0%}, over networks")
+    print(f"result and figures in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.width_convergence", description=__doc__)))

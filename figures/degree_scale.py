@@ -1,0 +1,110 @@
+"""The degree that matches the kernels' sizes, over width, depth and models, from a result folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analyses.results import Result, load_result
+from figures.style import PAGE_WIDTH, PALETTE, save, style
+from propulsion.errors import run_command
+
+PAPER_BEST = (25, 75)
+
+
+def draw(result: Result) -> Figure:
+    """k* over width and depth of random networks, over width of architectures, and of the pre-trained encoder."""
+    rows = result.tables["ratios"]
+    with style():
+        figure = Figure(figsize=(PAGE_WIDTH, 2.6), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(5, 5, 6))
+        _random_networks(left, [r for r in rows if r["kind"] == "random network"])
+        _architectures(middle, [r for r in rows if r["kind"] == "random architecture"])
+        _pretrained(right, [r for r in rows if r["kind"] == "pre-trained"])
+        left.set_ylabel("k* = (tr K_F / tr K_P(1))$^{1/2}$")
+        for axes in (left, middle, right):
+            axes.axhspan(*PAPER_BEST, color="0.92", zorder=0)
+            axes.set_yscale("log")
+            axes.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
+            axes.minorticks_off()
+        left.annotate("best degrees in the paper's ablation", (0.97, 0.5 * sum(PAPER_BEST) * 0.88), color="0.4",
+                      xycoords=("axes fraction", "data"), va="center", ha="right")  # fmt: skip
+    return figure
+
+
+def _random_networks(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for depth, color in zip(sorted({r["depth"] for r in rows}), PALETTE):
+        line = sorted((r for r in rows if r["depth"] == depth), key=lambda r: r["width"])
+        if len(line) > 1:
+            axes.plot([r["width"] for r in line], [r["expected"] for r in line], color="0.6", zorder=0)
+        _errorbar(axes, [r["width"] for r in line], line, color=color, label=f"depth {depth}")
+    _widths(axes, rows)
+    axes.set_title("ReLU networks (line: limit)")
+    axes.legend(loc="lower right", ncols=2, handletextpad=0.1, columnspacing=0.8)
+
+
+def _architectures(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for name, color in zip(sorted({r["model"] for r in rows}), PALETTE):
+        line = sorted((r for r in rows if r["model"] == name), key=lambda r: r["width"])
+        _errorbar(axes, [r["width"] for r in line], line, color=color, label=name)
+    if rows:
+        axes.axhline(rows[0]["expected"], color="0.6", linewidth=0.8, zorder=0)
+    _widths(axes, rows)
+    axes.set_title("Random weights (line: 1 / their std)")
+    axes.legend(loc="lower center", ncols=2, handletextpad=0.1, columnspacing=1)
+
+
+def _pretrained(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    places = np.arange(len(rows))
+    _errorbar(axes, places, rows, color=PALETTE[1], label="k*")
+    axes.plot(places, [r["expected"] for r in rows], "_", color="0.5", markersize=8, label="1 / rms weight")
+    degrees = [(i, r["paper_degree"]) for i, r in enumerate(rows) if r["paper_degree"]]
+    if degrees:
+        axes.plot(*zip(*degrees), "x", color=PALETTE[0], markersize=4, label="paper's degree")
+    names = [row["model"].split(", ") for row in rows]
+    axes.set_xticks(places, [task for _, task in names], rotation=90 if len(rows) > 5 else 0)
+    axes.set(xlim=(-0.6, len(rows) - 0.4), title="Pre-trained models")
+    for model in dict.fromkeys(model for model, _ in names):
+        own = [i for i, (other, _) in enumerate(names) if other == model]
+        axes.annotate(model, (np.mean(own), 0.97), xycoords=("data", "axes fraction"), ha="center", va="top")
+        if own[0]:
+            axes.axvline(own[0] - 0.5, color="0.6", linewidth=0.6)
+    axes.legend(loc="center right", bbox_to_anchor=(1.02, 0.66), handletextpad=0.1)
+
+
+def _errorbar(axes: Axes, x: Any, rows: list[dict[str, Any]], *, color: str, label: str) -> None:
+    y = np.array([r["matching_degree"] for r in rows])
+    ends = np.clip([y - [r["low"] for r in rows], [r["high"] for r in rows] - y], 0, None)
+    axes.errorbar(x, y, ends, fmt="o", markersize=3, linewidth=0.8, color=color, label=label)
+
+
+def _widths(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    widths = sorted({r["width"] for r in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(widths, [str(w) for w in widths])
+    axes.set_xlabel("width")
+
+
+def write(result: Result, folder: Path) -> list[Path]:
+    """Draw into a folder."""
+    return save(draw(result), folder, "degree_scale")
+
+
+def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
+    """Draw a degree_scale result again, as PNG and PDF.
+
+    Args:
+        result: Result folder, as written by python -m analyses.degree_scale.
+        output_dir: Where to write the figure; the result folder if not given.
+    """
+    for path in write(load_result(result, analysis="degree_scale"), output_dir or result):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(main, prog="python -m figures.degree_scale"))

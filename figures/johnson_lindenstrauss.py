@@ -1,0 +1,69 @@
+"""The tail and the variance of a random projection, drawn, bounded and exact, from a result folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from analyses.results import Result, load_result
+from figures.style import PAGE_WIDTH, PALETTE, save, style
+from propulsion.errors import run_command
+
+
+def draw(result: Result) -> Figure:
+    """Left: probability of an error of at least eps over d, at one rho. Right: d times the variance over rho."""
+    cells, rows, curves = (result.tables[name] for name in ("tail", "variance", "curves"))
+    rho = curves[0]["rho"]
+    with style():
+        figure = Figure(figsize=(PAGE_WIDTH, 2.5), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        floor = 1 / (3 * result.config["draws"])
+        epsilons = sorted({c["epsilon"] for c in cells})
+        for epsilon, color in zip(epsilons, PALETTE):
+            curve = [c for c in curves if c["epsilon"] == epsilon]
+            d = np.array([c["d"] for c in curve])
+            left.plot(d, [c["exact"] for c in curve], color=color, label=rf"$\varepsilon$ = {epsilon:g}")
+            left.plot(d, [c["bound"] for c in curve], color=color, linestyle="--", linewidth=0.9)
+            seen = [c for c in cells if (c["rho"], c["epsilon"]) == (rho, epsilon) and c["probability"] > 0]
+            p = np.array([c["probability"] for c in seen])
+            bars = [p - [c["lower"] for c in seen], [c["upper"] for c in seen] - p]
+            left.errorbar([c["d"] for c in seen], p, bars, color=color, fmt="o", markersize=2.5, linewidth=0.8)
+        left.set(xscale="log", yscale="log", ylim=(floor, 2), xlabel="dimension d",
+                 ylabel=r"Pr[ |S − ρ| ≥ ε ]", title=f"Tail at ρ = {rho:g}: exact, bound (dashed), drawn")  # fmt: skip
+        left.legend(loc="lower left")
+        fine = np.linspace(-1, 1, 101)
+        right.plot(fine, 1 + fine**2, color="0.3", label="exact, 1 + ρ²")
+        dimensions = sorted({r["d"] for r in rows})
+        for i, (d, color) in enumerate(zip(dimensions[:: max(1, len(dimensions) // 3)], PALETTE)):
+            line = [r for r in rows if r["d"] == d]
+            value = np.array([r["variance"] for r in line]) * d
+            ends = [d * np.array([r[end] for r in line]) for end in ("lower", "upper")]
+            bars = [value - ends[0], ends[1] - value]
+            x = np.array([r["rho"] for r in line]) + 0.02 * i
+            right.errorbar(x, value, bars, color=color, fmt="o", markersize=2.5, linewidth=0.8, label=f"d = {d}")
+        right.set(xlabel="inner product ρ", ylabel="d · Var[S]", title="Variance")
+        right.legend(loc="upper center")
+    return figure
+
+
+def write(result: Result, folder: Path) -> list[Path]:
+    """Draw into a folder."""
+    return save(draw(result), folder, "johnson_lindenstrauss")
+
+
+def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
+    """Draw a johnson_lindenstrauss result again, as PNG and PDF.
+
+    Args:
+        result: Result folder, as written by python -m analyses.johnson_lindenstrauss.
+        output_dir: Where to write the figure; the result folder if not given.
+    """
+    for path in write(load_result(result, analysis="johnson_lindenstrauss"), output_dir or result):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(main, prog="python -m figures.johnson_lindenstrauss"))

@@ -1,0 +1,101 @@
+"""Theorem 1, literal, corrected and up to scale, case by case and position by position, from a result folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analyses.results import Result, load_result
+from figures.style import PAGE_WIDTH, PALETTE, save, style
+from propulsion.errors import run_command
+
+EXACT = 1e-12
+LOOKS = {
+    "literal": ("all of full fine-tuning, as claimed", "o"),
+    "best_scale": ("the same, at the best single scale", "^"),
+    "corrected": ("full fine-tuning of the weights", "s"),
+}
+
+
+def draw(result: Result) -> Figure:
+    """Left: distance of K_P from three kernels of full fine-tuning, by case. Right: by position of transformers."""
+    rows = result.tables["cases"]
+    with style():
+        figure = Figure(figsize=(PAGE_WIDTH, 0.24 * len(rows) + 1.25), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(5, 4))
+        _cases(left, rows)
+        _positions(right, result.tables["positions"])
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=1)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, columnspacing=1)
+    return figure
+
+
+def _cases(axes: Axes, rows: list[dict]) -> None:
+    places = np.arange(len(rows))[::-1]
+    for (key, (words, marker)), color, size in zip(LOOKS.items(), PALETTE, (6.5, 4.5, 2.5)):
+        axes.plot(
+            [row[key] for row in rows], places, marker, color=color, markersize=size, fillstyle="none", label=words
+        )
+    for place, row in zip(places, rows):
+        if exact := [
+            words for key, words in (("literal", "claim"), ("corrected", "of the weights")) if row[key] < EXACT
+        ]:
+            text = "exact" if len(exact) == 2 else f"{exact[0]}: exact"
+            axes.annotate(text, (0.0, place), (9 if len(exact) == 2 else 4, 4), textcoords="offset points", color="0.4")
+    _lines(axes, places)
+    axes.set(xlim=(-0.04, 1.08), xlabel="relative distance of K_P, ‖K − K_P‖ / ‖K‖")
+    where = [row["case"] + ("" if "," in row["case"] else f", {row['compared']}") for row in rows]
+    axes.set_yticks(places, where)
+    axes.set_title("From full fine-tuning, by case")
+
+
+def _positions(axes: Axes, rows: list[dict]) -> None:
+    positions = list(dict.fromkeys(row["position"] for row in rows))
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    places = np.arange(len(positions))[::-1]
+    drawn = [network for network in networks if network.startswith("random")]
+    shades = dict(zip(drawn, np.linspace(0.75, 0.0, len(drawn))))
+    for network in networks:
+        values = {row["position"]: row["best_scale"] for row in rows if row["network"] == network}
+        random = network in shades
+        axes.plot(
+            [values[p] for p in positions], places, "o" if random else "*", markersize=4 if random else 7,
+            color=str(shades[network]) if random else PALETTE[1], label=network,
+        )  # fmt: skip
+    _lines(axes, places)
+    axes.set_yticks(places, positions)
+    axes.set(xscale="log", xlabel="relative distance at the best scale")
+    axes.set_xticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+    axes.minorticks_off()
+    axes.set_title("From the layer's own weights, by position")
+
+
+def _lines(axes: Axes, places: np.ndarray) -> None:
+    for place in places:
+        axes.axhline(place, color="0.9", linewidth=0.6, zorder=0)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(-0.6, len(places) - 0.4)
+
+
+def write(result: Result, folder: Path) -> list[Path]:
+    """Draw into a folder."""
+    return save(draw(result), folder, "theorem1")
+
+
+def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
+    """Draw a theorem1 result again, as PNG and PDF.
+
+    Args:
+        result: Result folder, as written by python -m analyses.theorem1.
+        output_dir: Where to write the figure; the result folder if not given.
+    """
+    for path in write(load_result(result, analysis="theorem1"), output_dir or result):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(main, prog="python -m figures.theorem1"))

@@ -1,0 +1,77 @@
+"""Finite networks against their limits: errors, the gap, and the kernels' sizes over width, from a result folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from analyses.results import Result, load_result
+from figures.style import PAGE_WIDTH, PALETTE, save, style
+from propulsion.errors import run_command
+
+MARKERS = "osD^v<>"
+SHOWN = ("linear", "relu", "erf", "gelu")
+"""Activations of the middle panel, which more would crowd."""
+
+
+def draw(result: Result) -> Figure:
+    """Error of K_P over width; gap of K_P and K_F, and its scatter; tr K_F / tr K_P in both parametrisations."""
+    rows, activations = result.tables["widths"], result.config["activations"]
+    widths = np.array(result.config["widths"])
+
+    def column(name: str, activation: str, parametrization: str = "ntk") -> np.ndarray:
+        chosen = [r for r in rows if (r["activation"], r["parametrization"]) == (activation, parametrization)]
+        return np.array([r[name] for r in sorted(chosen, key=lambda r: r["width"])])
+
+    with style():
+        figure = Figure(figsize=(PAGE_WIDTH, 2.7), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        for activation, color, marker in zip(activations, PALETTE, MARKERS):
+            look = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1}
+            left.plot(widths, column("error_propulsion", activation), label=activation.replace("_", " "), **look)
+            if activation in SHOWN:
+                middle.plot(widths, column("gap", activation), **look)
+                middle.plot(widths, column("gap_scatter", activation), **look, linestyle="--")
+                middle.axhline(column("gap_of_the_limits", activation)[0], color=color, linewidth=0.6, linestyle=":")
+            right.plot(widths, column("trace_ratio", activation), **look)
+            right.plot(widths, column("trace_ratio", activation, "standard"), **look, linestyle="--")
+        reference = max(column("error_propulsion", a)[0] for a in activations) * 1.3
+        end = reference * np.sqrt(widths[0] / widths[-1])
+        left.plot(widths[[0, -1]], [reference, end], color="0.6", linewidth=0.8, zorder=0)
+        left.annotate("∝ width$^{-1/2}$", (0.97, 0.95), xycoords="axes fraction", color="0.4", ha="right", va="top")
+        for axes in (left, middle, right):
+            axes.set(xscale="log", yscale="log", xlabel="width")
+            axes.set_xticks(widths, [str(w) for w in widths])
+            axes.minorticks_off()
+        for axes in (left, middle):
+            low, high = axes.get_ylim()
+            axes.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0.02", "0.05", "0.1", "0.2", "0.5", "1"])
+            axes.set_ylim(max(0.01, low), high)
+        left.set(ylabel="relative error", title="Propulsion's kernel and its limit")
+        middle.set(ylabel="relative to K_F of the hidden layers", title="Gap (solid), its scatter (dashed)")
+        right.set(ylabel="tr K_F / tr K_P", title="Sizes: NTK (solid), standard (dashed)")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(activations))
+    return figure
+
+
+def write(result: Result, folder: Path) -> list[Path]:
+    """Draw into a folder."""
+    return save(draw(result), folder, "width_convergence")
+
+
+def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
+    """Draw a width_convergence result again, as PNG and PDF.
+
+    Args:
+        result: Result folder, as written by python -m analyses.width_convergence.
+        output_dir: Where to write the figure; the result folder if not given.
+    """
+    for path in write(load_result(result, analysis="width_convergence"), output_dir or result):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(main, prog="python -m figures.width_convergence"))

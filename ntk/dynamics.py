@@ -1,0 +1,315 @@
+"""What a kernel predicts of training: regression, gradient flow, the linearised model, and how lazy training was.
+
+While a network's tangent features stay as they were, training it on a loss L(f) by gradient flow is, in the outputs
+alone, df/dt = -K dL/df (Jacot, Gabriel and Hongler 2018; Lee et al. 2019, eq. 7). Outputs f and targets y are
+``(n, c)``; kernels ``(n1, n2, c, c)``, or ``(n1, n2)`` for outputs that share one. Losses are sums over examples,
+(1/2) |f - y|^2 or the cross-entropy: with a mean over n in its place, time runs n times slower. Float64 throughout.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.integrate import solve_ivp
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from ntk.functional import ParameterChoice, select_parameters
+from ntk.kernels import Kernel, flatten
+
+# Eigenvalues of a symmetric kernel may be this far below zero, relative to the largest, by rounding of its entries.
+NEGATIVE = 1e-6
+# Singular below this, relative to the largest eigenvalue: the coefficients would be made of rounding.
+SINGULAR = 1e-13
+
+
+class Spectrum:
+    """Eigenvalues and eigenvectors of a training kernel, from which everything for squared loss follows.
+
+    Attributes:
+        values: ``(rows,)``, ascending; those within ``rounding`` of 0, or below, are 0.
+        vectors: ``(rows, rows)``.
+        rounding: what an eigenvalue is known to, rows times the machine's epsilon times the largest.
+        outputs: c of the kernel, or None for a kernel that all outputs share.
+
+    Raises:
+        ValueError: the kernel is not square, not symmetric, or not positive semi-definite.
+    """
+
+    def __init__(self, kernel: Kernel):
+        """Decompose: cost (n c)^3."""
+        if kernel.ndim not in (2, 4) or kernel.shape[0] != kernel.shape[1]:
+            raise ValueError(f"expected a square kernel (n, n) or (n, n, c, c); got {tuple(kernel.shape)}")
+        K = flatten(kernel).double()
+        size = float(K.abs().max())
+        if not math.isfinite(size) or float((K - K.T).abs().max()) > NEGATIVE * size:
+            raise ValueError("expected a symmetric kernel of finite entries; it is that of the training examples")
+        values, self.vectors = torch.linalg.eigh((K + K.T) / 2)
+        if float(values[0]) < -NEGATIVE * float(values[-1]):
+            raise ValueError(
+                f"expected a positive semi-definite kernel; its eigenvalues go from {float(values[0]):.3g} to "
+                f"{float(values[-1]):.3g}"
+            )
+        self.rounding = len(values) * torch.finfo(torch.float64).eps * float(values[-1])
+        self.values = torch.where(values > self.rounding, values, 0.0)
+        self.outputs = kernel.shape[2] if kernel.ndim == 4 else None
+
+    def rows(self, f: Float[Tensor, "n c"]) -> Float[Tensor, "rows columns"]:
+        """Outputs as columns that the kernel's matrix multiplies.
+
+        Raises:
+            ValueError: they do not fit the kernel.
+        """
+        f = f.double()
+        n = len(self.values) if self.outputs is None else len(self.values) // self.outputs
+        if f.ndim != 2 or len(f) != n or self.outputs not in (None, f.shape[1]):
+            raise ValueError(f"expected outputs (n, c) of {n} examples, as the kernel's; got {tuple(f.shape)}")
+        return f if self.outputs is None else f.reshape(-1, 1)
+
+    def apply(self, function: Tensor, rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """V diag(function) V^T rows."""
+        return self.vectors @ (function[:, None] * (self.vectors.T @ rows))
+
+
+def kernel_regression(
+    kernel: Kernel,
+    targets: Float[Tensor, "n c"],
+    initial: Float[Tensor, "_ _"] | None = None,
+    *,
+    cross: Kernel | None = None,
+    initial_cross: Float[Tensor, "m c"] | None = None,
+    ridge: int | float = 0.0,
+) -> Float[Tensor, "m c"]:
+    """Where gradient flow on squared loss ends: f(x) = f_0(x) + K(x, X) (K + ridge I)^-1 (y - f_0(X)).
+
+    Args:
+        kernel: of the n training examples.
+        targets: y.
+        initial: f_0(X); 0 if None.
+        cross: kernel of m new inputs (rows) against the training examples; None for the training examples themselves.
+        initial_cross: f_0 of the new inputs; 0 if None.
+        ridge: penalty on the distance of the parameters from their start, (ridge / 2) |theta - theta_0|^2.
+
+    Raises:
+        ValueError: shapes that do not fit, a kernel that is not positive semi-definite, a negative ridge; a singular
+            kernel without ridge, where new inputs' outputs are not determined to any digit.
+    """
+    spectrum = Spectrum(kernel)
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge must be at least 0; got {ridge}")
+    shifted = spectrum.values + ridge
+    if cross is not None and float(shifted[0]) <= SINGULAR * float(shifted[-1]):
+        raise ValueError(
+            f"the kernel is singular (eigenvalues from {float(shifted[0]):.3g} to {float(shifted[-1]):.3g}): examples "
+            "repeat or parameters are fewer than outputs; give a ridge, such as 1e-8 times its trace"
+        )
+    f0, y = _start(targets, initial), targets.double()
+    residual = spectrum.rows(y - f0)
+    if cross is None:
+        share = spectrum.values / shifted.clamp_min(torch.finfo(torch.float64).tiny)
+        return f0 + spectrum.apply(share, residual).reshape(f0.shape)
+    return _at_new(cross, spectrum.apply(1 / shifted, residual), y.shape[1], initial_cross)
+
+
+def gradient_flow(
+    kernel: Kernel,
+    targets: Float[Tensor, "n c"],
+    initial: Float[Tensor, "_ _"] | None = None,
+    *,
+    times: Sequence[float] | Float[Tensor, "times"],
+    cross: Kernel | None = None,
+    initial_cross: Float[Tensor, "m c"] | None = None,
+) -> Float[Tensor, "times m c"]:
+    """Outputs at the given times on squared loss: f_t(X) = y + exp(-K t) (f_0 - y) (Lee et al. 2019, eq. 8, 9).
+
+    On new inputs f_t(x) = f_0(x) + K(x, X) K^-1 (I - exp(-K t)) (y - f_0). A singular kernel needs no inverse: nothing
+    moves along an eigenvector of eigenvalue 0, and K(x, X) is 0 on it. Eigenvalues within rounding of 0 are taken as 0,
+    or else time would amplify the rounding. Steps of gradient descent at rate r are times r, 2 r, ... as r goes to 0.
+    Arguments as in :func:`kernel_regression`.
+
+    Raises:
+        ValueError: as there, and for negative times.
+    """
+    spectrum = Spectrum(kernel)
+    f0, y = _start(targets, initial), targets.double()
+    residual = spectrum.rows(y - f0)
+    results = []
+    for t in _times(times):
+        moved = -torch.expm1(-spectrum.values * t)
+        if cross is None:
+            results.append(f0 + spectrum.apply(moved, residual).reshape(f0.shape))
+        else:
+            weights = torch.where(spectrum.values > spectrum.rounding, moved / spectrum.values, 0.0)
+            results.append(_at_new(cross, spectrum.apply(weights, residual), y.shape[1], initial_cross))
+    return torch.stack(results)
+
+
+def cross_entropy_flow(
+    kernel: Kernel,
+    labels: Tensor,
+    initial: Float[Tensor, "n c"],
+    *,
+    times: Sequence[float] | Float[Tensor, "times"],
+    cross: Kernel | None = None,
+    initial_cross: Float[Tensor, "m c"] | None = None,
+    tolerance: float = 1e-8,
+) -> Float[Tensor, "times m c"]:
+    """Logits at the given times on cross-entropy: df/dt = K (y - softmax(f)), y the labels' indicator vectors.
+
+    One equation in the coefficients, da/dt = y - softmax(f_0 + K a), serves training and new inputs: f_t = f_0 + K a.
+    Arguments as in :func:`kernel_regression`, and:
+
+    Args:
+        labels: ``(n,)`` classes, or ``(n, c)`` probabilities.
+        initial: f_0(X), which says how many classes there are.
+        tolerance: relative, of the integrator (LSODA, which copes with stiffness).
+
+    Raises:
+        ValueError: as :func:`gradient_flow`; labels that do not fit.
+        ArithmeticError: the integrator gave up, with its reason.
+    """
+    spectrum = Spectrum(kernel)
+    f0 = initial.double()
+    spectrum.rows(f0)
+    y = labels.double() if labels.ndim == 2 else nn.functional.one_hot(labels.long(), f0.shape[1]).double()
+    if y.shape != f0.shape:
+        raise ValueError(
+            f"expected labels (n,) or probabilities (n, c) for logits {tuple(f0.shape)}; got {tuple(labels.shape)}"
+        )
+    K = flatten(kernel).double()
+    rows = (len(K), -1)
+    instants = _times(times)
+
+    def slope(_: float, a: np.ndarray) -> np.ndarray:
+        f = f0 + (K @ torch.from_numpy(a).reshape(rows)).reshape(f0.shape)
+        return (y - torch.softmax(f, dim=1)).flatten().numpy()
+
+    end = max([*instants, 0.0])
+    a = np.zeros((f0.numel(), len(instants)))
+    if end > 0:
+        order = np.unique([t for t in instants if t > 0])
+        solved = solve_ivp(
+            slope, (0.0, end), np.zeros(f0.numel()), "LSODA", order, rtol=tolerance, atol=tolerance * 1e-3
+        )
+        if not solved.success:
+            raise ArithmeticError(f"the flow could not be integrated: {solved.message}")
+        place = {t: i for i, t in enumerate(order)}
+        for i, t in enumerate(instants):
+            a[:, i] = solved.y[:, place[t]] if t > 0 else 0.0
+    coefficients = [torch.from_numpy(a[:, i].copy()).reshape(rows) for i in range(len(instants))]
+    if cross is None:
+        return torch.stack([f0 + (K @ column).reshape(f0.shape) for column in coefficients])
+    return torch.stack([_at_new(cross, column, f0.shape[1], initial_cross) for column in coefficients])
+
+
+class Linearized(nn.Module):
+    """The first-order expansion of a model about its present parameters, f(x; theta_0) + J(x) delta, to be trained.
+
+    Attributes:
+        delta: one trainable parameter for each of the chosen, by the same number as in ``names``; all start at 0.
+
+    Cost: one forward pass of two (``torch.func.jvp``). Training it by gradient descent is training by its kernel,
+    exactly (Lee et al. 2019, eq. 5).
+    """
+
+    def __init__(self, model: nn.Module, params: ParameterChoice = "all"):
+        """Expand about the parameters as they are now; the model, in evaluation mode, is used and not changed.
+
+        Args:
+            model: any module; what it is called with, this module is called with.
+            params: which parameters move, as in :func:`ntk.empirical_ntk`.
+        """
+        super().__init__()
+        chosen = select_parameters(model, params)
+        self.names = list(chosen)
+        self.delta = nn.ParameterList([torch.zeros_like(p) for p in chosen.values()])
+        # Not a submodule: its parameters are none of this module's.
+        self._model = [model.eval()]
+        self._start = {name: p.clone() for name, p in chosen.items()}
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """The linearised outputs: the model's tensor, or its ``logits``."""
+
+        def outputs(chosen: dict[str, Tensor]) -> Tensor:
+            found = functional_call(self._model[0], chosen, args, kwargs)
+            return found if isinstance(found, Tensor) else found.logits
+
+        directions = dict(zip(self.names, self.delta, strict=True))
+        value, slope = jvp(outputs, (self._start,), (directions,))  # pyright: ignore[reportAssignmentType]
+        return value + slope
+
+
+def sign_gradient_kernel(
+    jacobian: Float[Tensor, "n1 c p"], jacobian2: Float[Tensor, "n2 c p"] | None = None
+) -> Float[Tensor, "n1 n2 c c"]:
+    """<grad f_a(x), sign(grad f_b(x'))>: how a step of sign descent on x' moves x (Malladi et al. 2023, def. 3.4).
+
+    Adam's first steps are sign descent, so that this and not the tangent kernel tells of them. It is not symmetric, and
+    scaling the network leaves its columns' direction alone.
+
+    Args:
+        jacobian: grad f of the rows, parameters flattened.
+        jacobian2: of the columns; the rows' own if None.
+    """
+    other = jacobian if jacobian2 is None else jacobian2
+    return torch.einsum("iap,jbp->ijab", jacobian, other.sign())
+
+
+def relative_drift(now: Float[Tensor, "..."], start: Float[Tensor, "..."]) -> float:
+    """|A_t - A_0| / |A_0| (Frobenius), of kernels, Jacobians or parameters: small where training was lazy.
+
+    Raises:
+        ValueError: shapes differ, or the start is 0.
+    """
+    if now.shape != start.shape:
+        raise ValueError(f"expected two tensors of one shape; got {tuple(now.shape)} and {tuple(start.shape)}")
+    size = float(start.double().norm())
+    if not size:
+        raise ValueError("drift relative to a start of 0 is not defined")
+    return float((now.double() - start.double()).norm()) / size
+
+
+def linearization_error(
+    outputs: Float[Tensor, "n c"], linearized: Float[Tensor, "n c"], initial: Float[Tensor, "n c"]
+) -> float:
+    """|f_t - f_t^lin| / |f_t - f_0|: the share of the outputs' movement that the linearised model does not explain.
+
+    Raises:
+        ValueError: shapes differ, or the outputs did not move.
+    """
+    moved = float((outputs.double() - initial.double()).norm())
+    if not moved:
+        raise ValueError("the outputs did not move: there is nothing to explain")
+    return float((outputs.double() - linearized.double()).norm()) / moved
+
+
+def _start(targets: Tensor, initial: Tensor | None) -> Tensor:
+    if initial is None:
+        return torch.zeros_like(targets, dtype=torch.float64)
+    if initial.shape != targets.shape:
+        raise ValueError(f"expected targets and initial outputs of one shape; got {targets.shape} and {initial.shape}")
+    return initial.double()
+
+
+def _at_new(cross: Kernel, coefficients: Tensor, c: int, initial: Tensor | None) -> Tensor:
+    K = flatten(cross).double()
+    if K.shape[1] != len(coefficients):
+        raise ValueError(
+            f"expected a cross kernel of new inputs against the {len(coefficients)} rows of the training kernel; got "
+            f"{tuple(cross.shape)}"
+        )
+    moved = (K @ coefficients).reshape(-1, c)
+    if initial is None:
+        return moved
+    if initial.shape != moved.shape:
+        raise ValueError(f"expected initial outputs {tuple(moved.shape)} of the new inputs; got {tuple(initial.shape)}")
+    return initial.double() + moved
+
+
+def _times(times: Sequence[float] | Tensor) -> list[float]:
+    found = [float(t) for t in times]
+    if not found or not all(math.isfinite(t) and t >= 0 for t in found):
+        raise ValueError(f"times must be finite and at least 0; got {found}")
+    return found

@@ -1,0 +1,92 @@
+"""Closed forms of the three expectations, activation by activation: functions of :class:`~ntk.infinite.gaussian.Pairs`.
+
+Below (h, h') have variances q, q', covariance c, correlation rho and angle theta = arccos(rho).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ntk.infinite.gaussian import Moments, Pairs
+
+
+def linear(pairs: Pairs) -> Moments:
+    """phi(h) = h: the expectations are c, 1 and c."""
+    return Moments(pairs.cov, torch.ones_like(pairs.cov), pairs.cov)
+
+
+def linear_complements(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """1 - rho and 1 + rho of (h, h')."""
+    return pairs.minus, pairs.plus
+
+
+def leaky_relu(pairs: Pairs, slope: float) -> Moments:
+    """phi(h) = max(h, 0) + slope min(h, 0); slope 0 is ReLU (Cho and Saul 2009, arc-cosine kernels of order 1 and 0).
+
+    E[phi phi']    = slope c + (1 - slope)^2 sqrt(q q') (sin(theta) + (pi - theta) rho) / (2 pi)
+    E[phi' phi']   = slope + (1 - slope)^2 (pi - theta) / (2 pi)
+    E[h h' phi' phi'] = E[phi phi'],  since h phi'(h) = phi(h)
+    """
+    coangle, weight = pairs.coangle, (1 - slope) ** 2 / (2 * math.pi)
+    product = slope * pairs.cov + weight * (pairs.scale * pairs.sine + coangle * pairs.cov)
+    return Moments(product, slope + weight * coangle, product)
+
+
+def leaky_relu_complements(pairs: Pairs, slope: float) -> tuple[Tensor, Tensor]:
+    """1 -+ the correlation of (phi(h), phi(h')), from the odd and even parts of phi, s h + t |h|.
+
+    The correlation of |h| and |h'| is (2/pi)(sin(a) + (pi/2 - a) cos(a)) with a the angle's acute representative, so 1
+    minus it is (1 - cos(a)) - (2/pi)(sin(a) - a cos(a)) with 1 - cos(a) = min(1 - rho, 1 + rho) known accurately.
+    """
+    s, t = ((1 + slope) / 2) ** 2, ((1 - slope) / 2) ** 2
+    versine = torch.minimum(pairs.minus, pairs.plus)
+    acute = 2 * torch.atan2(versine.sqrt(), (2 - versine).sqrt())
+    even = (versine - (2 / math.pi) * (pairs.sine - acute * (1 - versine))).clamp(min=0)
+    return (s * pairs.minus + t * even) / (s + t), (s * pairs.plus + t * (2 - even)) / (s + t)
+
+
+def erf(pairs: Pairs) -> Moments:
+    """phi = erf (Williams 1996). With Delta = (1 + 2 q)(1 + 2 q') - 4 c^2,
+
+        E[phi phi']       = (2/pi) arctan(2 c / sqrt(Delta))
+        E[phi' phi']      = (4/pi) Delta^(-1/2)
+        E[h h' phi' phi'] = (4/pi) c Delta^(-3/2)
+
+    The last is the Gaussian integral of h h' exp(-h^2 - h'^2), whose covariance is (Sigma^-1 + 2)^-1.
+    """
+    delta = 1 + 2 * (pairs.q1 + pairs.q2) + 4 * pairs.determinant
+    root = delta.sqrt()
+    slopes = (4 / math.pi) / root
+    return Moments((2 / math.pi) * torch.atan2(2 * pairs.cov, root), slopes, slopes * pairs.cov / delta)
+
+
+def gelu(pairs: Pairs) -> Moments:
+    """phi(h) = h Phi(h), Phi the normal distribution function (E[phi phi']: Tsuchida et al. 2021).
+
+    With det = q q' - c^2 and Delta = (1 + q)(1 + q') - c^2,
+
+        E[phi phi']  = c/4 + (1/2pi) [ (c^2 + q q' Delta) / ((1 + q)(1 + q') sqrt(Delta)) + c arctan(c / sqrt(Delta)) ]
+        E[phi' phi'] = 1/4 + (1/2pi) [ arctan(c / sqrt(Delta))
+                                       + c/sqrt(Delta) (1/Delta + (1 - q q') / ((1 + q)(1 + q')) + 1) ]
+
+    phi'(h) = Phi + h N with N the normal density, so E[h h' phi' phi'] has four terms: E[phi phi'], E[h^2 N h' Phi']
+    and its mirror, and E[h^2 N h'^2 N']. Each N tilts the Gaussian; Stein's lemma does the rest:
+
+        E[h^2 N h' Phi']    = (1/(2 pi sqrt(Delta))) [ q (q' + det)/(1 + q)^2 + c^2 (1/Delta + 1/(1 + q)) / (1 + q) ]
+        E[h^2 N h'^2 N']    = (1/(2 pi Delta^(5/2))) [ (q + det)(q' + det) + 2 c^2 ]
+    """
+    q1, q2, c, det = pairs.q1, pairs.q2, pairs.cov, pairs.determinant
+    one1, one2 = 1 + q1, 1 + q2
+    delta = 1 + q1 + q2 + det
+    root = delta.sqrt()
+    angle = torch.atan2(c, root)
+    product = c / 4 + ((c**2 + q1 * q2 * delta) / (one1 * one2 * root) + c * angle) / (2 * math.pi)
+    slopes = 1 / 4 + (angle + c / root * (1 / delta + (1 - q1 * q2) / (one1 * one2) + 1)) / (2 * math.pi)
+    one_sided = (
+        q1 * (q2 + det) / one1**2
+        + q2 * (q1 + det) / one2**2
+        + c**2 * ((1 / delta + 1 / one1) / one1 + (1 / delta + 1 / one2) / one2)
+    )
+    two_sided = ((q1 + det) * (q2 + det) + 2 * c**2) / delta**2
+    return Moments(product, slopes, product + (one_sided + two_sided) / (2 * math.pi * root))

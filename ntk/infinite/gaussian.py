@@ -1,0 +1,149 @@
+"""Pairs of jointly Gaussian pre-activations, and the three expectations of an activation over them."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """(h, h') ~ N(0, [[q1, cov], [cov, q2]]) for many pairs at once; all fields broadcast together.
+
+    The correlation rho is held as ``minus`` = 1 - rho and ``plus`` = 1 + rho, each with its own relative accuracy: an
+    angle found by arccos(rho) loses half of the digits where rho is near 1 or -1, which is where deep networks live.
+    Where a variance is 0 the correlation is taken as 0; it is then multiplied by 0 in whatever a network outputs.
+    """
+
+    q1: Float[Tensor, "..."]
+    q2: Float[Tensor, "..."]
+    cov: Float[Tensor, "..."]
+    minus: Float[Tensor, "..."]
+    plus: Float[Tensor, "..."]
+
+    @property
+    def scale(self) -> Tensor:
+        """sqrt(q1 q2), the covariance of a perfectly correlated pair."""
+        return self.q1.sqrt() * self.q2.sqrt()
+
+    @property
+    def sine(self) -> Tensor:
+        """sin of the angle between h and h': sqrt((1 - rho)(1 + rho))."""
+        return (self.minus * self.plus).sqrt()
+
+    @property
+    def coangle(self) -> Tensor:
+        """pi - arccos(rho), by half angles (Kahan): accurate from 0 to pi."""
+        return 2 * torch.atan2(self.plus.sqrt(), self.minus.sqrt())
+
+    @property
+    def determinant(self) -> Tensor:
+        """q1 q2 - cov^2, without the cancellation."""
+        return self.q1 * self.q2 * (self.minus * self.plus)
+
+    @property
+    def same(self) -> Tensor:
+        """Where h and h' are one variable up to rounding: rho = 1 and equal variances."""
+        return (self.minus < 1e-28) & ((self.q1 - self.q2).abs() <= 1e-14 * self.q1)
+
+
+class Moments(NamedTuple):
+    """The expectations that decide the kernels of one layer.
+
+    Attributes:
+        product: E[phi(h) phi(h')], of the network's own covariance.
+        slopes: E[phi'(h) phi'(h')], of full fine-tuning.
+        propulsion: E[h h' phi'(h) phi'(h')], of Propulsion.
+    """
+
+    product: Tensor
+    slopes: Tensor
+    propulsion: Tensor
+
+
+def diagonal(q: Tensor) -> Pairs:
+    """The pairs (h, h), h ~ N(0, q)."""
+    return Pairs(q, q, q, torch.zeros_like(q), torch.where(q > 0, 2.0, 1.0).to(q))
+
+
+def pairs_of_rows(a: Float[Tensor, "n1 d"], b: Float[Tensor, "n2 d"], *, symmetric: bool = False) -> Pairs:
+    """The pairs whose covariance is ``a @ b.T``; with ``symmetric``, b is a. Cost n1 n2 d."""
+    q1, q2 = (a * a).sum(1, keepdim=True), (b * b).sum(1, keepdim=True).T
+    cov = a @ b.T
+    if symmetric:
+        cov = (cov + cov.T) / 2
+        cov.diagonal().copy_(q1[:, 0])
+    u, v = (torch.nan_to_num(x / x.norm(dim=1, keepdim=True), nan=0.0) for x in (a, b))
+    rho = u @ v.T
+    minus, plus = _half_square(1 - rho, u, v), _half_square(1 + rho, u, -v)
+    if symmetric:
+        minus, plus = (minus + minus.T) / 2, (plus + plus.T) / 2
+    return Pairs(q1, q2, cov, *_without_variance(q1, q2, minus, plus))
+
+
+def next_pairs(
+    pairs: Pairs,
+    moments: Moments,
+    own1: Tensor,
+    own2: Tensor,
+    sigma_w: float,
+    sigma_b: float,
+    complements: tuple[Tensor, Tensor] | None,
+) -> Pairs:
+    """The pairs of the next layer: covariance sigma_w^2 E[phi phi'] + sigma_b^2, correlation with its own accuracy.
+
+    With a, a' the standard deviations of sigma_w phi(h) and sigma_w phi(h'), kappa their correlation, N^2 = a^2 +
+    sigma_b^2 and N'^2 likewise,
+
+        N N' (1 - rho) = sigma_b^2 (a - a')^2 / (N N' + a a' + sigma_b^2) + a a' (1 - kappa)
+        N N' (1 + rho) = (N N' - a a') + sigma_b^2 + a a' (1 + kappa)
+
+    sums of non-negative terms. ``complements`` is (1 - kappa, 1 + kappa) where the activation knows them accurately.
+    Otherwise they are found from the moments with an absolute error of rounding size, which the kernels of a smooth
+    activation forgive, and set to 0 where h and h' are one variable.
+    """
+    b2 = sigma_b**2
+    a1, a2 = sigma_w * own1.sqrt(), sigma_w * own2.sqrt()
+    q1, q2 = a1**2 + b2, a2**2 + b2
+    aa, nn = a1 * a2, q1.sqrt() * q2.sqrt()
+    if complements is None:
+        kappa = torch.nan_to_num(sigma_w**2 * moments.product / aa, nan=0.0).clamp(-1, 1)
+        complements = torch.where(pairs.same, torch.zeros_like(kappa), 1 - kappa), 1 + kappa
+    minus = (b2 * (a1 - a2) ** 2 / (nn + aa + b2) + aa * complements[0]) / nn
+    plus = (b2 * (q1 + a2**2) / (nn + aa) + b2 + aa * complements[1]) / nn
+    cov = sigma_w**2 * moments.product + b2
+    return Pairs(q1, q2, cov, *_without_variance(q1, q2, minus.clamp(0, 2), plus.clamp(0, 2)))
+
+
+def sum_of_pairs(a: Pairs, b: Pairs) -> Pairs:
+    """The pairs of h + g for independent pairs of h and of g, the correlation with its own accuracy.
+
+    With s = sqrt(q_h q_h'), t = sqrt(q_g q_g') and N N' the root of the product of the sums' variances,
+
+        N N' (1 -+ rho) = (N N' - s - t) + s (1 -+ rho_h) + t (1 -+ rho_g)
+        N N' - s - t = (sqrt(q_h q_g') - sqrt(q_g q_h'))^2 / (N N' + s + t)
+    """
+    q1, q2 = a.q1 + b.q1, a.q2 + b.q2
+    nn = q1.sqrt() * q2.sqrt()
+    rest = ((a.q1 * b.q2).sqrt() - (b.q1 * a.q2).sqrt()) ** 2 / (nn + a.scale + b.scale)
+    minus = (rest + a.scale * a.minus + b.scale * b.minus) / nn
+    plus = (rest + a.scale * a.plus + b.scale * b.plus) / nn
+    return Pairs(q1, q2, a.cov + b.cov, *_without_variance(q1, q2, minus.clamp(0, 2), plus.clamp(0, 2)))
+
+
+def _without_variance(q1: Tensor, q2: Tensor, minus: Tensor, plus: Tensor) -> tuple[Tensor, Tensor]:
+    """rho = 0 by convention where a variance is 0; the formulas give 0 / 0 there."""
+    none = (q1 == 0) | (q2 == 0)
+    return minus.masked_fill(none, 1.0), plus.masked_fill(none, 1.0)
+
+
+def _half_square(value: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """1 - u.v for unit rows, as |u - v|^2 / 2 where the former has cancelled."""
+    rows, columns = torch.nonzero(value < 1e-2, as_tuple=True)
+    step = max(1, 10**7 // u.shape[1])
+    for start in range(0, len(rows), step):
+        i, j = rows[start : start + step], columns[start : start + step]
+        value[i, j] = ((u[i] - v[j]) ** 2).sum(1) / 2
+    return value.clamp(0, 2)

@@ -1,0 +1,238 @@
+"""The three expectations for any differentiable activation: a Hermite series, and the plain rule of the plane.
+
+| name           | what                                                | cost                                        |
+|----------------|-----------------------------------------------------|---------------------------------------------|
+| ``series``     | Hermite expansion of each side, Mehler's formula    | n nodes terms + n1 n2 terms, 64 - 2048 terms |
+| ``quadrature`` | Gauss-Legendre in polar coordinates, pair by pair   | n1 n2 nodes, about 10^4 to 10^6 nodes        |
+
+The series is the default without closed form. Its few pairs that it cannot reach, nearly parallel ones of steep
+activations or of those with a kink, are handed to the plain rule. Both rules have a seam at 0, so that a kink there
+costs no accuracy (ELU, softsign), and both refine until two levels agree; they refuse, with the error they reached,
+when they never do: a kink or jump elsewhere (hardtanh at 1).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ntk.infinite.activations import Activation
+from ntk.infinite.gaussian import Moments, Pairs
+
+TOLERANCE = 1e-12
+LARGEST_DEGREE = 2048
+_LINE_NODES = (16, 24, 48)  # to a panel of the line
+_PLANE_NODES = (8, 12, 16, 24, 32)  # to a panel of the radius and of the angle
+_REACH = 13.0  # standard deviations: exp(-13^2 / 4) is below rounding, and half of the weight is all that is used
+# A pair by the plain rule costs about as much as this many multiply-adds of the series.
+_PLANE_COST = 2_000_000
+_CHUNK = 2**22  # numbers held at once by the plain rule
+
+Function = Callable[[Tensor], Tensor]
+
+
+class ConvergenceError(ValueError):
+    """A quadrature does not reach its tolerance."""
+
+
+def integrands(activation: Activation) -> tuple[Function, Function, Function]:
+    """phi, phi' and h phi'(h): the expectations of :class:`Moments` are of their products at h and h'."""
+    return activation.function, activation.derivative, lambda h: h * activation.derivative(h)
+
+
+def diagonal_moments(activation: Activation, q: Float[Tensor, "n"]) -> Moments:
+    """The expectations at h' = h ~ N(0, q), by Gauss-Legendre panels that narrow towards 0.
+
+    Raises:
+        ConvergenceError: the finest panels do not reach a relative error of 1e-12.
+    """
+    return Moments(*(_second_moment(f, q, activation.name)[0] for f in integrands(activation)))
+
+
+def series_moments(activation: Activation, pairs: Pairs) -> Moments:
+    """By Mehler's formula: with a_k(q) = E[f(sqrt(q) z) He_k(z)] / sqrt(k!),
+
+        E[f(h) f(h')] = sum_k rho^k a_k(q) a_k(q')
+
+    The terms left out after K are at most |rho|^K sqrt(t t'), t = E[f(h)^2] - sum_{k<K} a_k(q)^2. K grows until that is
+    below 1e-12 of sqrt(E[f(h)^2] E[f(h')^2]) for all pairs but those that :func:`plane_moments` does sooner. Takes
+    ``pairs`` with q1 (n1, 1) and q2 (1, n2).
+
+    Raises:
+        ConvergenceError: neither reaches it.
+    """
+    q1, q2 = pairs.q1[:, 0], pairs.q2[0]
+    rho = (pairs.plus - pairs.minus) / 2
+    left = pairs.same  # what the series need not find
+    sums, own = [], []
+    for f in integrands(activation):
+        (own1, level1), (own2, level2) = (_second_moment(f, q, activation.name) for q in (q1, q2))
+        sum_, missed = _mehler(f, q1, q2, own1, own2, rho, left, max(level1, level2))
+        sums.append(sum_)
+        own.append(own1)
+        left = left | missed  # one pair by the plain rule is all three expectations
+    if bool((hard := left & ~pairs.same).any()):
+        for sum_, values in zip(sums, plane_moments(activation, *_flat(pairs, hard)), strict=True):
+            sum_[hard] = values
+    return Moments(*(torch.where(pairs.same, o[:, None].expand_as(s), s) for o, s in zip(own, sums, strict=True)))
+
+
+def quadrature_moments(activation: Activation, pairs: Pairs) -> Moments:
+    """By :func:`plane_moments`, pair by pair."""
+    everywhere = torch.ones_like(pairs.cov, dtype=torch.bool)
+    found = plane_moments(activation, *_flat(pairs, everywhere))
+    return Moments(*(values.reshape(pairs.cov.shape) for values in found))
+
+
+def plane_moments(
+    activation: Activation, s1: Float[Tensor, "m"], s2: Float[Tensor, "m"], angle: Float[Tensor, "m"]
+) -> Moments:
+    """The expectations of m pairs of standard deviations s1, s2 and correlation cos(angle), in polar coordinates.
+
+    h = s1 r cos(t), h' = s2 r cos(t - angle), weight r exp(-r^2 / 2) / (2 pi). The zeros of h and h' are four rays,
+    which bound the panels: an activation that is analytic but for a kink at 0 is integrated to rounding.
+
+    Raises:
+        ConvergenceError: a pair's value changes by more than 1e-12 of E|f f'| between the two finest levels.
+    """
+    results = torch.empty(3, len(s1), dtype=s1.dtype, device=s1.device)
+    steep = torch.maximum(s1, s2).clamp(min=1)
+    todo, previous, error = torch.arange(len(s1), device=s1.device), None, math.inf
+    for nodes in _PLANE_NODES:
+        grading = 2 + math.ceil(math.log2(float(steep[todo].max())))
+        values, sizes = _plane_rule(activation, s1[todo], s2[todo], angle[todo], nodes, grading)
+        results[:, todo] = values
+        if previous is not None:
+            errors = torch.nan_to_num((values - previous).abs() / sizes, nan=0.0).amax(0)
+            error = float(errors.max())
+            keep = errors > TOLERANCE
+            todo, values = todo[keep], values[:, keep]
+            if not len(todo):
+                return Moments(*results)
+        previous = values
+    raise ConvergenceError(_refusal(activation.name, f"{_PLANE_NODES[-1]} nodes to a panel", error))
+
+
+def _flat(pairs: Pairs, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard deviations and angles of the chosen pairs; the angle by half angles, accurate from 0 to pi."""
+    s1, s2, minus, plus = (
+        x.expand(chosen.shape)[chosen] for x in (pairs.q1.sqrt(), pairs.q2.sqrt(), pairs.minus, pairs.plus)
+    )
+    return s1, s2, 2 * torch.atan2(minus.sqrt(), plus.sqrt())
+
+
+def _mehler(
+    f: Function, q1: Tensor, q2: Tensor, own1: Tensor, own2: Tensor, rho: Tensor, skip: Tensor, level: int
+) -> tuple[Tensor, Tensor]:
+    """The sums, and where they have not converged."""
+    size = (own1[:, None] * own2[None]).sqrt()
+    terms = 32
+    while True:
+        terms *= 2
+        a, b = (_coefficients(f, q, terms, level) for q in (q1, q2))
+        # Never below the rounding of the difference: a tail of 0 would vouch for the other factor, however long.
+        tails = [torch.maximum(own - (x**2).sum(1), 1e-15 * own) for own, x in ((own1, a), (own2, b))]
+        left_out = rho.abs() ** terms * (tails[0][:, None] * tails[1][None]).sqrt()
+        missed = (torch.nan_to_num(left_out / size, nan=0.0) > TOLERANCE) & ~skip
+        cost = (rho.numel() + len(_line(level)[0]) * (len(q1) + len(q2))) * terms
+        if terms >= LARGEST_DEGREE or int(missed.sum()) * _PLANE_COST <= cost:
+            break
+    result = torch.zeros_like(rho)
+    for k in range(terms - 1, -1, -1):  # Horner's scheme in rho
+        torch.addr(result.mul_(rho), a[:, k], b[:, k], out=result)
+    return result, missed
+
+
+def _coefficients(f: Function, q: Tensor, terms: int, level: int) -> Float[Tensor, "n k"]:
+    z, weights, basis = (x.to(q) for x in _hermite_basis(terms, level))
+    return (f(q.sqrt()[:, None] * z) * weights) @ basis.T
+
+
+@lru_cache(maxsize=8)
+def _hermite_basis(terms: int, level: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Nodes z, their weights with exp(-z^2 / 4) / sqrt(2 pi), and the bounded exp(-z^2 / 4) He_k(z) / sqrt(k!)."""
+    z, weights = _line(level)
+    half = torch.exp(-(z**2) / 4)
+    rows = [half, z * half]
+    for k in range(1, terms - 1):
+        rows.append((z * rows[-1] - math.sqrt(k) * rows[-2]) / math.sqrt(k + 1))
+    return z, half * weights / math.sqrt(2 * math.pi), torch.stack(rows[:terms])
+
+
+def _second_moment(f: Function, q: Tensor, name: str) -> tuple[Tensor, int]:
+    """E[f(h)^2], h ~ N(0, q), and the level of the line's rule that found it."""
+    error, previous = math.inf, None
+    for level in range(len(_LINE_NODES)):
+        z, weights = (x.to(q) for x in _line(level))
+        current = (f(q.sqrt()[:, None] * z) ** 2) @ (weights * torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi))
+        if not torch.isfinite(current).all():
+            raise ConvergenceError(f"activation {name} is not finite within {_REACH:g} standard deviations")
+        if previous is not None:
+            error = float(torch.nan_to_num((current - previous).abs() / current, nan=0.0).max())
+            if error <= TOLERANCE:
+                return current, level
+        previous = current
+    raise ConvergenceError(_refusal(name, f"{_LINE_NODES[-1]} nodes to a panel", error))
+
+
+@lru_cache(maxsize=8)
+def _line(level: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights over +-13: panels of width 1/2, halving towards 0 down to 2^-10."""
+    z, weights = (torch.from_numpy(x) for x in _panels(_radii(10, 0.5), _LINE_NODES[level]))
+    return torch.cat([-z.flip(0), z]), torch.cat([weights.flip(0), weights])
+
+
+def _radii(grading: int, step: float) -> np.ndarray:
+    """Edges of panels from 0 to 13: halving towards 0 below ``step``."""
+    return np.array([0.0, *(step * 2.0**-i for i in range(grading, 0, -1)), *np.arange(step, _REACH + step / 2, step)])
+
+
+def _panels(edges: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights on each panel between two edges."""
+    x, w = np.polynomial.legendre.leggauss(nodes)
+    half = np.diff(edges)[:, None] / 2
+    return (edges[:-1, None] + half * (1 + x)).ravel(), (half * w).ravel()
+
+
+def _plane_rule(
+    activation: Activation, s1: Tensor, s2: Tensor, angle: Tensor, nodes: int, grading: int
+) -> tuple[Tensor, Tensor]:
+    """The three integrals of each pair, and those of their absolute values, both (3, m)."""
+    r, r_weights = (torch.from_numpy(x).to(s1) for x in _panels(_radii(grading, 1.0), nodes))
+    r_weights = r_weights * r * torch.exp(-(r**2) / 2) / (2 * math.pi)
+    ends = np.array([0.0, *(2.0**-i for i in range(grading + 1, 0, -1))])
+    u, u_weights = (torch.from_numpy(x).to(s1) for x in _panels(np.unique([*ends, *(1 - ends)]), nodes))
+    results = torch.zeros(2, 3, len(s1), dtype=s1.dtype, device=s1.device)
+    for part in _parts(len(s1), len(r) * len(u)):
+        a = angle[part][:, None]
+        # Between the rays where h and h' differ in sign, then where they agree; and the same with both reversed.
+        for width, direction, direction2 in (
+            (a, torch.sin(a * u), -torch.sin(a * (1 - u))),
+            (math.pi - a, torch.sin((math.pi - a) * (1 - u)), torch.sin((math.pi - a) * u)),
+        ):
+            for sign in (1.0, -1.0):
+                h, h2 = (
+                    sign * s[part][:, None, None] * d[:, :, None] * r for s, d in ((s1, direction), (s2, direction2))
+                )
+                slopes = activation.derivative(h) * activation.derivative(h2)
+                for i, values in enumerate((activation.function(h) * activation.function(h2), slopes, h * h2 * slopes)):
+                    for j, integrand in enumerate((values, values.abs())):
+                        results[j, i, part] += (integrand @ r_weights @ u_weights) * width[:, 0]
+    return results[0], results[1]
+
+
+def _parts(pairs: int, cost: int) -> Iterator[slice]:
+    step = max(1, _CHUNK // cost)
+    return (slice(start, start + step) for start in range(0, pairs, step))
+
+
+def _refusal(name: str, what: str, error: float) -> str:
+    return (
+        f"the expectations of activation {name} do not converge: {what} reach a relative error of {error:.1g}. A kink "
+        "or a jump away from 0 causes this, and so does a function that varies too fast at this variance: use an "
+        "activation that is smooth but at 0, smaller inputs or a smaller sigma_w"
+    )
