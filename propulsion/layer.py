@@ -1,7 +1,7 @@
 """The layer of Propulsion: y = z^k * v (Kowsher et al. 2024, Eq. 1-3)."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from propulsion import quantised
 from propulsion.config import PropulsionConfig
-from propulsion.lean import SMALLEST, multiply
+from propulsion.lean import SMALLEST, multiply, transforms_active
 from propulsion.positions import is_norm
 from propulsion.scale import initial_vectors, scale_of
 
@@ -20,16 +21,30 @@ _NOISE = 0.02
 BASE = "__base__"  # peft's name, among a batch's adapter names, for the model without any
 
 
+class Scales(nn.ParameterDict):
+    """The vectors z of a layer, by adapter: they follow the layer to another device, and never below float32."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Scales":
+        def wide(z: Tensor) -> Tensor:
+            moved = fn(z)
+            narrow = moved.is_floating_point() and moved.element_size() < 4
+            return z.to(moved.device, torch.float32) if narrow and z.is_floating_point() else moved
+
+        return super()._apply(wide, recurse)
+
+
 class PropulsionLayer(nn.Module, BaseTunerLayer):
     """A frozen layer whose output v, bias included, is multiplied by z^k.
 
     One z per adapter: a vector (d_out,), or several (p, d_out) whose scales are pooled. z is float32 whatever the dtype
-    of the layer, as 1 + 1e-3 is 1 in bfloat16, and float64 over a float64 layer. Several active adapters multiply.
+    of the layer, as 1 + 1e-3 is 1 in bfloat16, and float64 over a float64 layer; it stays so when the model is cast.
+    Several active adapters multiply.
 
     Merging replaces the layer's Parameter objects and keeps the old ones: unmerging restores their bits (z = 0
     included), and another module that shares a parameter, as a tied head does, keeps the old one and so its function.
     A merged layer thus holds its weight twice until it is unmerged or unloaded. Every pooling merges, since it acts on
-    the scales alone.
+    the scales alone. A quantised weight merges into its own scales where it has one for each output
+    (`propulsion.quantised`).
 
     Abstract: a subclass says along which axis of the weight the outputs lie, and how many axes follow them in the
     output.
@@ -41,10 +56,18 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     weight_axis: int
     kernel_axes: int = 0
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PropulsionConfig, name: str = ""):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: PropulsionConfig,
+        name: str = "",
+        *,
+        lean: bool | None = None,
+    ):
         super().__init__()
         self.base_layer = base_layer
-        self.propulsion_z = nn.ParameterDict()
+        self.propulsion_z = Scales()
         self.degree: dict[str, int | float] = {}
         self.pooling: dict[str, str] = {}
         self.merged_adapters: list[str] = []
@@ -54,20 +77,23 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self._lean = False
         self._far: tuple[tuple, bool] = ((), False)
         self.in_features, self.out_features = self.features()
-        self.update_layer(adapter_name, config, name)
+        self.update_layer(adapter_name, config, name, lean=lean)
 
     def features(self) -> tuple[int, int]:
         """(d_in, d_out) of the layer beneath."""
         shape = self.weight.shape
         return shape[1 - self.weight_axis], shape[self.weight_axis]
 
-    def update_layer(self, adapter_name: str, config: PropulsionConfig, name: str = "") -> None:
+    def update_layer(
+        self, adapter_name: str, config: PropulsionConfig, name: str = "", *, lean: bool | None = None
+    ) -> None:
         """Add an adapter.
 
         Args:
             adapter_name: its name.
             config: its configuration.
             name: of the module, which `degree_pattern` may single out.
+            lean: what to keep for the backward pass where the configuration leaves it open.
         """
         weight = self.weight
         degree = config.degree_pattern.get(get_pattern_key(list(config.degree_pattern), name), config.degree)
@@ -83,7 +109,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self.propulsion_z[adapter_name] = nn.Parameter(z.to(weight.device))
         self.degree[adapter_name] = degree
         self.pooling[adapter_name] = config.pooling
-        self._lean = config.lean
+        self._lean = bool(lean if config.lean is None else config.lean)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def scale(self, adapter_names: Sequence[str]) -> Float[Tensor, "d_out"] | None:
@@ -115,7 +141,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         scale = self.scale(self.active_adapters)
         if scale is None:
             return output
-        return multiply(output, self._along_output(scale), lean=self._may_be_lean(scale))
+        lean = self._may_be_lean(scale)
+        return multiply(output, self._along_output(scale), lean=lean, overwrite=lean and self._owns(output))
 
     def _mixed(self, output: Tensor, adapter_names: list[str]) -> Tensor:
         """Each example scaled by its own adapter; an output that all share (positions') gets a row for each."""
@@ -140,8 +167,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         if not (self._lean and self.training and scale.requires_grad and torch.is_grad_enabled()):
             return False
         # A compiler decides itself what to keep, and a transform of torch.func cannot look at values.
-        transformed = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
-        if torch.compiler.is_compiling() or transformed is not None:
+        if torch.compiler.is_compiling() or transforms_active():
             return False
         # Looked at once for each value of z: on an accelerator it waits for the result.
         state = tuple((name, z._version, id(z)) for name, z in self.propulsion_z.items())
@@ -149,6 +175,12 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             far = bool((scale.detach().abs() >= SMALLEST).all())
             self._far = ((state, tuple(self.active_adapters)), far)
         return self._far[1]
+
+    def _owns(self, output: Tensor) -> bool:
+        """Whether nobody else can hold this output of the layer beneath: it has no hooks and a forward of torch's."""
+        base = self.get_base_layer()
+        watched = base._forward_hooks or "forward" in vars(base) or nn.modules.module._global_forward_hooks
+        return type(base) in LAYERS and not watched and output.is_contiguous() and output.is_floating_point()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold z^k into the weight and bias: W' = diag(z^k) W, b' = z^k * b.
@@ -158,28 +190,30 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             adapter_names: Adapters to merge; the active ones if None.
 
         Raises:
-            ValueError: the weight is quantised, an embedding renormalises its rows, a norm uses its weight in an
-                unknown way, or `safe_merge` found a non-finite value. The layer is then as it was.
+            ValueError: the weight is quantised in a way that no scale folds into, an embedding renormalises its rows,
+                the layer is a class of its own that is not linear in its weight, or `safe_merge` found a non-finite
+                value. The layer is then as it was.
         """
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.propulsion_z]
         if not adapter_names:
             return
         base = self.get_base_layer()
-        self._check_mergeable(base, self.weight)
+        self._check_mergeable(base, adapter_names)
+        quantised.gather(base)
         # A further merge starts again from the unmerged weight, so that it rounds only once.
         unmerged = self._unmerged or {
             name: parameter for name in ("weight", "bias") if (parameter := getattr(base, name, None)) is not None
         }
         adapter_names = [*self.merged_adapters, *adapter_names]
         merged = self._scaled(unmerged, adapter_names)
-        if safe_merge and not all(value.isfinite().all() for value in merged.values()):
+        if safe_merge and not all(quantised.is_finite(value) for value in merged.values()):
             raise ValueError(
                 # peft's own words, which its users search for.
                 f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken: z or the "
                 f"weight is, or z^k overflows {unmerged['weight'].dtype}. Nothing was merged"
             )
-        for name, value in merged.items():
-            setattr(base, name, nn.Parameter(value, requires_grad=unmerged[name].requires_grad))
+        self._check_follows(base, merged, adapter_names)
+        self._put(base, merged)
         self._unmerged = unmerged
         self.merged_adapters = adapter_names
 
@@ -192,32 +226,81 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         for name, parameter in self._unmerged.items():
             merged = getattr(base, name)
             # The model may have moved since; the stash, which is no part of it, follows only now.
-            parameter.data = parameter.data.to(merged.device, merged.dtype)
+            if not quantised.is_quantised(parameter):
+                parameter.data = parameter.data.to(merged.device, merged.dtype)
+            elif parameter.device != merged.device:
+                parameter = parameter.to(merged.device)
             setattr(base, name, parameter)
         self._unmerged = {}
         self.merged_adapters = []
 
     @torch.no_grad()
-    def _scaled(self, parameters: dict[str, nn.Parameter], adapter_names: list[str]) -> dict[str, Tensor]:
+    def _scaled(self, parameters: dict[str, nn.Parameter], adapter_names: list[str]) -> dict[str, nn.Parameter]:
         """The weight and bias times the scale, computed in the wider dtype of the two and rounded once."""
         scale = self.scale(adapter_names)
         assert scale is not None
-        weight = parameters["weight"]
-        shape = [1] * weight.ndim
+        shape = [1] * parameters["weight"].ndim
         shape[self.weight_axis] = -1
         along = {"weight": scale.view(shape), "bias": scale}
-        return {name: (p * along[name].to(p.device)).to(p.dtype) for name, p in parameters.items()}
+        return {
+            name: quantised.scaled(p, scale)
+            if quantised.is_quantised(p)
+            else nn.Parameter((p * along[name].to(p.device)).to(p.dtype), requires_grad=p.requires_grad)
+            for name, p in parameters.items()
+        }
 
-    def _check_mergeable(self, base: nn.Module, weight: Tensor) -> None:
-        if not weight.is_floating_point():
+    def _put(self, base: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            setattr(base, name, parameter)
+
+    @torch.no_grad()
+    def _check_mergeable(self, base: nn.Module, adapter_names: list[str]) -> None:
+        weight, scale = self.weight, self.scale(adapter_names)
+        assert scale is not None
+        if quantised.is_quantised(weight) and (reason := quantised.obstacle(weight, scale)):
             raise ValueError(
-                f"expected a floating-point weight to merge into, got a quantised {type(base).__name__} of dtype "
-                f"{weight.dtype}: dequantise the model, or keep the adapter unmerged"
+                f"expected a weight to merge into, got a quantised {type(base).__name__} of dtype {weight.dtype}: "
+                f"{reason}. Dequantise the model, or keep the adapter unmerged"
+            )
+        if base._parameters.get("weight") is None:
+            raise ValueError(
+                f"expected a {type(base).__name__} with a weight of its own to merge into, got one computed from other "
+                "parameters (weight_norm and the like): remove that, or keep the adapter unmerged"
             )
         if getattr(base, "max_norm", None) is not None:
             raise ValueError(
                 "expected an Embedding without max_norm to merge into, as it would renormalise the merged rows: keep "
                 "the adapter unmerged"
+            )
+
+    def probe(self) -> Tensor | None:
+        """An input on which to see what a class of its own does with its weight; None where there is no telling."""
+        return None
+
+    @torch.no_grad()
+    def _check_follows(self, base: nn.Module, merged: dict[str, nn.Parameter], adapter_names: list[str]) -> None:
+        """Try the merged weight on layers with a forward of their own, which may do more than multiply by it."""
+        x = None if type(base) in LAYERS or quantised.is_quantised(self.weight) else self.probe()
+        if x is None:
+            return
+        names = [name for name in adapter_names if name not in self.merged_adapters]
+        scale = self.scale(names)
+        assert scale is not None
+        current, training = {name: getattr(base, name) for name in merged}, base.training
+        try:
+            expected = base.eval()(x) * scale.to(x.device)
+            self._put(base, merged)
+            error = (base(x) - expected).abs().max()
+        except (TypeError, IndexError, RuntimeError):
+            return  # Called in a way of its own.
+        finally:
+            self._put(base, current)
+            base.train(training)
+        precision = torch.finfo(self.weight.dtype).eps * 64
+        if bool(error > precision * (expected.abs().max() + 1)):
+            raise ValueError(
+                f"expected a layer that multiplies by its weight to merge into; {type(base).__name__} does more in its "
+                "forward: keep the adapter unmerged"
             )
 
     def __repr__(self) -> str:
@@ -234,6 +317,18 @@ class PropulsionLinear(PropulsionLayer):
         base: Any = self.get_base_layer()
         return base.in_features, base.out_features
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the layer beneath; of backends that have none, what they keep in its place."""
+        base: Any = self.get_base_layer()
+        found = next((w for name in ("weight", "qweight", "W_q") if (w := getattr(base, name, None)) is not None), None)
+        return next(t for t in (*base.parameters(), *base.buffers())) if found is None else found
+
+    def probe(self) -> Tensor | None:
+        """Two inputs."""
+        x = torch.linspace(-1, 1, 2 * self.in_features, device=self.weight.device, dtype=self.weight.dtype)
+        return x.reshape(2, -1)
+
 
 class PropulsionTransposedLinear(PropulsionLayer):
     """Over `transformers.pytorch_utils.Conv1D`, GPT-2's Linear: weight (d_in, d_out).
@@ -248,6 +343,10 @@ class PropulsionEmbedding(PropulsionLayer):
     """Over `torch.nn.Embedding`: weight (vocabulary, d_out). A padding row is scaled like any other."""
 
     weight_axis = 1
+
+    def probe(self) -> Tensor | None:
+        """Some of the vocabulary."""
+        return torch.arange(min(4, len(self.weight)), device=self.weight.device)[None]
 
 
 class PropulsionConvolution(PropulsionLayer):
@@ -279,7 +378,7 @@ class PropulsionNorm(PropulsionLayer):
         return self.weight.numel(), self.weight.numel()
 
     @torch.no_grad()
-    def _scaled(self, parameters: dict[str, nn.Parameter], adapter_names: list[str]) -> dict[str, Tensor]:
+    def _scaled(self, parameters: dict[str, nn.Parameter], adapter_names: list[str]) -> dict[str, nn.Parameter]:
         scale = self.scale(adapter_names)
         assert scale is not None
         base, weight = self.get_base_layer(), parameters["weight"]
@@ -289,19 +388,20 @@ class PropulsionNorm(PropulsionLayer):
         # Many norms compute in float32, whatever the dtype of their weight.
         tolerance = 8 * max(torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32))
         try:
-            for name, p in parameters.items():
-                setattr(base, name, p)
+            self._put(base, parameters)
             expected = (base(x) * scale).to(weight.dtype)
             found = []
             for shift in (0, 1):
-                merged = {name: (p * scale).to(p.dtype) for name, p in parameters.items()}
-                merged["weight"] = ((weight.to(scale.dtype) + shift) * scale - shift).to(weight.dtype)
-                for name, value in merged.items():
-                    setattr(base, name, nn.Parameter(value, requires_grad=False))
+                values = {name: p * scale for name, p in parameters.items()}
+                values["weight"] = (weight.to(scale.dtype) + shift) * scale - shift
+                merged = {
+                    name: nn.Parameter(value.to(parameters[name].dtype), requires_grad=parameters[name].requires_grad)
+                    for name, value in values.items()
+                }
+                self._put(base, merged)
                 found.append((float((base(x) - expected).abs().max()), merged))
         finally:
-            for name, p in current.items():
-                setattr(base, name, p)
+            self._put(base, current)
         error, merged = min(found, key=lambda pair: pair[0])
         size = float(expected.abs().max() + (1 + weight.abs().max()) * scale.abs().max())
         if error <= tolerance * size or not expected.isfinite().all():
@@ -329,14 +429,6 @@ def layer_class(module: nn.Module) -> type[PropulsionLayer] | None:
     found = next((layer for kind, layer in LAYERS.items() if isinstance(module, kind)), None)
     if found is PropulsionNorm or (found is None and is_norm(module)):
         return PropulsionNorm if is_norm(module) else None
-    if found is None and _is_quantised_linear(module):
+    if found is None and quantised.is_quantised_linear(module):
         return PropulsionLinear
     return found
-
-
-def _is_quantised_linear(module: nn.Module) -> bool:
-    """A backend's own class (GPTQ, AWQ, HQQ, EETQ, ...): whole numbers for a weight, and features like a Linear's."""
-    if not all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
-        return False
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(not t.is_floating_point() for t in tensors)

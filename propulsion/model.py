@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from propulsion.config import PropulsionConfig
 from propulsion.layer import BASE, LAYERS, PropulsionLayer, layer_class
-from propulsion.positions import base_modules, bypass, resolve, shared_by_all_examples
+from propulsion.positions import base_modules, bypass, leaves_outputs_alone, resolve, shared_by_all_examples
 from propulsion.registration import PREFIX
 from propulsion.scale import root
 
@@ -42,6 +43,7 @@ class PropulsionModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = PropulsionLayer
+    _looked_at: frozenset[str] = frozenset()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """Resolve positions for the model at hand; `target_modules` stays unset, so that a reload resolves again."""
@@ -94,12 +96,13 @@ class PropulsionModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
+        lean = peft_config.degree > 1 and leaves_outputs_alone(self.model)
         if isinstance(target, PropulsionLayer):
-            target.update_layer(adapter_name, peft_config, current_key)
+            target.update_layer(adapter_name, peft_config, current_key, lean=lean)
             return
         layer = layer_class(target)
         assert layer is not None  # _prepare_model checked
-        adapted = layer(target, adapter_name, peft_config, current_key)
+        adapted = layer(target, adapter_name, peft_config, current_key, lean=lean)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)  # a further adapter is trainable only once it is made active
         self._replace_module(parent, target_name, adapted, target)
@@ -110,6 +113,38 @@ class PropulsionModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward; in the first of training, warn of layers that it does not call."""
+        names = frozenset(self.active_adapters)
+        if not self.training or names == self._looked_at or torch.compiler.is_compiling():
+            return self.model.forward(*args, **kwargs)
+        self._looked_at = names
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, PropulsionLayer) and names & set(module.propulsion_z)
+        }
+        called: set[nn.Module] = set()
+        handles = [layer.register_forward_pre_hook(lambda module, _: called.add(module)) for layer in layers.values()]
+        try:
+            output = self.model.forward(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if dead := [name for name, layer in layers.items() if layer not in called]:
+            warnings.warn(
+                f"the model did not call {dead[0]!r}{f' and {len(dead) - 1} others' if dead[1:] else ''} in this pass: "
+                "the scales there have no effect. Leave such modules out with exclude_modules",
+                stacklevel=2,
+            )
+        return output
+
+    def unload(self) -> nn.Module:
+        """Return the base model as it was, without adapters; merged ones are unmerged first."""
+        if any(module.merged for module in self.modules() if isinstance(module, PropulsionLayer)):
+            self.unmerge_adapter()
+        return super().unload()
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """Nothing to warn of: a tied embedding and head have one weight and each a z of its own."""
@@ -185,9 +220,12 @@ class PropulsionModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"expected a new name for the combined adapter, got {adapter_name!r}, which exists")
+        if isinstance(adapters, str) or not all(isinstance(each, (list, tuple)) for each in (adapters, weights)):
+            raise ValueError(f"expected a list of adapters and one of weights, got {adapters!r} and {weights!r}")
         if missing := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"expected existing adapters, got {missing}; there are {list(self.peft_config)}")
-        if not adapters or len(adapters) != len(weights) or not all(math.isfinite(w) for w in weights):
+        numeric = all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights)
+        if not adapters or len(adapters) != len(weights) or not numeric:
             raise ValueError(f"expected one finite weight for each of {adapters}, got {weights}")
         combined: dict[PropulsionLayer, Any] = {}
         layers = [module for module in self.modules() if isinstance(module, PropulsionLayer)]

@@ -34,6 +34,7 @@ OURS = {"target_modules", "modules_to_save", "exclude_modules", "task_type", "la
         "bias"}  # fmt: skip
 STARTS = {"init_ia3_weights": "init_weights", "init_lora_weights": "init_weights"}
 HIGHER = 15
+SGD_FACTOR = 1000
 # In transformers models, where (IA)3 has default modules of each architecture.
 ATTENTION = ["query", "key", "value", "q_proj", "k_proj", "v_proj", "c_attn", "q", "k", "v", "query_proj", "key_proj",
              "value_proj", "in_proj"]  # fmt: skip
@@ -79,7 +80,7 @@ def rows_of(names: list[str], rows: list[Any]) -> list[Any]:
             continue
         seen.append(identity)
         kind = row[names.index("model_id")] if "model_id" in names else "transformers"
-        degrees = [HIGHER] if kind == "transformers" and "test_name" not in names else [1]
+        degrees = [HIGHER] if kind == "transformers" and "test_name" not in names else [1, HIGHER]
         for degree in degrees:
             new = list(row)
             for i, k in zip(options, kwargs, strict=True):
@@ -119,10 +120,12 @@ def rates_follow_the_degree(request: pytest.FixtureRequest, monkeypatch: pytest.
     degree = max((v.get("degree", 1) for v in params.values() if isinstance(v, dict)), default=None)
     if degree is None:
         degree = PropulsionConfig().degree
-    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+    factors = {torch.optim.SGD: degree**2 * (SGD_FACTOR if degree > 1 else 1), torch.optim.Adam: degree,
+               torch.optim.AdamW: degree}  # fmt: skip
+    for kind, factor in factors.items():
         original = kind.__init__
 
-        def slower(self, params, lr=1e-3, *args, original=original, **kwargs):
-            original(self, params, lr / degree, *args, **kwargs)
+        def slower(self, params, lr=1e-3, *args, original=original, factor=factor, **kwargs):
+            original(self, params, lr / factor, *args, **kwargs)
 
         monkeypatch.setattr(kind, "__init__", slower)
