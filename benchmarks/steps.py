@@ -87,8 +87,8 @@ def bitfit(model: Any, targets: str) -> Any:
 
 
 METHODS: dict[str, Callable[[Any, str], Any]] = {
-    "Propulsion, lean": lambda m, t: get_peft_model(m, PropulsionConfig(target_modules=t, lean=True)),
     "Propulsion": lambda m, t: get_peft_model(m, PropulsionConfig(target_modules=t)),
+    "Propulsion, lean=False": lambda m, t: get_peft_model(m, PropulsionConfig(target_modules=t, lean=False)),
     "(IA)3": lambda m, t: get_peft_model(m, IA3Config(target_modules=t, feedforward_modules=[])),
     "LoRA, rank 8": lambda m, t: get_peft_model(m, LoraConfig(target_modules=t, r=8)),
     "BitFit": bitfit,

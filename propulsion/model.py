@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -17,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from propulsion.config import PropulsionConfig
+from propulsion.first_pass import is_watched, unwatched, watch
 from propulsion.layer import BASE, LAYERS, PropulsionLayer, layer_class
 from propulsion.positions import base_modules, bypass, leaves_outputs_alone, resolve, shared_by_all_examples
 from propulsion.registration import PREFIX
@@ -43,7 +43,6 @@ class PropulsionModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = PropulsionLayer
-    _looked_at: frozenset[str] = frozenset()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """Resolve positions for the model at hand; `target_modules` stays unset, so that a reload resolves again."""
@@ -114,37 +113,25 @@ class PropulsionModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As in peft; the first pass of training is then looked at."""
+        result = super().inject_adapter(model, *args, **kwargs)
+        watch(model)
+        return result
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward; in the first of training, warn of layers that it does not call."""
-        names = frozenset(self.active_adapters)
-        if not self.training or names == self._looked_at or torch.compiler.is_compiling():
-            return self.model.forward(*args, **kwargs)
-        self._looked_at = names
-        layers = {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, PropulsionLayer) and names & set(module.propulsion_z)
-        }
-        called: set[nn.Module] = set()
-        handles = [layer.register_forward_pre_hook(lambda module, _: called.add(module)) for layer in layers.values()]
-        try:
-            output = self.model.forward(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if dead := [name for name, layer in layers.items() if layer not in called]:
-            warnings.warn(
-                f"the model did not call {dead[0]!r}{f' and {len(dead) - 1} others' if dead[1:] else ''} in this pass: "
-                "the scales there have no effect. Leave such modules out with exclude_modules",
-                stacklevel=2,
-            )
-        return output
+        """The model's own."""
+        return self.model(*args, **kwargs) if is_watched(self.model) else self.model.forward(*args, **kwargs)
 
     def unload(self) -> nn.Module:
         """Return the base model as it was, without adapters; merged ones are unmerged first."""
         if any(module.merged for module in self.modules() if isinstance(module, PropulsionLayer)):
             self.unmerge_adapter()
-        return super().unload()
+        return unwatched(super().unload())
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the base model with the adapters merged into it."""
+        return unwatched(super().merge_and_unload(*args, **kwargs))
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """Nothing to warn of: a tied embedding and head have one weight and each a z of its own."""

@@ -89,9 +89,13 @@ def test_a_combination_is_the_geometric_mean_and_is_saved(tmp_path):
         (["default", "second"], [1.0], "new", "one finite weight for each"),
         (["default"], [float("nan")], "new", "one finite weight for each"),
         (["default"], [1.0], "second", "'second', which exists"),
+        (["default"], ["1"], "new", "one finite weight for each"),
+        ([], [], "new", "one finite weight for each"),
+        ("default", [1.0], "new", "a list of adapters and one of weights"),
+        (["default"], 1.0, "new", "a list of adapters and one of weights"),
     ],
 )
-def test_combinations_by_mistake(adapters, weights, name, message):
+def test_combinations_by_mistake(adapters, weights, name, message, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         model_with_two("bert").base_model.add_weighted_adapter(adapters, weights, name)
 
