@@ -1,10 +1,11 @@
 """Cost of a training step, by method: `python -m benchmarks.steps`.
 
 All methods adapt the same linear layers. Each runs in processes of its own, in turn; ratios are taken within a round.
-Results go to `docs/benchmarks/steps.{json,md}`.
+Results go to `docs/benchmarks/steps.{json,md}`, where a model that is measured anew replaces its earlier result.
 """
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -75,8 +76,6 @@ MODELS = {
 
 def bitfit(model: Any, targets: str) -> Any:
     """Biases of the layers; added where there are none, as LLaMA-style models have none."""
-    import re
-
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and re.fullmatch(targets, name):
@@ -120,29 +119,49 @@ def main(config: Config) -> None:
     if config.child is not None:
         print(json.dumps(measure(MODELS[config.models[0]], config.child, config.device)))
         return
-    found: dict[str, dict[str, list[dict]]] = {}
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    path = config.output_dir / ("steps.json" if config.device == "cpu" else f"steps-{config.device}.json")
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for model in config.models:
-        runs = found.setdefault(model, {method: [] for method in METHODS})
+        runs: dict[str, list[dict]] = {method: [] for method in METHODS}
         for _ in range(config.rounds):
             for method in METHODS:
                 runs[method].append(child(model, method, config.device))
         print(format_table(HEADER, rows(model, runs)), flush=True)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    result = {"steps": found, "device": config.device, "environment": environment()}
-    stem = "steps" if config.device == "cpu" else f"steps-{config.device}"
-    (config.output_dir / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    table = format_table(HEADER, [row for m, runs in found.items() for row in rows(m, runs)], markdown=True)
-    text = f"""# Cost of a training step
+        found[model] = {"runs": runs, "rounds": config.rounds, "device": config.device, "environment": environment()}
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    measured = {model: found[model]["runs"] for model in MODELS if model in found}
+    table = format_table(HEADER, [row for m, runs in measured.items() for row in rows(m, runs)], markdown=True)
+    path.with_suffix(".md").write_text(TEXT.format(table=table, json=path.name, steps=STEPS), encoding="utf-8")
 
-Written by `python -m benchmarks.steps`; `{stem}.json` holds all runs and their environment.
 
-One step of AdamW on the same linear layers for every method, float32, {config.device}. *Kept* is what autograd holds
-between the forward and the backward pass, parameters aside, counted tensor by tensor; *peak* is of the whole process.
-Times are medians over {STEPS} steps, ratios to (IA)3 within one round, medians over {config.rounds} rounds.
+TEXT = """# Cost of a training step
+
+Written by `python -m benchmarks.steps`; `{json}` holds all runs and their environment.
+
+One step of AdamW in float32, every method on the same linear layers of the blocks. *Kept* is what autograd holds
+between the forward and the backward pass, parameters aside, tensor by tensor; *peak* is of the whole process, which
+loads the model and takes the steps. Times are medians of {steps} steps in a process, ratios those of one round, and
+both then medians over the rounds.
 
 {table}
+
+- **Propulsion** is the default: it keeps a layer's scaled output for the gradient of z, and writes it over the unscaled
+  one ([`propulsion/lean.py`](../../propulsion/lean.py)). With `lean=False` autograd keeps the unscaled output, as in
+  (IA)3: where an activation or the attention keeps the scaled one too, that is two tensors for one.
+- **BitFit** shows what every method keeps: a bias needs nothing of its layer for its gradient. A scale needs a number
+  for each output and token; it comes down to BitFit only in layers whose output something else keeps, as activations
+  do. Attention with dropout, and rotary embeddings, keep copies of what they read, and what goes into a residual sum is
+  kept by nobody. So the aim of the least memory of all is met but for BitFit, which no scale can undercut.
+- **LoRA** needs its layer's input, which several layers may share, and which nothing else keeps where the weights are
+  frozen.
+- Not taken: to keep the input and form the unscaled output again in the backward pass. It needs no special case at
+  z = 0, but a third matrix product, and keeps more where a layer narrows (the last of a feed-forward block) or where
+  its output is kept anyway (the first). What goes into a residual sum is also the difference of the sums around it,
+  which are kept; but a difference cancels, and would not be exact.
+- Tried, and no faster: scaling the weight instead of the output, sums over blocks of tokens that fit a cache, and
+  `torch.linalg.vecdot`. Writing into memory that is already there is what saves time.
 """
-    (config.output_dir / f"{stem}.md").write_text(text, encoding="utf-8")
 
 
 def child(model: str, method: str, device: str) -> dict[str, Any]:

@@ -118,6 +118,8 @@ class PropulsionConfig(PeftConfig):
                 "layers_to_transform works with positions or a list of target_modules, got the expression "
                 f"{self.target_modules!r}: choose the blocks within the expression"
             )
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
         # Sets, as in peft's own methods: peft looks names up in them, and saves them as lists.
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)

@@ -59,6 +59,10 @@ def test_nonsense_is_refused(fields, message, no_shape_checks):
         PropulsionConfig(**fields)
 
 
+def test_one_module_to_save_is_a_list_of_one(no_shape_checks):
+    assert PropulsionConfig(modules_to_save="classifier").modules_to_save == ["classifier"]
+
+
 def test_an_integral_degree_becomes_an_integer():
     assert type(PropulsionConfig(degree=15.0).degree) is int
     assert PropulsionConfig(degree=1.5).degree == 1.5

@@ -17,8 +17,6 @@ OPTIONS = {
 }
 
 
-
-
 class Convolutional(nn.Module):
     def __init__(self):
         super().__init__()

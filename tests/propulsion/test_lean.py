@@ -160,7 +160,7 @@ def test_a_model_that_writes_into_its_layers_outputs_is_told_what_to_do():
     torch.manual_seed(0)
     base = get_peft_model(build("falcon"), PropulsionConfig(degree=3, lean=True)).train()
     ids = torch.randint(3, 30, (2, 5))
-    with pytest.raises(RuntimeError, match="inplace|in-place|PropulsionConfig.lean=False."):
+    with pytest.raises(RuntimeError, match=r"writes into the output of a layer .* PropulsionConfig\(lean=False\)"):
         base(input_ids=ids).logits.sum().backward()
     plain = get_peft_model(build("falcon"), PropulsionConfig(degree=3)).train()
     plain(input_ids=ids).logits.sum().backward()

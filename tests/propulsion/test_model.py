@@ -274,7 +274,7 @@ def test_a_layer_that_does_more_than_multiply_by_its_weight_adapts_and_does_not_
 def test_a_weight_that_is_computed_is_not_merged():
     for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
         model = get_peft_model(nn.Sequential(wrap(nn.Linear(4, 3))), PropulsionConfig(init_value=1.1)).eval()
-        with pytest.raises(ValueError, match="expected a \\w*Linear with a weight of its own to merge into"):
+        with pytest.raises(ValueError, match=r"expected a \w*Linear with a weight of its own to merge into"):
             model.merge_adapter()
 
 
@@ -325,6 +325,17 @@ def test_nothing_matched_is_an_error():
 
 def test_inference_mode_trains_nothing():
     assert not trainable(adapted(inference_mode=True))
+
+
+def test_wrapping_copies_no_weight():
+    base = build("gpt2")
+    before = {id(p): p.data_ptr() for p in base.parameters()}
+    model = get_peft_model(base, PropulsionConfig(degree=3))
+    frozen = [p for name, p in model.named_parameters() if "propulsion_z" not in name]
+    assert {id(p): p.data_ptr() for p in frozen} == before
+    assert model.get_base_model().lm_head.weight is model.get_base_model().transformer.wte.weight
+    model.train()(**inputs("gpt2")).logits.sum().backward()
+    assert all(p.grad is None for p in frozen)
 
 
 def test_training_moves_the_scales_and_nothing_else():

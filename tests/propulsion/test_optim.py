@@ -14,7 +14,6 @@ from propulsion.optim import ADAPTER_RATE, HEAD_RATE, SCALE_RATE, WEIGHT_RATE, R
 from propulsion.pretrained import load_classifier
 from propulsion.training import apply_propulsion
 
-
 optimizers = sys.modules["torch.optim.optimizer"]  # the package hides its module
 
 

@@ -176,6 +176,12 @@ def test_hotswapping_what_does_not_fit_changes_nothing(tmp_path, fields, message
     assert torch.equal(logits(model, batch), output)
 
 
+def test_hotswapping_an_adapter_that_is_not_there(tmp_path):
+    model = saved(tmp_path, 0)
+    with pytest.raises(ValueError, match=r"expected an existing adapter, got 'other'; there are \['default'\]"):
+        hotswap_adapter(model, tmp_path, "other")
+
+
 def test_a_head_that_is_scaled_but_not_trained_is_pointed_out():
     with pytest.warns(UserWarning, match=r"'classifier' is part of the head .* task_type"):
         get_peft_model(build("bert"), PropulsionConfig(positions="all"))
