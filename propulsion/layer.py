@@ -76,6 +76,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self._lean = False
         self._far: tuple[tuple, bool] = ((), False)
+        self._together: list[PropulsionLayer] = []
         self.in_features, self.out_features = self.features()
         self.update_layer(adapter_name, config, name, lean=lean)
 
@@ -169,12 +170,25 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         # A compiler decides itself what to keep, and a transform of torch.func cannot look at values.
         if torch.compiler.is_compiling() or transforms_active():
             return False
-        # Looked at once for each value of z: on an accelerator it waits for the result.
-        state = tuple((name, z._version, id(z)) for name, z in self.propulsion_z.items())
-        if self._far[0] != (state, tuple(self.active_adapters)):
-            far = bool((scale.detach().abs() >= SMALLEST).all())
-            self._far = ((state, tuple(self.active_adapters)), far)
+        if self._far[0] != self._state():
+            self._look()
         return self._far[1]
+
+    def _state(self) -> tuple:
+        """What the scale is computed from: it changes when any z does."""
+        return tuple((name, z._version, id(z)) for name, z in self.propulsion_z.items()), tuple(self.active_adapters)
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Note whether the scale is far from zero, for all layers of the model at once.
+
+        Looking waits for an accelerator: so, once for each step of training, and not for each layer.
+        """
+        scales = {layer: layer.scale(layer.active_adapters) for layer in self._together or [self] if layer._lean}
+        smallest = [scale.abs().amin().to(self.weight.device) for scale in scales.values() if scale is not None]
+        values = iter(torch.stack(smallest).tolist())
+        for layer, scale in scales.items():
+            layer._far = (layer._state(), scale is not None and next(values) >= SMALLEST)
 
     def _owns(self, output: Tensor) -> bool:
         """Whether nobody else can hold this output of the layer beneath: it has no hooks and a forward of torch's."""

@@ -116,6 +116,9 @@ class PropulsionModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """As in peft; the first pass of training is then looked at."""
         result = super().inject_adapter(model, *args, **kwargs)
+        layers = [module for module in model.modules() if isinstance(module, PropulsionLayer)]
+        for layer in layers:
+            layer._together = layers
         watch(model)
         return result
 

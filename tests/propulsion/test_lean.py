@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from architectures import build
+from architectures import build, inputs
 from cases import FAMILIES, batch_for, classifier
 from peft import get_peft_model
 from torch import nn
@@ -83,6 +83,24 @@ def test_a_scale_that_reaches_zero_is_noticed():
     layer.zero_grad()
     layer(x).sum().backward()
     torch.testing.assert_close(layer.propulsion_z["default"].grad, base(x).sum(dim=0))
+
+
+def test_all_layers_of_a_model_are_looked_at_at_once(monkeypatch):
+    """Looking waits for an accelerator."""
+    model = get_peft_model(build("bert"), PropulsionConfig(degree=3)).train()
+    layers = [module for module in model.modules() if isinstance(module, PropulsionLayer)]
+    looks, look = [], PropulsionLayer._look
+    monkeypatch.setattr(PropulsionLayer, "_look", lambda layer: looks.append(layer) or look(layer))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(3):
+        model(**inputs("bert")).logits.square().sum().backward()
+        optimizer.step()
+    assert len(looks) == 3
+    assert len(layers) > 3
+    with torch.no_grad():
+        layers[-1].propulsion_z["default"].zero_()
+    model(**inputs("bert")).logits.square().sum().backward()
+    assert [layer._far[1] for layer in layers] == [True] * (len(layers) - 1) + [False]
 
 
 def test_torch_func_takes_a_training_layer():
