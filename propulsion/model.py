@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -113,12 +113,13 @@ class PropulsionModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As in peft; the first pass of training is then looked at."""
-        result = super().inject_adapter(model, *args, **kwargs)
+        result = super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [module for module in model.modules() if isinstance(module, PropulsionLayer)]
         for layer in layers:
             layer._together = layers
+        _warn_of_patterns(model, adapter_name, self.peft_config[adapter_name])
         watch(model)
         return result
 
@@ -288,6 +289,22 @@ def _warn_of_head(model: nn.Module, name: str) -> None:
             "frozen. If the head is new, and so random, train it: give task_type='SEQ_CLS' or modules_to_save",
             stacklevel=2,
         )
+
+
+def _warn_of_patterns(model: nn.Module, adapter_name: str, config: PeftConfig) -> None:
+    """Say which patterns of degrees match no adapted module."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PropulsionLayer) and adapter_name in module.propulsion_z
+    ]
+    patterns = getattr(config, "degree_pattern", None) or {}
+    if unused := [pattern for pattern in patterns if not any(_matches(pattern, name) for name in names)]:
+        warnings.warn(f"degree_pattern {unused} matches no adapted module: correct it, or drop it", stacklevel=2)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return get_pattern_key([pattern], name) == pattern
 
 
 def _names_by_module(model: nn.Module) -> dict[int, list[str]]:

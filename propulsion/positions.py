@@ -69,7 +69,7 @@ _BYPASSED = {
 
 
 # Families that write into what their layers return, so that the output of a layer is no safe thing to keep.
-_IN_PLACE = ("falcon",)
+_IN_PLACE = ("deberta", "falcon")
 
 # Modules whose output has no axis of examples: T5 adds one bias by position to the scores of all.
 _WITHOUT_EXAMPLES = {"t5": "relative_attention_bias"}

@@ -42,6 +42,14 @@ FAMILIES = {
         False,
     ),
     "albert": (CLASSIFIER, lambda: hf.AlbertConfig(**_SIZES, embedding_size=4), (3, 1, 2), False),
+    "deberta": (
+        CLASSIFIER,
+        lambda: hf.DebertaConfig(
+            **_SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=8
+        ),
+        (2, 2, 4),
+        True,
+    ),
     "deberta-v2": (
         CLASSIFIER,
         lambda: hf.DebertaV2Config(

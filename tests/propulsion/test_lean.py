@@ -170,6 +170,7 @@ def test_where_the_lean_layer_is_taken_without_asking():
     assert not lean(bert, degree=1)  # there it is (IA)3 to the last bit
     assert lean(bert, degree=1, lean=True)
     assert not lean(build("falcon"))  # writes into its layers' outputs
+    assert not lean(build("deberta"))
     assert not lean(unknown)
     assert lean(unknown, lean=True)
 

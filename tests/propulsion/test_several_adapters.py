@@ -110,6 +110,14 @@ def test_degrees_of_single_modules():
         assert degree == expected, name
 
 
+def test_a_pattern_of_no_module_is_pointed_out(recwarn):
+    patterns = {"query": 2, "qury": 3}
+    get_peft_model(build("bert"), PropulsionConfig(positions="attn", degree_pattern=patterns))
+    assert [str(w.message) for w in recwarn if "degree_pattern" in str(w.message)] == [
+        "degree_pattern ['qury'] matches no adapted module: correct it, or drop it"
+    ]
+
+
 def test_norms_on_request():
     model, batch = get_peft_model(build("llama"), PropulsionConfig(degree=2, positions="norm")), inputs("llama")
     randomize(model, spread=0.2)
