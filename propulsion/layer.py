@@ -174,6 +174,10 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             self._look()
         return self._far[1]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of one layer is no copy of those it is looked at with."""
+        return {**self.__dict__, "_together": [], "_far": ((), False)}
+
     def _state(self) -> tuple:
         """What the scale is computed from: it changes when any z does."""
         return tuple((name, z._version, id(z)) for name, z in self.propulsion_z.items()), tuple(self.active_adapters)

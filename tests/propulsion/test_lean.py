@@ -1,6 +1,7 @@
 """The lean layer: the same gradients, with less kept for the backward pass and less written."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -101,6 +102,21 @@ def test_all_layers_of_a_model_are_looked_at_at_once(monkeypatch):
         layers[-1].propulsion_z["default"].zero_()
     model(**inputs("bert")).logits.square().sum().backward()
     assert [layer._far[1] for layer in layers] == [True] * (len(layers) - 1) + [False]
+    copied = copy.deepcopy(layers[0])  # not with all the others
+    assert not copied._together
+    assert layers[0]._together == layers
+
+
+def test_a_copied_model_trains_as_the_first():
+    model = get_peft_model(build("bert"), PropulsionConfig(degree=3)).train()
+    gradients = []
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        torch.manual_seed(3)
+        twin(**inputs("bert")).logits.square().sum().backward()
+        gradients.append([z.grad for name, z in twin.named_parameters() if "propulsion_z" in name])
+    for one, other, last in zip(*gradients, strict=True):
+        assert torch.equal(one, last)
+        assert torch.equal(other, last)
 
 
 def test_torch_func_takes_a_training_layer():
