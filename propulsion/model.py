@@ -162,7 +162,9 @@ class PropulsionModel(BaseTuner):
             return args, {**kwargs, "adapter_names": repeated}
 
         handles = []
-        encoder = self.model.get_encoder() if beams and hasattr(self.model, "get_encoder") else None
+        # A decoder by itself may call itself its encoder.
+        two_sided = beams and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        encoder: Any = self.model.get_encoder() if two_sided else None
         inside = {id(module) for module in encoder.modules()} if isinstance(encoder, nn.Module) else set()
 
         def hand_over_once(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

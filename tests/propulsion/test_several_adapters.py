@@ -36,6 +36,27 @@ def test_a_batch_that_mixes_adapters_is_each_example_by_its_own(family):
         torch.testing.assert_close(mixed[rows], expected[rows], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_a_batch_that_mixes_adapters_generates(family, beams):
+    model = get_peft_model(build(family), PropulsionConfig(degree=3, positions="mlp"))
+    model.add_adapter("second", PropulsionConfig(degree=2, positions="attn"))
+    randomize(model, spread=0.5).eval()
+    options = {"num_beams": beams, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    if family == "bart":
+        options["decoder_start_token_id"] = 2
+    ids, names = inputs(family)["input_ids"], ["second", "default", "__base__"]
+    mixed = model.generate(input_ids=ids, adapter_names=names, **options)
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = model.generate(input_ids=ids[i : i + 1], **options)
+        else:
+            model.set_adapter(name)
+            expected = model.generate(input_ids=ids[i : i + 1], **options)
+        assert torch.equal(mixed[i, : expected.shape[1]], expected[0])
+
+
 def test_an_output_that_all_examples_share_cannot_mix():
     model = get_peft_model(build("t5"), PropulsionConfig(degree=3, positions="embedding")).eval()
     batch = inputs("t5")
