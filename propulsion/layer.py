@@ -275,7 +275,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     def _check_mergeable(self, base: nn.Module, adapter_names: list[str]) -> None:
         weight, scale = self.weight, self.scale(adapter_names)
         assert scale is not None
-        if quantised.is_quantised(weight) and (reason := quantised.obstacle(weight, scale)):
+        if quantised.is_quantised(weight) and (reason := quantised.obstacle(weight, scale, self.weight_axis)):
             raise ValueError(
                 f"expected a weight to merge into, got a quantised {type(base).__name__} of dtype {weight.dtype}: "
                 f"{reason}. Dequantise the model, or keep the adapter unmerged"
@@ -361,6 +361,11 @@ class PropulsionEmbedding(PropulsionLayer):
     """Over `torch.nn.Embedding`: weight (vocabulary, d_out). A padding row is scaled like any other."""
 
     weight_axis = 1
+
+    def features(self) -> tuple[int, int]:
+        """As the layer says: a quantised weight is packed."""
+        base: Any = self.get_base_layer()
+        return base.num_embeddings, base.embedding_dim
 
     def probe(self) -> Tensor | None:
         """Some of the vocabulary."""

@@ -37,9 +37,11 @@ def gather(base: nn.Module) -> None:
         weight.CB = weight.data
 
 
-def obstacle(weight: Any, scale: Float[Tensor, "d_out"]) -> str | None:
-    """Why z^k does not fold into this quantised weight; None if it does."""
+def obstacle(weight: Any, scale: Float[Tensor, "d_out"], axis: int = 0) -> str | None:
+    """Why z^k, along this axis of the weight, does not fold into its quantised form; None if it does."""
     kind = _kind(weight)
+    if kind and axis != 0:
+        return "its scales are those of rows, and its outputs are columns"
     if kind == "8bit" and weight.dtype == torch.int8:
         return None
     if kind == "4bit" and weight.quant_state is not None:

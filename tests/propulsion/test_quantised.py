@@ -91,6 +91,19 @@ def test_what_no_scale_folds_into_is_refused():
         layer_class(base)(base, "default", PropulsionConfig()).merge()
 
 
+@pytest.mark.parametrize("kind", [bnb.nn.Embedding8bit, bnb.nn.EmbeddingNF4])
+def test_an_embedding_is_adapted_and_not_merged(kind):
+    """Its rows are words, and no outputs; here as many as those."""
+    torch.manual_seed(0)
+    base = kind(64, 64)
+    base.load_state_dict(nn.Embedding(64, 64).state_dict())
+    base = base.to("cpu")
+    layer, ids = layer_class(base)(base, "default", PropulsionConfig(degree=2, init_value=1.1)), torch.arange(8)
+    torch.testing.assert_close(layer(ids), base(ids) * 1.1**2)
+    with pytest.raises(ValueError, match="its scales are those of rows"):
+        layer.merge()
+
+
 def quantised_bert(kind: str) -> nn.Module:
     model = build("bert").float()
     for module in list(model.bert.encoder.modules()):
