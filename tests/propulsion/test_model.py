@@ -201,8 +201,10 @@ def test_a_bfloat16_base_has_float32_scales(autocast, tmp_path):
     loss.backward()
     assert all(z.grad.isfinite().all() for z in scales(model).values())
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(build("bert").bfloat16(), tmp_path)
-    assert torch.equal(logits(loaded, BATCH), logits(model, BATCH))
+    for low in (False, True):  # with low_cpu_mem_usage, peft casts what it loaded
+        loaded = PeftModel.from_pretrained(build("bert").bfloat16(), tmp_path, low_cpu_mem_usage=low)
+        assert all(torch.equal(z, scales(model)[name]) for name, z in scales(loaded).items())
+        assert torch.equal(logits(loaded, BATCH), logits(model, BATCH))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
