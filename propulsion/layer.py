@@ -115,7 +115,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move z: peft would cast it to the layer's dtype as well, and round what it has just loaded."""
-        z = self.propulsion_z[adapter_name] if adapter_name in self.propulsion_z else None
+        z: Any = self.propulsion_z.get(adapter_name)
         if z is not None and "meta" not in (z.device.type, self.weight.device.type):
             dtype = torch.float64 if self.weight.dtype == torch.float64 else z.dtype
             z.data = z.data.to(self.weight.device if device is None else device, dtype)
