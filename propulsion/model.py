@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from propulsion.config import PropulsionConfig
 from propulsion.first_pass import is_watched, unwatched, watch
-from propulsion.layer import BASE, LAYERS, PropulsionLayer, layer_class
+from propulsion.kinds import LAYERS, layer_class
+from propulsion.layer import BASE, PropulsionLayer
 from propulsion.positions import base_modules, bypass, leaves_outputs_alone, resolve, shared_by_all_examples
 from propulsion.registration import PREFIX
 from propulsion.scale import root

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from propulsion import PropulsionConfig
-from propulsion.layer import layer_class
+from propulsion.kinds import layer_class
 from propulsion.scale import power
 
 D_IN, D_OUT = 5, 4

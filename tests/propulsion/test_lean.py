@@ -11,7 +11,8 @@ from peft import get_peft_model
 from torch import nn
 
 from propulsion import PropulsionConfig
-from propulsion.layer import PropulsionLayer, layer_class
+from propulsion.kinds import layer_class
+from propulsion.layer import PropulsionLayer
 from propulsion.lean import SMALLEST, multiply
 
 
