@@ -176,6 +176,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         # A compiler decides itself what to keep, and a transform of torch.func cannot look at values.
         if torch.compiler.is_compiling() or transforms_active():
             return False
+        if not _waits(scale):
+            return bool((scale.detach().abs() >= SMALLEST).all())
         if self._far[0] != self._state():
             self._look()
         return self._far[1]
@@ -192,7 +194,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     def _look(self) -> None:
         """Note whether the scale is far from zero, for all layers of the model at once.
 
-        Looking waits for an accelerator: so, once for each step of training, and not for each layer.
+        Looking waits for an accelerator: so, once for each step of training, and not for each layer. What is written to
+        `z.data` goes unnoticed there, and exactly z = 0 then gives a gradient that is not a number.
         """
         scales = {layer: layer.scale(layer.active_adapters) for layer in self._together or [self] if layer._lean}
         smallest = [scale.abs().amin().to(self.weight.device) for scale in scales.values() if scale is not None]
@@ -329,6 +332,11 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "propulsion." + super().__repr__()
+
+
+def _waits(scale: Tensor) -> bool:
+    """Whether looking at a scale waits for an accelerator."""
+    return scale.device.type != "cpu"
 
 
 def _is_torchs_own(base: nn.Module) -> bool:
