@@ -103,7 +103,7 @@ class Config:
 
     models: list[str] = field(default_factory=lambda: list(MODELS))
     """Any of minilm, llama-135m."""
-    turns: int = 20
+    turns: int = 12
     """Steps of each method that are timed."""
     device: str = "cpu"
     """Where models run."""
