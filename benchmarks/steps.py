@@ -146,7 +146,8 @@ Written by `python -m benchmarks.steps`; `{json}` holds all runs and their envir
 One step of AdamW in float32, every method on the same linear layers of the blocks. *Kept* is what autograd holds
 between the forward and the backward pass, parameters aside, tensor by tensor; *peak* is that of a process for each
 method, which loads the model and takes two steps. Times are those of one process that takes a step of each method in
-turn: medians, and of the ratios within a turn also the quartiles.
+turn: medians, and of the ratios within a turn also the quartiles. Where a machine is shared with other work,
+the ratios hold and the seconds do not.
 
 {table}
 
