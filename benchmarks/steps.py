@@ -1,10 +1,12 @@
 """Cost of a training step, by method: `python -m benchmarks.steps`.
 
-All methods adapt the same linear layers. Each runs in processes of its own, in turn; ratios are taken within a round.
-Results go to `docs/benchmarks/steps.{json,md}`.
+All methods adapt the same linear layers. Memory is that of a process for each method; times are taken in one process,
+a step of each method in turn, and ratios are those of one turn. Results go to `docs/benchmarks/steps.{json,md}`, where
+a model that is measured anew replaces its earlier result.
 """
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -29,7 +31,8 @@ from propulsion.errors import UserError, run_command
 from propulsion.pretrained import load_classifier
 
 MEGABYTE = 2**20
-WARM_UP, STEPS = 2, 7
+WARM_UP = 2
+BASELINE = "(IA)3"
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,6 @@ MODELS = {
 
 def bitfit(model: Any, targets: str) -> Any:
     """Biases of the layers; added where there are none, as LLaMA-style models have none."""
-    import re
-
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and re.fullmatch(targets, name):
@@ -87,8 +88,8 @@ def bitfit(model: Any, targets: str) -> Any:
 
 
 METHODS: dict[str, Callable[[Any, str], Any]] = {
-    "Propulsion, lean": lambda m, t: get_peft_model(m, PropulsionConfig(target_modules=t, lean=True)),
     "Propulsion": lambda m, t: get_peft_model(m, PropulsionConfig(target_modules=t)),
+    "Propulsion, lean=False": lambda m, t: get_peft_model(m, PropulsionConfig(target_modules=t, lean=False)),
     "(IA)3": lambda m, t: get_peft_model(m, IA3Config(target_modules=t, feedforward_modules=[])),
     "LoRA, rank 8": lambda m, t: get_peft_model(m, LoraConfig(target_modules=t, r=8)),
     "BitFit": bitfit,
@@ -102,14 +103,14 @@ class Config:
 
     models: list[str] = field(default_factory=lambda: list(MODELS))
     """Any of minilm, llama-135m."""
-    rounds: int = 3
-    """Processes of each method, in turn."""
+    turns: int = 12
+    """Steps of each method that are timed."""
     device: str = "cpu"
     """Where models run."""
     output_dir: Path = Path("docs/benchmarks")
     """Where results go."""
     child: str | None = None
-    """Measure one method of one model in this process, and print one line of JSON."""
+    """Measure the memory of one method, or "times" of all, in this process, and print one line of JSON."""
 
 
 def main(config: Config) -> None:
@@ -118,63 +119,105 @@ def main(config: Config) -> None:
         if name not in MODELS:
             raise UserError(f"no model {name!r}; there are {', '.join(MODELS)}")
     if config.child is not None:
-        print(json.dumps(measure(MODELS[config.models[0]], config.child, config.device)))
+        spec = MODELS[config.models[0]]
+        times = config.child == "times"
+        print(json.dumps(seconds(spec, config) if times else memory(spec, config.child, config.device)))
         return
-    found: dict[str, dict[str, list[dict]]] = {}
-    for model in config.models:
-        runs = found.setdefault(model, {method: [] for method in METHODS})
-        for _ in range(config.rounds):
-            for method in METHODS:
-                runs[method].append(child(model, method, config.device))
-        print(format_table(HEADER, rows(model, runs)), flush=True)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    result = {"steps": found, "device": config.device, "environment": environment()}
-    stem = "steps" if config.device == "cpu" else f"steps-{config.device}"
-    (config.output_dir / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    table = format_table(HEADER, [row for m, runs in found.items() for row in rows(m, runs)], markdown=True)
-    text = f"""# Cost of a training step
+    path = config.output_dir / ("steps.json" if config.device == "cpu" else f"steps-{config.device}.json")
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for model in config.models:
+        found[model] = {
+            "seconds": child(model, "times", config),
+            "memory": {method: child(model, method, config) for method in METHODS},
+            "device": config.device,
+            "environment": environment(),
+        }
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(format_table(HEADER, rows(model, found[model])), flush=True)
+    table = format_table(HEADER, [row for m in MODELS if m in found for row in rows(m, found[m])], markdown=True)
+    path.with_suffix(".md").write_text(TEXT.format(table=table, json=path.name), encoding="utf-8")
 
-Written by `python -m benchmarks.steps`; `{stem}.json` holds all runs and their environment.
 
-One step of AdamW on the same linear layers for every method, float32, {config.device}. *Kept* is what autograd holds
-between the forward and the backward pass, parameters aside, counted tensor by tensor; *peak* is of the whole process.
-Times are medians over {STEPS} steps, ratios to (IA)3 within one round, medians over {config.rounds} rounds.
+TEXT = """# Cost of a training step
+
+Written by `python -m benchmarks.steps`; `{json}` holds all runs and their environment.
+
+One step of AdamW in float32, every method on the same linear layers of the blocks. *Kept* is what autograd holds
+between the forward and the backward pass, parameters aside, tensor by tensor; *peak* is that of a process for each
+method, which loads the model and takes two steps. Times are those of one process that takes a step of each method in
+turn: medians, and of the ratios within a turn also the quartiles. Where a machine is shared with other work,
+the ratios hold and the seconds do not.
 
 {table}
+
+- **Propulsion** is the default: it keeps a layer's scaled output for the gradient of z, and writes it over the unscaled
+  one ([`propulsion/lean.py`](../../propulsion/lean.py)). With `lean=False` autograd keeps the unscaled output, as in
+  (IA)3: where an activation or the attention keeps the scaled one too, that is two tensors for one.
+- **BitFit** shows what every method keeps: a bias needs nothing of its layer for its gradient. A scale needs a number
+  for each output and token; it comes down to BitFit only in layers whose output something else keeps, as activations
+  do. Attention with dropout, and rotary embeddings, keep copies of what they read, and what goes into a residual sum is
+  kept by nobody. So the aim of the least memory of all is met but for BitFit, which no scale can undercut.
+- **LoRA** needs its layer's input, which several layers may share, and which nothing else keeps where the weights are
+  frozen.
+- Not taken: to keep the input and form the unscaled output again in the backward pass. It needs no special case at
+  z = 0, but a third matrix product, and keeps more where a layer narrows (the last of a feed-forward block) or where
+  its output is kept anyway (the first). What goes into a residual sum is also the difference of the sums around it,
+  which are kept; but a difference cancels, and would not be exact.
+- Tried, and no faster: scaling the weight instead of the output, sums over blocks of tokens that fit a cache, and
+  `torch.linalg.vecdot`. Writing into memory that is already there is what saves time.
 """
-    (config.output_dir / f"{stem}.md").write_text(text, encoding="utf-8")
 
 
-def child(model: str, method: str, device: str) -> dict[str, Any]:
+def child(model: str, what: str, config: Config) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.steps", "--models", model, "--child", method, "--device", device]
+    command = [sys.executable, "-m", "benchmarks.steps", "--models", model, "--child", what]
+    command += ["--device", config.device, "--turns", str(config.turns)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(spec: Model, method: str, device: str) -> dict[str, Any]:
-    """Seconds of a step, bytes kept for the backward pass, peak bytes, trained parameters."""
+def training(spec: Model, method: str, device: str) -> tuple[nn.Module, dict[str, Tensor], Callable[[], None]]:
+    """A model, a batch, and what takes a step."""
     model = METHODS[method](spec.load(device), spec.targets).train()
     torch.manual_seed(0)
     ids = torch.randint(5, 1000, spec.shape, device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     labels = torch.randint(2, spec.shape[:1], device=device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
-    seconds = []
-    for _ in range(WARM_UP + STEPS):
-        synchronize()
-        start = time.perf_counter()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
+
+    def step() -> None:
         torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
         synchronize()
-        seconds.append(time.perf_counter() - start)
+
+    return model, batch, step
+
+
+def seconds(spec: Model, config: Config) -> dict[str, list[float]]:
+    """Seconds of a step, by method, for every turn; each turn begins with another method."""
+    steps = {method: training(spec, method, config.device)[2] for method in METHODS}
+    found: dict[str, list[float]] = {method: [] for method in METHODS}
+    order = list(METHODS)
+    for turn in range(WARM_UP + config.turns):
+        for method in order[turn % len(order) :] + order[: turn % len(order)]:
+            start = time.perf_counter()
+            steps[method]()
+            found[method].append(time.perf_counter() - start)
+    return {method: times[WARM_UP:] for method, times in found.items()}
+
+
+def memory(spec: Model, method: str, device: str) -> dict[str, int]:
+    """Trained parameters, bytes kept for the backward pass, peak bytes."""
+    model, batch, step = training(spec, method, device)
+    for _ in range(2):
+        step()
     peak = peak_bytes()
-    return {"seconds": statistics.median(seconds[WARM_UP:]), "kept": kept_bytes(model, batch), "peak_bytes": peak,
-            "parameters": sum(p.numel() for p in trained)}  # fmt: skip
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"parameters": parameters, "kept": kept_bytes(model, batch), "peak_bytes": peak}
 
 
 def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
@@ -198,18 +241,20 @@ def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
 HEADER = ("model and method", "parameters", "step, s", "over (IA)3", "kept, MB", "over (IA)3", "peak, MB")
 
 
-def rows(model: str, runs: dict[str, list[dict]]) -> list[list[str]]:
+def rows(model: str, found: dict[str, Any]) -> list[list[str]]:
     """One row a method."""
-    found = [[f"**{MODELS[model].title}**", *[""] * (len(HEADER) - 1)]]
-    for method, of_method in runs.items():
-        pairs = list(zip(of_method, runs["(IA)3"], strict=True))
-        time_ratio, kept_ratio = (statistics.median(a[key] / b[key] for a, b in pairs) for key in ("seconds", "kept"))
-        found.append([
-            method, f"{of_method[0]['parameters']:,}", number(statistics.median(r["seconds"] for r in of_method)),
-            number(time_ratio), number(of_method[0]["kept"] / MEGABYTE), number(kept_ratio),
-            number(statistics.median(r["peak_bytes"] for r in of_method) / MEGABYTE),
+    lines = [[f"**{MODELS[model].title}**", *[""] * (len(HEADER) - 1)]]
+    for method, of_method in found["memory"].items():
+        times, baseline = found["seconds"][method], found["seconds"][BASELINE]
+        ratios = [a / b for a, b in zip(times, baseline, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        spread = "" if method == BASELINE else f" ({low:.2f} to {high:.2f})"
+        lines.append([
+            method, f"{of_method['parameters']:,}", number(statistics.median(times)), f"{middle:.2f}{spread}",
+            number(of_method["kept"] / MEGABYTE), f"{of_method['kept'] / found['memory'][BASELINE]['kept']:.2f}",
+            number(of_method["peak_bytes"] / MEGABYTE),
         ])  # fmt: skip
-    return found
+    return lines
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import ClassVar
@@ -43,8 +44,10 @@ class PropulsionConfig(PeftConfig):
             init_value^k. Every pooling merges.
         pooling: "mean", "max", "min" or "l2" (the root mean square), over the p scales.
         lean: In training, keep a layer's scaled output for the backward pass and not its unscaled one beside it
-            (`propulsion.lean`): less memory, and a gradient of z that is exact but for two roundings. Not for models
-            that write into their layers' outputs in place (Falcon, ``nn.ReLU(inplace=True)``): autograd raises.
+            (`propulsion.lean`): less memory and time, and a gradient of z that is exact but for two roundings. Not for
+            models that write into their layers' outputs in place (Falcon, ``nn.ReLU(inplace=True)``): an error says so.
+            None takes it for architectures that are known not to, at degrees above 1: at degree 1, Propulsion is (IA)3
+            to the last bit.
 
     Raises:
         ValueError: a field, or two fields together, make no sense; the message says what to change.
@@ -79,7 +82,9 @@ class PropulsionConfig(PeftConfig):
     )
     vectors: int = field(default=1, metadata={"help": "Number of vectors of each module, whose scales are pooled."})
     pooling: str = field(default="mean", metadata={"help": f"Over several vectors: one of {', '.join(POOLINGS)}."})
-    lean: bool = field(default=False, metadata={"help": "Keep less for the backward pass; see propulsion.lean."})
+    lean: bool | None = field(
+        default=None, metadata={"help": "Keep less for the backward pass; unset: where known to be safe."}
+    )
 
     # The positions as module names of the model at hand. Not a field: a saved config stays free of one model's names.
     resolved: ClassVar[SimpleNamespace | None] = None
@@ -88,8 +93,11 @@ class PropulsionConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PROPULSION
         self.degree = _checked_degree(self.degree)
+        if not isinstance(self.degree_pattern or {}, dict):
+            raise ValueError(f"degree_pattern maps names of modules to degrees, got {self.degree_pattern!r}")
         self.degree_pattern = {name: _checked_degree(degree) for name, degree in (self.degree_pattern or {}).items()}
         _check_start(self)
+        _check_names(self)
         if self.target_modules is not None and self.positions is not None:
             raise ValueError(
                 f"expected target_modules or positions, got both ({self.target_modules!r} and {self.positions!r}): "
@@ -110,6 +118,8 @@ class PropulsionConfig(PeftConfig):
                 "layers_to_transform works with positions or a list of target_modules, got the expression "
                 f"{self.target_modules!r}: choose the blocks within the expression"
             )
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
         # Sets, as in peft's own methods: peft looks names up in them, and saves them as lists.
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -119,9 +129,26 @@ class PropulsionConfig(PeftConfig):
 
 def _checked_degree(degree: int | float) -> int | float:
     """Return an integral degree as an int, so that z^k is then an integer power however k was written."""
-    if isinstance(degree, bool) or not isinstance(degree, numbers.Real) or not math.isfinite(degree) or degree <= 0:
+    # Beyond float32 no power is finite; a float of more digits than that overflows here.
+    is_number = isinstance(degree, numbers.Real) and not isinstance(degree, bool)
+    if not is_number or not 0 < degree < 1e38:
         raise ValueError(f"degree must be a finite number > 0, got {degree!r}: use for example 15, the paper's")
     return int(degree) if degree == int(degree) else float(degree)
+
+
+def _check_names(config: PropulsionConfig) -> None:
+    """Refuse what names no modules: another type, or an expression that does not compile."""
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, tuple):
+            setattr(config, name, value := list(value))
+        if value is not None and not isinstance(value, (str, list, set)):
+            raise ValueError(f"{name} must be a list of names or one regular expression, got {value!r}")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{name} is no regular expression, got {value!r}: {error}") from error
 
 
 def _check_start(config: PropulsionConfig) -> None:
@@ -133,6 +160,8 @@ def _check_start(config: PropulsionConfig) -> None:
         raise ValueError(f"init_noise is a standard deviation and must be >= 0, got {config.init_noise!r}")
     if isinstance(config.vectors, bool) or not isinstance(config.vectors, int) or config.vectors < 1:
         raise ValueError(f"vectors must be a whole number >= 1, got {config.vectors!r}")
+    if config.lean not in (None, True, False):
+        raise ValueError(f"lean must be True, False or None, got {config.lean!r}")
     if config.pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}; got {config.pooling!r}")
     if config.vectors > 1 and config.init_value <= 0:
@@ -143,7 +172,8 @@ def _check_start(config: PropulsionConfig) -> None:
 
 
 def _checked_positions(positions: list[str] | tuple[str, ...] | str) -> list[str] | str:
-    names = [positions] if isinstance(positions, str) else list(positions)
+    is_several = isinstance(positions, (list, tuple, set))
+    names: list = list(positions) if is_several else [positions]
     unknown = [name for name in names if name not in POSITIONS]
     if unknown or not names:
         raise ValueError(

@@ -25,10 +25,12 @@ def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "d
         adapter_name: the loaded adapter's.
 
     Raises:
-        ValueError: the adapters differ in degree, vectors, pooling, modules or shapes, the adapter is merged, or heads
-            were trained beside it; nothing has changed then.
+        ValueError: there is no such adapter, the adapters differ in degree, vectors, pooling, modules or shapes, the
+            adapter is merged, or heads were trained beside it; nothing has changed then.
     """
     network: Any = getattr(model, "_orig_mod", model)
+    if adapter_name not in network.peft_config:
+        raise ValueError(f"expected an existing adapter, got {adapter_name!r}; there are {list(network.peft_config)}")
     old, new = network.peft_config[adapter_name], PeftConfig.from_pretrained(str(folder))
     if not isinstance(new, PropulsionConfig):
         raise ValueError(f"expected a Propulsion adapter in {folder}, got {new.peft_type}")

@@ -1,7 +1,7 @@
 """The layer of Propulsion: y = z^k * v (Kowsher et al. 2024, Eq. 1-3)."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,25 +11,39 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from propulsion import quantised
 from propulsion.config import PropulsionConfig
-from propulsion.lean import SMALLEST, multiply
-from propulsion.positions import is_norm
+from propulsion.lean import SMALLEST, multiply, transforms_active
 from propulsion.scale import initial_vectors, scale_of
 
 _NOISE = 0.02
 BASE = "__base__"  # peft's name, among a batch's adapter names, for the model without any
 
 
+class Scales(nn.ParameterDict):
+    """The vectors z of a layer, by adapter: they follow the layer to another device, and never below float32."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Scales":
+        def wide(z: Tensor) -> Tensor:
+            moved = fn(z)
+            narrow = moved.is_floating_point() and moved.element_size() < 4
+            return z.to(moved.device, torch.float32) if narrow and z.is_floating_point() else moved
+
+        return super()._apply(wide, recurse)
+
+
 class PropulsionLayer(nn.Module, BaseTunerLayer):
     """A frozen layer whose output v, bias included, is multiplied by z^k.
 
     One z per adapter: a vector (d_out,), or several (p, d_out) whose scales are pooled. z is float32 whatever the dtype
-    of the layer, as 1 + 1e-3 is 1 in bfloat16, and float64 over a float64 layer. Several active adapters multiply.
+    of the layer, as 1 + 1e-3 is 1 in bfloat16, and float64 over a float64 layer; it stays so when the model is cast.
+    Several active adapters multiply.
 
     Merging replaces the layer's Parameter objects and keeps the old ones: unmerging restores their bits (z = 0
     included), and another module that shares a parameter, as a tied head does, keeps the old one and so its function.
     A merged layer thus holds its weight twice until it is unmerged or unloaded. Every pooling merges, since it acts on
-    the scales alone.
+    the scales alone. A quantised weight merges into its own scales where it has one for each output
+    (`propulsion.quantised`).
 
     Abstract: a subclass says along which axis of the weight the outputs lie, and how many axes follow them in the
     output.
@@ -41,10 +55,18 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     weight_axis: int
     kernel_axes: int = 0
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PropulsionConfig, name: str = ""):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: PropulsionConfig,
+        name: str = "",
+        *,
+        lean: bool | None = None,
+    ):
         super().__init__()
         self.base_layer = base_layer
-        self.propulsion_z = nn.ParameterDict()
+        self.propulsion_z = Scales()
         self.degree: dict[str, int | float] = {}
         self.pooling: dict[str, str] = {}
         self.merged_adapters: list[str] = []
@@ -53,21 +75,25 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self._lean = False
         self._far: tuple[tuple, bool] = ((), False)
+        self._together: list[PropulsionLayer] = []
         self.in_features, self.out_features = self.features()
-        self.update_layer(adapter_name, config, name)
+        self.update_layer(adapter_name, config, name, lean=lean)
 
     def features(self) -> tuple[int, int]:
         """(d_in, d_out) of the layer beneath."""
         shape = self.weight.shape
         return shape[1 - self.weight_axis], shape[self.weight_axis]
 
-    def update_layer(self, adapter_name: str, config: PropulsionConfig, name: str = "") -> None:
+    def update_layer(
+        self, adapter_name: str, config: PropulsionConfig, name: str = "", *, lean: bool | None = None
+    ) -> None:
         """Add an adapter.
 
         Args:
             adapter_name: its name.
             config: its configuration.
             name: of the module, which `degree_pattern` may single out.
+            lean: what to keep for the backward pass where the configuration leaves it open.
         """
         weight = self.weight
         degree = config.degree_pattern.get(get_pattern_key(list(config.degree_pattern), name), config.degree)
@@ -83,8 +109,15 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self.propulsion_z[adapter_name] = nn.Parameter(z.to(weight.device))
         self.degree[adapter_name] = degree
         self.pooling[adapter_name] = config.pooling
-        self._lean = config.lean
+        self._lean = bool(lean if config.lean is None else config.lean)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move z: peft would cast it to the layer's dtype as well, and round what it has just loaded."""
+        z: Any = self.propulsion_z.get(adapter_name)
+        if z is not None and "meta" not in (z.device.type, self.weight.device.type):
+            dtype = torch.float64 if self.weight.dtype == torch.float64 else z.dtype
+            z.data = z.data.to(self.weight.device if device is None else device, dtype)
 
     def scale(self, adapter_names: Sequence[str]) -> Float[Tensor, "d_out"] | None:
         """The product of the scales of those of the named adapters that this layer has; None if it has none."""
@@ -115,7 +148,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         scale = self.scale(self.active_adapters)
         if scale is None:
             return output
-        return multiply(output, self._along_output(scale), lean=self._may_be_lean(scale))
+        lean = self._may_be_lean(scale)
+        return multiply(output, self._along_output(scale), lean=lean, overwrite=lean and self._owns(output))
 
     def _mixed(self, output: Tensor, adapter_names: list[str]) -> Tensor:
         """Each example scaled by its own adapter; an output that all share (positions') gets a row for each."""
@@ -140,15 +174,40 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         if not (self._lean and self.training and scale.requires_grad and torch.is_grad_enabled()):
             return False
         # A compiler decides itself what to keep, and a transform of torch.func cannot look at values.
-        transformed = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
-        if torch.compiler.is_compiling() or transformed is not None:
+        if torch.compiler.is_compiling() or transforms_active():
             return False
-        # Looked at once for each value of z: on an accelerator it waits for the result.
-        state = tuple((name, z._version, id(z)) for name, z in self.propulsion_z.items())
-        if self._far[0] != (state, tuple(self.active_adapters)):
-            far = bool((scale.detach().abs() >= SMALLEST).all())
-            self._far = ((state, tuple(self.active_adapters)), far)
+        if not _waits(scale):
+            return bool((scale.detach().abs() >= SMALLEST).all())
+        if self._far[0] != self._state():
+            self._look()
         return self._far[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of one layer is no copy of those it is looked at with."""
+        return {**self.__dict__, "_together": [], "_far": ((), False)}
+
+    def _state(self) -> tuple:
+        """What the scale is computed from: it changes when any z does."""
+        return tuple((name, z._version, id(z)) for name, z in self.propulsion_z.items()), tuple(self.active_adapters)
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Note whether the scale is far from zero, for all layers of the model at once.
+
+        Looking waits for an accelerator: so, once for each step of training, and not for each layer. What is written to
+        `z.data` goes unnoticed there, and exactly z = 0 then gives a gradient that is not a number.
+        """
+        scales = {layer: layer.scale(layer.active_adapters) for layer in self._together or [self] if layer._lean}
+        smallest = [scale.abs().amin().to(self.weight.device) for scale in scales.values() if scale is not None]
+        values = iter(torch.stack(smallest).tolist())
+        for layer, scale in scales.items():
+            layer._far = (layer._state(), scale is not None and next(values) >= SMALLEST)
+
+    def _owns(self, output: Tensor) -> bool:
+        """Whether nobody else can hold this output of the layer beneath: it has no hooks and a forward of torch's."""
+        base = self.get_base_layer()
+        watched = base._forward_hooks or "forward" in vars(base) or nn.modules.module._global_forward_hooks
+        return _is_torchs_own(base) and not watched and output.is_contiguous() and output.is_floating_point()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold z^k into the weight and bias: W' = diag(z^k) W, b' = z^k * b.
@@ -158,28 +217,30 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             adapter_names: Adapters to merge; the active ones if None.
 
         Raises:
-            ValueError: the weight is quantised, an embedding renormalises its rows, a norm uses its weight in an
-                unknown way, or `safe_merge` found a non-finite value. The layer is then as it was.
+            ValueError: the weight is quantised in a way that no scale folds into, an embedding renormalises its rows,
+                the layer is a class of its own that is not linear in its weight, or `safe_merge` found a non-finite
+                value. The layer is then as it was.
         """
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.propulsion_z]
         if not adapter_names:
             return
         base = self.get_base_layer()
-        self._check_mergeable(base, self.weight)
+        self._check_mergeable(base, adapter_names)
+        quantised.gather(base)
         # A further merge starts again from the unmerged weight, so that it rounds only once.
         unmerged = self._unmerged or {
             name: parameter for name in ("weight", "bias") if (parameter := getattr(base, name, None)) is not None
         }
         adapter_names = [*self.merged_adapters, *adapter_names]
         merged = self._scaled(unmerged, adapter_names)
-        if safe_merge and not all(value.isfinite().all() for value in merged.values()):
+        if safe_merge and not all(quantised.is_finite(value) for value in merged.values()):
             raise ValueError(
                 # peft's own words, which its users search for.
                 f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken: z or the "
                 f"weight is, or z^k overflows {unmerged['weight'].dtype}. Nothing was merged"
             )
-        for name, value in merged.items():
-            setattr(base, name, nn.Parameter(value, requires_grad=unmerged[name].requires_grad))
+        self._check_follows(base, merged, adapter_names)
+        self._put(base, merged)
         self._unmerged = unmerged
         self.merged_adapters = adapter_names
 
@@ -192,27 +253,46 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         for name, parameter in self._unmerged.items():
             merged = getattr(base, name)
             # The model may have moved since; the stash, which is no part of it, follows only now.
-            parameter.data = parameter.data.to(merged.device, merged.dtype)
+            if not quantised.is_quantised(parameter):
+                parameter.data = parameter.data.to(merged.device, merged.dtype)
+            elif parameter.device != merged.device:
+                parameter = parameter.to(merged.device)
             setattr(base, name, parameter)
         self._unmerged = {}
         self.merged_adapters = []
 
     @torch.no_grad()
-    def _scaled(self, parameters: dict[str, nn.Parameter], adapter_names: list[str]) -> dict[str, Tensor]:
+    def _scaled(self, parameters: dict[str, nn.Parameter], adapter_names: list[str]) -> dict[str, nn.Parameter]:
         """The weight and bias times the scale, computed in the wider dtype of the two and rounded once."""
         scale = self.scale(adapter_names)
         assert scale is not None
-        weight = parameters["weight"]
-        shape = [1] * weight.ndim
+        shape = [1] * parameters["weight"].ndim
         shape[self.weight_axis] = -1
         along = {"weight": scale.view(shape), "bias": scale}
-        return {name: (p * along[name].to(p.device)).to(p.dtype) for name, p in parameters.items()}
+        return {
+            name: quantised.scaled(p, scale)
+            if quantised.is_quantised(p)
+            else nn.Parameter((p * along[name].to(p.device)).to(p.dtype), requires_grad=p.requires_grad)
+            for name, p in parameters.items()
+        }
 
-    def _check_mergeable(self, base: nn.Module, weight: Tensor) -> None:
-        if not weight.is_floating_point():
+    def _put(self, base: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            setattr(base, name, parameter)
+
+    @torch.no_grad()
+    def _check_mergeable(self, base: nn.Module, adapter_names: list[str]) -> None:
+        weight, scale = self.weight, self.scale(adapter_names)
+        assert scale is not None
+        if quantised.is_quantised(weight) and (reason := quantised.obstacle(weight, scale, self.weight_axis)):
             raise ValueError(
-                f"expected a floating-point weight to merge into, got a quantised {type(base).__name__} of dtype "
-                f"{weight.dtype}: dequantise the model, or keep the adapter unmerged"
+                f"expected a weight to merge into, got a quantised {type(base).__name__} of dtype {weight.dtype}: "
+                f"{reason}. Dequantise the model, or keep the adapter unmerged"
+            )
+        if base._parameters.get("weight") is None:
+            raise ValueError(
+                f"expected a {type(base).__name__} with a weight of its own to merge into, got one computed from other "
+                "parameters (weight_norm and the like): remove that, or keep the adapter unmerged"
             )
         if getattr(base, "max_norm", None) is not None:
             raise ValueError(
@@ -220,123 +300,45 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
                 "the adapter unmerged"
             )
 
+    def probe(self) -> Tensor | None:
+        """An input on which to see what a class of its own does with its weight; None where there is no telling."""
+        return None
+
+    @torch.no_grad()
+    def _check_follows(self, base: nn.Module, merged: dict[str, nn.Parameter], adapter_names: list[str]) -> None:
+        """Try the merged weight on layers with a forward of their own, which may do more than multiply by it."""
+        x = None if _is_torchs_own(base) or quantised.is_quantised(self.weight) else self.probe()
+        if x is None:
+            return
+        names = [name for name in adapter_names if name not in self.merged_adapters]
+        scale = self.scale(names)
+        assert scale is not None
+        current, training = {name: getattr(base, name) for name in merged}, base.training
+        try:
+            expected = base.eval()(x) * scale.to(x.device)
+            self._put(base, merged)
+            error = (base(x) - expected).abs().max()
+        except (TypeError, IndexError, RuntimeError):
+            return  # Called in a way of its own.
+        finally:
+            self._put(base, current)
+            base.train(training)
+        precision = torch.finfo(self.weight.dtype).eps * 64
+        if bool(error > precision * (expected.abs().max() + 1)):
+            raise ValueError(
+                f"expected a layer that multiplies by its weight to merge into; {type(base).__name__} does more in its "
+                "forward: keep the adapter unmerged"
+            )
+
     def __repr__(self) -> str:
         return "propulsion." + super().__repr__()
 
 
-class PropulsionLinear(PropulsionLayer):
-    """Over `torch.nn.Linear` and its quantised relatives: weight (d_out, d_in)."""
-
-    weight_axis = 0
-
-    def features(self) -> tuple[int, int]:
-        """As the layer says: a quantised weight is packed."""
-        base: Any = self.get_base_layer()
-        return base.in_features, base.out_features
+def _waits(scale: Tensor) -> bool:
+    """Whether looking at a scale waits for an accelerator."""
+    return scale.device.type != "cpu"
 
 
-class PropulsionTransposedLinear(PropulsionLayer):
-    """Over `transformers.pytorch_utils.Conv1D`, GPT-2's Linear: weight (d_in, d_out).
-
-    The name holds "Linear" because peft's "all-linear" finds adapted Linears by the name of their class.
-    """
-
-    weight_axis = 1
-
-
-class PropulsionEmbedding(PropulsionLayer):
-    """Over `torch.nn.Embedding`: weight (vocabulary, d_out). A padding row is scaled like any other."""
-
-    weight_axis = 1
-
-
-class PropulsionConvolution(PropulsionLayer):
-    """Over `torch.nn.Conv1d`, `Conv2d`, `Conv3d`: weight (d_out, d_in / groups, ...), one z for each output channel."""
-
-    weight_axis = 0
-
-    def features(self) -> tuple[int, int]:
-        """Channels."""
-        base: Any = self.get_base_layer()
-        return base.in_channels, base.out_channels
-
-    @property
-    def kernel_axes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """One, two or three."""
-        return self.weight.ndim - 2
-
-
-class PropulsionNorm(PropulsionLayer):
-    """Over `torch.nn.LayerNorm`, and RMSNorms of any family: weight (d_out,), and a bias perhaps.
-
-    Families multiply by the weight, or by one plus it (Gemma). Which, is found by trying when it comes to merging.
-    """
-
-    weight_axis = 0
-
-    def features(self) -> tuple[int, int]:
-        """The normalised axis."""
-        return self.weight.numel(), self.weight.numel()
-
-    @torch.no_grad()
-    def _scaled(self, parameters: dict[str, nn.Parameter], adapter_names: list[str]) -> dict[str, Tensor]:
-        scale = self.scale(adapter_names)
-        assert scale is not None
-        base, weight = self.get_base_layer(), parameters["weight"]
-        current = {name: getattr(base, name) for name in parameters}
-        x = torch.linspace(-1, 1, self.out_features, device=weight.device, dtype=weight.dtype)
-        x = torch.stack([x, x.roll(1).cos()])
-        # Many norms compute in float32, whatever the dtype of their weight.
-        tolerance = 8 * max(torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32))
-        try:
-            for name, p in parameters.items():
-                setattr(base, name, p)
-            expected = (base(x) * scale).to(weight.dtype)
-            found = []
-            for shift in (0, 1):
-                merged = {name: (p * scale).to(p.dtype) for name, p in parameters.items()}
-                merged["weight"] = ((weight.to(scale.dtype) + shift) * scale - shift).to(weight.dtype)
-                for name, value in merged.items():
-                    setattr(base, name, nn.Parameter(value, requires_grad=False))
-                found.append((float((base(x) - expected).abs().max()), merged))
-        finally:
-            for name, p in current.items():
-                setattr(base, name, p)
-        error, merged = min(found, key=lambda pair: pair[0])
-        size = float(expected.abs().max() + (1 + weight.abs().max()) * scale.abs().max())
-        if error <= tolerance * size or not expected.isfinite().all():
-            return merged
-        raise ValueError(
-            f"expected a norm that multiplies by its weight, or by one plus it, to merge into; {type(base).__name__} "
-            "does neither: keep the adapter unmerged"
-        )
-
-
-LAYERS: dict[type[nn.Module], type[PropulsionLayer]] = {
-    nn.Linear: PropulsionLinear,
-    Conv1D: PropulsionTransposedLinear,
-    nn.Embedding: PropulsionEmbedding,
-    nn.Conv1d: PropulsionConvolution,
-    nn.Conv2d: PropulsionConvolution,
-    nn.Conv3d: PropulsionConvolution,
-    nn.LayerNorm: PropulsionNorm,
-    nn.RMSNorm: PropulsionNorm,
-}
-
-
-def layer_class(module: nn.Module) -> type[PropulsionLayer] | None:
-    """Return the class that adapts this module; None if none does."""
-    found = next((layer for kind, layer in LAYERS.items() if isinstance(module, kind)), None)
-    if found is PropulsionNorm or (found is None and is_norm(module)):
-        return PropulsionNorm if is_norm(module) else None
-    if found is None and _is_quantised_linear(module):
-        return PropulsionLinear
-    return found
-
-
-def _is_quantised_linear(module: nn.Module) -> bool:
-    """A backend's own class (GPTQ, AWQ, HQQ, EETQ, ...): whole numbers for a weight, and features like a Linear's."""
-    if not all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
-        return False
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(not t.is_floating_point() for t in tensors)
+def _is_torchs_own(base: nn.Module) -> bool:
+    """Whether a layer's forward is known: a product with its weight, whose result is new."""
+    return type(base).__module__.startswith("torch.nn.") or type(base) is Conv1D

@@ -11,13 +11,15 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from propulsion.config import PropulsionConfig
-from propulsion.layer import BASE, LAYERS, PropulsionLayer, layer_class
-from propulsion.positions import base_modules, bypass, resolve, shared_by_all_examples
+from propulsion.first_pass import is_watched, unwatched, watch
+from propulsion.kinds import LAYERS, layer_class
+from propulsion.layer import BASE, PropulsionLayer
+from propulsion.positions import base_modules, bypass, leaves_outputs_alone, resolve, shared_by_all_examples
 from propulsion.registration import PREFIX
 from propulsion.scale import root
 
@@ -94,12 +96,13 @@ class PropulsionModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
+        lean = peft_config.degree > 1 and leaves_outputs_alone(self.model)
         if isinstance(target, PropulsionLayer):
-            target.update_layer(adapter_name, peft_config, current_key)
+            target.update_layer(adapter_name, peft_config, current_key, lean=lean)
             return
         layer = layer_class(target)
         assert layer is not None  # _prepare_model checked
-        adapted = layer(target, adapter_name, peft_config, current_key)
+        adapted = layer(target, adapter_name, peft_config, current_key, lean=lean)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)  # a further adapter is trainable only once it is made active
         self._replace_module(parent, target_name, adapted, target)
@@ -110,6 +113,30 @@ class PropulsionModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As in peft; the first pass of training is then looked at."""
+        result = super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = [module for module in model.modules() if isinstance(module, PropulsionLayer)]
+        for layer in layers:
+            layer._together = layers
+        _warn_of_patterns(model, adapter_name, self.peft_config[adapter_name])
+        watch(model)
+        return result
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        return self.model(*args, **kwargs) if is_watched(self.model) else self.model.forward(*args, **kwargs)
+
+    def unload(self) -> nn.Module:
+        """Return the base model as it was, without adapters; merged ones are unmerged first."""
+        if any(module.merged for module in self.modules() if isinstance(module, PropulsionLayer)):
+            self.unmerge_adapter()
+        return unwatched(super().unload())
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the base model with the adapters merged into it."""
+        return unwatched(super().merge_and_unload(*args, **kwargs))
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """Nothing to warn of: a tied embedding and head have one weight and each a z of its own."""
@@ -136,7 +163,9 @@ class PropulsionModel(BaseTuner):
             return args, {**kwargs, "adapter_names": repeated}
 
         handles = []
-        encoder = self.model.get_encoder() if beams and hasattr(self.model, "get_encoder") else None
+        # A decoder by itself may call itself its encoder.
+        two_sided = beams and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        encoder: Any = self.model.get_encoder() if two_sided else None
         inside = {id(module) for module in encoder.modules()} if isinstance(encoder, nn.Module) else set()
 
         def hand_over_once(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -185,9 +214,12 @@ class PropulsionModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"expected a new name for the combined adapter, got {adapter_name!r}, which exists")
+        if isinstance(adapters, str) or not all(isinstance(each, (list, tuple)) for each in (adapters, weights)):
+            raise ValueError(f"expected a list of adapters and one of weights, got {adapters!r} and {weights!r}")
         if missing := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"expected existing adapters, got {missing}; there are {list(self.peft_config)}")
-        if not adapters or len(adapters) != len(weights) or not all(math.isfinite(w) for w in weights):
+        numeric = all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights)
+        if not adapters or len(adapters) != len(weights) or not numeric:
             raise ValueError(f"expected one finite weight for each of {adapters}, got {weights}")
         combined: dict[PropulsionLayer, Any] = {}
         layers = [module for module in self.modules() if isinstance(module, PropulsionLayer)]
@@ -260,6 +292,22 @@ def _warn_of_head(model: nn.Module, name: str) -> None:
             "frozen. If the head is new, and so random, train it: give task_type='SEQ_CLS' or modules_to_save",
             stacklevel=2,
         )
+
+
+def _warn_of_patterns(model: nn.Module, adapter_name: str, config: PeftConfig) -> None:
+    """Say which patterns of degrees match no adapted module."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PropulsionLayer) and adapter_name in module.propulsion_z
+    ]
+    patterns = getattr(config, "degree_pattern", None) or {}
+    if unused := [pattern for pattern in patterns if not any(_matches(pattern, name) for name in names)]:
+        warnings.warn(f"degree_pattern {unused} matches no adapted module: correct it, or drop it", stacklevel=2)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return get_pattern_key([pattern], name) == pattern
 
 
 def _names_by_module(model: nn.Module) -> dict[int, list[str]]:

@@ -110,7 +110,8 @@ def warn_of_traps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                 stacklevel=2,
             )
         k = max((degrees.get(name, 1.0) for name in scales), default=0.0)
-        if k * group["lr"] > LARGEST_STEP:
+        # A step of plain SGD is as large as its gradient, which is not known here.
+        if k * float(group["lr"]) > LARGEST_STEP and not isinstance(optimizer, torch.optim.SGD):
             warnings.warn(
                 f"learning rate {group['lr']:g} at degree {k:g}: one step may move a scale by {k * group['lr']:.0%}. "
                 f"Divide the rate by the degree; {SCALE_RATE / k:.2g} is the default of propulsion.optim",
@@ -119,7 +120,10 @@ def warn_of_traps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 class TrapWarnings(TrainerCallback):
-    """`warn_of_traps` for `transformers.Trainer`: ``Trainer(..., callbacks=[TrapWarnings()])``."""
+    """`warn_of_traps` before the first pass of `transformers.Trainer`: ``Trainer(..., callbacks=[TrapWarnings()])``.
+
+    Without it, they come at the first step (`propulsion.first_pass`).
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the optimizer before the first step."""

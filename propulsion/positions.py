@@ -33,6 +33,9 @@ _BERT = _split("attention", r"self\.query", r"self\.key", r"self\.value", r"outp
 _DEBERTA = _split("attention", r"self\.query_proj", r"self\.key_proj", r"self\.value_proj", r"output\.dense", _BERT_MLP)
 _LLAMA = _split("self_attn", "q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.(gate_proj|up_proj|down_proj)")
 _BART = _split("(self_attn|encoder_attn)", "q_proj", "k_proj", "v_proj", "out_proj", r"layers\.\d+\.(fc1|fc2)")
+_VIT = _split("attention", "q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.(fc1|fc2)")
+# Experts are stacked in one parameter, and no modules.
+_MIXTRAL = {position: names for position, names in _LLAMA.items() if position != "mlp"}
 _BLOOM = _fused(r"self_attention\.query_key_value", r"self_attention\.dense", r"mlp\.(dense_h_to_4h|dense_4h_to_h)")
 
 # Module names from the right, as regular expressions, by the `model_type` of the model's config.
@@ -41,8 +44,11 @@ FAMILIES: dict[str, _Names] = {
     "distilbert": _split("attention", "q_lin", "k_lin", "v_lin", "out_lin", r"ffn\.(lin1|lin2)"),
     "albert": _split("attention", "query", "key", "value", "dense", r"albert_layers\.\d+\.(ffn|ffn_output)"),
     "deberta-v2": _DEBERTA,
+    "deberta": _fused(r"attention\.self\.in_proj", r"attention\.output\.dense", _BERT_MLP),
     "gpt2": _fused(r"attn\.c_attn", r"attn\.c_proj", r"mlp\.(c_fc|c_proj)"),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    "mixtral": _MIXTRAL,
+    "vit": _VIT,
     "phi": _split("self_attn", "q_proj", "k_proj", "v_proj", "dense", r"mlp\.(fc1|fc2)"),
     "phi3": _fused(r"self_attn\.qkv_proj", r"self_attn\.o_proj", r"mlp\.(gate_up_proj|down_proj)"),
     "gptj": _split("attn", "q_proj", "k_proj", "v_proj", "out_proj", r"mlp\.(fc_in|fc_out)"),
@@ -55,11 +61,15 @@ FAMILIES: dict[str, _Names] = {
 # Modules whose forward is never called, because the model reads their weight itself or not at all: a z on them would
 # be dead, counted and saved but without effect until merged.
 _BYPASSED = {
+    "deberta": r"encoder\.rel_embeddings",
     "deberta-v2": r"encoder\.rel_embeddings",
     "t5": "shared",
     "bart": "shared",
 }
 
+
+# Families that write into what their layers return, so that the output of a layer is no safe thing to keep.
+_IN_PLACE = ("deberta", "falcon")
 
 # Modules whose output has no axis of examples: T5 adds one bias by position to the scores of all.
 _WITHOUT_EXAMPLES = {"t5": "relative_attention_bias"}
@@ -131,6 +141,11 @@ def is_norm(module: nn.Module) -> bool:
     return named and isinstance(weight, nn.Parameter) and weight.ndim == 1
 
 
+def leaves_outputs_alone(model: nn.Module) -> bool:
+    """Whether the model is of a family that is known not to write into the outputs of its layers in place."""
+    return _model_type(model) in FAMILIES and _model_type(model) not in _IN_PLACE
+
+
 def shared_by_all_examples(model: nn.Module, name: str) -> bool:
     """Whether the output of a module has no axis of examples, so that no example can have a scale of its own."""
     pattern = _WITHOUT_EXAMPLES.get(_model_type(model))
@@ -153,10 +168,12 @@ def _at(position: str, model: nn.Module, candidates: dict[str, nn.Module]) -> se
         )
     family = FAMILIES[model_type]
     if position not in family:
-        raise ValueError(
-            f"position {position!r} has no module of its own in {model_type!r}, which fuses query, key and value in "
-            "one: use 'attn' for all three"
+        reason = (
+            "whose experts are stacked in one parameter"
+            if position == "mlp"
+            else "which fuses query, key and value in one: use 'attn' for all three"
         )
+        raise ValueError(f"position {position!r} has no module of its own in {model_type!r}, {reason}")
     return {name for name in candidates if _ends_with(family[position], name)}
 
 

@@ -27,7 +27,8 @@ CLASSIFIER, CAUSAL, SEQ2SEQ = (
     hf.AutoModelForSeq2SeqLM,
 )
 
-# family: (model class, config, number of modules at (attn, attention_output, mlp), whether attention is fused)
+# family: (model class, config, number of modules at (attn, attention_output, mlp), whether attention is fused).
+# Mixtral has no modules at mlp: its experts are stacked in one parameter.
 FAMILIES = {
     "bert": (CLASSIFIER, lambda: hf.BertConfig(**_SIZES), (6, 2, 4), False),
     "roberta": (CLASSIFIER, lambda: hf.RobertaConfig(**_SIZES), (6, 2, 4), False),
@@ -41,6 +42,14 @@ FAMILIES = {
         False,
     ),
     "albert": (CLASSIFIER, lambda: hf.AlbertConfig(**_SIZES, embedding_size=4), (3, 1, 2), False),
+    "deberta": (
+        CLASSIFIER,
+        lambda: hf.DebertaConfig(
+            **_SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=8
+        ),
+        (2, 2, 4),
+        True,
+    ),
     "deberta-v2": (
         CLASSIFIER,
         lambda: hf.DebertaV2Config(
@@ -57,6 +66,17 @@ FAMILIES = {
     ),
     "gpt2": (CAUSAL, lambda: hf.GPT2Config(**_GPT, bos_token_id=1, eos_token_id=2), (2, 2, 4), True),
     "llama": (CAUSAL, lambda: hf.LlamaConfig(**_SIZES), (6, 2, 6), False),
+    **{
+        name: (CAUSAL, lambda config=config, more=more: config(**_SIZES, num_key_value_heads=1, **more), counts, False)
+        for name, config, more, counts in [
+            ("mistral", hf.MistralConfig, {}, (6, 2, 6)),
+            ("qwen2", hf.Qwen2Config, {}, (6, 2, 6)),
+            ("qwen3", hf.Qwen3Config, {"head_dim": 4}, (6, 2, 6)),
+            ("gemma2", hf.Gemma2Config, {"head_dim": 4}, (6, 2, 6)),
+            ("gemma3", hf.Gemma3TextConfig, {"head_dim": 4}, (6, 2, 6)),
+            ("mixtral", hf.MixtralConfig, {"num_local_experts": 2, "num_experts_per_tok": 2}, (6, 2, 0)),
+        ]
+    },
     "phi": (CAUSAL, lambda: hf.PhiConfig(**_SIZES), (6, 2, 4), False),
     "phi3": (CAUSAL, lambda: hf.Phi3Config(**_SIZES), (2, 2, 4), True),
     "gptj": (CAUSAL, lambda: hf.GPTJConfig(**_GPT, rotary_dim=2, bos_token_id=1, eos_token_id=2), (6, 2, 4), False),
@@ -110,7 +130,9 @@ def build(family: str) -> nn.Module:
     """A float64 model in evaluation mode, its parameters drawn from N(0, 0.3^2) so that no part is silent."""
     auto, config, _, _ = FAMILIES[family]
     torch.manual_seed(0)
-    model = auto.from_config(config(), attn_implementation="eager").double().eval()
+    # The other implementations of a mixture of experts know no float64.
+    options = {"experts_implementation": "eager"} if family == "mixtral" else {}
+    model = auto.from_config(config(), attn_implementation="eager", **options).double().eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.3 * torch.randn_like(p)

@@ -29,6 +29,21 @@ def test_nothing_chosen_means_every_position_and_the_papers_degree():
         ({"degree": float("nan")}, "degree"),
         ({"degree": float("inf")}, "degree"),
         ({"degree": True}, "degree"),
+        ({"degree": "15"}, "degree"),
+        ({"degree": 10**400}, "degree"),
+        ({"degree_pattern": {"query": 0}}, "degree must be a finite number > 0, got 0"),
+        ({"degree_pattern": ["query"]}, "degree_pattern maps names of modules to degrees"),
+        ({"init_value": float("nan")}, "init_value must be a finite number"),
+        ({"init_noise": -1.0}, "init_noise is a standard deviation"),
+        ({"vectors": 0}, "vectors must be a whole number >= 1"),
+        ({"vectors": 2.5}, "vectors must be a whole number >= 1"),
+        ({"vectors": 2, "init_value": 0.0}, "several vectors start spread about a positive init_value"),
+        ({"pooling": "sum"}, "pooling must be one of"),
+        ({"lean": "yes"}, "lean must be True, False or None"),
+        ({"positions": 5}, "positions must be one or several"),
+        ({"target_modules": 5}, "target_modules must be a list of names or one regular expression"),
+        ({"target_modules": "(query"}, "target_modules is no regular expression"),
+        ({"exclude_modules": "*query"}, "exclude_modules is no regular expression"),
         ({"positions": "attn", "target_modules": ["query"]}, "target_modules or positions, got both"),
         ({"positions": "attention"}, "positions must be one or several"),
         ({"positions": []}, "positions must be one or several"),
@@ -39,9 +54,13 @@ def test_nothing_chosen_means_every_position_and_the_papers_degree():
         ({"layers_to_transform": [0], "target_modules": ".*query"}, "layers_to_transform works with"),
     ],
 )
-def test_nonsense_is_refused(fields, message):
+def test_nonsense_is_refused(fields, message, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         PropulsionConfig(**fields)
+
+
+def test_one_module_to_save_is_a_list_of_one(no_shape_checks):
+    assert PropulsionConfig(modules_to_save="classifier").modules_to_save == ["classifier"]
 
 
 def test_an_integral_degree_becomes_an_integer():

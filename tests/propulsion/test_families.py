@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from cases import FAMILIES, batch_for, classifier
+import transformers as hf
+from cases import FAMILIES, batch_for, classifier, randomized
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -16,31 +17,89 @@ OPTIONS = {
 }
 
 
-def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+class Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(2, 4, 3, padding=1, stride=2), nn.BatchNorm2d(4)
+        self.two, self.line, self.out = nn.Conv2d(4, 3, 3), nn.Conv1d(3, 5, 2), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.two(torch.relu(self.norm(self.one(x)))).tanh().flatten(2)
+        return self.out(self.line(hidden).mean(dim=-1))
+
+
+class Perceptron(nn.Module):
+    """With parameters that are no module's."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.gain = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(6))
+        self.one, self.layer_norm, self.out = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer_norm(self.one(x + self.token) * (1 + self.gain)).tanh())
+
+
+def vision() -> nn.Module:
+    return hf.ViTForImageClassification(hf.ViTConfig(
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, image_size=8, patch_size=4,
+        num_labels=3,
+    ))  # fmt: skip
+
+
+Batch = dict[str, Tensor] | Tensor
+# Models that read no text: how to make one, the shape of an example, what is trained in full, modules to adapt if not
+# "all".
+OTHERS = {
+    "vit": (vision, (3, 8, 8), ["classifier"], None),
+    # Running statistics are saved only with a norm that is trained in full.
+    "cnn": (Convolutional, (2, 8, 8), ["out", "norm"], ["one", "two", "line"]),
+    "mlp": (Perceptron, (4,), ["out"], None),
+}
+
+
+def case(family: str, options: str) -> tuple[nn.Module, Batch, PropulsionConfig]:
+    """A float64 model, a batch for it, and what to adapt."""
+    if family in FAMILIES:
+        return classifier(family), batch_for(family), PropulsionConfig(**OPTIONS[options], task_type="SEQ_CLS")
+    make, shape, heads, targets = OTHERS[family]
+    torch.manual_seed(0)
+    model, x = randomized(make().double()).train(), torch.randn(4, *shape, dtype=torch.float64)
+    fields = {**OPTIONS[options], "modules_to_save": heads}
+    if targets:
+        fields = {**fields, "positions": None, "target_modules": targets}
+    return model, {"pixel_values": x} if family == "vit" else x, PropulsionConfig(**fields)
+
+
+def call(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(batch) if isinstance(batch, Tensor) else model(**batch)
+    return getattr(output, "logits", output)
+
+
+def outputs(model: nn.Module, batch: Batch) -> Tensor:
     model.eval()
     with torch.no_grad():
-        return model(**batch).logits
+        return call(model, batch)
 
 
-def trained(model: nn.Module, batch: dict[str, Tensor], steps: int = 2) -> nn.Module:
+def trained(model: nn.Module, batch: Batch, steps: int = 2) -> nn.Module:
     model.train()
     chosen = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(chosen, lr=2e-3)
-    labels = torch.arange(len(batch["input_ids"])) % 3
     for _ in range(steps):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(**batch).logits, labels).backward()
+        logits = call(model, batch)
+        nn.functional.cross_entropy(logits, torch.arange(len(logits)) % 3).backward()
         optimizer.step()
     return model.eval()
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_life_of_an_adapter(family, options, tmp_path):
-    base, batch = classifier(family), batch_for(family)
+    base, batch, config = case(family, options)
     plain = outputs(base, batch)
     weights = {name: p.detach().clone() for name, p in base.named_parameters()}
-    config = PropulsionConfig(**OPTIONS[options], task_type="SEQ_CLS")
     model = get_peft_model(copy.deepcopy(base), config)
     torch.testing.assert_close(outputs(model, batch), plain, rtol=1e-10, atol=1e-12)
 
@@ -68,7 +127,7 @@ def test_life_of_an_adapter(family, options, tmp_path):
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(outputs(merged, batch), output, rtol=0, atol=precision * size)
 
-    model.add_adapter("second", PropulsionConfig(**OPTIONS[options], task_type="SEQ_CLS"))
+    model.add_adapter("second", case(family, options)[2])
     model.set_adapter("second")
     torch.testing.assert_close(outputs(model, batch), plain, rtol=1e-10, atol=1e-12)
     model.delete_adapter("default")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from propulsion import PropulsionConfig
-from propulsion.layer import layer_class
+from propulsion.kinds import layer_class
 from propulsion.scale import power
 
 D_IN, D_OUT = 5, 4
@@ -202,26 +202,28 @@ def test_what_cannot_be_merged_is_refused():
         layer_class(base)(base, "default", PropulsionConfig()).merge()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", BASES)
-def test_z_is_float32_over_bfloat16(kind):
-    layer, x = adapted(kind, degree=15, dtype=torch.bfloat16), example(kind, torch.bfloat16)
+def test_z_is_float32_over_narrower_layers(kind, dtype):
+    layer, x = adapted(kind, degree=15, dtype=dtype), example(kind, dtype)
     z = layer.propulsion_z["default"]
     assert z.dtype == torch.float32
     with torch.no_grad():
         z.fill_(1.001)  # 1 in bfloat16, where z^15 is not
     output = layer(x)
-    assert output.dtype == torch.bfloat16
+    assert output.dtype == dtype
     # The product is rounded once, not the scale before it.
     scale = torch.tensor(1.001, dtype=torch.float32) ** 15
-    assert torch.equal(output, (layer.base_layer(x).float() * scale).bfloat16())
+    assert torch.equal(output, (layer.base_layer(x).float() * scale).to(dtype))
     assert not torch.equal(output, layer.base_layer(x))
     output.float().sum().backward()
     assert z.grad is not None
     assert z.grad.dtype == torch.float32
     layer.merge(safe_merge=True)
-    assert layer.base_layer.weight.dtype == torch.bfloat16
-    # One rounding of the weight against one of the product: bfloat16 has 8 bits, and a sum has D_IN such terms.
-    torch.testing.assert_close(layer(x), output, rtol=2**-6, atol=2**-6)
+    assert layer.base_layer.weight.dtype == dtype
+    # One rounding of the weight against one of the product, and a sum has D_IN such terms.
+    precision = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(layer(x), output, rtol=precision, atol=precision)
 
 
 def test_a_float64_model_has_float64_scales():

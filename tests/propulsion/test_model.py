@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from architectures import build, inputs, logits, randomize, scales
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from propulsion import PropulsionConfig, PropulsionModel
 
@@ -17,18 +18,25 @@ def adapted(family: str = "bert", **fields) -> PeftModel:
     return randomize(get_peft_model(build(family), PropulsionConfig(**{"degree": 3, **fields})), spread=0.1)
 
 
+def seeded(model: nn.Module):
+    """The output, with the same dropout for every model."""
+    torch.manual_seed(5)
+    return model(**BATCH)
+
+
 def trainable(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_degree_1_is_ia3_on_the_same_modules_to_the_last_bit():
+@pytest.mark.parametrize("training", [False, True])
+def test_degree_1_is_ia3_on_the_same_modules_to_the_last_bit(training):
     names = ["query", "key", "value", "dense"]
     ours = randomize(get_peft_model(build("bert"), PropulsionConfig(degree=1, target_modules=names)))
     theirs = get_peft_model(build("bert"), IA3Config(target_modules=names, feedforward_modules=[]))
     pairs = {name: (z, theirs.get_parameter(name.replace("propulsion_z", "ia3_l"))) for name, z in scales(ours).items()}
     for z, ell in pairs.values():
         ell.data.copy_(z.detach()[:, None])
-    left, right = ours(**BATCH).logits, theirs(**BATCH).logits
+    left, right = (seeded(model.train(training)).logits for model in (ours, theirs))
     assert torch.equal(left, right)
     left.sin().sum().backward()
     right.sin().sum().backward()
@@ -193,8 +201,150 @@ def test_a_bfloat16_base_has_float32_scales(autocast, tmp_path):
     loss.backward()
     assert all(z.grad.isfinite().all() for z in scales(model).values())
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(build("bert").bfloat16(), tmp_path)
-    assert torch.equal(logits(loaded, BATCH), logits(model, BATCH))
+    for low in (False, True):  # with low_cpu_mem_usage, peft casts what it loaded
+        loaded = PeftModel.from_pretrained(build("bert").bfloat16(), tmp_path, low_cpu_mem_usage=low)
+        assert all(torch.equal(z, scales(model)[name]) for name, z in scales(loaded).items())
+        assert torch.equal(logits(loaded, BATCH), logits(model, BATCH))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casting_a_model_leaves_its_scales_in_float32(dtype):
+    """1 + 1e-3 is 1 in bfloat16: the adapter would be gone."""
+    model = get_peft_model(build("bert").float(), PropulsionConfig(degree=3))
+    with torch.no_grad():
+        for z in scales(model).values():
+            z.fill_(1.001)
+    before = {name: z.detach().clone() for name, z in scales(model).items()}
+    model.to(dtype)
+    assert all(torch.equal(z, before[name]) for name, z in scales(model).items())
+    assert {p.dtype for name, p in model.named_parameters() if "propulsion_z" not in name} == {dtype}
+    assert logits(model, BATCH).dtype == dtype
+    assert {z.dtype for z in scales(model.double()).values()} == {torch.float64}
+    assert {z.dtype for z in scales(model.to(dtype)).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_scales_in_float32(dtype):
+    model = randomize(get_peft_model(build("bert").to(dtype), PropulsionConfig(degree=3)), spread=0.01).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**BATCH, labels=torch.tensor([0, 1, 0])).loss
+    loss.backward()
+    assert {z.grad.dtype for z in scales(model).values()} == {dtype}
+    assert all(z.grad.isfinite().all() for z in scales(model).values())
+
+
+class Silent(nn.Module):
+    """Reads the weight of one of its layers and never calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(x @ self.table.weight.T @ self.table.weight)
+
+
+def test_a_scale_without_effect_is_pointed_out(recwarn):
+    model, x = get_peft_model(Silent(), PropulsionConfig(degree=3)).train(), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match=r"did not call 'table' in this pass: the scales there have no effect"):
+        model(x)
+    recwarn.clear()
+    model(x)
+    get_peft_model(Silent(), PropulsionConfig(exclude_modules=["table"])).train()(x)
+    assert not recwarn.list
+
+
+class Shifted(nn.Linear):
+    """More than its weight."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_does_more_than_multiply_by_its_weight_adapts_and_does_not_merge():
+    torch.manual_seed(0)
+    model, x = get_peft_model(nn.Sequential(Shifted(4, 3)), PropulsionConfig(init_value=1.1)).eval(), torch.randn(5, 4)
+    output, weight = model(x), model.base_model.model[0].base_layer.weight
+    with pytest.raises(ValueError, match="Shifted does more in its forward: keep the adapter unmerged"):
+        model.merge_adapter()
+    assert model.base_model.model[0].base_layer.weight is weight
+    assert torch.equal(model(x), output)
+    model = get_peft_model(nn.Sequential(Doubled(4, 3)), PropulsionConfig(init_value=1.1)).eval()
+    output = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), output)
+
+
+def test_a_weight_that_is_computed_is_not_merged():
+    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
+        model = get_peft_model(nn.Sequential(wrap(nn.Linear(4, 3))), PropulsionConfig(init_value=1.1)).eval()
+        with pytest.raises(ValueError, match=r"expected a \w*Linear with a weight of its own to merge into"):
+            model.merge_adapter()
+
+
+def test_unloading_a_merged_model_gives_the_base_back():
+    base = logits(build("bert"), BATCH)
+    model = adapted()
+    model.merge_adapter()
+    restored = model.unload()
+    assert torch.equal(logits(restored, BATCH), base)
+    assert not restored._forward_pre_hooks
+
+
+def test_a_merged_adapter_is_saved_as_it_is(tmp_path):
+    model = adapted()
+    output = logits(model, BATCH)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(build("bert"), tmp_path), BATCH), output)
+
+
+def test_a_pickled_model_is_the_same_model(tmp_path):
+    model = adapted("gpt2")
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    batch = inputs("gpt2")
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_names_in_a_saved_adapter_are_stable():
+    names = get_peft_model_state_dict(adapted(positions="query")).keys()
+    prefix = "base_model.model.bert.encoder.layer"
+    assert names == {f"{prefix}.{i}.attention.self.query.propulsion_z" for i in (0, 1)}
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    adapted(positions="query").save_pretrained(tmp_path)
+    config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, vocab_size=30)
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*query.propulsion_z"):
+        PeftModel.from_pretrained(BertForSequenceClassification(config), tmp_path)
+
+
+def test_nothing_matched_is_an_error():
+    for fields in ({"target_modules": ["nothing"]}, {"positions": "query", "exclude_modules": ["query"]}):
+        with pytest.raises(ValueError, match=r"not found in the base model|No modules were targeted"):
+            get_peft_model(build("bert"), PropulsionConfig(**fields))
+
+
+def test_inference_mode_trains_nothing():
+    assert not trainable(adapted(inference_mode=True))
+
+
+def test_wrapping_copies_no_weight():
+    base = build("gpt2")
+    before = {id(p): p.data_ptr() for p in base.parameters()}
+    model = get_peft_model(base, PropulsionConfig(degree=3))
+    frozen = [p for name, p in model.named_parameters() if "propulsion_z" not in name]
+    assert {id(p): p.data_ptr() for p in frozen} == before
+    assert model.get_base_model().lm_head.weight is model.get_base_model().transformer.wte.weight
+    model.train()(**inputs("gpt2")).logits.sum().backward()
+    assert all(p.grad is None for p in frozen)
 
 
 def test_training_moves_the_scales_and_nothing_else():

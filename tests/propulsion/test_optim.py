@@ -1,16 +1,20 @@
 """Which rate and decay each parameter trains with."""
 
+import gc
 import re
+import sys
 
 import pytest
 import torch
-from architectures import build
+from architectures import build, inputs
 from peft import IA3Config, get_peft_model
 
 from propulsion import PropulsionConfig
 from propulsion.optim import ADAPTER_RATE, HEAD_RATE, SCALE_RATE, WEIGHT_RATE, Rates, TrapWarnings, parameter_groups
 from propulsion.pretrained import load_classifier
 from propulsion.training import apply_propulsion
+
+optimizers = sys.modules["torch.optim.optimizer"]  # the package hides its module
 
 
 @pytest.fixture
@@ -72,3 +76,30 @@ def test_known_traps_are_pointed_out(options, message, recwarn):
     found = [str(w.message) for w in recwarn]
     assert len(found) == (message is not None)
     assert message is None or re.search(message, found[0])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "messages"),
+    [
+        (torch.optim.AdamW, {"lr": 1e-3}, ["weight decay 0.01 acts on z"]),  # torch's own default
+        (torch.optim.AdamW, {"lr": 0.05}, ["weight decay 0.01 acts on z", "one step may move a scale by 75%"]),
+        (torch.optim.Adam, {"lr": 1e-3}, []),
+        (torch.optim.SGD, {"lr": 0.05}, []),
+    ],
+)
+def test_the_first_step_is_looked_at_without_asking(optimizer, options, messages, recwarn):
+    model = get_peft_model(build("bert"), PropulsionConfig(degree=15, positions="attn")).train()
+    other = torch.nn.Linear(2, 2)
+    chosen = optimizer([p for p in model.parameters() if p.requires_grad], **options)
+    recwarn.clear()
+    for step in range(3):
+        model(**inputs("bert")).logits.square().sum().backward()
+        if step == 0:
+            torch.optim.AdamW(other.parameters()).step()  # of no concern
+        chosen.step()
+        found = [str(w.message) for w in recwarn if "scale" in str(w.message)]
+        assert len(found) == len(messages)
+    assert all(re.search(message, text) for message, text in zip(messages, found, strict=True))
+    del model, chosen
+    gc.collect()
+    assert not optimizers._global_optimizer_pre_hooks

@@ -5,7 +5,7 @@ import torch
 from architectures import FAMILIES, build, inputs, logits, randomize, scales
 from peft import get_peft_model
 from torch import nn
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import RobertaConfig, RobertaForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from propulsion import PropulsionConfig
 from propulsion.positions import POSITIONS, resolve
@@ -52,7 +52,8 @@ def test_the_two_headline_variants_are_those_of_the_paper(roberta_base):
 def test_every_architecture_has_the_positions(family):
     model, (*_, counts, fused) = build(family), FAMILIES[family]
     for position, count in zip(("attn", "attention_output", "mlp"), counts, strict=True):
-        assert len(resolve(model, position)) == count, position
+        if count:
+            assert len(resolve(model, position)) == count, position
     separate = ("query", "key", "value")
     if fused:
         for position in separate:
@@ -62,7 +63,8 @@ def test_every_architecture_has_the_positions(family):
         parts = [resolve(model, position) for position in separate]
         assert set.union(*parts) == resolve(model, "attn")
         assert [len(part) for part in parts] == [counts[0] // 3] * 3
-    assert resolve(model, ["attn", "mlp"]) == resolve(model, "attn") | resolve(model, "mlp")
+    both = ["attn", "attention_output"]
+    assert resolve(model, both) == resolve(model, both[0]) | resolve(model, both[1])
     assert resolve(model, "embedding") < resolve(model, "all")
 
 
@@ -88,6 +90,20 @@ def test_every_scale_has_an_effect_and_merges(family):
     assert torch.equal(logits(restored, batch), base)
 
 
+def test_stacked_experts_are_no_position():
+    with pytest.raises(ValueError, match="'mlp' has no module of its own in 'mixtral', whose experts are stacked"):
+        resolve(build("mixtral"), "mlp")
+
+
+def test_a_vision_transformer_has_the_positions():
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4
+    )
+    model = ViTForImageClassification(config)
+    counts = {"attn": 6, "query": 2, "key": 2, "value": 2, "attention_output": 2, "mlp": 4, "norm": 5, "all": 13}
+    assert {position: len(resolve(model, position)) for position in counts} == counts
+
+
 def test_any_model_has_all_and_embedding():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.ReLU())
     assert resolve(model, "all") == {"0", "1"}
@@ -108,8 +124,11 @@ def test_a_module_read_through_its_weight_is_no_position():
     assert resolve(model, "all") == {"linear1", "linear2"}
     with pytest.raises(ValueError, match=r"out_proj' would have no effect: torch.nn.MultiheadAttention reads"):
         get_peft_model(model, PropulsionConfig(target_modules=["out_proj"]))
-    with pytest.raises(ValueError, match=r"rel_embeddings' would have no effect: Deberta\w+ does not call it"):
-        get_peft_model(build("deberta-v2"), PropulsionConfig(target_modules=["rel_embeddings"]))
+    for family in ("deberta", "deberta-v2"):
+        with pytest.raises(ValueError, match=r"rel_embeddings' would have no effect: Deberta\w+ does not call it"):
+            get_peft_model(build(family), PropulsionConfig(target_modules=["rel_embeddings"]))
+        assert "rel_embeddings" in dict(build(family).deberta.encoder.named_children())
+        assert not any("rel_embeddings" in name for name in resolve(build(family), "all"))
 
 
 def test_every_position_is_of_use_somewhere(roberta_base):

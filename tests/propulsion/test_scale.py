@@ -1,12 +1,11 @@
-"""Scales of several vectors, how they start, and what is kept for their gradients."""
+"""Scales of several vectors, and how they start."""
 
 import pytest
 import torch
 from torch import nn
 
 from propulsion import PropulsionConfig
-from propulsion.layer import layer_class
-from propulsion.lean import SMALLEST, multiply
+from propulsion.kinds import layer_class
 from propulsion.scale import POOLINGS, initial_vectors, power, root, scale_of
 
 DEGREES = [1, 2, 15, 2.5]
@@ -89,87 +88,3 @@ def test_every_pooling_merges(pooling):
     assert not torch.allclose(before, base(x))
     layer.merge()
     torch.testing.assert_close(layer(x), before, rtol=1e-13, atol=1e-13)
-
-
-# What is kept for the backward pass.
-
-
-@pytest.mark.parametrize("shape", [(4,), (4, 1, 1)])
-def test_the_lean_product_has_the_same_gradients(shape):
-    torch.manual_seed(0)
-    v = torch.randn(3, 5, *shape, dtype=torch.float64, requires_grad=True)
-    s = (1 + 0.5 * torch.randn(shape, dtype=torch.float64).clamp(-1.5, 1.5)).requires_grad_(True)
-    g = torch.randn(3, 5, *shape, dtype=torch.float64)
-    plain = multiply(v, s, lean=False)
-    lean = multiply(v, s, lean=True)
-    assert torch.equal(plain, lean)
-    for a, b in zip(torch.autograd.grad(plain, (v, s), g), torch.autograd.grad(lean, (v, s), g), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
-    assert torch.autograd.gradcheck(lambda v, s: multiply(v, s, lean=True), (v, s))
-    assert torch.autograd.gradgradcheck(lambda v, s: multiply(v, s, lean=True), (v, s))
-
-
-def kept(lean: bool, value: float = 1.0) -> set[int]:
-    """Bytes of the distinct tensors of a token's size that autograd keeps in a small feed-forward layer."""
-    torch.manual_seed(0)
-    inner, outer = nn.Linear(8, 64), nn.Linear(64, 8)
-    config = PropulsionConfig(degree=3, lean=lean, init_value=value)
-    layers = [layer_class(m)(m.requires_grad_(False), "default", config) for m in (inner, outer)]
-    model = nn.Sequential(layers[0], nn.GELU(), layers[1]).train()
-    sizes: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        sizes[t.untyped_storage().data_ptr()] = t.numel()
-        alive.append(t)
-        return t
-
-    alive: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(torch.randn(100, 8)).sum().backward()
-    return {n for n in sizes.values() if n >= 800} | {len([n for n in sizes.values() if n == 6400])}
-
-
-def test_the_lean_layer_keeps_one_tensor_where_two_were():
-    assert 1 in kept(lean=True)  # the scaled output, which GELU keeps as well
-    assert 2 in kept(lean=False)  # and the unscaled one
-
-
-def test_near_zero_the_unscaled_output_is_kept_and_gradients_are_exact():
-    """There y / s would be 0 / 0."""
-    assert 2 in kept(lean=True, value=0.0)
-    for value in (0.0, 0.9 * SMALLEST ** (1 / 3), 1.1 * SMALLEST ** (1 / 3)):
-        gradients = []
-        for lean in (True, False):
-            torch.manual_seed(0)
-            base = nn.Linear(5, 4).double()
-            layer = layer_class(base)(base, "default", PropulsionConfig(degree=3, init_value=value, lean=lean)).train()
-            layer(torch.ones(2, 5, dtype=torch.float64)).square().sum().backward()
-            gradients.append(layer.propulsion_z["default"].grad)
-        torch.testing.assert_close(*gradients, rtol=1e-13, atol=0)
-
-
-def test_a_scale_that_reaches_zero_is_noticed():
-    base = nn.Linear(5, 4).double()
-    layer = layer_class(base)(base, "default", PropulsionConfig(degree=1, lean=True)).train()
-    x = torch.ones(2, 5, dtype=torch.float64)
-    layer(x).sum().backward()
-    with torch.no_grad():
-        layer.propulsion_z["default"].zero_()
-    layer.zero_grad()
-    layer(x).sum().backward()
-    torch.testing.assert_close(layer.propulsion_z["default"].grad, base(x).sum(dim=0))
-
-
-def test_torch_func_takes_a_training_layer():
-    torch.manual_seed(0)
-    base = nn.Linear(5, 4).double()
-    layer = layer_class(base)(base, "default", PropulsionConfig(degree=2, lean=True)).train()
-    p = {"propulsion_z.default": torch.rand(4, dtype=torch.float64) + 0.5}
-    x = torch.randn(6, 5, dtype=torch.float64)
-
-    def loss(p, row):
-        return torch.func.functional_call(layer, p, (row,)).square().sum()
-
-    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(p, x)["propulsion_z.default"]
-    z = p["propulsion_z.default"]
-    torch.testing.assert_close(found, 4 * z**3 * base(x) ** 2, rtol=1e-12, atol=1e-12)

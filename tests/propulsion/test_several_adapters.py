@@ -36,6 +36,27 @@ def test_a_batch_that_mixes_adapters_is_each_example_by_its_own(family):
         torch.testing.assert_close(mixed[rows], expected[rows], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_a_batch_that_mixes_adapters_generates(family, beams):
+    model = get_peft_model(build(family), PropulsionConfig(degree=3, positions="mlp"))
+    model.add_adapter("second", PropulsionConfig(degree=2, positions="attn"))
+    randomize(model, spread=0.5).eval()
+    options = {"num_beams": beams, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    if family == "bart":
+        options["decoder_start_token_id"] = 2
+    ids, names = inputs(family)["input_ids"], ["second", "default", "__base__"]
+    mixed = model.generate(input_ids=ids, adapter_names=names, **options)
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = model.generate(input_ids=ids[i : i + 1], **options)
+        else:
+            model.set_adapter(name)
+            expected = model.generate(input_ids=ids[i : i + 1], **options)
+        assert torch.equal(mixed[i, : expected.shape[1]], expected[0])
+
+
 def test_an_output_that_all_examples_share_cannot_mix():
     model = get_peft_model(build("t5"), PropulsionConfig(degree=3, positions="embedding")).eval()
     batch = inputs("t5")
@@ -89,9 +110,13 @@ def test_a_combination_is_the_geometric_mean_and_is_saved(tmp_path):
         (["default", "second"], [1.0], "new", "one finite weight for each"),
         (["default"], [float("nan")], "new", "one finite weight for each"),
         (["default"], [1.0], "second", "'second', which exists"),
+        (["default"], ["1"], "new", "one finite weight for each"),
+        ([], [], "new", "one finite weight for each"),
+        ("default", [1.0], "new", "a list of adapters and one of weights"),
+        (["default"], 1.0, "new", "a list of adapters and one of weights"),
     ],
 )
-def test_combinations_by_mistake(adapters, weights, name, message):
+def test_combinations_by_mistake(adapters, weights, name, message, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         model_with_two("bert").base_model.add_weighted_adapter(adapters, weights, name)
 
@@ -104,6 +129,14 @@ def test_degrees_of_single_modules():
     for name, degree in degrees.items():
         expected = 2 if name.endswith("query") else 3 if "layer.1" in name and name.endswith("key") else 15
         assert degree == expected, name
+
+
+def test_a_pattern_of_no_module_is_pointed_out(recwarn):
+    patterns = {"query": 2, "qury": 3}
+    get_peft_model(build("bert"), PropulsionConfig(positions="attn", degree_pattern=patterns))
+    assert [str(w.message) for w in recwarn if "degree_pattern" in str(w.message)] == [
+        "degree_pattern ['qury'] matches no adapted module: correct it, or drop it"
+    ]
 
 
 def test_norms_on_request():
@@ -170,6 +203,12 @@ def test_hotswapping_what_does_not_fit_changes_nothing(tmp_path, fields, message
     with pytest.raises(ValueError, match=message):
         hotswap_adapter(model, tmp_path / "b")
     assert torch.equal(logits(model, batch), output)
+
+
+def test_hotswapping_an_adapter_that_is_not_there(tmp_path):
+    model = saved(tmp_path, 0)
+    with pytest.raises(ValueError, match=r"expected an existing adapter, got 'other'; there are \['default'\]"):
+        hotswap_adapter(model, tmp_path, "other")
 
 
 def test_a_head_that_is_scaled_but_not_trained_is_pointed_out():
