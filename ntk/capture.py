@@ -13,7 +13,7 @@ the next, so that only one segment's activations are held at a time (Chen et al.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk.features import Dense, Feature, Lookup, Outer
-from ntk.tokens import Gradients, Packing, not_zero
+from ntk.graph import Received, Root, product
+from ntk.tokens import Gradients, Packing
 
 _STATE = "_ntk_state"
 
@@ -85,7 +86,7 @@ class Use:
     feature: Callable[[Gradients], Feature]
     derived: Tensor | None = None
     number: int = 0
-    received: "Received | None" = None
+    received: Received | None = None
     output: Tensor | None = None
     version: int = 0
 
@@ -108,32 +109,6 @@ class Captured:
     feature: Feature
     derived: bool = False
     output: Tensor | None = None
-
-
-@dataclass
-class Received:
-    """Gradients at the output of one operation, as the backward passes hand them over.
-
-    Attributes:
-        by_output: which of the network's outputs -> the gradient ``(n m, ...)``; held, not copied.
-        real: the same -> its tokens that are not zero.
-    """
-
-    by_output: dict[int, Tensor] = field(default_factory=dict)
-    real: dict[int, Tensor] = field(default_factory=dict)
-    _all: Gradients | None = None
-
-    def tokens(self, a: int) -> Tensor:
-        """Which tokens of output a's gradient are not zero, bool."""
-        if a not in self.real:
-            self.real[a] = not_zero(self.by_output[a])
-        return self.real[a]
-
-    def all(self, c: int, packing: Packing) -> Gradients | None:
-        """All c of them; None if no output depends on the operation."""
-        if self._all is None and self.by_output:
-            self._all = Gradients(self.by_output, c, packing, self.real)
-        return self._all
 
 
 class SegmentEnd(Exception):
@@ -267,7 +242,7 @@ class Capture(TorchFunctionMode):
         sources = [t for t in _tensors(args, kwargs) if isinstance(self.state(t), Derived)]
         detached = _map(self._detach, args, kwargs)
         received = Received()
-        result = self._product(func, *detached, received)
+        result = product(func, *detached, received, self) if self.count >= self._segment[0] else None
         if result is None:
             result = func(*detached[0], **detached[1])
         if not isinstance(result, Tensor):
@@ -285,20 +260,8 @@ class Capture(TorchFunctionMode):
             result = self._record(found, sources, func, result, received)
         return result
 
-    def _product(self, func, args, kwargs, received: "Received") -> Tensor | None:
-        """The call, if it is a linear layer on data that takes a gradient; None otherwise."""
-        if func not in _PRODUCTS or kwargs or self.count < self._segment[0] or torch.is_autocast_enabled():
-            return None
-        x, matrix, bias = _PRODUCTS[func](*args)
-        constant = isinstance(matrix, Tensor) and matrix.ndim == 2 and not matrix.requires_grad
-        if not constant or not x.requires_grad or x.ndim < 2 or x.dtype != matrix.dtype:
-            return None
-        if bias is not None and (bias.requires_grad or bias.dtype != x.dtype or bias.ndim != 1):
-            return None
-        return _Product.apply(x, matrix, bias, received, self)
-
     def _record(
-        self, found: dict[int, Use] | None, sources: list[Tensor], func, result: Tensor, received: "Received"
+        self, found: dict[int, Use] | None, sources: list[Tensor], func, result: Tensor, received: Received
     ) -> Tensor:
         for t in {id(t): t for t in sources}.values():
             if found is None or id(t) not in found:
@@ -310,7 +273,7 @@ class Capture(TorchFunctionMode):
         if not result.requires_grad:
             anchor = torch.zeros((), dtype=result.dtype, device=result.device, requires_grad=True)
             self.roots.append(anchor)
-            result = _Root.apply(result, anchor)
+            result = Root.apply(result, anchor)
         for use in found.values():
             use.number, use.received = self.count, received
             if self._keep_outputs:
@@ -348,64 +311,6 @@ class Capture(TorchFunctionMode):
             else:
                 # Masks and indices carry no gradient, and what they select is judged where they are used.
                 setattr(t, _STATE, Data(place=place))
-
-
-class _Product(torch.autograd.Function):
-    """x W^T + b, whose backward pass leaves out tokens without a gradient where most have none, as in a last block.
-
-    Its result is no view, as a linear layer's is: a view would have to be copied to be hooked.
-    """
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, received: Received, capture: Capture
-    ) -> Tensor:
-        ctx.save_for_backward(matrix)
-        ctx.received, ctx.capture = received, capture
-        result = x.new_empty(*x.shape[:-1], len(matrix))
-        flat, out = x.reshape(-1, x.shape[-1]), result.view(-1, len(matrix))
-        if bias is None:
-            torch.mm(flat, matrix.T, out=out)
-        else:
-            torch.addmm(bias, flat, matrix.T, out=out)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (matrix,) = ctx.saved_tensors
-        received, a = ctx.received, ctx.capture.output
-        # The hook on the result has left the gradient there, unless this operation had no rule.
-        if a in received.by_output:
-            real = received.tokens(a)
-            places = real.nonzero().flatten()
-            if len(places) < _FEW * len(real):
-                rows = gradient.reshape(-1, gradient.shape[-1]).index_select(0, places) @ matrix
-                whole = rows.new_zeros(len(real), rows.shape[-1]).index_copy_(0, places, rows)
-                return whole.view(*gradient.shape[:-1], -1), None, None, None, None
-        return gradient @ matrix, None, None, None, None
-
-
-# Share of tokens below which leaving out the others saves more than gathering them costs.
-_FEW = 0.5
-# Linear layers -> what they multiply, the matrix W (r, s) and the bias.
-_PRODUCTS: dict[Any, Callable[..., tuple[Tensor, Tensor, Tensor | None]]] = {
-    torch.nn.functional.linear: lambda x, weight, bias=None: (x, weight, bias),
-    torch.addmm: lambda bias, x, weight: (x, weight.T, bias),
-}
-
-
-class _Root(torch.autograd.Function):
-    """The identity, requiring a gradient for the anchor's sake alone."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, anchor: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.mark_dirty(result)
-        ctx.dtype, ctx.device = anchor.dtype, anchor.device
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, torch.zeros((), dtype=ctx.dtype, device=ctx.device)
 
 
 def collect(uses: list[Use], parameters: Mapping[str, Tensor], n: int, c: int) -> Iterator[Captured]:
