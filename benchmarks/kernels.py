@@ -134,7 +134,8 @@ def targets(result: dict[str, Any]) -> Iterator[list[str]]:
 
 def write_tables(folder: Path) -> None:
     """`README.md` in the folder, from its JSON files alone."""
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    files = [file for file in sorted(folder.glob("*.json")) if file.stem.removesuffix("-cuda") in JOBS]
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     order = {(name, device): i for i, (name, device) in enumerate((n, d) for d in ("cpu", "cuda") for n in JOBS)}
     results.sort(key=lambda r: order[r["job"], r["device"]])
     costs = format_table(HEADER, [row for r in results for row in rows(r)], markdown=True)
