@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
@@ -44,6 +45,8 @@ class TrainingConfig:
     """Learning rate of the weights or the adapter; by default the rule of propulsion.optim."""
     head_learning_rate: float | None = None
     """Learning rate of the head; by default the rule of propulsion.optim."""
+    rate_multiplier: float = 1.0
+    """Factor on every learning rate that is not given."""
     warmup_ratio: float = 0.06
     """Share of the steps over which the learning rate rises from 0."""
     schedule: str = "linear"
@@ -63,6 +66,7 @@ class TrainingConfig:
             "batch_size": self.batch_size >= 1,
             "learning_rate": self.learning_rate is None or 0 < self.learning_rate < float("inf"),
             "head_learning_rate": self.head_learning_rate is None or 0 < self.head_learning_rate < float("inf"),
+            "rate_multiplier": 0 < self.rate_multiplier < float("inf"),
             "warmup_ratio": 0 <= self.warmup_ratio < 1,
             "weight_decay": self.weight_decay >= 0,
             "max_grad_norm": self.max_grad_norm >= 0,
@@ -121,6 +125,7 @@ def train(
     config: TrainingConfig,
     *,
     progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Train, in place, the parameters that require gradients. Writes no file.
 
@@ -131,9 +136,8 @@ def train(
         UserError: If nothing is trainable, an example is too long, or the loss or a weight stops being finite.
     """
     examples = tokenize(data.train, tokenizer, data.task, config.max_length)
-    groups = parameter_groups(
-        model, rates=Rates(config.learning_rate, config.head_learning_rate), weight_decay=config.weight_decay
-    )
+    rates = Rates(config.learning_rate, config.head_learning_rate, config.rate_multiplier)
+    groups = parameter_groups(model, rates=rates, weight_decay=config.weight_decay)
     if not groups:
         raise UserError("the model has no trainable parameter: every requires_grad is False")
     peaks = {group["role"]: group["lr"] for group in groups}
@@ -151,6 +155,7 @@ def train(
             data_collator=DataCollatorWithPadding(tokenizer),
             optimizers=(torch.optim.AdamW(groups), None),
             bar=bar,
+            callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
