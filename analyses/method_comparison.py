@@ -49,7 +49,7 @@ class Config:
     """What each run is."""
     tuning_steps: int = 50
     """Optimizer steps of the runs that learning rates are chosen by, the same for all methods."""
-    rate_extensions: int = 1
+    rate_extensions: int = 3
     """How many learning rates beyond the first three may be tried, where the best is at the edge."""
     resamples: int = 500
     """Bootstrap resamples behind each interval."""
@@ -122,7 +122,7 @@ def _task(config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]
             def compute(method: Method = method, factor: float = factors[text], seed: int = seed) -> dict[str, Any]:
                 return training_run(config.run, data, method, seed=seed, rate_multiplier=factor)
 
-            found[text] = grid.cell(f"{name}.{text}.seed{seed}", compute)
+            found[text] = grid.cell(f"{name}.{text}.x{factors[text]:.3g}.seed{seed}", compute)
         complete = {text: cell for text, cell in found.items() if cell is not None}
         if complete.keys() != methods.keys():
             break

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from propulsion.data import TaskData, load_task_data
 from propulsion.methods import Method, apply_method, trainable_parameters
+from propulsion.metrics import METRICS
 from propulsion.pretrained import load_classifier
-from propulsion.tasks import METRICS, get_task
+from propulsion.tasks import get_task
 from propulsion.training import TrainingConfig, predict, train
 
 _SKIPPED_STEPS = 5  # Not timed: threads and memory start up.

@@ -1,8 +1,8 @@
 """Methods of fine-tuning by name: what a method trains, on the same model, with the same head, from its own seed.
 
-Four names are ours: "full" trains everything, "bitfit" all biases (Ben Zaken et al. 2022), "head" the task's head alone,
-"none" nothing. Every other name is a peft method in lower case ("propulsion", "lora", "ia3", "prefix_tuning", ...) with
-the fields of its peft configuration as options. All but "none" train the task's head where it starts at random, in full.
+Four names are ours: "full" trains everything, "bitfit" all biases (Ben Zaken et al. 2022), "head" the task's head
+alone, "none" nothing. Every other name is a peft method in lower case ("propulsion", "lora", "prefix_tuning", ...) with
+the fields of its peft configuration as options. All but "none" train the task's head in full where it starts at random.
 """
 
 import dataclasses

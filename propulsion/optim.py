@@ -98,6 +98,29 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     }
 
 
+def describe_rates(model: nn.Module, groups: list[dict[str, Any]]) -> str:
+    """The learning rates of `parameter_groups` and where they come from, in one line a role."""
+    k = _degree(model)
+    rules = {
+        "weight": f"{WEIGHT_RATE:g}, the rule for weights",
+        "bias": f"{BIAS_RATE:g}, the rule for biases alone",
+        "scale": f"{SCALE_RATE:g} / degree {k:g}, so that a step moves a scale z^k by the same share at every degree",
+        "adapter": f"{ADAPTER_RATE:g}, the rule for adapters",
+        "head": f"{HEAD_RATE:g}, the rule for heads",
+    }
+    ruled = {"weight": WEIGHT_RATE, "bias": BIAS_RATE, "scale": SCALE_RATE / k, "adapter": ADAPTER_RATE,
+             "head": HEAD_RATE}  # fmt: skip
+    lines = []
+    for role in dict.fromkeys(group["role"] for group in groups):
+        of_role = [group for group in groups if group["role"] == role]
+        count = sum(parameter.numel() for group in of_role for parameter in group["params"])
+        decay = max(group["weight_decay"] for group in of_role)
+        rate = of_role[0]["lr"]
+        origin = rules[role] if rate == ruled[role] else f"given; the rule says {rules[role]}"
+        lines.append(f"{role}: {count:,} parameters, learning rate {rate:.3g} ({origin}), weight decay {decay:g}")
+    return "\n".join(lines)
+
+
 def _trains_biases_only(body: nn.Module) -> bool:
     trained = [name for name, parameter in body.named_parameters() if parameter.requires_grad]
     return bool(trained) and all(name.endswith("bias") for name in trained)

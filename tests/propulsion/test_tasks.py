@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from propulsion.errors import UserError
-from propulsion.tasks import METRICS, TASKS, get_task
+from propulsion.metrics import METRICS
+from propulsion.tasks import KINDS, TASKS, get_task
 
 LABELS = np.array([0, 0, 1, 1, 1])
 GUESSES = np.array([0, 1, 1, 1, 0])  # True negatives 1, false positives 1, false negatives 1, true positives 2.
@@ -44,15 +45,19 @@ def test_one_class_predicted_throughout():
 
 
 def test_degrees_are_those_of_the_paper():
-    degrees = {name: task.degree for name, task in TASKS.items() if name != "demo"}
-    assert degrees == {"sst2": 15, "rte": 15, "cola": 20, "stsb": 20, "mrpc": 55, "qqp": 15, "mnli": 20, "qnli": 55}
+    paper = {"sst2": 15, "rte": 15, "cola": 20, "stsb": 20, "mrpc": 55, "qqp": 15, "mnli": 20, "qnli": 55,
+             "squad": 35, "squad_v2": 35, "xsum": 35, "cnn_dailymail": 25, "gsm8k": 15, "boolq": 15}  # fmt: skip
+    assert {name: TASKS[name].degree for name in paper} == paper
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 def test_entries_are_consistent(task):
-    assert set(task.metrics) <= METRICS.keys()
-    assert task.is_regression == (not task.label_names)
-    assert task.num_labels == (1 if task.is_regression else len(task.label_names))
+    assert task.kind in KINDS
+    assert task.is_regression == (task.kind == "regression")
+    assert task.num_labels == (len(task.label_names) or 1)
+    assert (task.exchange is not None) == (task.kind == "instruction")
+    if task.kind in ("classification", "regression"):
+        assert set(task.metrics) <= METRICS.keys()
 
 
 def test_unknown_task_lists_the_known():
