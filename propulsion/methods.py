@@ -8,6 +8,7 @@ the fields of its peft configuration as options. All but "none" train the task's
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ HEADED = frozenset({TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS}
 class Method:
     """A method and its options, written ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` in one word.
 
-    Values are JSON, or text where they are not; ``a+b`` is a list of texts.
+    Values are JSON, or text where they are not; ``a+b`` is a list of texts, and ``a+`` one of a single text.
 
     >>> Method.parse("propulsion:positions=query+value,degree=20")
     Method(name='propulsion', options={'positions': ['query', 'value'], 'degree': 20})
@@ -74,7 +75,9 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         words = {"True": True, "False": False, "None": None}
-        return words[text] if text in words else text.split("+") if "+" in text else text
+        if re.fullmatch(r"[\w.-]+(\+[\w.-]+)*\+?", text) and "+" in text:  # And no regular expression.
+            return [word for word in text.split("+") if word]
+        return words.get(text, text)
 
 
 def method_names() -> tuple[str, ...]:

@@ -288,17 +288,22 @@ def _trainer(config: TrainConfig, output: Path, model: Any, tokenizer: Any, data
     callbacks: list[Any] = []
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
-    trainer = TaskTrainer(
-        model=model,
-        args=_arguments(config, output, data),
-        train_dataset=encoded,
-        eval_dataset=data.validation,
-        data_collator=kind.collator(tokenizer, model),
-        rates=_rates(config),
-        score=lambda: score(model, tokenizer, data, config.limits),
-        keep=config.save_total_limit,
-        callbacks=callbacks,
-    )
+    arguments = _arguments(config, output, data)
+    try:
+        trainer = TaskTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=encoded,
+            eval_dataset=data.validation,
+            data_collator=kind.collator(tokenizer, model),
+            rates=_rates(config),
+            score=lambda: score(model, tokenizer, data, config.limits),
+            keep=config.save_total_limit,
+            loss_by_token=kind.task_type == "CAUSAL_LM",
+            callbacks=callbacks,
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"options that do not go together: {one_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -362,15 +367,16 @@ def _claim(config: TrainConfig, output: Path, identity: dict[str, Any]) -> None:
         output.mkdir(parents=True, exist_ok=True)
         clear_leftovers(output)
         if not record.exists():
-            if latest_checkpoint(output) is not None or (output / "result.json").exists():
-                raise UserError(f"{output} holds a run of something else: name another --output-dir")
-            write_json(record, identity)
-            return
-        found = json.loads(record.read_text(encoding="utf-8"))
+            foreign = latest_checkpoint(output) is not None or (output / "result.json").exists()
+            found = None if foreign else write_json(record, identity) or identity
+        else:
+            found = json.loads(record.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot use the folder {output}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"{record} is damaged: name another --output-dir, or pass --overwrite-output-dir") from error
+    if found is None:
+        raise UserError(f"{output} holds a run of something else: name another --output-dir")
     if found != identity:
         names = sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name))
         shown = ", ".join(

@@ -38,6 +38,7 @@ class TaskTrainer(Trainer):
         score: Callable[[], dict[str, float]] | None = None,
         on_loss: Callable[[float], object] | None = None,
         keep: int | None = None,
+        loss_by_token: bool = False,
         **kwargs: Any,
     ) -> None:
         """Make a trainer.
@@ -48,9 +49,13 @@ class TaskTrainer(Trainer):
             score: Evaluates the model as it is: the task's metrics.
             on_loss: Told the loss of every batch.
             keep: Checkpoints to keep, the newest ones, and the best beside them; all if None.
+            loss_by_token: Whether the model itself divides its loss by the tokens of all accumulated batches.
             **kwargs: As for `transformers.Trainer`.
         """
         super().__init__(*args, **kwargs)
+        # transformers takes every model whose forward takes further arguments for one that does, and would not average
+        # the loss over accumulated batches; those of classifiers and taggers ignore the argument.
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and loss_by_token
         self.losses: list[float] = []
         self._rates, self._score, self._on_loss, self._keep = rates, score, on_loss, keep
         self._staging: str | None = None

@@ -27,7 +27,8 @@ def check(task: Task, name: str, columns: Columns) -> Columns:
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
     """Tokens of the document, cut to what the model takes, and of the summary, cut to `max_target_length`."""
     limit = input_limit(tokenizer, limits)
-    encoded = dict(tokenizer(list(columns[task.text_columns[0]]), truncation=True, max_length=limit))
+    documents = tokenizer(list(columns[task.text_columns[0]]), truncation=True, max_length=limit)
+    encoded: Columns = {name: documents[name] for name in ("input_ids", "attention_mask")}
     if task.label_column in columns:
         targets = list(columns[task.label_column])
         labels = tokenizer(text_target=targets, truncation=True, max_length=limits.max_target_length)
