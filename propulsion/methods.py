@@ -205,6 +205,11 @@ def _config_class(name: str) -> type[PeftConfig]:
     return {str(getattr(k, "value", k)).lower(): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[name]
 
 
+def option_config(name: str, options: Mapping[str, Any]) -> PeftConfig:
+    """The configuration of a peft method by its name and options, without a task."""
+    return _config_class(name)(**options)
+
+
 def _config(method: Method, task_type: str, head: list[str]) -> PeftConfig:
     options = _NEEDED.get(method.name, {}) | dict(method.options)
     if head and "modules_to_save" in option_names(method.name):
