@@ -228,7 +228,9 @@ class _Hub(_Source):
         hub_split = task.train_split if split == "train" else task.validation_split
         try:
             assert task.hub_path is not None
-            rows = datasets.load_dataset(task.hub_path, task.hub_config, split=hub_split, **options)
+            rows = datasets.load_dataset(
+                task.hub_path, task.hub_config, split=hub_split, revision=task.hub_revision, **options
+            )
         except (OSError, ValueError, RuntimeError) as error:  # Both what cannot be reached and what is not there.
             shown = f"{task.hub_path} ({task.hub_config})" if task.hub_config else str(task.hub_path)
             raise UserError(

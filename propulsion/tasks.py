@@ -30,6 +30,7 @@ class Task:
         kind: One of `KINDS`; a regression if there is a label range.
         label_column: Column of the label, the tags, the answers, or the summary.
         hub_path: Name of the dataset on the hub; None if it is not there.
+        hub_revision: Revision to read there, if not the main one.
         exchange: Of an instruction: from a row to what the model is told and should say.
     """
 
@@ -45,6 +46,7 @@ class Task:
     kind: str = "classification"
     label_column: str = "label"
     hub_path: str | None = None
+    hub_revision: str | None = None
     exchange: Callable[[Mapping[str, Any]], Exchange] | None = None
 
     @property
@@ -58,6 +60,8 @@ class Task:
         return len(self.label_names) or 1
 
 
+# Where the hub keeps Parquet files of datasets whose own form is a script, which `datasets` runs no longer.
+_PARQUET = "refs/convert/parquet"
 _SENTIMENT = ("negative", "positive")
 _ENTAILMENT = ("entailment", "not_entailment")
 _DUPLICATE = ("not_equivalent", "equivalent")
@@ -74,10 +78,12 @@ def _tags(*entities: str) -> tuple[str, ...]:
     return ("O", *(f"{place}-{entity}" for entity in entities for place in "BI"))
 
 
-def _entities(name: str, hub_path: str, tags: tuple[str, ...], hub_config: str | None = None) -> Task:
+def _entities(name: str, hub_path: str, tags: tuple[str, ...], hub_config: str | None = None,
+              hub_revision: str | None = None) -> Task:  # fmt: skip
     # The paper gives no degree for these; its degree for language models stands in.
     return Task(name, ("tokens",), tags, ("f1", "precision", "recall"), 15, kind="token_classification",
-                label_column="ner_tags", hub_path=hub_path, hub_config=hub_config)  # fmt: skip
+                label_column="ner_tags", hub_path=hub_path, hub_config=hub_config,
+                hub_revision=hub_revision)  # fmt: skip
 
 
 def _squad(name: str, hub_path: str) -> Task:
@@ -85,16 +91,21 @@ def _squad(name: str, hub_path: str) -> Task:
                 label_column="answers", hub_path=hub_path)  # fmt: skip
 
 
-def _summaries(name: str, hub_path: str, document: str, summary: str, degree: float, config: str | None = None) -> Task:
+def _summaries(name: str, hub_path: str, document: str, summary: str, degree: float, **more: Any) -> Task:
     return Task(name, (document,), (), ("rougeL", "rouge1", "rouge2", "rougeLsum"), degree, kind="summarisation",
-                label_column=summary, hub_path=hub_path, hub_config=config)  # fmt: skip
+                label_column=summary, hub_path=hub_path, **more)  # fmt: skip
 
 
-def _instruction(name: str, exchange: Callable[[Mapping[str, Any]], Exchange], columns: tuple[str, ...], label: str,
-                 hub_path: str | None, hub_config: str | None = None,
-                 validation_split: str = "validation") -> Task:  # fmt: skip
+def _instruction(
+    name: str,
+    exchange: Callable[[Mapping[str, Any]], Exchange],
+    columns: tuple[str, ...],
+    label: str,
+    hub_path: str | None,
+    **more: Any,
+) -> Task:
     return Task(name, columns, (), ("accuracy",), 15, kind="instruction", label_column=label, hub_path=hub_path,
-                hub_config=hub_config, validation_split=validation_split, exchange=exchange)  # fmt: skip
+                exchange=exchange, **more)  # fmt: skip
 
 
 _CHOICES = ("choices",)
@@ -114,61 +125,51 @@ _TASKS = (
     _squad("squad", "rajpurkar/squad"),
     _squad("squad_v2", "rajpurkar/squad_v2"),
     # Summaries.
-    _summaries("xsum", "EdinburghNLP/xsum", "document", "summary", 35),
-    _summaries("cnn_dailymail", "abisee/cnn_dailymail", "article", "highlights", 25, "3.0.0"),
+    _summaries("xsum", "EdinburghNLP/xsum", "document", "summary", 35, hub_revision=_PARQUET),
+    _summaries("cnn_dailymail", "abisee/cnn_dailymail", "article", "highlights", 25, hub_config="3.0.0"),
     # Named entities.
-    _entities("conll2003", "eriktks/conll2003", _tags("PER", "ORG", "LOC", "MISC")),
-    _entities("ncbi_disease", "ncbi/ncbi_disease", _tags("Disease")),
+    _entities("conll2003", "eriktks/conll2003", _tags("PER", "ORG", "LOC", "MISC"), hub_revision=_PARQUET),
+    _entities("ncbi_disease", "ncbi/ncbi_disease", _tags("Disease"), hub_revision=_PARQUET),
     _entities("wikiann", "unimelb-nlp/wikiann", _tags("PER", "ORG", "LOC"), "en"),
     # Commonsense, by instruction.
     _instruction("boolq", instructions.boolq, ("passage", "question"), "answer", "google/boolq"),
-    _instruction("piqa", instructions.piqa, ("goal", "sol1", "sol2"), "label", "ybisk/piqa"),
     _instruction(
-        "siqa",
-        instructions.siqa,
-        ("context", "question", "answerA", "answerB", "answerC"),
-        "label",
-        "allenai/social_i_qa",
+        "piqa", instructions.piqa, ("goal", "sol1", "sol2"), "label", "ybisk/piqa", hub_revision=_PARQUET
+    ),
+    _instruction(
+        "siqa", instructions.siqa, ("context", "question", "answerA", "answerB", "answerC"), "label",
+        "allenai/social_i_qa", hub_revision=_PARQUET,
     ),
     _instruction("hellaswag", instructions.hellaswag, ("ctx", "endings"), "label", "Rowan/hellaswag"),
     _instruction(
-        "winogrande",
-        instructions.winogrande,
-        ("sentence", "option1", "option2"),
-        "answer",
-        "allenai/winogrande",
-        "winogrande_xl",
+        "winogrande", instructions.winogrande, ("sentence", "option1", "option2"), "answer", "allenai/winogrande",
+        hub_config="winogrande_xl",
     ),
     _instruction(
-        "arc_easy", instructions.arc, ("question", *_CHOICES), "answerKey", "allenai/ai2_arc", "ARC-Easy", "test"
+        "arc_easy", instructions.arc, ("question", *_CHOICES), "answerKey", "allenai/ai2_arc", hub_config="ARC-Easy",
+        validation_split="test",
     ),
     _instruction(
-        "arc_challenge",
-        instructions.arc,
-        ("question", *_CHOICES),
-        "answerKey",
-        "allenai/ai2_arc",
-        "ARC-Challenge",
-        "test",
+        "arc_challenge", instructions.arc, ("question", *_CHOICES), "answerKey", "allenai/ai2_arc",
+        hub_config="ARC-Challenge", validation_split="test",
     ),
     _instruction(
-        "openbookqa",
-        instructions.openbookqa,
-        ("question_stem", *_CHOICES),
-        "answerKey",
-        "allenai/openbookqa",
-        "main",
-        "test",
+        "openbookqa", instructions.openbookqa, ("question_stem", *_CHOICES), "answerKey", "allenai/openbookqa",
+        hub_config="main", validation_split="test",
     ),
     # Arithmetic, by instruction.
-    _instruction("multiarith", instructions.arithmetic, ("question",), "final_ans", "ChilleD/MultiArith", None, "test"),
-    _instruction("gsm8k", instructions.gsm8k, ("question",), "answer", "openai/gsm8k", "main", "test"),
+    _instruction(
+        "multiarith", instructions.arithmetic, ("question",), "final_ans", "ChilleD/MultiArith", validation_split="test"
+    ),
+    _instruction(
+        "gsm8k", instructions.gsm8k, ("question",), "answer", "openai/gsm8k", hub_config="main", validation_split="test"
+    ),
     _instruction("addsub", instructions.arithmetic, ("question",), "answer", None),
     _instruction("singleeq", instructions.arithmetic, ("question",), "answer", None),
-    _instruction("svamp", instructions.svamp, ("Body", "Question"), "Answer", "ChilleD/SVAMP", None, "test"),
+    _instruction("svamp", instructions.svamp, ("Body", "Question"), "Answer", "ChilleD/SVAMP", validation_split="test"),
     # A classification as an instruction, for language models.
-    _instruction("sst2_instruction", instructions.sentiment, ("sentence",), "label", "nyu-mll/glue", "sst2"),
-)
+    _instruction("sst2_instruction", instructions.sentiment, ("sentence",), "label", "nyu-mll/glue", hub_config="sst2"),
+)  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 

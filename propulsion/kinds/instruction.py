@@ -8,7 +8,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from propulsion.errors import UserError
 from propulsion.files import Columns
-from propulsion.instructions import Exchange
+from propulsion.instructions import Exchange, extract
 from propulsion.kinds.base import Kind, Limits, check_columns, generate, input_limit, refuse_longer, rows_of
 from propulsion.tasks import Task
 
@@ -68,10 +68,11 @@ def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns:
 
 
 def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[str, float]:
-    """Share of rows whose answer, extracted from the generated text, is right."""
+    """Shares of rows whose answer, extracted from the generated text, is right, and of those that hold one at all."""
     exchanges = [Exchange(row[_PROMPT], row[_ANSWER], tuple(row[_CHOICES])) for row in rows_of(columns)]
     right = [exchange.is_right(text) for exchange, text in zip(exchanges, predictions, strict=True)]
-    return {"accuracy": sum(right) / len(right)}
+    answered = [extract(text, exchange.choices) is not None for exchange, text in zip(exchanges, predictions)]
+    return {"accuracy": sum(right) / len(right), "answered": sum(answered) / len(answered)}
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorForSeq2Seq:

@@ -1,5 +1,6 @@
 """The analyses of training, each run whole on a tiny model and drawn, and what they measure on known cases."""
 
+import json
 import subprocess
 from dataclasses import replace
 
@@ -9,7 +10,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from analyses import ablation, complexity, convergence, delta_weights, memory, method_comparison, parameter_count
+from analyses import (
+    ablation,
+    complexity,
+    convergence,
+    delta_weights,
+    instruction_tuning,
+    memory,
+    method_comparison,
+    parameter_count,
+)
 from analyses.results import load_result
 from analyses.training_run import RunConfig, tuning_split
 from propulsion import PropulsionConfig
@@ -250,3 +260,22 @@ def test_mistakes(module, config, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         module.run(config)
+
+
+def test_instructions_are_tuned_and_generated(tiny_decoder, tmp_path):
+    rows = "".join(json.dumps({"sentence": f"text {i}", "label": i % 2}) + "\n" for i in range(8))
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    config = instruction_tuning.Config(
+        model=str(tiny_decoder), data_dir=tmp_path,
+        methods=("none", "propulsion:degree=3", "lora:target_modules=q_proj+"),
+        max_steps=2, max_train_samples=8, max_eval_samples=4, max_length=48, per_device_train_batch_size=4,
+        output_dir=tmp_path / "result",
+    )  # fmt: skip
+    instruction_tuning.main(config)
+    rows = {row["method"]: row for row in load_result(config.output_dir).tables["methods"]}
+    assert [row["steps"] for row in rows.values()] == [0, 2, 2]
+    assert rows["none"]["trained_parameters"] == 0
+    assert rows["lora:target_modules=q_proj+"]["trained_parameters"] == 8 * (16 + 16)
+    with pytest.raises(UserError, match="task sst2 is no instruction"):
+        instruction_tuning.run(replace(config, task="sst2"))

@@ -60,8 +60,8 @@ def test_the_right_predictions_score_one(task, tmp_path):
 
 def test_one_wrong_answer_of_three_scores_two_thirds(tmp_path):
     data = load_task_data("siqa", data_dir=write_rows(tmp_path, "siqa"))
-    found = kind_of(data.task).measure(data.task, ["answer2", "answer1", "answer1"], columns_of(data.validation))
-    assert found == {"accuracy": pytest.approx(2 / 3)}
+    found = kind_of(data.task).measure(data.task, ["answer2", "none of them", "answer1"], columns_of(data.validation))
+    assert found == {"accuracy": pytest.approx(2 / 3), "answered": pytest.approx(2 / 3)}
 
 
 @pytest.fixture(scope="module")
