@@ -170,7 +170,9 @@ def tokenize_cached(
 
 def _tokens_key(data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    vocabulary = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    for state in ("truncation", "padding"):  # Left there by the last call, whatever it was.
+        vocabulary.pop(state, None)
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     parts = (
         data.fingerprint, data.task.name, type(tokenizer).__name__, vocabulary, special, tokenizer.model_max_length,
