@@ -27,7 +27,6 @@ from analyses.training_run import RunConfig, scores, training_run, tuning_split
 from propulsion.data import TaskData
 from propulsion.errors import UserError, run_command
 from propulsion.methods import Method
-from propulsion.tasks import get_task
 
 REFERENCE = "full"
 FACTOR = 3.0  # Between neighbouring learning rates.
@@ -91,7 +90,6 @@ def run(config: Config) -> Result | None:
     grid = Grid(folder, settings, config.max_runs)
     compared, sources = [], {}
     for task in config.tasks:
-        get_task(task)
         data = config.run.load(task)
         sources[task] = {"source": data.source.rsplit("/", 1)[-1], "fingerprint": data.fingerprint}
         compared += _task(config, grid, data, methods)

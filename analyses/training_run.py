@@ -18,7 +18,7 @@ from propulsion.data import TaskData, load_task_data
 from propulsion.methods import Method, apply_method, trainable_parameters
 from propulsion.metrics import METRICS
 from propulsion.pretrained import load_classifier
-from propulsion.tasks import get_task
+from propulsion.tasks import get_labelled_task, get_task
 from propulsion.training import TrainingConfig, predict, train
 
 _SKIPPED_STEPS = 5  # Not timed: threads and memory start up.
@@ -46,7 +46,8 @@ class RunConfig:
     """Torch device, such as cpu or cuda."""
 
     def load(self, task: str) -> TaskData:
-        """Draw the rows of a task."""
+        """Draw the rows of a task of one label."""
+        get_labelled_task(task)
         folder = None if self.data_dir is None else self.data_dir.expanduser() / task
         whole = load_task_data(task, data_dir=folder)
         sizes = {"n_train": len(whole.train), "n_validation": len(whole.validation)}

@@ -173,6 +173,19 @@ _TASKS = (
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 
+def get_labelled_task(name: str) -> Task:
+    """Return a task by name that gives a whole text one label: a classification or a regression.
+
+    Raises:
+        UserError: If there is no such task, or it is of another kind.
+    """
+    task = get_task(name)
+    if task.kind not in ("classification", "regression"):
+        one_label = ", ".join(t.name for t in _TASKS if t.kind in ("classification", "regression"))
+        raise UserError(f"task {name} is of the kind {task.kind}; this takes tasks of one label: {one_label}")
+    return task
+
+
 def get_task(name: str) -> Task:
     """Return a task by name.
 

@@ -343,9 +343,12 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
         "ddp_find_unused_parameters": False,
     }
     try:
-        return TrainingArguments(**(values | more))
+        arguments = TrainingArguments(**(values | more))
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"options that do not go together: {one_line(error)}") from error
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # Else the trainer would split over all devices; several are a launcher's business.
+    return arguments
 
 
 # --- the folder of a run --------------------------------------------------------------------------------------------

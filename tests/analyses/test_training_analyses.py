@@ -19,6 +19,7 @@ from analyses import (
     memory,
     method_comparison,
     parameter_count,
+    training_tables,
 )
 from analyses.results import load_result
 from analyses.training_run import RunConfig, tuning_split
@@ -72,6 +73,9 @@ def test_methods_are_compared_in_pieces(compared, capsys):
     assert method_comparison.run(replace(compared, max_runs=0)) is not None
     assert sorted(compared.output_dir.with_name("comparison-runs").iterdir()) == before
     assert (compared.output_dir / "method_comparison.png").exists()
+    capsys.readouterr()
+    training_tables.main(training_tables.Config((compared.output_dir,)))
+    assert "| head  " in capsys.readouterr().out
 
 
 def test_learning_rates_are_not_chosen_on_validation_rows():
@@ -254,6 +258,7 @@ def test_the_papers_parameters_are_recounted(tmp_path):
         (ablation, ablation.Config(seeds=()), "must be positive"),
         (method_comparison, method_comparison.Config(methods=("lora:r",)), "not of the form OPTION=VALUE"),
         (method_comparison, method_comparison.Config(tasks=("sst3",)), "unknown task 'sst3'"),
+        (method_comparison, method_comparison.Config(tasks=("squad",)), "task squad is of the kind question_answering"),
     ],
 )
 def test_mistakes(module, config, message, tmp_path, monkeypatch):

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from task_rows import ROWS, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from propulsion import trainer as trainer_module
 from propulsion.data import load_task_data
@@ -322,8 +323,6 @@ def test_options_out_of_range(change):
 def test_the_adapter_loads_with_plain_peft(config):
     result = run(config)
     model = AutoPeftModelForSequenceClassification.from_pretrained(config.output_dir / "model", num_labels=2)
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(config.output_dir / "model")
     tokenizer.model_max_length = 64
     data = load_task_data("demo", n_train=16, n_validation=10, seed=3)
@@ -340,11 +339,28 @@ def test_an_adapter_is_evaluated_and_refused_by_another_model(config, tmp_path):
     shutil.copytree(config.model, other)
     state = load_file(other / "model.safetensors")
     state["bert.embeddings.word_embeddings.weight"] += 0.1
-    from safetensors.torch import save_file
-
     save_file(state, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="is of another base model: its weights are not these"):
         run(dataclasses.replace(saved, model=str(other), output_dir=tmp_path / "refused"))
+
+
+def test_a_fully_tuned_model_loads_with_plain_transformers(config):
+    result = run(dataclasses.replace(config, method="full", learning_rate=None, max_steps=4))
+    model = AutoModelForSequenceClassification.from_pretrained(config.output_dir / "model")
+    tokenizer = AutoTokenizer.from_pretrained(config.output_dir / "model")
+    data = load_task_data("demo", n_train=16, n_validation=10, seed=3)
+    assert evaluate(model, tokenizer, data) == result.metrics
+
+
+def test_an_adapter_of_another_size_is_refused(config, tiny_models, tmp_path):
+    run(dataclasses.replace(config, max_steps=1))
+    (config.output_dir / "model" / "base_model.json").unlink()  # As plain peft leaves it.
+    other = dataclasses.replace(config, adapter=config.output_dir / "model", output_dir=tmp_path / "other", max_steps=0,
+                                task="mnli", data_dir=write_rows(tmp_path, "mnli"), max_train_samples=None,
+                                max_eval_samples=None)  # fmt: skip
+    with pytest.raises(UserError, match="does not fit this model") as caught:
+        run(other)
+    assert "\n" not in str(caught.value)
 
 
 def test_rates_follow_the_degree(config):
