@@ -13,8 +13,6 @@ several devices. The output folder holds:
 
 import dataclasses
 import json
-import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -26,12 +24,11 @@ import torch
 import tyro
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import PeftModel
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from propulsion.adapters import load_adapter, save_base
+from propulsion.adapters import load_adapter
 from propulsion.data import TaskData, load_task_data, tokenize_cached
 from propulsion.errors import UserError, one_line, run_command
 from propulsion.files import write_json
@@ -41,8 +38,9 @@ from propulsion.methods import Method, apply_method, check_name, parse_options, 
 from propulsion.optim import Rates, describe_rates, parameter_groups
 from propulsion.presets import PRESETS, describe, get_preset
 from propulsion.pretrained import fingerprint, load_model
+from propulsion.run_folder import RESULT, claim, save_model
 from propulsion.tasks import get_task
-from propulsion.trainer import TaskTrainer, clear_leftovers, isolated_randomness, latest_checkpoint
+from propulsion.trainer import TaskTrainer, isolated_randomness, latest_checkpoint
 
 Strategy = Literal["no", "steps", "epoch"]
 
@@ -125,6 +123,8 @@ class TrainConfig:
     """Stop after this many evaluations without a better one."""
     gradient_checkpointing: bool = False
     """Less memory, more time."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the pre-trained weights; Propulsion's scales are float32 over either."""
     bf16: bool = False
     """Train in mixed precision, bfloat16."""
     torch_compile: bool = False
@@ -220,15 +220,16 @@ def run(config: TrainConfig) -> TrainResult:
     device = torch.device("cpu") if config.use_cpu else torch.device(str(state.device))
     kind = kind_of(task)
     model, tokenizer = load_model(
-        config.model, task_type=kind.task_type, num_labels=task.num_labels, seed=config.seed, device=device
-    )
+        config.model, task_type=kind.task_type, num_labels=task.num_labels, seed=config.seed, device=device,
+        dtype=getattr(torch, config.dtype),
+    )  # fmt: skip
     base = fingerprint(model)
     model = _adapted(config, model, kind.task_type)
     identity = _identity(config, data, base)
     with state.main_process_first():
         if state.is_main_process:
-            _claim(config, output, identity)
-    finished = output / "result.json"
+            claim(output, identity, overwrite=config.overwrite_output_dir)
+    finished = output / RESULT
     if finished.exists():
         return TrainResult(**json.loads(finished.read_text(encoding="utf-8")))
     groups = parameter_groups(model, rates=_rates(config), weight_decay=config.weight_decay)
@@ -245,7 +246,7 @@ def run(config: TrainConfig) -> TrainResult:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.check_finite()
         metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    _save_model(trainer, output / "model", tokenizer, base)
+    save_model(trainer, output / "model", tokenizer, base)
     result = TrainResult(
         metrics=metrics,
         steps=trainer.state.global_step,
@@ -351,66 +352,11 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
     return arguments
 
 
-# --- the folder of a run --------------------------------------------------------------------------------------------
-
-
 def _identity(config: TrainConfig, data: TaskData, base: str) -> dict[str, Any]:
     """What two runs must have in common for one to go on where the other stopped."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
     return json.loads(json.dumps(fields | {"rows": data.fingerprint, "base_model": base}))
-
-
-def _claim(config: TrainConfig, output: Path, identity: dict[str, Any]) -> None:
-    """Make the run's folder, or make sure that it is this run's."""
-    record = output / "run.json"
-    if config.overwrite_output_dir and record.exists():
-        shutil.rmtree(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(output)
-        if not record.exists():
-            foreign = latest_checkpoint(output) is not None or (output / "result.json").exists()
-            found = None if foreign else write_json(record, identity) or identity
-        else:
-            found = json.loads(record.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot use the folder {output}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{record} is damaged: name another --output-dir, or pass --overwrite-output-dir") from error
-    if found is None:
-        raise UserError(f"{output} holds a run of something else: name another --output-dir")
-    if found != identity:
-        names = sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name))
-        shown = ", ".join(
-            f"{name} {_short(found.get(name))} there, {_short(identity.get(name))} here" for name in names
-        )
-        raise UserError(
-            f"{output} holds a run of another configuration ({shown}): name another --output-dir, or pass "
-            "--overwrite-output-dir to start anew"
-        )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
-
-
-def _save_model(trainer: TaskTrainer, destination: Path, tokenizer: Any, base: str) -> None:
-    """Write what was trained, whole or not at all."""
-    partial = destination.with_name(f".{destination.name}.partial")
-    try:
-        if trainer.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        trainer.save_model(str(partial))
-        if trainer.args.should_save:
-            tokenizer.save_pretrained(partial)
-            if isinstance(trainer.model, PeftModel):
-                save_base(partial, base)
-            shutil.rmtree(destination, ignore_errors=True)
-            os.rename(partial, destination)
-    except OSError as error:
-        raise UserError(f"cannot write {destination}: {error.strerror or error}; the checkpoints are kept") from error
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -434,7 +380,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     if "--preset" in arguments:
         at = arguments.index("--preset")
         if at + 1 == len(arguments):
-            raise UserError(f"--preset needs a name, one of {', '.join(PRESETS)}")
+            raise UserError("--preset needs a name: --show-presets lists them")
         default = dataclasses.replace(default, **get_preset(arguments[at + 1]).options)
         arguments = arguments[:at] + arguments[at + 2 :]
     return tyro.cli(TrainConfig, prog="python -m propulsion.train", description=_HELP, args=arguments, default=default)
