@@ -168,6 +168,11 @@ class TrainConfig:
             raise UserError("load_best_model_at_end needs save_steps to be a multiple of eval_steps")
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether this machine's run uses no accelerator."""
+        return self.use_cpu or not torch.accelerator.is_available()
+
+    @property
     def limits(self) -> Limits:
         """Lengths and batch size of evaluation."""
         return Limits(self.max_length, self.max_target_length, self.per_device_eval_batch_size)
@@ -212,12 +217,12 @@ def run(config: TrainConfig) -> TrainResult:
     started = time.perf_counter()
     output = config.output_dir.expanduser().resolve()
     task = get_task(config.task)
-    state = PartialState(cpu=config.use_cpu)
+    state = PartialState(cpu=config.on_cpu)
     data = load_task_data(
         config.task, data_dir=config.data_dir, n_train=config.max_train_samples, n_validation=config.max_eval_samples,
         seed=config.seed, streaming=config.streaming,
     )  # fmt: skip
-    device = torch.device("cpu") if config.use_cpu else torch.device(str(state.device))
+    device = torch.device("cpu") if config.on_cpu else torch.device(str(state.device))
     kind = kind_of(task)
     model, tokenizer = load_model(
         config.model, task_type=kind.task_type, num_labels=task.num_labels, seed=config.seed, device=device,
@@ -337,7 +342,8 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
         "metric_for_best_model": f"eval_{best.removeprefix('eval_')}",
         "greater_is_better": True,
         "save_total_limit": None,  # The trainer below removes old checkpoints itself, safely.
-        "dataloader_pin_memory": not config.use_cpu and torch.cuda.is_available(),
+        "use_cpu": config.on_cpu,  # Said, or processes on a machine without accelerators would not find each other.
+        "dataloader_pin_memory": not config.on_cpu and torch.cuda.is_available(),
         "remove_unused_columns": False,
         "label_names": ["labels"] if data.task.kind != "question_answering" else ["start_positions", "end_positions"],
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
