@@ -22,6 +22,7 @@ import tyro
 
 from analyses.grid import Grid
 from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.seeds import tuned_factors
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, scores, training_run, tuning_split
 from propulsion.data import TaskData
@@ -46,6 +47,8 @@ class Config:
     """Seeds of head, data order, dropout and of what methods draw themselves."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     """What each run is."""
+    rates_from: Path | None = None
+    """Take the learning rates that an earlier result chose for the same methods, on its first task, and choose none."""
     tuning_steps: int = 50
     """Optimizer steps of the runs that learning rates are chosen by, the same for all methods."""
     rate_extensions: int = 3
@@ -105,11 +108,7 @@ def run(config: Config) -> Result | None:
 def _task(config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]) -> list[Comparison]:
     """Tune, then train every method once a seed; empty if a cell of the first seed is missing."""
     name = data.task.name
-    factors, tried = {}, {}
-    for text, method in methods.items():
-        tried[text] = _tune(config, grid, data, text, method)
-        if tried[text]:
-            factors[text] = max(tried[text], key=lambda factor: tried[text][factor])
+    factors, tried = _chosen(config, grid, data, methods)
     if factors.keys() != methods.keys():
         return []
     runs: dict[str, list[dict[str, Any]]] = {text: [] for text in methods}
@@ -129,6 +128,19 @@ def _task(config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]
     if not runs[config.methods[0]]:
         return []
     return [Comparison(name, np.asarray(data.validation["label"]), factors, tried, runs)]
+
+
+def _chosen(
+    config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]
+) -> tuple[dict[str, float], dict[str, dict[float, float]]]:
+    """Factor of every method whose tuning is complete, and what was tried."""
+    if config.rates_from is not None:
+        factors = tuned_factors(config.rates_from)
+        if absent := [text for text in methods if text not in factors]:
+            raise UserError(f"{config.rates_from} holds no learning rate of {', '.join(absent)}")
+        return {text: factors[text] for text in methods}, {text: {} for text in methods}
+    tried = {text: _tune(config, grid, data, text, method) for text, method in methods.items()}
+    return {text: max(found, key=lambda factor: found[factor]) for text, found in tried.items() if found}, tried
 
 
 def _tune(config: Config, grid: Grid, data: TaskData, text: str, method: Method) -> dict[float, float]:
@@ -208,7 +220,8 @@ def _summary_row(found: Comparison, text: str) -> dict[str, Any]:
         "seeds": len(of_method),
         "trained_parameters": of_method[0]["trained_parameters"],
         "rate_factor": found.factors[text],
-        "rate_at_edge": found.factors[text] in (min(found.tried[text]), max(found.tried[text])),
+        "rate_at_edge": bool(found.tried[text])
+        and found.factors[text] in (min(found.tried[text]), max(found.tried[text])),
         "seconds_per_step": statistics.median(entry["seconds_per_step"] for entry in of_method),
         "peak_bytes": max(entry["peak_bytes"] for entry in of_method),
         "last_losses": statistics.mean(float(np.mean(entry["losses"][-20:])) for entry in of_method),

@@ -20,8 +20,12 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return mean, mean - float(half), mean + float(half)
 
 
-def tuned_factors(comparison: Path | None, task: str) -> dict[str, float]:
+def tuned_factors(comparison: Path | None, task: str | None = None) -> dict[str, float]:
     """Factor on its default learning rate that `analyses.method_comparison` chose for every method on a task.
+
+    Args:
+        comparison: Its result; without one there are no factors.
+        task: The task; by default the result's first.
 
     Raises:
         UserError: The folder holds no such result.
@@ -29,4 +33,5 @@ def tuned_factors(comparison: Path | None, task: str) -> dict[str, float]:
     if comparison is None:
         return {}
     rows = load_result(comparison, analysis="method_comparison").tables["summary"]
-    return {row["method"]: row["rate_factor"] for row in rows if row["task"] == task}
+    chosen = rows[0]["task"] if task is None else task
+    return {row["method"]: row["rate_factor"] for row in rows if row["task"] == chosen}

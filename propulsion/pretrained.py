@@ -132,8 +132,12 @@ def fingerprint(model: nn.Module) -> str:
 
 def _split_gguf(source: str) -> tuple[str, dict[str, str]]:
     """A GGUF file as the folder it is in, and the option that names it."""
-    path = Path(source)
-    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
+    path = Path(source).expanduser()
+    if path.suffix != ".gguf":
+        return source, {}
+    if not path.is_file():
+        raise UserError(f"model file {path} does not exist")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def default_model_folder() -> Path:

@@ -78,6 +78,21 @@ def test_methods_are_compared_in_pieces(compared, capsys):
     assert "| head  " in capsys.readouterr().out
 
 
+def test_learning_rates_of_an_earlier_result(compared, tmp_path):
+    before = {row["method"]: row["rate_factor"] for row in load_result(compared.output_dir).tables["summary"]}
+    other = replace(
+        compared, rates_from=compared.output_dir, seeds=(5,), methods=METHODS[:2], output_dir=tmp_path / "o"
+    )
+    result = method_comparison.run(other)
+    assert result is not None
+    assert {row["method"]: row["rate_factor"] for row in result.tables["summary"]} == {
+        m: before[m] for m in METHODS[:2]
+    }
+    assert result.tables["tuning"] == []
+    with pytest.raises(UserError, match="holds no learning rate of ia3"):
+        method_comparison.run(replace(other, methods=("ia3",)))
+
+
 def test_learning_rates_are_not_chosen_on_validation_rows():
     data = load_task_data("demo")
     part = tuning_split(data)
