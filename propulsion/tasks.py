@@ -31,6 +31,7 @@ class Task:
         label_column: Column of the label, the tags, the answers, or the summary.
         hub_path: Name of the dataset on the hub; None if it is not there.
         hub_revision: Revision to read there, if not the main one.
+        unanswerable: Whether some questions have no answer.
         exchange: Of an instruction: from a row to what the model is told and should say.
     """
 
@@ -47,6 +48,7 @@ class Task:
     label_column: str = "label"
     hub_path: str | None = None
     hub_revision: str | None = None
+    unanswerable: bool = False
     exchange: Callable[[Mapping[str, Any]], Exchange] | None = None
 
     @property
@@ -86,9 +88,9 @@ def _entities(name: str, hub_path: str, tags: tuple[str, ...], hub_config: str |
                 hub_revision=hub_revision)  # fmt: skip
 
 
-def _squad(name: str, hub_path: str) -> Task:
+def _squad(name: str, hub_path: str, **more: Any) -> Task:
     return Task(name, ("question", "context"), (), ("f1", "exact_match"), 35, kind="question_answering",
-                label_column="answers", hub_path=hub_path)  # fmt: skip
+                label_column="answers", hub_path=hub_path, **more)  # fmt: skip
 
 
 def _summaries(name: str, hub_path: str, document: str, summary: str, degree: float, **more: Any) -> Task:
@@ -123,7 +125,7 @@ _TASKS = (
     Task("snli", ("premise", "hypothesis"), _INFERENCE, ("accuracy",), 15, hub_path="stanfordnlp/snli"),
     # Questions answered by a span of the text.
     _squad("squad", "rajpurkar/squad"),
-    _squad("squad_v2", "rajpurkar/squad_v2"),
+    _squad("squad_v2", "rajpurkar/squad_v2", unanswerable=True),
     # Summaries.
     _summaries("xsum", "EdinburghNLP/xsum", "document", "summary", 35, hub_revision=_PARQUET),
     _summaries("cnn_dailymail", "abisee/cnn_dailymail", "article", "highlights", 25, hub_config="3.0.0"),

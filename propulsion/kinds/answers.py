@@ -39,6 +39,8 @@ def check(task: Task, name: str, columns: Columns) -> Columns:
         where = f"{name}, row {row}"
         if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
             raise UserError(f"{where}: {task.label_column} is {answers!r}, expected the lists text and answer_start")
+        if not answers["text"] and not task.unanswerable:
+            raise UserError(f"{where} has no answer: that is what the task squad_v2 is for")
         for text, start in zip(answers["text"], answers["answer_start"], strict=True):
             if context[start : start + len(text)] != text:
                 raise UserError(f"{where}: the context does not hold the answer {text!r} at character {start}")
@@ -93,7 +95,6 @@ def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns:
     batch, questions = _windows(columns, tokenizer, limits)
     offsets = batch.pop("offset_mapping")
     outputs = run_batches(model, tokenizer, dict(batch), limits.batch_size, ("start_logits", "end_logits"))
-    answerable = all(answers["text"] for answers in columns[task.label_column])
     best: dict[int, tuple[float, str]] = {}
     null: dict[int, float] = {}
     for window, (question, places) in enumerate(zip(questions, offsets)):
@@ -110,8 +111,7 @@ def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns:
     found = []
     for question in range(len(columns["question"])):
         score, text = best.get(question, (-np.inf, ""))
-        # SQuAD 1.1 has an answer to every question, so there none is never the answer.
-        found.append(text if answerable or score > null.get(question, -np.inf) else "")
+        found.append(text if not task.unanswerable or score > null.get(question, -np.inf) else "")
     return found
 
 

@@ -118,6 +118,17 @@ def test_the_best_span_of_all_windows_is_the_answer(tiny_models, tmp_path):
     assert kind.predict(model, tokenizer, data.task, rows, limits) == ["Hamburg", "The river Elbe", "ships", ""]
 
 
+def test_no_answer_is_none_of_squad_1(tiny_models, tmp_path):
+    """Where every question has an answer, the best span counts, however low."""
+    model, tokenizer = load_model(tiny_models["QUESTION_ANS"], task_type="QUESTION_ANS")
+    with torch.no_grad():
+        model.qa_outputs.weight.zero_()  # Nothing scores higher than anything else.
+    for task, empty in (("squad", False), ("squad_v2", True)):
+        data = load_task_data(task, data_dir=write_rows(tmp_path, task, ROWS["squad"]))
+        found = kind_of(data.task).predict(model, tokenizer, data.task, columns_of(data.train), Limits())
+        assert [text == "" for text in found] == [empty] * 3
+
+
 def test_only_the_answer_is_learnt(tiny_models, tmp_path):
     _, tokenizer = load_model(tiny_models["CAUSAL_LM"], task_type="CAUSAL_LM")
     data = load_task_data("piqa", data_dir=write_rows(tmp_path, "piqa"))
@@ -144,6 +155,7 @@ def test_generation_does_not_depend_on_the_batch(tiny_models, tmp_path):
     ("task", "change", "message"),
     [
         ("squad", {"answers": {"text": ["Hamburg"], "answer_start": [3]}}, "row 1: the context does not hold"),
+        ("squad", {"answers": {"text": [], "answer_start": []}}, "row 1 has no answer: that is what the task squad_v2"),
         ("squad", {"answers": "Hamburg"}, "row 1: answers is 'Hamburg'"),
         ("conll2003", {"ner_tags": [0]}, "row 1: expected 5 ner_tags, one a word"),
         ("conll2003", {"ner_tags": [9, 0, 0, 0, 0]}, "row 1: tag 9 is not one of O, B-PER"),
