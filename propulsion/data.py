@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from propulsion.errors import UserError, first_line
 from propulsion.files import SUFFIXES, Columns, read_table, stream_table
-from propulsion.kinds import Limits, kind_of
-from propulsion.kinds.base import columns_of
-from propulsion.kinds.classification import check_variety
+from propulsion.task_kinds import Limits, kind_of
+from propulsion.task_kinds.base import columns_of
+from propulsion.task_kinds.classification import check_variety
 from propulsion.tasks import Task, get_task
 
 LABEL = "label"
@@ -121,7 +121,7 @@ def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_
         tokenizer: Tokenizer; its `model_max_length` is the longest input that its model takes.
         task: The task.
         max_length: Cut inputs to this many tokens. If None nothing is cut, and an input too long is an error, except
-            for kinds of tasks that say otherwise (`propulsion.kinds`).
+            for kinds of tasks that say otherwise (`propulsion.task_kinds`).
 
     Raises:
         UserError: If an input is longer than the model takes and `max_length` is None, or if `max_length` is itself

@@ -32,13 +32,13 @@ from propulsion.adapters import load_adapter
 from propulsion.data import TaskData, load_task_data, tokenize_cached
 from propulsion.errors import UserError, one_line, run_command
 from propulsion.files import write_json
-from propulsion.kinds import Limits, kind_of
-from propulsion.kinds.base import columns_of
 from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
 from propulsion.optim import Rates, describe_rates, parameter_groups
 from propulsion.presets import PRESETS, describe, get_preset
 from propulsion.pretrained import fingerprint, load_model
 from propulsion.run_folder import RESULT, claim, save_model
+from propulsion.task_kinds import Limits, kind_of
+from propulsion.task_kinds.base import columns_of
 from propulsion.tasks import get_task
 from propulsion.trainer import TaskTrainer, isolated_randomness, latest_checkpoint
 

@@ -16,10 +16,10 @@ from transformers.trainer_callback import PrinterCallback
 from propulsion.config import PropulsionConfig
 from propulsion.data import TaskData, tokenize
 from propulsion.errors import UserError, one_line
-from propulsion.kinds import Limits, kind_of
-from propulsion.kinds.base import columns_of
-from propulsion.kinds.classification import logits
 from propulsion.optim import Rates, parameter_groups
+from propulsion.task_kinds import Limits, kind_of
+from propulsion.task_kinds.base import columns_of
+from propulsion.task_kinds.classification import logits
 from propulsion.trainer import TaskTrainer, isolated_randomness
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from propulsion import data as data_module
 from propulsion.data import draw_rows, load_task_data, tokenize, tokenize_cached
 from propulsion.errors import UserError
-from propulsion.kinds import Limits
+from propulsion.task_kinds import Limits
 from propulsion.tasks import get_task
 
 TRAIN = [{"sentence": f'a "fine" film, number {i}', "label": int(i % 4 == 0)} for i in range(12)]

@@ -7,9 +7,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
-from propulsion.kinds import Limits, kind_of
-from propulsion.kinds.base import columns_of
 from propulsion.pretrained import load_model
+from propulsion.task_kinds import Limits, kind_of
+from propulsion.task_kinds.base import columns_of
 from propulsion.tasks import TASKS, get_task
 from propulsion.train import TrainConfig, run
 

@@ -20,8 +20,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from propulsion import trainer as trainer_module
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
-from propulsion.kinds import kind_of
 from propulsion.optim import SCALE_RATE
+from propulsion.task_kinds import kind_of
 from propulsion.tasks import get_task
 from propulsion.train import TrainConfig, main, parse, run
 from propulsion.training import evaluate

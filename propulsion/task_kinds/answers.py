@@ -13,8 +13,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from propulsion.errors import UserError
 from propulsion.files import Columns
-from propulsion.kinds.base import Kind, Limits, check_columns, check_texts, input_limit, run_batches
 from propulsion.metrics import answer_scores
+from propulsion.task_kinds.base import Kind, Limits, check_columns, check_texts, input_limit, run_batches
 from propulsion.tasks import Task
 
 DEFAULT_LENGTH = 384  # Of a window, in tokens: that of BERT's own SQuAD script.

@@ -9,7 +9,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from propulsion.errors import UserError
 from propulsion.files import Columns
 from propulsion.instructions import Exchange, extract
-from propulsion.kinds.base import Kind, Limits, check_columns, generate, input_limit, refuse_longer, rows_of
+from propulsion.task_kinds.base import Kind, Limits, check_columns, generate, input_limit, refuse_longer, rows_of
 from propulsion.tasks import Task
 
 IGNORED = -100

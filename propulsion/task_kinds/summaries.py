@@ -7,8 +7,8 @@ import datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from propulsion.files import Columns
-from propulsion.kinds.base import Kind, Limits, check_columns, check_texts, generate, input_limit
 from propulsion.metrics import rouge_scores
+from propulsion.task_kinds.base import Kind, Limits, check_columns, check_texts, generate, input_limit
 from propulsion.tasks import Task
 
 

@@ -10,8 +10,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from propulsion.errors import UserError
 from propulsion.files import Columns
-from propulsion.kinds.base import Kind, Limits, check_columns, check_texts, input_limit, refuse_longer, run_batches
 from propulsion.metrics import METRICS
+from propulsion.task_kinds.base import Kind, Limits, check_columns, check_texts, input_limit, refuse_longer, run_batches
 from propulsion.tasks import Task
 
 UNLABELLED = -1  # What GLUE's test sets hold in place of a label.

@@ -8,8 +8,8 @@ from transformers import DataCollatorForTokenClassification, PreTrainedTokenizer
 
 from propulsion.errors import UserError
 from propulsion.files import Columns
-from propulsion.kinds.base import Kind, Limits, check_columns, input_limit, refuse_longer, run_batches
 from propulsion.metrics import entity_scores
+from propulsion.task_kinds.base import Kind, Limits, check_columns, input_limit, refuse_longer, run_batches
 from propulsion.tasks import Task
 
 IGNORED = -100

@@ -1,7 +1,7 @@
 """Kinds of tasks: how rows are checked, become model inputs, are predicted and scored. One module a kind."""
 
-from propulsion.kinds import answers, classification, instruction, summaries, tags
-from propulsion.kinds.base import Kind, Limits
+from propulsion.task_kinds import answers, classification, instruction, summaries, tags
+from propulsion.task_kinds.base import Kind, Limits
 from propulsion.tasks import Task
 
 _KINDS = {
