@@ -28,6 +28,7 @@ from analyses.results import STAGES, Metric, Result, check_writable, environment
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
 from propulsion.pretrained import load_classifier
+from propulsion.tasks import get_labelled_task
 from propulsion.training import TrainingConfig, apply_propulsion, evaluate, train
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -103,6 +104,7 @@ def prepare(config: Config) -> Setting:
         UserError: unusable data, model or options.
     """
     _check_numbers(config)
+    get_labelled_task(config.task)
     data = load_task_data(
         config.task,
         data_dir=config.data_dir,

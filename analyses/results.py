@@ -325,27 +325,27 @@ def _to_json(result: Result) -> str:
     names = ("model", "dataset", "config", "coverage", "seconds", "environment", "metrics", "tables")
     shapes = {k: {"shape": list(v.shape), "dtype": str(v.dtype)} for k, v in result.arrays.items()}
     content = head | {name: getattr(result, name) for name in names} | {"arrays": shapes}
-    return json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Reduce a value to what strict JSON can say; what it cannot (a path, a dtype) becomes its text."""
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, np.generic | np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted((_plain(entry) for entry in value), key=str)
+        return sorted((plain(entry) for entry in value), key=str)
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return str(value)
 
 

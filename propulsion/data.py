@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,15 +12,20 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from datasets import config as datasets_config
 from transformers import PreTrainedTokenizerBase
 
 from propulsion.errors import UserError, first_line
-from propulsion.files import SUFFIXES, Columns, read_table
-from propulsion.tasks import HUB_PATH, Task, get_task
+from propulsion.files import SUFFIXES, Columns, read_table, stream_table
+from propulsion.task_kinds import Limits, kind_of
+from propulsion.task_kinds.base import columns_of
+from propulsion.task_kinds.classification import check_variety
+from propulsion.tasks import Task, get_task
 
 LABEL = "label"
-UNLABELLED = -1  # What GLUE's test sets hold in place of a label.
+SPLITS = ("train", "validation")
+_STREAMED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,12 @@ class TaskData:
 
     Attributes:
         task: The task.
-        train: Training rows: the text columns and `label`.
+        train: Training rows in the task's columns (of an instruction: prompt, answer, choices); none if streamed.
         validation: Held-out rows, in the same columns.
         source: Where the rows come from and how they were subsampled, in words.
-        fingerprint: SHA-256 of the rows, so that two runs can be known to have used the same.
+        fingerprint: SHA-256 of the rows, so that two runs can be known to have used the same; of streamed training
+            rows, of their source alone.
+        stream: Training rows, read as they are needed, where that was asked for.
     """
 
     task: Task
@@ -39,6 +47,7 @@ class TaskData:
     validation: Dataset
     source: str
     fingerprint: str
+    stream: IterableDataset | None = None
 
 
 def load_task_data(
@@ -48,6 +57,7 @@ def load_task_data(
     n_train: int | None = None,
     n_validation: int | None = None,
     seed: int = 0,
+    streaming: bool = False,
 ) -> TaskData:
     """Load the training and validation rows of a task.
 
@@ -55,90 +65,201 @@ def load_task_data(
 
     Args:
         task: Name of the task.
-        data_dir: Folder with one `train` and one `validation` file (.jsonl, .json, .csv, .tsv or .parquet) in GLUE's
-            column names. Labels are numbers, or the task's label names.
-        n_train: Rows to draw at random for training; all if None.
+        data_dir: Folder with one `train` and one `validation` file (.jsonl, .json, .csv, .tsv or .parquet) in the
+            column names of the hub. Labels are numbers, or the task's label names.
+        n_train: Rows to draw at random for training; all if None. Of streamed rows, the first.
         n_validation: Rows to draw at random for validation; all if None.
         seed: Seed of the draws. Draws are stratified: classes keep their proportions, each with one row at least.
+        streaming: Read training rows as they are needed, and hold none; they are checked as they come.
 
     Raises:
         UserError: If the task is unknown, the data cannot be found or read, or a row cannot be used.
     """
     entry = get_task(task)
-    if data_dir is not None:
-        origin, splits = _read_folder(entry, Path(data_dir).expanduser())
-    elif entry.hub_config is None:
-        origin, splits = _read_embedded()
-    else:
-        origin, splits = _read_hub(entry)
-
+    source = _source(entry, data_dir, streaming)
     notes, rows = [], {}
-    for (split, (name, columns)), n in zip(splits.items(), (n_train, n_validation)):
-        checked = _check(entry, name, columns)
+    for split, n in zip(SPLITS, (n_train, n_validation)):
+        if streaming and split == "train":
+            notes.append(f"train rows streamed{'' if n is None else f', the first {n}'}")
+            continue
+        name, columns = source.read(split)
+        checked = kind_of(entry).check(entry, name, columns)
+        label = _label_column(entry)
+        if label is not None:
+            check_variety(name, checked[label])
         rows[split] = _subsample(entry, name, checked, n, seed)
-        total, used = len(checked[LABEL]), len(rows[split][LABEL])
+        total, used = (len(next(iter(table.values()))) for table in (checked, rows[split]))
         drawn = "" if used == total else f" drawn with seed {seed}"
         notes.append(f"{used} of {total} {split} rows{drawn}")
+    if streaming:
+        rows["train"] = {name: [] for name in kind_of(entry).features(entry)}
     return TaskData(
         task=entry,
-        train=_to_dataset(entry, rows["train"]),
-        validation=_to_dataset(entry, rows["validation"]),
-        source=f"{origin}; {', '.join(notes)}",
-        fingerprint=_fingerprint(rows),
+        train=to_dataset(entry, rows["train"]),
+        validation=to_dataset(entry, rows["validation"]),
+        source=f"{source.origin}; {', '.join(notes)}",
+        fingerprint=_fingerprint(rows | ({"streamed": source.origin} if streaming else {})),
+        stream=_stream(entry, source, n_train) if streaming else None,
     )
 
 
 def draw_rows(data: Dataset, task: Task, n: int, seed: int) -> Dataset:
     """Draw n rows at random, keeping the classes' proportions as `load_task_data` does."""
-    columns = {name: list(data[name]) for name in data.column_names}
-    return _to_dataset(task, _subsample(task, "the validation rows", columns, n, seed))
+    return to_dataset(task, _subsample(task, "the validation rows", columns_of(data), n, seed))
+
+
+def to_dataset(task: Task, columns: Columns) -> Dataset:
+    """Checked columns as a dataset of the task's own types."""
+    return Dataset.from_dict(columns, features=kind_of(task).features(task))
 
 
 def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int | None = None) -> Dataset:
-    """Turn rows into model inputs, unpadded, with their labels as `labels` (int, or float for a regression).
+    """Turn rows into model inputs, unpadded, with their labels.
 
     Args:
         data: Rows of the task, with or without labels.
         tokenizer: Tokenizer; its `model_max_length` is the longest input that its model takes.
-        task: The task, for its text columns.
-        max_length: Cut inputs to this many tokens. If None nothing is cut, and an input too long is an error.
+        task: The task.
+        max_length: Cut inputs to this many tokens. If None nothing is cut, and an input too long is an error, except
+            for kinds of tasks that say otherwise (`propulsion.task_kinds`).
 
     Raises:
         UserError: If an input is longer than the model takes and `max_length` is None, or if `max_length` is itself
             longer than that or leaves no room for text.
     """
-    limit = tokenizer.model_max_length
-    special = tokenizer.num_special_tokens_to_add(pair=len(task.text_columns) > 1)
-    if max_length is not None and not special < max_length <= limit:
-        raise UserError(f"max_length is {max_length}, expected {special + 1} to {limit} (the model's limit) tokens")
-    texts = [list(data[column]) for column in task.text_columns]
-    pairs = texts[1] if len(texts) > 1 else None
-    # verbose=False: the tokenizer's own warning about long inputs is our error below.
-    encoding = tokenizer(texts[0], pairs, truncation=max_length is not None, max_length=max_length, verbose=False)
-    encoded = dict(encoding)
-    lengths = [len(ids) for ids in encoded["input_ids"]]
-    if longer := sum(length > limit for length in lengths):
-        raise UserError(
-            f"{longer} of {len(lengths)} examples are longer than the model's limit of {limit} tokens (longest: "
-            f"{max(lengths)}); give max_length ({limit} or less) to truncate them"
-        )
-    if LABEL in data.column_names:
-        encoded["labels"] = list(data[LABEL])
-    return Dataset.from_dict(encoded)
+    return Dataset.from_dict(kind_of(task).encode(columns_of(data), tokenizer, task, Limits(max_length)))
 
 
-def _read_embedded() -> tuple[str, dict[str, tuple[str, Columns]]]:
-    with resources.as_file(resources.files("propulsion") / "demo_data") as folder:
-        splits = {split: (split, read_table(folder / f"{split}.jsonl")) for split in ("train", "validation")}
-    return "embedded demo data", splits
+def tokenize_cached(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits, cache_dir: Path | None = None
+) -> Dataset | IterableDataset:
+    """Training rows as model inputs: from an earlier run's file where there is one, or lazily where they are streamed.
+
+    Args:
+        data: The task's data.
+        tokenizer: The tokenizer.
+        limits: Lengths.
+        cache_dir: Folder of the files; by default within that of `datasets`. A file is known by the rows, the
+            tokenizer and the lengths.
+
+    Raises:
+        UserError: As `tokenize` does.
+    """
+    kind = kind_of(data.task)
+    if data.stream is not None:
+        return data.stream.map(
+            lambda batch: kind.encode(batch, tokenizer, data.task, limits),
+            batched=True, batch_size=_STREAMED_AT_ONCE, remove_columns=list(kind.features(data.task)),
+        )  # fmt: skip
+    folder = cache_dir or Path(datasets_config.HF_DATASETS_CACHE) / "propulsion-tokenized"
+    path = folder / _tokens_key(data, tokenizer, limits)
+    try:
+        return datasets.load_from_disk(str(path))  # pyright: ignore[reportReturnType]
+    except (OSError, ValueError, KeyError):
+        pass  # Not there, or of another version: made again.
+    encoded = Dataset.from_dict(kind.encode(columns_of(data.train), tokenizer, data.task, limits))
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        encoded.save_to_disk(str(partial))
+        os.rename(partial, path)
+    except OSError:  # A cache that cannot be written, or was written by another process meanwhile, costs time alone.
+        shutil.rmtree(partial, ignore_errors=True)
+    return encoded
 
 
-def _read_folder(task: Task, folder: Path) -> tuple[str, dict[str, tuple[str, Columns]]]:
-    if not folder.is_dir():
-        raise UserError(f"data folder {folder} does not exist or is not a folder")
-    stems = {"train": ("train",), "validation": tuple(dict.fromkeys(("validation", task.validation_split)))}
-    paths = {split: _find_file(folder, names) for split, names in stems.items()}
-    return str(folder), {split: (str(path), read_table(path)) for split, path in paths.items()}
+def _tokens_key(data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    for state in ("truncation", "padding"):  # Left there by the last call, whatever it was.
+        vocabulary.pop(state, None)
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    parts = (
+        data.fingerprint, data.task.name, type(tokenizer).__name__, vocabulary, special, tokenizer.model_max_length,
+        limits.max_length, limits.max_target_length,
+    )  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """Where the splits of a task are."""
+
+    def __init__(self, task: Task, origin: str) -> None:
+        self.task, self.origin = task, origin
+
+    def read(self, split: str) -> tuple[str, Columns]:
+        """A split's name in messages, and all of its columns."""
+        raise NotImplementedError
+
+    def stream(self, split: str) -> tuple[str, Iterator[Columns]]:
+        """A split's name in messages, and its columns by the batch."""
+        raise UserError(f"{self.origin} cannot be streamed: leave streaming out")
+
+
+class _Embedded(_Source):
+    def read(self, split: str) -> tuple[str, Columns]:
+        with resources.as_file(resources.files("propulsion") / "demo_data") as folder:
+            return split, read_table(folder / f"{split}.jsonl")
+
+
+class _Folder(_Source):
+    def __init__(self, task: Task, folder: Path) -> None:
+        super().__init__(task, str(folder))
+        if not folder.is_dir():
+            raise UserError(f"data folder {folder} does not exist or is not a folder")
+        stems = {"train": ("train",), "validation": tuple(dict.fromkeys(("validation", task.validation_split)))}
+        self.paths = {split: _find_file(folder, names) for split, names in stems.items()}
+
+    def read(self, split: str) -> tuple[str, Columns]:
+        return str(self.paths[split]), read_table(self.paths[split])
+
+    def stream(self, split: str) -> tuple[str, Iterator[Columns]]:
+        return str(self.paths[split]), stream_table(self.paths[split], _STREAMED_AT_ONCE)
+
+
+class _Hub(_Source):
+    def __init__(self, task: Task) -> None:
+        self.name = f"{task.hub_path}/{task.hub_config}" if task.hub_config else str(task.hub_path)
+        super().__init__(task, f"Hugging Face hub, {self.name}")
+
+    def _load(self, split: str, **options: Any) -> tuple[str, Any]:
+        task = self.task
+        hub_split = task.train_split if split == "train" else task.validation_split
+        try:
+            assert task.hub_path is not None
+            rows = datasets.load_dataset(
+                task.hub_path, task.hub_config, split=hub_split, revision=task.hub_revision, **options
+            )
+        except (OSError, ValueError, RuntimeError) as error:  # Both what cannot be reached and what is not there.
+            shown = f"{task.hub_path} ({task.hub_config})" if task.hub_config else str(task.hub_path)
+            raise UserError(
+                f"cannot get {shown} from the Hugging Face hub: give --data-dir with train and "
+                f"validation files, or set up network access ({first_line(error)})"
+            ) from error
+        return f"{self.name} {hub_split}", rows
+
+    def read(self, split: str) -> tuple[str, Columns]:
+        name, rows = self._load(split)
+        if self.task.name == "snli":  # Some pairs have no label that people agreed on.
+            rows = rows.filter(lambda row: row[LABEL] >= 0)
+        return name, rows[:]
+
+    def stream(self, split: str) -> tuple[str, Iterator[Columns]]:
+        name, rows = self._load(split, streaming=True)
+        return name, rows.iter(batch_size=_STREAMED_AT_ONCE)
+
+
+def _source(task: Task, data_dir: Path | str | None, streaming: bool) -> _Source:
+    if data_dir is not None:
+        return _Folder(task, Path(data_dir).expanduser())
+    if task.name == "demo":
+        return _Embedded(task, "embedded demo data")
+    if task.hub_path is None:
+        raise UserError(f"task {task.name} has no home on the Hugging Face hub: give --data-dir with its files")
+    return _Hub(task)
 
 
 def _find_file(folder: Path, stems: Sequence[str]) -> Path:
@@ -150,81 +271,44 @@ def _find_file(folder: Path, stems: Sequence[str]) -> Path:
     return found[0]
 
 
-def _read_hub(task: Task) -> tuple[str, dict[str, tuple[str, Columns]]]:
-    splits = {}
-    for split, hub_split in (("train", "train"), ("validation", task.validation_split)):
-        try:
-            rows = datasets.load_dataset(HUB_PATH, task.hub_config, split=hub_split)
-        except (OSError, ValueError) as error:  # Both what cannot be reached and what is not there.
-            raise UserError(
-                f"cannot get {HUB_PATH} ({task.hub_config}) from the Hugging Face hub: give --data-dir with train and "
-                f"validation files, or set up network access ({first_line(error)})"
-            ) from error
-        splits[split] = (f"{HUB_PATH}/{task.hub_config} {hub_split}", rows[:])
-    return f"Hugging Face hub, {HUB_PATH}/{task.hub_config}", splits
+def _stream(task: Task, source: _Source, n: int | None) -> IterableDataset:
+    kind = kind_of(task)
+    columns = kind.features(task)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        seen = 0
+        name, found = source.stream("train")
+        for batch in found:
+            checked = kind.check(task, f"{name}, after row {seen}", batch)
+            for values in zip(*checked.values()):
+                if n is not None and seen >= n:
+                    return
+                seen += 1
+                yield dict(zip(checked, values))
+
+    source.stream("train")  # What cannot be opened is said now.
+    return IterableDataset.from_generator(rows, features=columns)
 
 
-def _check(task: Task, name: str, columns: Columns) -> Columns:
-    """Keep the task's columns, with texts and labels checked and labels as numbers."""
-    wanted = (*task.text_columns, LABEL)
-    if missing := [column for column in wanted if column not in columns]:
-        found = ", ".join(columns) or "none"
-        raise UserError(f"{name} lacks the column {', '.join(missing)} of task {task.name}; its columns are: {found}")
-    if not columns[LABEL]:
-        raise UserError(f"{name} has no rows")
-    for column in task.text_columns:
-        for row, text in enumerate(columns[column], start=1):
-            if not isinstance(text, str):
-                raise UserError(f"{name}, row {row}: {column} is {text!r}, expected text")
-    read = _score if task.is_regression else _class
-    labels = [read(task, value, f"{name}, row {row}") for row, value in enumerate(columns[LABEL], start=1)]
-    if len(set(labels)) < 2:
-        raise UserError(f"{name} has one label only ({labels[0]}): nothing can be learnt or measured from it")
-    return {column: columns[column] for column in task.text_columns} | {LABEL: labels}
+# --- drawing rows ---------------------------------------------------------------------------------------------------
 
 
-def _class(task: Task, value: Any, where: str) -> int:
-    if value in task.label_names:
-        return task.label_names.index(value)
-    number = _number(value, where)
-    if number not in range(task.num_labels):
-        expected = ", ".join(f"{index} ({label})" for index, label in enumerate(task.label_names))
-        raise UserError(f"{where}: label {value!r} is not one of {expected}")
-    return int(number)
-
-
-def _score(task: Task, value: Any, where: str) -> float:
-    assert task.label_range is not None
-    low, high = task.label_range
-    number = _number(value, where)
-    if not low <= number <= high:
-        raise UserError(f"{where}: label {value!r} is outside {low} to {high}")
-    return number
-
-
-def _number(value: Any, where: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: label {value!r} is not a number") from None
-    if math.isnan(number):
-        raise UserError(f"{where}: the label is missing (NaN)")
-    if number == UNLABELLED:
-        raise UserError(f"{where} is unlabelled (-1, as in GLUE's test sets): use a split with labels")
-    return number
+def _label_column(task: Task) -> str | None:
+    """The column of single labels, in tasks that have one."""
+    return task.label_column if task.kind in ("classification", "regression") else None
 
 
 def _subsample(task: Task, name: str, columns: Columns, n: int | None, seed: int) -> Columns:
-    labels = columns[LABEL]
     if n is None:
         return columns
-    if not 1 <= n <= len(labels):
-        raise UserError(f"cannot draw {n} rows from {name}: it has {len(labels)}")
+    total = len(next(iter(columns.values())))
+    if not 1 <= n <= total:
+        raise UserError(f"cannot draw {n} rows from {name}: it has {total}")
     generator = np.random.default_rng(seed)
-    if task.is_regression:
-        chosen = generator.choice(len(labels), n, replace=False)
+    if task.kind == "classification":
+        chosen = _stratified(np.asarray(columns[task.label_column]), n, generator, name)
     else:
-        chosen = _stratified(np.asarray(labels), n, generator, name)
+        chosen = generator.choice(total, n, replace=False)
     # In file order: the draw decides which rows are used, never their order.
     return {column: [values[i] for i in sorted(chosen.tolist())] for column, values in columns.items()}
 
@@ -242,11 +326,5 @@ def _stratified(labels: np.ndarray, n: int, generator: np.random.Generator, name
     return np.concatenate([generator.choice(group, q + 1, replace=False) for group, q in zip(groups, quota)])
 
 
-def _to_dataset(task: Task, columns: Columns) -> Dataset:
-    kinds = {column: datasets.Value("string") for column in task.text_columns}
-    kinds[LABEL] = datasets.Value("float32") if task.is_regression else datasets.Value("int64")
-    return Dataset.from_dict(columns, features=datasets.Features(kinds))
-
-
-def _fingerprint(rows: Mapping[str, Columns]) -> str:
+def _fingerprint(rows: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

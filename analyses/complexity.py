@@ -1,0 +1,222 @@
+"""What a method costs on one linear layer: formulas, beside counted parameters and measured time (the paper's Table 4).
+
+The layer maps n features to m, for T tokens; r is a method's rank, p Propulsion's vectors. Cost is in multiply-adds of
+one forward and backward pass, the backward pass to the layer's input included, as in the middle of a network. What is
+measured is the time over that of the frozen layer: where the two ratios part, memory traffic and overhead, which no
+such formula counts, are what a method costs.
+
+    python -m analyses.complexity
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.tables import format_table, number
+from analyses.training_run import StepClock
+from propulsion.errors import UserError, run_command
+from propulsion.methods import option_config
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """n features in, m out, T tokens, rank r, p vectors."""
+
+    n: int
+    m: int
+    tokens: int
+    rank: int
+    vectors: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One method on one layer.
+
+    Attributes:
+        parameters: Trained parameters, in words and as a function.
+        operations: Multiply-adds of a forward and backward pass, in words and as a function.
+        build: peft's name of the method and its options; None for what is not a peft method.
+    """
+
+    parameters: tuple[str, Callable[[Shape], int]]
+    operations: tuple[str, Callable[[Shape], int]]
+    build: Callable[[Shape], tuple[str, dict[str, Any]]] | None
+
+
+def _frozen(s: Shape) -> int:
+    return 2 * s.tokens * s.m * s.n
+
+
+_OWN = "2Tmn"
+COSTS: dict[str, Cost] = {
+    "frozen": Cost(("0", lambda s: 0), (_OWN, _frozen), None),
+    "full": Cost(
+        ("mn + m", lambda s: s.m * s.n + s.m), ("3Tmn + Tm", lambda s: 3 * s.tokens * s.m * s.n + s.tokens * s.m), None
+    ),
+    "bitfit": Cost(("m", lambda s: s.m), (f"{_OWN} + Tm", lambda s: _frozen(s) + s.tokens * s.m), None),
+    "propulsion": Cost(
+        ("m", lambda s: s.m), (f"{_OWN} + 3Tm", lambda s: _frozen(s) + 3 * s.tokens * s.m),
+        lambda s: ("propulsion", {}),
+    ),
+    "propulsion, p vectors": Cost(
+        ("pm", lambda s: s.vectors * s.m),
+        (f"{_OWN} + 3Tm + 3pm", lambda s: _frozen(s) + 3 * s.m * (s.tokens + s.vectors)),
+        lambda s: ("propulsion", {"vectors": s.vectors}),
+    ),
+    "ia3": Cost(
+        ("m", lambda s: s.m), (f"{_OWN} + 3Tm", lambda s: _frozen(s) + 3 * s.tokens * s.m),
+        lambda s: ("ia3", {"feedforward_modules": []}),
+    ),
+    "lora": Cost(
+        ("r(m + n)", lambda s: s.rank * (s.m + s.n)),
+        (f"{_OWN} + 3Tr(m + n)", lambda s: _frozen(s) + 3 * s.tokens * s.rank * (s.m + s.n)),
+        lambda s: ("lora", {"r": s.rank}),
+    ),
+    "vera": Cost(
+        ("r + m", lambda s: s.rank + s.m),
+        (f"{_OWN} + 2Tr(m + n) + 3T(r + m)",
+         lambda s: _frozen(s) + 2 * s.tokens * s.rank * (s.m + s.n) + 3 * s.tokens * (s.rank + s.m)),
+        lambda s: ("vera", {"r": s.rank}),
+    ),
+    "loha": Cost(
+        ("2r(m + n)", lambda s: 2 * s.rank * (s.m + s.n)),
+        (f"{_OWN} + 3Tmn + 6rmn", lambda s: _frozen(s) + 3 * s.tokens * s.m * s.n + 6 * s.rank * s.m * s.n),
+        lambda s: ("loha", {"r": s.rank}),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Cost of every method on one linear layer."""
+
+    n: int = 768
+    """Features in."""
+    m: int = 768
+    """Features out."""
+    tokens: int = 2048
+    """Tokens of a batch."""
+    rank: int = 8
+    """Rank of the methods that have one."""
+    vectors: int = 4
+    """Propulsion's vectors, where there are several."""
+    repeats: int = 15
+    """Timed passes of each method, in turn."""
+    device: str = "cpu"
+    """Torch device."""
+    output_dir: Path = Path("results/complexity")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+class OneLayer(nn.Module):
+    """A linear layer under a name that methods can target."""
+
+    def __init__(self, n: int, m: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(n, m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it."""
+        return self.layer(x)
+
+
+def build(name: str, shape: Shape) -> nn.Module:
+    """A layer that trains by a method."""
+    torch.manual_seed(0)
+    model: Any = OneLayer(shape.n, shape.m)
+    make = COSTS[name].build
+    if make is not None:
+        method, options = make(shape)
+        return get_peft_model(model, option_config(method, {"target_modules": ["layer"], **options}))
+    model.requires_grad_(name == "full")
+    model.layer.bias.requires_grad_(name in ("full", "bitfit"))
+    return model
+
+
+def run(config: Config) -> Result:
+    """Count and time every method.
+
+    Raises:
+        UserError: A size below 1.
+    """
+    started = time.time()
+    sizes = ("n", "m", "tokens", "rank", "vectors", "repeats")
+    if low := [name for name in sizes if getattr(config, name) < 1]:
+        raise UserError(f"{', '.join(low)} must be at least 1")
+    shape = Shape(config.n, config.m, config.tokens, config.rank, config.vectors)
+    models = {name: build(name, shape).to(config.device) for name in COSTS}
+    x = torch.randn(shape.tokens, shape.n, device=config.device, requires_grad=True)
+    g = torch.randn(shape.tokens, shape.m, device=config.device)
+    seconds: dict[str, list[float]] = {name: [] for name in COSTS}
+    for _ in range(WARM_UP + config.repeats):
+        for name, model in models.items():  # In turn, so that a busy machine slows all of them alike.
+            clock = StepClock()
+            clock.on_step_begin(None, None, None)
+            model(x).backward(g)
+            clock.on_step_end(None, None, None)
+            seconds[name] += clock.seconds
+    rows = [_row(name, shape, models[name], seconds, seconds["frozen"]) for name in COSTS]
+    metrics = [Metric("time over frozen", row["time_ratio"], None, None, "", "initialisation", row["method"], "")
+               for row in rows]  # fmt: skip
+    return Result(
+        analysis="complexity", config=asdict(config), seed=0, metrics=metrics, tables={"methods": rows}, arrays={},
+        model={"name": f"one linear layer, {config.n} to {config.m}"}, dataset={"name": "random"},
+        environment=environment(), seconds={"total": time.time() - started}, coverage={},
+    )  # fmt: skip
+
+
+def _row(
+    name: str, shape: Shape, model: nn.Module, seconds: dict[str, list[float]], frozen: list[float]
+) -> dict[str, Any]:
+    cost = COSTS[name]
+    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    ratios = [own / base for own, base in zip(seconds[name][WARM_UP:], frozen[WARM_UP:])]
+    return {
+        "method": name,
+        "parameters_formula": cost.parameters[0],
+        "parameters": cost.parameters[1](shape),
+        "counted": counted,
+        "operations_formula": cost.operations[0],
+        "operations_ratio": cost.operations[1](shape) / _frozen(shape),
+        "seconds": statistics.median(seconds[name][WARM_UP:]),
+        "time_ratio": statistics.median(ratios),
+    }
+
+
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """One row a method."""
+    header = ["method", "trained", "by formula", "counted", "multiply-adds", "over frozen", "time over frozen"]
+    rows = [
+        [row["method"], row["parameters_formula"], f"{row['parameters']:,}", f"{row['counted']:,}",
+         row["operations_formula"], number(row["operations_ratio"]), number(row["time_ratio"])]
+        for row in result.tables["methods"]
+    ]  # fmt: skip
+    return format_table(header, rows, markdown=markdown)
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    print(f"\n{summary(result)}\n")
+    from figures.complexity import write as draw
+
+    print(f"result and figure in {write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.complexity", description=__doc__)))

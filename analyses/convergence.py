@@ -1,0 +1,187 @@
+"""How fast each method learns: loss and validation score by optimizer step and by second (the paper's Figure 3).
+
+    python -m analyses.convergence --task sst2 --data-dir glue --comparison results/method_comparison
+
+With ``--comparison`` each method has the learning rate that `analyses.method_comparison` chose for it; without, its
+default. A killed grid goes on where it was.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from transformers import TrainerCallback
+
+from analyses.grid import Grid
+from analyses.method_comparison import Config as ComparisonConfig
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.seeds import mean_interval, tuned_factors
+from analyses.tables import format_table, interval, number
+from analyses.training_run import RunConfig, training_run
+from propulsion.data import TaskData
+from propulsion.errors import UserError, run_command
+from propulsion.methods import Method
+from propulsion.pretrained import load_classifier
+from propulsion.trainer import isolated_randomness
+from propulsion.training import evaluate
+
+SHARES = (0.9, 0.95)
+"""Of a method's own gain, from its first score to its best: how many steps until it is reached."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Learning curves, methods x seeds."""
+
+    task: str = "demo"
+    """Classification or regression task."""
+    methods: tuple[str, ...] = ComparisonConfig.methods
+    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs."""
+    every: int = 10
+    """Optimizer steps between evaluations."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    """What each run is."""
+    comparison: Path | None = None
+    """Result of analyses.method_comparison whose learning rates are used."""
+    runs_dir: Path | None = None
+    """Folder of the finished cells; by default the result folder's name with -runs."""
+    max_runs: int | None = None
+    """Compute this many cells at most in this call."""
+    output_dir: Path = Path("results/convergence")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+class Curve(TrainerCallback):
+    """Scores on the validation rows as training goes on; their own time is not counted."""
+
+    def __init__(self, config: RunConfig, data: TaskData, every: int) -> None:
+        self._data, self._every, self._max_length = data, every, config.training.max_length
+        self._tokenizer = load_classifier(config.model, num_labels=data.task.num_labels)[1]
+        self._since = 0.0
+        self.points: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The score before the first step."""
+        self._measure(0, kwargs["model"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it, and measure where it is time to."""
+        self.seconds += time.perf_counter() - self._since
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self._measure(state.global_step, kwargs["model"])
+
+    def _measure(self, step: int, model: Any) -> None:
+        with isolated_randomness():
+            found = evaluate(model, self._tokenizer, self._data, max_length=self._max_length)
+        self.points.append({"step": step, "seconds": self.seconds, "score": next(iter(found.values()))})
+
+
+def run(config: Config) -> Result | None:
+    """Compute what is missing, up to ``max_runs``, and summarise; None if cells are still missing.
+
+    Raises:
+        UserError: Unusable options, data or model; a run that diverged; cells of other settings.
+    """
+    started = time.time()
+    if config.every < 1 or not config.seeds:
+        raise UserError("every must be at least 1, and there must be a seed")
+    methods = {text: Method.parse(text) for text in config.methods}
+    data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
+    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
+    settings = {"run": asdict(config.run) | {"data_dir": None}, "every": config.every}
+    grid = Grid(folder, settings, config.max_runs)
+    cells: dict[str, list[dict[str, Any]]] = {text: [] for text in methods}
+    for seed in config.seeds:
+        for text, method in methods.items():
+            factor = factors.get(text, 1.0)
+
+            def compute(method: Method = method, factor: float = factor, seed: int = seed) -> dict[str, Any]:
+                curve = Curve(config.run, data, config.every)
+                found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[curve])
+                return {name: found[name] for name in ("losses", "trained_parameters")} | {"points": curve.points}
+
+            cell = grid.cell(f"{config.task}.{text}.x{factor:.3g}.seed{seed}", compute)
+            if cell is not None:
+                cells[text].append({"seed": seed, "rate_factor": factor} | cell)
+    if grid.missing:
+        print(f"{grid.computed} cells computed, {len(grid.missing)} missing: run the same command again")
+        return None
+    return _result(config, data, cells, time.time() - started)
+
+
+def _result(config: Config, data: TaskData, cells: dict[str, list[dict[str, Any]]], seconds: float) -> Result:
+    metrics, arrays, curves = [], {}, []
+    for text, runs in cells.items():
+        scores = np.array([[point["score"] for point in run["points"]] for run in runs])
+        steps = [int(point["step"]) for point in runs[0]["points"]]
+        arrays |= {f"scores.{text}": scores, f"losses.{text}": np.array([run["losses"] for run in runs])}
+        arrays |= {f"seconds.{text}": np.array([[point["seconds"] for point in run["points"]] for run in runs])}
+        arrays["steps"] = np.array(steps)
+        metrics.append(_metric("final score", "", text, [run[-1] for run in scores]))
+        metrics.append(_metric("mean score over the steps", "", text, scores.mean(axis=1).tolist()))
+        for share in SHARES:
+            reached = [steps[first_at(run, share)] for run in scores]
+            metrics.append(_metric(f"steps to {share:.0%} of its gain", "steps", text, reached))
+        curves.append({"method": text, "rate_factor": runs[0]["rate_factor"], "seeds": len(runs),
+                       "trained_parameters": runs[0]["trained_parameters"]})  # fmt: skip
+    return Result(
+        analysis="convergence", config=asdict(config), seed=config.seeds[0], metrics=metrics,
+        tables={"methods": curves}, arrays=arrays, model={"name": config.run.model or "MiniLM-L6 (packaged)"},
+        dataset={"name": config.task, "metric": data.task.metrics[0], "fingerprint": data.fingerprint},
+        environment=environment(), seconds={"this call": seconds}, coverage={},
+    )  # fmt: skip
+
+
+def first_at(scores: np.ndarray, share: float) -> int:
+    """Index of the first score that reaches a share of the way from the first score to the best."""
+    goal = scores[0] + share * (np.max(scores) - scores[0])
+    return int(np.argmax(scores >= goal))
+
+
+def _metric(name: str, unit: str, text: str, values: Any) -> Metric:
+    value, low, high = mean_interval(values)
+    return Metric(name, value, low, high, unit, "trained", text, "")
+
+
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """One row a method."""
+    names = list(dict.fromkeys(m.name for m in result.metrics))
+    rows = [
+        [row["method"], *(_cell(result.metric(name, stage="trained", left=row["method"])) for name in names),
+         f"{row['rate_factor']:.2g}", f"{row['trained_parameters']:,}"]
+        for row in result.tables["methods"]
+    ]  # fmt: skip
+    return format_table([result.dataset["name"], *names, "rate x", "trained"], rows, markdown=markdown)
+
+
+def _cell(metric: Metric) -> str:
+    return interval(metric.value, metric.low, metric.high) if metric.low is not None else number(metric.value)
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    if result is None:
+        return
+    print(f"\n{summary(result)}\n")
+    from figures.convergence import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(f"intervals: 95 %, Student's over {len(config.seeds)} seeds; result and figure in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.convergence", description=__doc__)))

@@ -1,0 +1,183 @@
+"""What each method changes: rank and size of its change of every weight after training (the paper's Table 6).
+
+Delta W is the merged weight less the pre-trained one, which is what the method amounts to once merged. Propulsion's is
+W * (z^k - 1), row by row: of full rank wherever W is, though it has one number a row. For Propulsion, how far z moved
+from 1 stands beside it.
+
+    python -m analyses.delta_weights --task sst2 --data-dir glue --comparison results/method_comparison
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.seeds import tuned_factors
+from analyses.tables import format_table, interval, number
+from analyses.training_run import RunConfig, training_run
+from propulsion.errors import UserError, run_command
+from propulsion.layer import PropulsionLayer
+from propulsion.methods import Method
+from propulsion.optim import SCALE_NAME
+from propulsion.pretrained import load_classifier
+
+QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+MEASURES = {
+    "relative_size": "|dW| / |W|",
+    "rank_share": "rank / full rank",
+    "effective_rank_share": "effective rank / full rank",
+    "first_share": "energy of the first singular value",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rank and size of every method's change of the weights."""
+
+    task: str = "demo"
+    """Classification or regression task."""
+    methods: tuple[str, ...] = (
+        "full", "propulsion:positions=all", "propulsion:positions=attn", "propulsion:vectors=4", "lora", "ia3", "loha",
+        "bitfit",
+    )  # fmt: skip
+    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE; those that can be merged."""
+    seed: int = 0
+    """Seed of the runs."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    """What each run is."""
+    comparison: Path | None = None
+    """Result of analyses.method_comparison whose learning rates are used."""
+    output_dir: Path = Path("results/delta_weights")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+def singular_value_measures(delta: Float[Tensor, "a b"], weight: Float[Tensor, "a b"]) -> dict[str, float]:
+    """Size and rank of a change of a weight.
+
+    The rank counts singular values above eps * max(a, b) times the weight's own largest; the effective rank is exp of
+    the entropy of the squared singular values' shares. A change of nothing has rank 0.
+    """
+    values = torch.linalg.svdvals(delta.double())
+    energy = values**2
+    total = float(energy.sum())
+    full = min(delta.shape)
+    if total == 0:
+        return dict.fromkeys(MEASURES, 0.0)
+    # Merged weights are float32, so their difference carries that rounding of W, not of itself.
+    floor = max(delta.shape) * torch.finfo(torch.float32).eps * float(torch.linalg.matrix_norm(weight.double(), 2))
+    shares = energy[energy > 0] / total
+    return {
+        "relative_size": float(torch.sqrt(energy.sum()) / weight.double().norm()),
+        "rank_share": float((values > floor).sum()) / full,
+        "effective_rank_share": float(torch.exp(-(shares * shares.log()).sum())) / full,
+        "first_share": float(energy[0]) / total,
+    }
+
+
+def delta_weights(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """By name, the measures of every matrix of linear layers that a trained model changed.
+
+    The model is merged, in place, if it is a `PeftModel`.
+    """
+    merged: Any = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    found = {}
+    for name, module in merged.base_model.named_modules():
+        key = f"{name}.weight"
+        if isinstance(module, nn.Linear) and key in base and not torch.equal(module.weight, base[key]):
+            found[name] = singular_value_measures(module.weight.detach() - base[key], base[key])
+    return found
+
+
+def scales(model: nn.Module) -> dict[str, np.ndarray]:
+    """z and z^k of all of a Propulsion model's layers, together; empty for any other model."""
+    z, powers = [], []
+    for module in model.modules():
+        if isinstance(module, PropulsionLayer):
+            for adapter, value in getattr(module, SCALE_NAME).items():
+                k = float(module.degree[adapter])
+                flat = value.detach().double().reshape(-1)
+                z.append(flat)
+                powers.append(flat.sign() * flat.abs() ** k)
+    return {} if not z else {"z": torch.cat(z).numpy(), "z^k": torch.cat(powers).numpy()}
+
+
+def run(config: Config) -> Result:
+    """Train every method once and look at what changed.
+
+    Raises:
+        UserError: Unusable options, data or model; a method that cannot be merged; a run that diverged.
+    """
+    started = time.time()
+    methods = {text: Method.parse(text) for text in config.methods}
+    data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
+    network = load_classifier(config.run.model, num_labels=data.task.num_labels, seed=config.seed)[0]
+    base = {name: weight.clone() for name, weight in network.base_model.state_dict().items()}
+    layers, rows, metrics, arrays = [], [], [], {}
+    for text, method in methods.items():
+        print(f"{text} ...", flush=True)
+        factor = factors.get(text, 1.0)
+        found = training_run(config.run, data, method, seed=config.seed, rate_multiplier=factor, keep_model=True)
+        moved = scales(found["model"])
+        arrays |= {f"{name}.{text}": values for name, values in moved.items()}
+        try:
+            changed = delta_weights(found["model"], base)
+        except (AttributeError, NotImplementedError) as error:
+            raise UserError(f"method {text} cannot be merged: leave it out") from error
+        layers += [{"method": text, "layer": name} | measures for name, measures in changed.items()]
+        row = {"method": text, "rate_factor": factor, "changed_matrices": len(changed)} | found["scores"]
+        quantiles = {f"{name} q{q:g}": float(np.quantile(v, q)) for name, v in moved.items() for q in QUANTILES}
+        rows.append(row | quantiles)
+        for measure in MEASURES:
+            values = [measures[measure] for measures in changed.values()] or [0.0]
+            low, high = float(np.min(values)), float(np.max(values))
+            metrics.append(Metric(measure, float(np.median(values)), low, high, "", "trained", text, ""))
+    return Result(
+        analysis="delta_weights", config=asdict(config), seed=config.seed, metrics=metrics,
+        tables={"methods": rows, "layers": layers}, arrays=arrays,
+        model={"name": config.run.model or "MiniLM-L6 (packaged)"},
+        dataset={"name": config.task, "metric": data.task.metrics[0], "fingerprint": data.fingerprint},
+        environment=environment(), seconds={"total": time.time() - started}, coverage={},
+    )  # fmt: skip
+
+
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """Median over layers and [lowest, highest] of every measure; then where z went."""
+    metric = result.dataset["metric"]
+    rows = []
+    for row in result.tables["methods"]:
+        found = [result.metric(name, stage="trained", left=row["method"]) for name in MEASURES]
+        cells = [interval(m.value, m.low, m.high) for m in found]
+        rows.append([row["method"], str(row["changed_matrices"]), *cells, number(row[metric])])
+    blocks = [format_table(["method", "matrices", *MEASURES.values(), metric], rows, markdown=markdown)]
+    moved = [row for row in result.tables["methods"] if f"z q{QUANTILES[0]:g}" in row]
+    if moved:
+        names = [f"{name} q{q:g}" for name in ("z", "z^k") for q in QUANTILES]
+        cells = [[row["method"], *(number(row[name]) for name in names)] for row in moved]
+        blocks.append(format_table(["quantiles after training", *names], cells, markdown=markdown))
+    return "\n\n".join(blocks)
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    print(f"\n{summary(result)}\n")
+    from figures.delta_weights import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(f"medians and [lowest, highest] over layers; result and figure in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.delta_weights", description=__doc__)))

@@ -1,0 +1,309 @@
+"""Methods of fine-tuning against each other: tasks x methods x seeds, each method at its own best learning rate.
+
+All methods train the same pre-trained model with the same head on the same rows in the same order. The learning rate of
+a method on a task is its default (`propulsion.optim`) times a factor, chosen on a part of the training rows that the
+chosen runs are not scored on: three factors first, then further ones as long as the best is the smallest or the
+largest, up to a limit that is the same for all. The validation rows play no part in it.
+
+    python -m analyses.method_comparison --data-dir glue --tasks sst2 rte cola stsb --output-dir results/comparison
+
+A killed grid goes on where it was; ``--max-runs 10`` computes ten more cells and stops.
+"""
+
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from analyses.grid import Grid
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.seeds import tuned_factors
+from analyses.tables import format_table, interval, number
+from analyses.training_run import RunConfig, scores, training_run, tuning_split
+from propulsion.data import TaskData
+from propulsion.errors import UserError, run_command
+from propulsion.methods import Method
+
+REFERENCE = "full"
+FACTOR = 3.0  # Between neighbouring learning rates.
+
+
+@dataclass(frozen=True)
+class Config:
+    """Methods x tasks x seeds."""
+
+    tasks: tuple[str, ...] = ("demo",)
+    """Classification and regression tasks."""
+    methods: tuple[str, ...] = (
+        "full", "propulsion:positions=all", "propulsion:positions=attn", "lora", "ia3", "bitfit", "head",
+    )  # fmt: skip
+    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE; "full" is what the others are compared with."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of head, data order, dropout and of what methods draw themselves."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    """What each run is."""
+    rates_from: Path | None = None
+    """Take the learning rates that an earlier result chose for the same methods, on its first task, and choose none."""
+    tuning_steps: int = 50
+    """Optimizer steps of the runs that learning rates are chosen by, the same for all methods."""
+    rate_extensions: int = 3
+    """How many learning rates beyond the first three may be tried, where the best is at the edge."""
+    resamples: int = 500
+    """Bootstrap resamples behind each interval."""
+    runs_dir: Path | None = None
+    """Folder of the finished cells; by default the result folder's name with -runs."""
+    max_runs: int | None = None
+    """Compute this many cells at most in this call."""
+    partial: bool = False
+    """Write a result of the tasks that are complete for one seed at least, though cells are missing."""
+    output_dir: Path = Path("results/method_comparison")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The complete cells of one task: by method, its tuning and its runs."""
+
+    task: str
+    labels: np.ndarray
+    factors: dict[str, float]
+    tried: dict[str, dict[float, float]]
+    runs: dict[str, list[dict[str, Any]]]
+
+
+def run(config: Config) -> Result | None:
+    """Compute what is missing, up to ``max_runs``, and summarise; None if cells are still missing.
+
+    Raises:
+        UserError: Unusable tasks, methods, data or model; a run that diverged; cells of other settings.
+    """
+    started = time.time()
+    methods = {text: Method.parse(text) for text in config.methods}
+    if len(config.seeds) < 1 or config.resamples < 1 or config.rate_extensions < 0:
+        raise UserError("seeds and resamples must be at least one, rate_extensions not negative")
+    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
+    settings = {"run": asdict(config.run) | {"data_dir": None}, "tuning_steps": config.tuning_steps}
+    grid = Grid(folder, settings, config.max_runs)
+    compared, sources = [], {}
+    for task in config.tasks:
+        data = config.run.load(task)
+        sources[task] = {"source": data.source.rsplit("/", 1)[-1], "fingerprint": data.fingerprint}
+        compared += _task(config, grid, data, methods)
+    if grid.missing:
+        print(f"{grid.computed} cells computed, {len(grid.missing)} or more missing: run the same command again")
+        if not config.partial:
+            return None
+    if not compared:
+        return None
+    return _result(config, compared, sources, time.time() - started)
+
+
+def _task(config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]) -> list[Comparison]:
+    """Tune, then train every method once a seed; empty if a cell of the first seed is missing."""
+    name = data.task.name
+    factors, tried = _chosen(config, grid, data, methods)
+    if factors.keys() != methods.keys():
+        return []
+    runs: dict[str, list[dict[str, Any]]] = {text: [] for text in methods}
+    for seed in config.seeds:
+        found = {}
+        for text, method in methods.items():
+
+            def compute(method: Method = method, factor: float = factors[text], seed: int = seed) -> dict[str, Any]:
+                return training_run(config.run, data, method, seed=seed, rate_multiplier=factor)
+
+            found[text] = grid.cell(f"{name}.{text}.x{factors[text]:.3g}.seed{seed}", compute)
+        complete = {text: cell for text, cell in found.items() if cell is not None}
+        if complete.keys() != methods.keys():
+            break
+        for text, cell in complete.items():
+            runs[text].append({"seed": seed} | cell)
+    if not runs[config.methods[0]]:
+        return []
+    return [Comparison(name, np.asarray(data.validation["label"]), factors, tried, runs)]
+
+
+def _chosen(
+    config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]
+) -> tuple[dict[str, float], dict[str, dict[float, float]]]:
+    """Factor of every method whose tuning is complete, and what was tried."""
+    if config.rates_from is not None:
+        factors = tuned_factors(config.rates_from)
+        if absent := [text for text in methods if text not in factors]:
+            raise UserError(f"{config.rates_from} holds no learning rate of {', '.join(absent)}")
+        return {text: factors[text] for text in methods}, {text: {} for text in methods}
+    tried = {text: _tune(config, grid, data, text, method) for text, method in methods.items()}
+    return {text: max(found, key=lambda factor: found[factor]) for text, found in tried.items() if found}, tried
+
+
+def _tune(config: Config, grid: Grid, data: TaskData, text: str, method: Method) -> dict[float, float]:
+    """Score on held-out training rows, by factor; empty if a cell is missing."""
+    part = tuning_split(data)
+    shorter = replace(config.run, training=replace(config.run.training, steps=config.tuning_steps))
+
+    def score(factor: float) -> float | None:
+        def compute() -> dict[str, float]:
+            return {"score": _or_worst(training_run(shorter, part, method, seed=0, rate_multiplier=factor)["scores"])}
+
+        cell = grid.cell(f"{data.task.name}.{text}.tuning{factor:.3g}", compute)
+        return None if cell is None else cell["score"]
+
+    found: dict[float, float] = {}
+    pending = [1 / FACTOR, 1.0, FACTOR]
+    for extension in range(config.rate_extensions + 1):
+        for factor in pending:
+            value = score(factor)
+            if value is None:
+                return {}
+            found[factor] = value
+        best = max(found, key=lambda factor: found[factor])
+        edges = {min(found): min(found) / FACTOR, max(found): max(found) * FACTOR}
+        if best not in edges or extension == config.rate_extensions:
+            break
+        pending = [edges[best]]
+    return found
+
+
+def _or_worst(found: dict[str, float]) -> float:
+    """The headline score; -1, below any, where it is undefined."""
+    value = next(iter(found.values()))
+    return value if np.isfinite(value) else -1.0
+
+
+# --- summary --------------------------------------------------------------------------------------------------------
+
+
+def _result(config: Config, compared: Iterable[Comparison], sources: dict[str, Any], seconds: float) -> Result:
+    metrics, summary, runs, tuning, arrays = [], [], [], [], {}
+    for found in compared:
+        bounds = score_intervals(found, config.resamples)
+        metrics += bounds
+        arrays[f"labels.{found.task}"] = found.labels
+        for text, of_method in found.runs.items():
+            summary.append(_summary_row(found, text))
+            for entry in of_method:
+                arrays[f"predictions.{found.task}.{text}.{entry['seed']}"] = np.asarray(entry["predictions"])
+                arrays[f"losses.{found.task}.{text}.{entry['seed']}"] = np.asarray(entry["losses"])
+                kept = ("seed", "trained_parameters", "seconds_per_step", "peak_bytes", "learning_rates")
+                runs.append({"task": found.task, "method": text} | {k: entry[k] for k in kept} | entry["scores"])
+            tuning += [
+                {"task": found.task, "method": text, "factor": factor, "score": score}
+                for factor, score in found.tried[text].items()
+            ]
+    return Result(
+        analysis="method_comparison",
+        config=asdict(config),
+        seed=config.seeds[0],
+        metrics=metrics,
+        tables={"summary": summary, "runs": runs, "tuning": tuning},
+        arrays=arrays,
+        model={"name": config.run.model or "MiniLM-L6 (packaged)"},
+        dataset={"name": ", ".join(sources), "tasks": sources},
+        environment=environment(),
+        seconds={"this call": seconds},
+        coverage={},
+    )
+
+
+def _summary_row(found: Comparison, text: str) -> dict[str, Any]:
+    of_method = found.runs[text]
+    return {
+        "task": found.task,
+        "method": text,
+        "seeds": len(of_method),
+        "trained_parameters": of_method[0]["trained_parameters"],
+        "rate_factor": found.factors[text],
+        "rate_at_edge": bool(found.tried[text])
+        and found.factors[text] in (min(found.tried[text]), max(found.tried[text])),
+        "seconds_per_step": statistics.median(entry["seconds_per_step"] for entry in of_method),
+        "peak_bytes": max(entry["peak_bytes"] for entry in of_method),
+        "last_losses": statistics.mean(float(np.mean(entry["losses"][-20:])) for entry in of_method),
+    }
+
+
+def score_intervals(found: Comparison, resamples: int) -> list[Metric]:
+    """Mean over seeds of every method's metrics, and its difference from the reference, with 95 % intervals.
+
+    Each bootstrap resample draws seeds and validation rows with replacement, the same ones for every method, so that
+    differences are paired. With three seeds the part of the interval that is due to seeds is rough.
+    """
+    generator = np.random.default_rng(0)
+    n, n_seeds = len(found.labels), len(next(iter(found.runs.values())))
+    draws = [(generator.integers(0, n_seeds, n_seeds), generator.integers(0, n, n)) for _ in range(resamples)]
+    predictions = {text: [np.asarray(run["predictions"]) for run in runs] for text, runs in found.runs.items()}
+    every = (np.arange(n_seeds), np.arange(n))
+
+    def means(text: str, seeds: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        each = [scores(found.task, predictions[text][seed][rows], found.labels[rows]) for seed in seeds]
+        return {name: float(np.mean([score[name] for score in each])) for name in each[0]}
+
+    values = {text: means(text, *every) for text in predictions}
+    resampled = {text: [means(text, *draw) for draw in draws] for text in predictions}
+    metrics = []
+    for text in predictions:
+        for name in values[text]:
+            sample = np.array([draw[name] for draw in resampled[text]])
+            metrics.append(_metric(name, found.task, text, "", values[text][name], sample))
+            if REFERENCE in predictions and text != REFERENCE:
+                reference = np.array([draw[name] for draw in resampled[REFERENCE]])
+                difference = values[text][name] - values[REFERENCE][name]
+                metrics.append(_metric(name, found.task, text, REFERENCE, difference, sample - reference))
+    return metrics
+
+
+def _metric(name: str, task: str, text: str, right: str, value: float, sample: np.ndarray) -> Metric:
+    finite = sample[np.isfinite(sample)]
+    low, high = np.quantile(finite, [0.025, 0.975]) if finite.size else (np.nan, np.nan)
+    stage = f"{task}, difference" if right else task
+    return Metric(name, value, float(low), float(high), "", stage, text, right)
+
+
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """One table a task: score, difference from full fine-tuning, parameters, learning rates, time, memory."""
+    blocks = []
+    for task in dict.fromkeys(row["task"] for row in result.tables["summary"]):
+        names = list(dict.fromkeys(m.name for m in result.metrics if m.stage == task))
+        header = [task, *names, f"{names[0]} - {REFERENCE}", "trained", "rate x", "s/step", "peak MB", "last loss"]
+        rows = [_cells(result, row, names) for row in result.tables["summary"] if row["task"] == task]
+        blocks.append(format_table(header, rows, markdown=markdown))
+    return "\n\n".join(blocks)
+
+
+def _cells(result: Result, row: dict[str, Any], names: Sequence[str]) -> list[str]:
+    task, text = row["task"], row["method"]
+    found = [result.metric(name, stage=task, left=text) for name in names]
+    paired = [m for m in result.metrics if (m.name, m.stage, m.left) == (names[0], f"{task}, difference", text)]
+    return [
+        text,
+        *(interval(m.value, m.low, m.high) for m in found),
+        interval(paired[0].value, paired[0].low, paired[0].high) if paired else "-",
+        f"{row['trained_parameters']:,}",
+        f"{row['rate_factor']:.2g}{' (edge)' if row['rate_at_edge'] else ''}",
+        number(row["seconds_per_step"]),
+        number(row["peak_bytes"] / 2**20),
+        number(row["last_losses"]),
+    ]
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    if result is None:
+        return
+    print(f"\n{summary(result)}\n")
+    from figures.method_comparison import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(f"intervals: 95 %, bootstrap over seeds and validation rows; result and figures in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.method_comparison", description=__doc__)))

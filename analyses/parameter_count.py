@@ -1,0 +1,168 @@
+"""How many parameters Propulsion trains in the paper's models, counted from their architectures alone.
+
+No weight is loaded: models are built on torch's meta device from their published sizes. "every Linear and Embedding" is
+what the paper's code replaces by default, heads included, dead ones included; "all" is this project's position "all"
+without a trained head, which leaves out modules that the model never calls.
+
+The paper's abstract sets "355.3 million" beside "0.086 million" (Kowsher et al. 2024). The first is all of
+RoBERTa-large, the second is Propulsion on RoBERTa-base: two models.
+
+    python -m analyses.parameter_count
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+import tyro
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.tables import format_table
+from propulsion.errors import UserError, run_command
+from propulsion.positions import resolve
+
+
+def _roberta(size: int, layers: int, heads: int) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "vocab_size": 50265, "hidden_size": size, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "intermediate_size": 4 * size, "max_position_embeddings": 514, "type_vocab_size": 1, "num_labels": 2,
+    }  # fmt: skip
+    return hf.RobertaForSequenceClassification(hf.RobertaConfig(**sizes))
+
+
+def _deberta() -> nn.Module:
+    sizes: dict[str, Any] = {
+        "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 0, "relative_attention": True,
+        "position_buckets": 256, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+    }  # fmt: skip
+    return hf.DebertaV2ForQuestionAnswering(hf.DebertaV2Config(**sizes))
+
+
+def _bart() -> nn.Module:
+    return hf.BartForConditionalGeneration(
+        hf.BartConfig(vocab_size=50265, d_model=1024, encoder_layers=12, decoder_layers=12, encoder_ffn_dim=4096,
+                      decoder_ffn_dim=4096, encoder_attention_heads=16, decoder_attention_heads=16)
+    )  # fmt: skip
+
+
+def _llama(size: int, layers: int, heads: int, inner: int) -> nn.Module:
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(vocab_size=32000, hidden_size=size, num_hidden_layers=layers, num_attention_heads=heads,
+                       intermediate_size=inner)
+    )  # fmt: skip
+
+
+def _bloom() -> nn.Module:
+    return hf.BloomForCausalLM(hf.BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32))
+
+
+def _gptj() -> nn.Module:
+    return hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=50400, n_embd=4096, n_layer=28, n_head=16))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "RoBERTa-base": lambda: _roberta(768, 12, 12),
+    "RoBERTa-large": lambda: _roberta(1024, 24, 16),
+    "DeBERTaV3-base": _deberta,
+    "BART-large": _bart,
+    "LLaMA-7B": lambda: _llama(4096, 32, 32, 11008),
+    "LLaMA-13B": lambda: _llama(5120, 40, 40, 13824),
+    "BLOOMz-7B1": _bloom,
+    "GPT-J-6B": _gptj,
+}
+COUNTS = {
+    "everything": "every Linear and Embedding",
+    "all": "all, live, without head",
+    "blocks": "block Linears",
+    "attn": "query, key, value",
+    "total": "whole model",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trained parameters of Propulsion in the paper's models."""
+
+    models: tuple[str, ...] = tuple(MODELS)
+    """Models by name."""
+    output_dir: Path = Path("results/parameter_count")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    """Scales of one vector a layer, by choice of layers, and all parameters of the model, shared ones once."""
+    sizes = {name: size for name, module in model.named_modules() if (size := width(module)) is not None}
+    linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    in_blocks = {name for name in linears if any(part.isdigit() for part in name.split("."))}
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    return {
+        "everything": sum(sizes.values()),
+        "all": sum(sizes[name] for name in resolve(model, "all") if name.startswith(body)),
+        "blocks": sum(sizes[name] for name in in_blocks),
+        "attn": sum(sizes[name] for name in resolve(model, "attn")),
+        "total": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def width(module: nn.Module) -> int | None:
+    """Features that a layer puts out: the length of its z; None for what is neither linear nor an embedding."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, Conv1D):
+        return module.nf
+    return module.embedding_dim if isinstance(module, nn.Embedding) else None
+
+
+def run(config: Config) -> Result:
+    """Count.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    started = time.time()
+    if unknown := [name for name in config.models if name not in MODELS]:
+        raise UserError(f"no model {', '.join(unknown)}; there are {', '.join(MODELS)}")
+    rows: list[dict[str, Any]] = []
+    for name in config.models:
+        with torch.device("meta"):
+            rows.append({"model": name} | counts(MODELS[name]()))
+    metrics = [
+        Metric(count, float(row[count]), None, None, "parameters", "initialisation", row["model"], "")
+        for row in rows
+        for count in COUNTS
+    ]
+    return Result(
+        analysis="parameter_count", config=asdict(config), seed=0, metrics=metrics, tables={"counts": rows}, arrays={},
+        model={"name": ", ".join(config.models)}, dataset={"name": "none"}, environment=environment(),
+        seconds={"total": time.time() - started}, coverage={},
+    )  # fmt: skip
+
+
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """One row a model."""
+    rows = [[row["model"], *(f"{row[count]:,}" for count in COUNTS)] for row in result.tables["counts"]]
+    return format_table(["model", *COUNTS.values()], rows, markdown=markdown)
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    print(f"\n{summary(result)}\n")
+    from figures.parameter_count import write as draw
+
+    print(f"result and figure in {write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.parameter_count", description=__doc__)))

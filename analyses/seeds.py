@@ -1,0 +1,37 @@
+"""Runs that differ by their seed: means with intervals, and the learning rates another analysis chose."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from analyses.results import load_result
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of independent runs with Student's interval: (mean, low, high); the ends are NaN for a single run."""
+    sample = np.asarray(values, dtype=float)
+    mean = float(sample.mean())
+    if len(sample) < 2:
+        return mean, math.nan, math.nan
+    half = stats.t.ppf((1 + level) / 2, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample))
+    return mean, mean - float(half), mean + float(half)
+
+
+def tuned_factors(comparison: Path | None, task: str | None = None) -> dict[str, float]:
+    """Factor on its default learning rate that `analyses.method_comparison` chose for every method on a task.
+
+    Args:
+        comparison: Its result; without one there are no factors.
+        task: The task; by default the result's first.
+
+    Raises:
+        UserError: The folder holds no such result.
+    """
+    if comparison is None:
+        return {}
+    rows = load_result(comparison, analysis="method_comparison").tables["summary"]
+    chosen = rows[0]["task"] if task is None else task
+    return {row["method"]: row["rate_factor"] for row in rows if row["task"] == chosen}

@@ -1,0 +1,152 @@
+"""One training run of one method on one task, as a cell of a grid: its scores, losses, times, memory, predictions."""
+
+import dataclasses
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from transformers import TrainerCallback
+
+from propulsion.data import TaskData, load_task_data
+from propulsion.methods import Method, apply_method, trainable_parameters
+from propulsion.metrics import METRICS
+from propulsion.pretrained import load_classifier
+from propulsion.tasks import get_labelled_task, get_task
+from propulsion.training import TrainingConfig, predict, train
+
+_SKIPPED_STEPS = 5  # Not timed: threads and memory start up.
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the runs of a grid have in common."""
+
+    data_dir: Path | None = None
+    """Folder with one folder a task, each with train and validation files; without it, the Hugging Face hub."""
+    model: str | None = None
+    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    n_train: int = 1600
+    """Training rows drawn, the same for all runs; all of them where the task has fewer."""
+    n_validation: int = 1000
+    """Validation rows drawn, the same for all runs; all of them where the task has fewer."""
+    degree: float | None = None
+    """Propulsion's degree; by default the paper's for the task."""
+    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(
+        default_factory=lambda: TrainingConfig(steps=100, batch_size=16, max_length=96)
+    )
+    """How every run trains; its seed is replaced by each run's own."""
+    device: str = "cpu"
+    """Torch device, such as cpu or cuda."""
+
+    def load(self, task: str) -> TaskData:
+        """Draw the rows of a task of one label."""
+        get_labelled_task(task)
+        folder = None if self.data_dir is None else self.data_dir.expanduser() / task
+        whole = load_task_data(task, data_dir=folder)
+        sizes = {"n_train": len(whole.train), "n_validation": len(whole.validation)}
+        wanted = {name: min(getattr(self, name), size) for name, size in sizes.items()}
+        return load_task_data(task, data_dir=folder, **wanted, seed=0)
+
+
+def tuning_split(data: TaskData, share: float = 0.25) -> TaskData:
+    """Training rows alone, a share of them held out: what learning rates are chosen on."""
+    order = np.random.default_rng(0).permutation(len(data.train))
+    cut = int(share * len(order))
+    held_out, kept = sorted(order[:cut].tolist()), sorted(order[cut:].tolist())
+    return dataclasses.replace(data, train=data.train.select(kept), validation=data.train.select(held_out))
+
+
+def training_run(
+    config: RunConfig,
+    data: TaskData,
+    method: Method,
+    *,
+    seed: int,
+    rate_multiplier: float = 1.0,
+    callbacks: Any = (),
+    keep_model: bool = False,
+) -> dict[str, Any]:
+    """Train a fresh model by a method and evaluate it on the validation rows.
+
+    The head, the rows and their order depend on the seed alone, and not on the method.
+
+    Returns:
+        `scores`, `losses` by step, `predictions`, `trained_parameters`, `learning_rates`, `seconds_per_step` (the
+        median), `peak_bytes` of the process during the run (of the accelerator, on one), and, if kept, `model` and
+        `tokenizer`.
+    """
+    reset_peak()
+    degree = data.task.degree if config.degree is None else config.degree
+    model, tokenizer = load_classifier(config.model, num_labels=data.task.num_labels, seed=seed, device=config.device)
+    model = apply_method(model, method.with_defaults(degree=degree), task_type="SEQ_CLS", seed=seed)
+    training = dataclasses.replace(config.training, seed=seed, rate_multiplier=rate_multiplier)
+    clock = StepClock()
+    result = train(model, tokenizer, data, training, callbacks=[clock, *callbacks])
+    outputs = predict(model, tokenizer, data, max_length=training.max_length).double().numpy()
+    predictions = outputs[:, 0] if data.task.is_regression else outputs.argmax(axis=1)
+    found = {
+        "scores": scores(data.task.name, predictions, np.asarray(data.validation["label"])),
+        "losses": result.losses,
+        "predictions": predictions,
+        "trained_parameters": trainable_parameters(model),
+        "learning_rates": result.learning_rates,
+        "seconds_per_step": clock.median(),
+        "peak_bytes": peak_bytes(),
+    }
+    return found | ({"model": model, "tokenizer": tokenizer} if keep_model else {})
+
+
+def scores(task: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The task's metrics."""
+    return {name: METRICS[name](predictions, labels) for name in get_task(task).metrics}
+
+
+class StepClock(TrainerCallback):
+    """Seconds of every optimizer step, forward and backward passes included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+
+    def median(self) -> float:
+        """Median of the steps, the first few aside where there are more."""
+        return statistics.median(self.seconds[_SKIPPED_STEPS:] or self.seconds)
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` start anew, where the system can: on an accelerator and on Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def peak_bytes() -> int:
+    """Largest memory since `reset_peak`: resident memory of the process, or memory allocated on the accelerator."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

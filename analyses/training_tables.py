@@ -1,0 +1,66 @@
+"""Stored results of the analyses of training as tables, in Markdown, for documents.
+
+python -m analyses.training_tables docs/results/method_comparison/*
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from analyses import (
+    ablation,
+    complexity,
+    convergence,
+    delta_weights,
+    instruction_tuning,
+    memory,
+    method_comparison,
+    parameter_count,
+)
+from analyses.results import Result, load_result
+from propulsion.errors import UserError, run_command
+
+SUMMARIES: dict[str, Callable[..., str]] = {
+    "ablation": ablation.summary,
+    "complexity": complexity.summary,
+    "convergence": convergence.summary,
+    "delta_weights": delta_weights.summary,
+    "instruction_tuning": instruction_tuning.summary,
+    "memory": memory.summary,
+    "method_comparison": method_comparison.summary,
+    "parameter_count": parameter_count.summary,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tables of stored results, in Markdown."""
+
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Result folders."""
+
+
+def table(result: Result) -> str:
+    """The tables of one result.
+
+    Raises:
+        UserError: It comes from another analysis.
+    """
+    if result.analysis not in SUMMARIES:
+        raise UserError(f"a result of {result.analysis} is not one of {', '.join(SUMMARIES)}")
+    return SUMMARIES[result.analysis](result, markdown=True)
+
+
+def main(config: Config) -> None:
+    """Print the tables of each result, under its own heading."""
+    if not config.results:
+        raise UserError("name one or more result folders")
+    for folder in config.results:
+        print(f"## {folder.name}\n\n{table(load_result(folder))}\n")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.training_tables", description=__doc__)))

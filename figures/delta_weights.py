@@ -1,0 +1,71 @@
+"""What each method changes: size and effective rank of its change of every matrix, and where Propulsion's z went."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from analyses.results import Result, load_result
+from figures.method_comparison import short
+from figures.style import PAGE_WIDTH, PALETTE, save, style
+from propulsion.errors import run_command
+
+
+def draw(result: Result) -> Figure:
+    """Draw one dot a matrix, one colour a method, and a histogram of z."""
+    layers = result.tables["layers"]
+    methods = list(dict.fromkeys(row["method"] for row in layers))
+    with style():
+        figure = Figure(figsize=(PAGE_WIDTH, 2.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for place, method in enumerate(methods):
+            rows = [row for row in layers if row["method"] == method]
+            color, marker = PALETTE[place % len(PALETTE)], "osD^vP*X"[place % 8]
+            left.plot([row["relative_size"] for row in rows], [row["effective_rank_share"] for row in rows], marker,
+                      color=color, markersize=3, alpha=0.7, label=short(method))  # fmt: skip
+        left.set_xscale("log")
+        left.set_yscale("log")
+        left.set_xlabel(r"$\|\Delta W\| / \|W\|$")
+        left.set_ylabel("effective rank / full rank")
+        left.grid(linewidth=0.3, alpha=0.6)
+        for name, values in result.arrays.items():
+            if name.startswith("z."):
+                method = name.removeprefix("z.")
+                color = PALETTE[methods.index(method) % len(PALETTE)]
+                right.hist(values, bins=np.linspace(values.min(), values.max(), 60), histtype="step", color=color,
+                           density=True, label=short(method))  # fmt: skip
+        right.set_yscale("log")
+        right.set_xlabel("z after training")
+        right.set_ylabel("density")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        figure.draw_without_rendering()
+    return figure
+
+
+def write(result: Result, folder: Path | str) -> list[Path]:
+    """Draw and write `delta_weights.png` and `.pdf`.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    return save(draw(result), folder, "delta_weights")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Draw the figure of a result of analyses.delta_weights again."""
+
+    result: tyro.conf.Positional[Path]
+    """Result folder."""
+
+
+def main(config: Config) -> None:
+    """Read, draw, write."""
+    for path in write(load_result(config.result, analysis="delta_weights"), config.result):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.delta_weights", description=__doc__)))

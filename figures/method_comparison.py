@@ -1,0 +1,89 @@
+"""Methods against each other: score with its interval, beside the number of parameters trained, one panel a task."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from matplotlib.figure import Figure
+
+from analyses.results import Result, load_result
+from figures.style import PAGE_WIDTH, PALETTE, save, style
+from propulsion.errors import UserError, run_command
+
+_ROW_HEIGHT = 0.19
+
+
+def draw(result: Result) -> Figure:
+    """Draw one panel a task: the headline score of every method, its interval, and its trained parameters.
+
+    Raises:
+        UserError: The result holds no task.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in result.tables["summary"]))
+    if not tasks:
+        raise UserError("the result holds no task to draw")
+    methods = list(dict.fromkeys(row["method"] for row in result.tables["summary"]))
+    columns = min(2, len(tasks))
+    lines = -(-len(tasks) // columns)
+    with style():
+        size = (PAGE_WIDTH, lines * (_ROW_HEIGHT * len(methods) + 0.6))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False)
+        for ax in axes.flat[len(tasks) :]:
+            ax.set_visible(False)
+        for ax, task in zip(axes.flat, tasks):
+            metric = next(m.name for m in result.metrics if m.stage == task)
+            for place, method in enumerate(reversed(methods)):
+                found = result.metric(metric, stage=task, left=method)
+                low, high = found.low or found.value, found.high or found.value
+                color = PALETTE[1] if method.startswith("propulsion") else PALETTE[0]
+                ax.plot([low, high], [place, place], color=color)
+                ax.plot([found.value], [place], "o", markersize=3.5, color=color)
+            trained = {row["method"]: row["trained_parameters"] for row in result.tables["summary"]}
+            ax.set_yticks(range(len(methods)), [f"{short(m)}  {trained[m]:,}" for m in reversed(methods)])
+            ax.set_xlabel(metric)
+            seeds = next(row["seeds"] for row in result.tables["summary"] if row["task"] == task)
+            ax.set_title(f"{task}, {seeds} seed{'s' if seeds > 1 else ''}", loc="left")
+            ax.grid(axis="x", linewidth=0.3, alpha=0.6)
+        figure.draw_without_rendering()
+    return figure
+
+
+def short(method: str) -> str:
+    """A method's name for a figure.
+
+    >>> short("propulsion:positions=attn")
+    'propulsion attn'
+    """
+    name, _, options = method.partition(":")
+    return f"{name} {options.removeprefix('positions=')}".strip()
+
+
+def write(result: Result, folder: Path | str) -> list[Path]:
+    """Draw and write `method_comparison.png` and `.pdf`.
+
+    Raises:
+        UserError: As `draw` does, or if the folder cannot be written.
+    """
+    return save(draw(result), folder, "method_comparison")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Draw the figure of a result of analyses.method_comparison again."""
+
+    result: tyro.conf.Positional[Path]
+    """Result folder."""
+    output_dir: Path | None = None
+    """Where to write; by default the result folder."""
+
+
+def main(config: Config) -> None:
+    """Read, draw, write."""
+    result = load_result(config.result, analysis="method_comparison")
+    for path in write(result, config.output_dir or config.result):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.method_comparison", description=__doc__)))

@@ -1,0 +1,60 @@
+"""Trained parameters of Propulsion beside the whole model, one row a model, on a logarithmic axis."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from matplotlib.figure import Figure
+
+from analyses.results import Result, load_result
+from figures.style import PAGE_WIDTH, PALETTE, save, style
+from propulsion.errors import run_command
+
+_SHOWN = {"attn": "query, key, value", "blocks": "block Linears", "everything": "every Linear and Embedding",
+          "total": "whole model"}  # fmt: skip
+
+
+def draw(result: Result) -> Figure:
+    """Draw the counts of every model."""
+    rows = result.tables["counts"]
+    with style():
+        figure = Figure(figsize=(PAGE_WIDTH, 0.26 * len(rows) + 0.8), layout="constrained")
+        ax = figure.subplots()
+        for place, (count, words) in enumerate(_SHOWN.items()):
+            ax.plot([row[count] for row in rows], range(len(rows)), "osD^"[place], color=PALETTE[place], label=words,
+                    markersize=4)  # fmt: skip
+        ax.set_yticks(range(len(rows)), [row["model"] for row in rows])
+        ax.invert_yaxis()
+        ax.set_xscale("log")
+        ax.set_xlabel("parameters")
+        ax.grid(axis="x", linewidth=0.3, alpha=0.6)
+        figure.legend(loc="outside upper center", ncols=len(_SHOWN))
+        figure.draw_without_rendering()
+    return figure
+
+
+def write(result: Result, folder: Path | str) -> list[Path]:
+    """Draw and write `parameter_count.png` and `.pdf`.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    return save(draw(result), folder, "parameter_count")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Draw the figure of a result of analyses.parameter_count again."""
+
+    result: tyro.conf.Positional[Path]
+    """Result folder."""
+
+
+def main(config: Config) -> None:
+    """Read, draw, write."""
+    for path in write(load_result(config.result, analysis="parameter_count"), config.result):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.parameter_count", description=__doc__)))

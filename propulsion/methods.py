@@ -1,0 +1,226 @@
+"""Methods of fine-tuning by name: what a method trains, on the same model, with the same head, from its own seed.
+
+Four names are ours: "full" trains everything, "bitfit" all biases (Ben Zaken et al. 2022), "head" the task's head
+alone, "none" nothing. Every other name is a peft method in lower case ("propulsion", "lora", "prefix_tuning", ...) with
+the fields of its peft configuration as options. All but "none" train the task's head in full where it starts at random.
+"""
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from propulsion import registration as _registration  # noqa: F401  Importing the package registers Propulsion.
+from propulsion.errors import UserError, one_line
+
+HEADED = frozenset({TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS})
+"""Task types whose head is new, and so is trained by every method."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and its options, written ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` in one word.
+
+    Values are JSON, or text where they are not; ``a+b`` is a list of texts, and ``a+`` one of a single text.
+
+    >>> Method.parse("propulsion:positions=query+value,degree=20")
+    Method(name='propulsion', options={'positions': ['query', 'value'], 'degree': 20})
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "Method":
+        """Read a method from one word.
+
+        Raises:
+            UserError: There is no such method, or an option is not of the form OPTION=VALUE.
+        """
+        name, _, options = text.partition(":")
+        check_name(name)
+        return cls(name, parse_options(options.split(",") if options else ()))
+
+    def with_defaults(self, **defaults: Any) -> "Method":
+        """The method with options that it does not set, as far as it has them."""
+        known = option_names(self.name)
+        return Method(self.name, {k: v for k, v in defaults.items() if k in known} | dict(self.options))
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Read options, each of the form OPTION=VALUE.
+
+    Raises:
+        UserError: One has no "=".
+    """
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UserError(f"option {text!r} of the method is not of the form OPTION=VALUE")
+        options[name.strip().replace("-", "_")] = _value(value)
+    return options
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        words = {"True": True, "False": False, "None": None}
+        if re.fullmatch(r"[\w.-]+(\+[\w.-]+)*\+?", text) and "+" in text:  # And no regular expression.
+            return [word for word in text.split("+") if word]
+        return words.get(text, text)
+
+
+def method_names() -> tuple[str, ...]:
+    """All methods, ours first."""
+    peft_methods = sorted(str(getattr(name, "value", name)).lower() for name in PEFT_TYPE_TO_CONFIG_MAPPING)
+    return (*_OWN, *peft_methods)
+
+
+def check_name(name: str) -> None:
+    """Make sure that there is such a method.
+
+    Raises:
+        UserError: There is none; the message lists those there are.
+    """
+    if name not in method_names():
+        raise UserError(f"unknown method {name!r}: the methods are {', '.join(method_names())}")
+
+
+def option_names(name: str) -> set[str]:
+    """Options that a method takes."""
+    return set() if name in _OWN else {f.name for f in dataclasses.fields(_config_class(name)) if f.init}
+
+
+def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed: int = 0) -> Any:
+    """Make a pre-trained model trainable by a method, in place where the method allows.
+
+    What the method draws at random follows `seed` alone: the head, drawn when the model was loaded, is the same for
+    all methods.
+
+    Args:
+        model: The pre-trained model with its head.
+        method: The method.
+        task_type: peft's name of the task, such as "SEQ_CLS".
+        seed: Seed of the method's own random values, such as LoRA's A.
+
+    Returns:
+        The model, or the `PeftModel` around it.
+
+    Raises:
+        UserError: Unknown method or option, or one that cannot be used on this model.
+    """
+    check_name(method.name)
+    if unknown := set(method.options) - option_names(method.name):
+        known = ", ".join(sorted(option_names(method.name) - set(_RESERVED))) or "none"
+        raise UserError(f"method {method.name} has no option {', '.join(sorted(unknown))}; its options: {known}")
+    if reserved := set(method.options) & set(_RESERVED):
+        raise UserError(f"option {', '.join(sorted(reserved))} follows from the task and cannot be given")
+    head = head_modules(model) if task_type in HEADED else []
+    if method.name in _OWN:
+        _OWN[method.name](model, head)
+        return model
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return get_peft_model(model, _config(method, task_type, head))
+    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, AssertionError) as error:
+        raise UserError(f"method {method.name} cannot be used here: {one_line(error)}") from error
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules outside the pre-trained body that have parameters: the task's head."""
+    body = model.base_model_prefix
+    return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Number of parameters that require gradients."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# --- our own methods ------------------------------------------------------------------------------------------------
+
+
+def _train_only(model: PreTrainedModel, chosen: Callable[[str], bool], what: str) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(chosen(name))
+    if not trainable_parameters(model):
+        raise UserError(f"{type(model).__name__} has no {what} to train: choose another method")
+
+
+def _full(model: PreTrainedModel, head: list[str]) -> None:
+    model.requires_grad_(True)
+
+
+def _bitfit(model: PreTrainedModel, head: list[str]) -> None:
+    biases = [name for name, _ in model.named_parameters() if name.endswith("bias") and not _is_in(name, head)]
+    if not biases:
+        raise UserError(f"{type(model).__name__} has no bias to train: choose another method")
+    _train_only(model, lambda name: name in biases or _is_in(name, head), "bias")
+
+
+def _head(model: PreTrainedModel, head: list[str]) -> None:
+    _train_only(model, lambda name: _is_in(name, head), "head of its own")
+
+
+def _none(model: PreTrainedModel, head: list[str]) -> None:
+    model.requires_grad_(False)
+
+
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+_OWN: dict[str, Callable[[PreTrainedModel, list[str]], None]] = {
+    "full": _full,
+    "bitfit": _bitfit,
+    "head": _head,
+    "none": _none,
+}
+
+# --- peft's methods -------------------------------------------------------------------------------------------------
+
+_RESERVED = ("task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path")
+
+# What a method needs and peft gives no default for.
+_NEEDED: dict[str, dict[str, Any]] = {
+    "prompt_tuning": {"num_virtual_tokens": 20},
+    "prefix_tuning": {"num_virtual_tokens": 20},
+    "p_tuning": {"num_virtual_tokens": 20, "encoder_hidden_size": 128},
+    "adalora": {"total_step": 1000},
+}
+
+
+def _config_class(name: str) -> type[PeftConfig]:
+    return {str(getattr(k, "value", k)).lower(): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[name]
+
+
+def option_config(name: str, options: Mapping[str, Any]) -> PeftConfig:
+    """The configuration of a peft method by its name and options, without a task."""
+    return _config_class(name)(**options)
+
+
+def _config(method: Method, task_type: str, head: list[str]) -> PeftConfig:
+    options = _NEEDED.get(method.name, {}) | dict(method.options)
+    if head and "modules_to_save" in option_names(method.name):
+        # peft adds heads by their usual names; a head of other or several modules must be named.
+        options["modules_to_save"] = [*head, *(options.get("modules_to_save") or [])]
+    return _config_class(method.name)(task_type=TaskType(task_type), **options)
+
+
+def update_ranks(model: Any, step: int) -> None:
+    """What methods that move their own parameters between layers (AdaLoRA) do after each step of the optimizer."""
+    inner = getattr(model, "base_model", None) if isinstance(model, PeftModel) else None
+    update = getattr(inner, "update_and_allocate", None)
+    if update is not None and "global_step" in inspect.signature(update).parameters:
+        update(step)

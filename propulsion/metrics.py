@@ -1,0 +1,124 @@
+"""Metrics of predictions, from the libraries that define them; larger is better throughout."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+Values = Shaped[np.ndarray, "n"]
+
+
+def accuracy(predictions: Values, labels: Values) -> float:
+    """Share of examples predicted right."""
+    return float(sklearn_metrics.accuracy_score(labels, predictions))
+
+
+def f1(predictions: Values, labels: Values) -> float:
+    """F1 of label 1; 0 if it is neither predicted nor present."""
+    return float(sklearn_metrics.f1_score(labels, predictions, zero_division=0))  # pyright: ignore[reportArgumentType]
+
+
+def matthews(predictions: Values, labels: Values) -> float:
+    """Matthews correlation; 0 if one class is never predicted."""
+    return float(sklearn_metrics.matthews_corrcoef(labels, predictions))
+
+
+def pearson(predictions: Values, labels: Values) -> float:
+    """Pearson correlation; not-a-number if either side is constant, where it is undefined."""
+    return _correlation(stats.pearsonr, predictions, labels)
+
+
+def spearman(predictions: Values, labels: Values) -> float:
+    """Spearman rank correlation; not-a-number if either side is constant, where it is undefined."""
+    return _correlation(stats.spearmanr, predictions, labels)
+
+
+def _correlation(function: Callable, predictions: Values, labels: Values) -> float:
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return float("nan")
+    return float(function(predictions, labels).statistic)
+
+
+# A metric is one function (predictions, labels) -> float, larger is better.
+METRICS: dict[str, Callable[[Values, Values], float]] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+
+
+def entity_scores(predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Precision, recall and F1 of whole entities, micro-averaged, as CoNLL's own script counts them (by seqeval).
+
+    Args:
+        predictions: Tags such as "B-PER", "I-PER", "O", by sentence and word.
+        labels: The true tags, of the same lengths.
+    """
+    from seqeval import metrics as seqeval_metrics
+
+    pair: list[Any] = [list(map(list, labels)), list(map(list, predictions))]
+    options: Any = {"zero_division": 0}
+    functions: dict[str, Callable[..., Any]] = {
+        "f1": seqeval_metrics.f1_score,
+        "precision": seqeval_metrics.precision_score,
+        "recall": seqeval_metrics.recall_score,
+    }
+    return {name: float(function(*pair, **options)) for name, function in functions.items()}
+
+
+def rouge_scores(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), with stemming, by rouge-score.
+
+    `rougeLsum` takes the longest common subsequence sentence by sentence, sentences being lines.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+    scorer = RougeScorer(list(names), use_stemmer=True)
+    each = [scorer.score(target, prediction) for target, prediction in zip(labels, predictions, strict=True)]
+    return {name: float(np.mean([score[name].fmeasure for score in each])) for name in names}
+
+
+def answer_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """SQuAD's exact match and F1 of words (Rajpurkar et al. 2016, 2018), the best over each question's answers.
+
+    Texts are compared in lower case, without punctuation, articles and extra spaces. No answers means that the
+    question has none, and only the empty prediction is right.
+
+    Returns:
+        "exact_match" and "f1", as shares; where some questions have no answer, also each over those that have one
+        ("has_answer_...") and over the others ("no_answer_...").
+    """
+    exact, overlap = [], []
+    for prediction, golds in zip(predictions, answers, strict=True):
+        # As the official script: a gold answer of nothing but articles counts as none.
+        texts = [text for text in golds if _normalize(text)] or [""]
+        exact.append(max(float(_normalize(prediction) == _normalize(text)) for text in texts))
+        overlap.append(max(_word_f1(_normalize(prediction).split(), _normalize(text).split()) for text in texts))
+    found = {"f1": float(np.mean(overlap)), "exact_match": float(np.mean(exact))}
+    answered = np.array([bool(golds) for golds in answers])
+    if not answered.all() and answered.any():
+        for name, chosen in (("has_answer", answered), ("no_answer", ~answered)):
+            found[f"{name}_f1"] = float(np.mean(np.array(overlap)[chosen]))
+            found[f"{name}_exact_match"] = float(np.mean(np.array(exact)[chosen]))
+    return found
+
+
+def _normalize(text: str) -> str:
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _word_f1(prediction: list[str], gold: list[str]) -> float:
+    if not prediction or not gold:
+        return float(prediction == gold)
+    common = sum((Counter(prediction) & Counter(gold)).values())
+    return 2 * common / (len(prediction) + len(gold))

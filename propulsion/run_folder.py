@@ -1,0 +1,85 @@
+"""The folder of a training run: whose it is, and how what was trained gets into it."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from propulsion.adapters import save_base
+from propulsion.errors import UserError
+from propulsion.files import write_json
+from propulsion.trainer import TaskTrainer, clear_leftovers, latest_checkpoint
+
+RECORD, RESULT = "run.json", "result.json"
+
+
+def claim(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make a run's folder, or make sure that it is this run's.
+
+    Args:
+        output: The folder.
+        identity: What two runs must have in common for one to go on where the other stopped, as JSON has it.
+        overwrite: Whether an earlier run of whatever identity is removed first.
+
+    Raises:
+        UserError: It holds another run or something else, or cannot be written.
+    """
+    record = output / RECORD
+    if overwrite and record.exists():
+        shutil.rmtree(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(output)
+        if not record.exists():
+            if latest_checkpoint(output) is None and not (output / RESULT).exists():
+                write_json(record, identity)
+                return
+            found = None
+        else:
+            found = json.loads(record.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot use the folder {output}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{record} is damaged: name another --output-dir, or pass --overwrite-output-dir") from error
+    if found is None:
+        raise UserError(f"{output} holds a run of something else: name another --output-dir")
+    if found != identity:
+        names = sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name))
+        shown = ", ".join(
+            f"{name} {_short(found.get(name))} there, {_short(identity.get(name))} here" for name in names
+        )
+        raise UserError(
+            f"{output} holds a run of another configuration ({shown}): name another --output-dir, or pass "
+            "--overwrite-output-dir to start anew"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> None:
+    """Write what was trained, whole or not at all, with its tokenizer and its base model's fingerprint.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        if trainer.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        trainer.save_model(str(partial))
+        if trainer.args.should_save:
+            tokenizer.save_pretrained(partial)
+            if isinstance(trainer.model, PeftModel):
+                save_base(partial, base)
+            shutil.rmtree(destination, ignore_errors=True)
+            os.rename(partial, destination)
+    except OSError as error:
+        raise UserError(f"cannot write {destination}: {error.strerror or error}; the checkpoints are kept") from error

@@ -1,0 +1,169 @@
+"""What a kind of task must say, and what several kinds share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from propulsion.errors import UserError
+from propulsion.files import Columns
+from propulsion.tasks import Task
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Lengths and sizes.
+
+    Attributes:
+        max_length: Cut inputs to this many tokens. If None nothing is cut, and an input too long is an error, except
+            where a kind says otherwise.
+        max_target_length: Cut summaries to this many tokens, and generate no more.
+        batch_size: Rows of a batch in prediction.
+    """
+
+    max_length: int | None = None
+    max_target_length: int = 64
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of task.
+
+    Attributes:
+        task_type: peft's name of it, which also says with which head a model is loaded.
+        features: Types of a task's columns.
+        check: (task, name of the split, columns) -> the task's columns, checked; raises `UserError` naming a row.
+        encode: (columns, tokenizer, task, limits) -> model inputs with labels, unpadded; may give more rows than came.
+        collator: (tokenizer, model) -> what makes a padded batch of encoded rows.
+        predict: (model, tokenizer, task, columns, limits) -> one prediction a row.
+        measure: (task, predictions, columns) -> the task's metrics.
+    """
+
+    task_type: str
+    features: Callable[[Task], datasets.Features]
+    check: Callable[[Task, str, Columns], Columns]
+    encode: Callable[[Columns, PreTrainedTokenizerBase, Task, Limits], Columns]
+    collator: Callable[[PreTrainedTokenizerBase, Any], Callable[[list[dict[str, Any]]], Any]]
+    predict: Callable[[Any, PreTrainedTokenizerBase, Task, Columns, Limits], list[Any]]
+    measure: Callable[[Task, Sequence[Any], Columns], dict[str, float]]
+
+
+def check_columns(task: Task, name: str, columns: Columns) -> None:
+    """Make sure that the task's columns are there and hold rows.
+
+    Raises:
+        UserError: A column is missing, or there is no row.
+    """
+    wanted = (*task.text_columns, task.label_column)
+    if missing := [column for column in wanted if column not in columns]:
+        found = ", ".join(columns) or "none"
+        raise UserError(f"{name} lacks the column {', '.join(missing)} of task {task.name}; its columns are: {found}")
+    if not columns[task.label_column]:
+        raise UserError(f"{name} has no rows")
+
+
+def check_texts(name: str, columns: Columns, names: Sequence[str]) -> None:
+    """Make sure that columns hold text.
+
+    Raises:
+        UserError: A row does not; the message names it.
+    """
+    for column in names:
+        for row, text in enumerate(columns[column], start=1):
+            if not isinstance(text, str):
+                raise UserError(f"{name}, row {row}: {column} is {text!r}, expected text")
+
+
+def input_limit(tokenizer: PreTrainedTokenizerBase, limits: Limits, *, pair: bool = False) -> int:
+    """The longest input in tokens: what was asked for, or what the model takes.
+
+    Raises:
+        UserError: More was asked for than the model takes, or so little that no text fits.
+    """
+    limit = tokenizer.model_max_length
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if limits.max_length is not None and not special < limits.max_length <= limit:
+        raise UserError(
+            f"max_length is {limits.max_length}, expected {special + 1} to {limit} (the model's limit) tokens"
+        )
+    return limit if limits.max_length is None else limits.max_length
+
+
+def refuse_longer(lengths: Sequence[int], limit: int) -> None:
+    """Raise `UserError` if an input is longer than the model takes."""
+    if longer := sum(length > limit for length in lengths):
+        raise UserError(
+            f"{longer} of {len(lengths)} examples are longer than the model's limit of {limit} tokens (longest: "
+            f"{max(lengths)}); give max_length ({limit} or less) to truncate them"
+        )
+
+
+def rows_of(columns: Columns) -> list[dict[str, Any]]:
+    """Columns as rows."""
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def columns_of(data: datasets.Dataset) -> Columns:
+    """A dataset as columns of plain Python values."""
+    return {name: list(data[name]) for name in data.column_names}
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover `count` rows."""
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+@torch.no_grad()
+def run_batches(
+    model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, size: int, outputs: Sequence[str]
+) -> list[tuple[torch.Tensor, ...]]:
+    """Run a model on encoded rows in evaluation mode, and return the named outputs of every row, on the CPU.
+
+    Rows come back padded to their batch's length.
+    """
+    mode = model.training
+    model.eval()
+    found = []
+    try:
+        for part in batches(len(encoded["input_ids"]), size):
+            batch = tokenizer.pad({name: values[part] for name, values in encoded.items()}, return_tensors="pt")
+            output = model(**batch.to(model.device))
+            found += zip(*(getattr(output, name).float().cpu() for name in outputs))
+    finally:
+        model.train(mode)
+    return found
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, size: int, max_new_tokens: int
+) -> list[str]:
+    """Generate greedily after encoded rows, and return the new text of every row."""
+    mode, side = model.training, tokenizer.padding_side
+    cached = getattr(model.config, "use_cache", None)
+    model.eval()
+    texts = []
+    is_decoder = not model.config.is_encoder_decoder
+    try:
+        if is_decoder:
+            tokenizer.padding_side = "left"  # New text follows the prompt's last token, in every row.
+        if cached is not None:
+            model.config.use_cache = True  # Gradient checkpointing turns it off, which makes generation slow.
+        for part in batches(len(encoded["input_ids"]), size):
+            batch = tokenizer.pad({name: values[part] for name, values in encoded.items()}, return_tensors="pt")
+            ids = model.generate(
+                **batch.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+            new = ids[:, batch["input_ids"].shape[1] :] if is_decoder else ids
+            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    finally:
+        tokenizer.padding_side = side
+        if cached is not None:
+            model.config.use_cache = cached
+        model.train(mode)
+    return [text.strip() for text in texts]

@@ -1,0 +1,82 @@
+"""Instructions to a language model: trained on the answer after the prompt, evaluated by generation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from propulsion.errors import UserError
+from propulsion.files import Columns
+from propulsion.instructions import Exchange, extract
+from propulsion.task_kinds.base import Kind, Limits, check_columns, generate, input_limit, refuse_longer, rows_of
+from propulsion.tasks import Task
+
+IGNORED = -100
+_PROMPT, _ANSWER, _CHOICES = "prompt", "answer", "choices"
+
+
+def _features(task: Task) -> datasets.Features:
+    text = datasets.Value("string")
+    return datasets.Features({_PROMPT: text, _ANSWER: text, _CHOICES: datasets.List(text)})
+
+
+def check(task: Task, name: str, columns: Columns) -> Columns:
+    """Turn the task's own columns into prompts, answers and choices."""
+    check_columns(task, name, columns)
+    assert task.exchange is not None
+    found: Columns = {_PROMPT: [], _ANSWER: [], _CHOICES: []}
+    wanted = {column: columns[column] for column in (*task.text_columns, task.label_column)}
+    for row, values in enumerate(rows_of(wanted), start=1):
+        try:
+            exchange = task.exchange(values)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise UserError(f"{name}, row {row} is no row of task {task.name}: {error}") from error
+        found[_PROMPT].append(exchange.prompt)
+        found[_ANSWER].append(exchange.answer)
+        found[_CHOICES].append(list(exchange.choices))
+    return found
+
+
+def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
+    """Tokens of prompt, answer and the end of text; only the latter two are learnt.
+
+    A prompt that does not leave room for its answer is cut at its beginning if `max_length` is given.
+    """
+    limit = input_limit(tokenizer, limits)
+    prompts = tokenizer(list(columns[_PROMPT]), verbose=False)["input_ids"]
+    answers = tokenizer([f" {a}" for a in columns[_ANSWER]], add_special_tokens=False, verbose=False)["input_ids"]
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded: Columns = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, answer in zip(prompts, answers):
+        target = [*answer, *end]
+        kept = prompt if limits.max_length is None else prompt[-max(1, limit - len(target)) :]
+        ids = [*kept, *target]
+        encoded["input_ids"].append(ids)
+        encoded["attention_mask"].append([1] * len(ids))
+        encoded["labels"].append([IGNORED] * len(kept) + target)
+    refuse_longer([len(ids) for ids in encoded["input_ids"]], tokenizer.model_max_length)
+    return encoded
+
+
+def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits) -> list[str]:
+    """What the model says after every prompt, generated greedily."""
+    limit = input_limit(tokenizer, limits) - limits.max_target_length
+    prompts = [ids[-max(1, limit) :] for ids in tokenizer(list(columns[_PROMPT]), verbose=False)["input_ids"]]
+    encoded: Columns = {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]}
+    return generate(model, tokenizer, encoded, limits.batch_size, limits.max_target_length)
+
+
+def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[str, float]:
+    """Shares of rows whose answer, extracted from the generated text, is right, and of those that hold one at all."""
+    exchanges = [Exchange(row[_PROMPT], row[_ANSWER], tuple(row[_CHOICES])) for row in rows_of(columns)]
+    right = [exchange.is_right(text) for exchange, text in zip(exchanges, predictions, strict=True)]
+    answered = [extract(text, exchange.choices) is not None for exchange, text in zip(exchanges, predictions)]
+    return {"accuracy": sum(right) / len(right), "answered": sum(answered) / len(answered)}
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorForSeq2Seq:
+    return DataCollatorForSeq2Seq(tokenizer)
+
+
+KIND = Kind("CAUSAL_LM", _features, check, encode, _collator, predict, measure)

@@ -1,0 +1,101 @@
+"""Token classification: one tag for every word."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
+
+from propulsion.errors import UserError
+from propulsion.files import Columns
+from propulsion.metrics import entity_scores
+from propulsion.task_kinds.base import Kind, Limits, check_columns, input_limit, refuse_longer, run_batches
+from propulsion.tasks import Task
+
+IGNORED = -100
+OUTSIDE = "O"
+
+
+def _features(task: Task) -> datasets.Features:
+    words, tags = datasets.List(datasets.Value("string")), datasets.List(datasets.Value("int64"))
+    return datasets.Features({task.text_columns[0]: words, task.label_column: tags})
+
+
+def check(task: Task, name: str, columns: Columns) -> Columns:
+    """Keep words and tags, one tag a word, tags as numbers; they may come as their names."""
+    check_columns(task, name, columns)
+    words_column, tags_column = task.text_columns[0], task.label_column
+    numbers = []
+    for row, (words, tags) in enumerate(zip(columns[words_column], columns[tags_column]), start=1):
+        where = f"{name}, row {row}"
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            raise UserError(f"{where}: {words_column} is {words!r}, expected a list of words")
+        if not isinstance(tags, list) or len(tags) != len(words):
+            raise UserError(f"{where}: expected {len(words)} {tags_column}, one a word, found {tags!r}")
+        numbers.append([_tag(task, tag, where) for tag in tags])
+    return {words_column: columns[words_column], tags_column: numbers}
+
+
+def _tag(task: Task, tag: Any, where: str) -> int:
+    if tag in task.label_names:
+        return task.label_names.index(tag)
+    if not isinstance(tag, int) or not 0 <= tag < task.num_labels:
+        raise UserError(f"{where}: tag {tag!r} is not one of {', '.join(task.label_names)}")
+    return tag
+
+
+def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
+    """Tokens of the words; a word's tag stands at its first token, and its other tokens have none."""
+    input_limit(tokenizer, limits)
+    if not tokenizer.is_fast:
+        raise UserError("tagging words needs a fast tokenizer, which says which token belongs to which word")
+    batch = tokenizer(
+        list(columns[task.text_columns[0]]), is_split_into_words=True, truncation=limits.max_length is not None,
+        max_length=limits.max_length, verbose=False,
+    )  # fmt: skip
+    encoded = dict(batch)
+    refuse_longer([len(ids) for ids in encoded["input_ids"]], tokenizer.model_max_length)
+    if task.label_column in columns:
+        encoded["labels"] = [
+            [IGNORED if word is None else tags[word] for word in _first_tokens(batch.word_ids(row))]
+            for row, tags in enumerate(columns[task.label_column])
+        ]
+    return encoded
+
+
+def _first_tokens(word_ids: Sequence[int | None]) -> list[int | None]:
+    """The word that starts at each token; None at special tokens and inside words."""
+    return [word if place == 0 or word_ids[place - 1] != word else None for place, word in enumerate(word_ids)]
+
+
+def predict(
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits
+) -> list[list[str]]:
+    """A tag for every word, by name; words that were cut off are outside any entity."""
+    words_column = task.text_columns[0]
+    marked = {words_column: columns[words_column], task.label_column: [range(len(w)) for w in columns[words_column]]}
+    encoded = encode(marked, tokenizer, task, limits)
+    places = encoded.pop("labels")  # With a word's number as its label: which word starts at each token.
+    found = []
+    outputs = run_batches(model, tokenizer, encoded, limits.batch_size, ("logits",))
+    for words, starts, (row,) in zip(columns[words_column], places, outputs, strict=True):
+        tags = [OUTSIDE] * len(words)
+        offset = len(row) - len(starts) if tokenizer.padding_side == "left" else 0
+        for place, word in enumerate(starts):
+            if word != IGNORED:
+                tags[word] = task.label_names[int(row[offset + place].argmax())]
+        found.append(tags)
+    return found
+
+
+def measure(task: Task, predictions: Sequence[Sequence[str]], columns: Columns) -> dict[str, float]:
+    """Scores of whole entities."""
+    labels = [[task.label_names[tag] for tag in tags] for tags in columns[task.label_column]]
+    return entity_scores(predictions, labels)
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorForTokenClassification:
+    return DataCollatorForTokenClassification(tokenizer)
+
+
+KIND = Kind("TOKEN_CLS", _features, check, encode, _collator, predict, measure)

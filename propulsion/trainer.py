@@ -1,0 +1,231 @@
+"""The Hugging Face loop with what long runs need: rates by role, divergence that stops, checkpoints whole or absent.
+
+A checkpoint is written beside its destination and renamed when it is complete, so `checkpoint-N` is never half a
+checkpoint: not after a kill, not on a full disk. Older ones go only after that, and vanish from sight before they are
+deleted. Evaluation leaves the random states alone, so that a run resumed from any checkpoint draws what it would have.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from propulsion.errors import UserError, first_line
+from propulsion.methods import update_ranks
+from propulsion.optim import Rates, parameter_groups
+
+REMEDY = "lower the learning rate, or lengthen the warm-up"
+_STAGING, _REMOVED = ".partial-checkpoint", ".removed-checkpoint"
+
+
+class TaskTrainer(Trainer):
+    """A `transformers.Trainer` for any kind of task and any method."""
+
+    def __init__(
+        self,
+        *args: Any,
+        rates: Rates,
+        score: Callable[[], dict[str, float]] | None = None,
+        on_loss: Callable[[float], object] | None = None,
+        keep: int | None = None,
+        loss_by_token: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Make a trainer.
+
+        Args:
+            *args: As for `transformers.Trainer`.
+            rates: Learning rates that replace the rule's.
+            score: Evaluates the model as it is: the task's metrics.
+            on_loss: Told the loss of every batch.
+            keep: Checkpoints to keep, the newest ones, and the best beside them; all if None.
+            loss_by_token: Whether the model itself divides its loss by the tokens of all accumulated batches.
+            **kwargs: As for `transformers.Trainer`.
+        """
+        super().__init__(*args, **kwargs)
+        # transformers takes every model whose forward takes further arguments for one that does, and would not average
+        # the loss over accumulated batches; those of classifiers and taggers ignore the argument.
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and loss_by_token
+        self.losses: list[float] = []
+        self._rates, self._score, self._on_loss, self._keep = rates, score, on_loss, keep
+        self._staging: str | None = None
+        self.add_callback(_RankUpdates())
+
+    def _network(self) -> nn.Module:
+        assert self.model is not None
+        return self.model  # pyright: ignore[reportReturnType]
+
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with every parameter's rate and decay by its role (`propulsion.optim`)."""
+        if self.optimizer is None:
+            network = self._network() if model is None else model
+            groups = parameter_groups(network, rates=self._rates, weight_decay=self.args.weight_decay)
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch; its loss must be finite.
+
+        Raises:
+            UserError: It is not.
+        """
+        loss = super().training_step(*args, **kwargs)
+        value = float(loss)
+        self.losses.append(value)
+        if not np.isfinite(value):
+            raise self._divergence(f"the loss is {value}", self.state.global_step + 1)
+        if self._on_loss is not None:
+            self._on_loss(value)
+        return loss
+
+    def check_finite(self) -> None:
+        """Look at the weights: the last step's damage shows in no loss.
+
+        Raises:
+            UserError: One is not finite.
+        """
+        for name, parameter in self._network().named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise self._divergence(f"{name} is no longer finite", self.state.global_step)
+
+    def _divergence(self, what: str, step: int) -> UserError:
+        last = latest_checkpoint(self._folder()) if self.args.save_strategy != "no" else None
+        kept = f"; the last good checkpoint is {last}" if last else ""
+        return UserError(f"training diverged: {what} at step {step}{kept}; {REMEDY}")
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """The task's metrics, logged."""
+        assert self._score is not None
+        with isolated_randomness():
+            found = self._score()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(dict(metrics))  # A copy: logging adds the epoch to it.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_finite()
+        folder = self._folder()
+        staging, name = folder / _STAGING, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            if self.args.should_save:
+                clear_leftovers(folder)
+            self.accelerator.wait_for_everyone()
+            self._staging = str(staging)
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(folder / name)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._publish(staging / name, folder / name)
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "writ" not in str(error):
+                raise  # No trouble of the disk's.
+            shutil.rmtree(staging, ignore_errors=True)
+            last = latest_checkpoint(folder)
+            kept = f"the last complete one is {last}" if last else "there is none before it"
+            raise UserError(
+                f"cannot write {folder / name} ({first_line(error)}); {kept}: free some space and run the same "
+                "command to go on"
+            ) from error
+        finally:
+            self._staging = None
+
+    def _publish(self, written: Path, destination: Path) -> None:
+        # Saved while staged, so the best checkpoint may be recorded under its staged path.
+        if self.state.best_global_step:
+            best = destination.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(written / "trainer_state.json"))
+        for path in written.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        if destination.exists():
+            _remove(destination)
+        os.rename(written, destination)
+        written.parent.rmdir()
+        if self._keep is not None:
+            best = Path(self.state.best_model_checkpoint or "")
+            for old in checkpoints(destination.parent)[: -self._keep]:
+                if old.name != best.name:
+                    _remove(old)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        started = super()._init_training_state(*args, **kwargs)
+        # By its step, since the folder may have been moved since.
+        if self.state.best_global_step:
+            best = self._folder() / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        return started
+
+
+class _RankUpdates(TrainerCallback):
+    """For methods that move parameters between layers while they train."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        update_ranks(kwargs.get("model"), state.global_step)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, the oldest first."""
+    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted((p for p in found if p.name.rpartition("-")[2].isdigit()), key=lambda p: int(p.name.split("-")[-1]))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, if it has one."""
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return None if found is None else Path(found)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half written or half removed."""
+    for name in (_STAGING, _REMOVED):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: half a checkpoint must not have a checkpoint's name.
+    hidden = checkpoint.with_name(_REMOVED)
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(checkpoint, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def isolated_randomness() -> Iterator[None]:
+    """Give back the global random states, which training seeds for dropout and the data order."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,301 @@
+"""The analyses of training, each run whole on a tiny model and drawn, and what they measure on known cases."""
+
+import json
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
+
+from analyses import (
+    ablation,
+    complexity,
+    convergence,
+    delta_weights,
+    instruction_tuning,
+    memory,
+    method_comparison,
+    parameter_count,
+    training_tables,
+)
+from analyses.results import load_result
+from analyses.training_run import RunConfig, tuning_split
+from propulsion import PropulsionConfig
+from propulsion.data import load_task_data
+from propulsion.errors import UserError
+from propulsion.optim import SCALE_RATE, WEIGHT_RATE
+from propulsion.training import TrainingConfig
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model):
+    return RunConfig(model=str(tiny_model), n_train=16, n_validation=12, degree=3,
+                     training=TrainingConfig(steps=3, batch_size=4, max_length=32))  # fmt: skip
+
+
+METHODS = ("full", "propulsion:positions=all", "lora:r=2", "head")
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    config = method_comparison.Config(
+        methods=METHODS, seeds=(0, 1), run=runs, resamples=20, tuning_steps=2, rate_extensions=1,
+        output_dir=tmp_path_factory.mktemp("compared") / "comparison",
+    )  # fmt: skip
+    while not (config.output_dir / "result.json").exists():
+        method_comparison.main(replace(config, max_runs=7))
+    return config
+
+
+def test_methods_are_compared_in_pieces(compared, capsys):
+    result = load_result(compared.output_dir, analysis="method_comparison")
+    rows = {row["method"]: row for row in result.tables["summary"]}
+    assert tuple(rows) == METHODS
+    assert all(row["seeds"] == 2 for row in rows.values())
+    assert rows["head"]["trained_parameters"] == 66 < rows["propulsion:positions=all"]["trained_parameters"]
+    for row in result.tables["runs"]:
+        factor = rows[row["method"]]["rate_factor"]
+        expected = {"full": WEIGHT_RATE, "propulsion:positions=all": SCALE_RATE / 3}.get(row["method"])
+        if expected is not None:
+            assert row["learning_rates"][{"full": "weight"}.get(row["method"], "scale")] == pytest.approx(
+                factor * expected
+            )
+        predictions = result.arrays[f"predictions.demo.{row['method']}.{row['seed']}"]
+        assert row["accuracy"] == np.mean(predictions == result.arrays["labels.demo"])
+    tried = {(row["method"], row["factor"]): row["score"] for row in result.tables["tuning"]}
+    for method, row in rows.items():
+        assert tried[method, row["rate_factor"]] == max(score for (name, _), score in tried.items() if name == method)
+    # A second call finds everything computed.
+    before = sorted(compared.output_dir.with_name("comparison-runs").iterdir())
+    assert method_comparison.run(replace(compared, max_runs=0)) is not None
+    assert sorted(compared.output_dir.with_name("comparison-runs").iterdir()) == before
+    assert (compared.output_dir / "method_comparison.png").exists()
+    capsys.readouterr()
+    training_tables.main(training_tables.Config((compared.output_dir,)))
+    assert "| head  " in capsys.readouterr().out
+
+
+def test_learning_rates_of_an_earlier_result(compared, tmp_path):
+    before = {row["method"]: row["rate_factor"] for row in load_result(compared.output_dir).tables["summary"]}
+    other = replace(
+        compared, rates_from=compared.output_dir, seeds=(5,), methods=METHODS[:2], output_dir=tmp_path / "o"
+    )
+    result = method_comparison.run(other)
+    assert result is not None
+    assert {row["method"]: row["rate_factor"] for row in result.tables["summary"]} == {
+        m: before[m] for m in METHODS[:2]
+    }
+    assert result.tables["tuning"] == []
+    with pytest.raises(UserError, match="holds no learning rate of ia3"):
+        method_comparison.run(replace(other, methods=("ia3",)))
+
+
+def test_learning_rates_are_not_chosen_on_validation_rows():
+    data = load_task_data("demo")
+    part = tuning_split(data)
+    texts = set(part.train["sentence"]), set(part.validation["sentence"])
+    assert not texts[0] & texts[1]
+    assert texts[0] | texts[1] == set(data.train["sentence"])
+
+
+def test_equal_predictions_differ_by_nothing():
+    labels = np.array([0, 1, 1, 0, 1])
+    cells = [{"predictions": [0, 1, 0, 0, 1]}, {"predictions": [0, 1, 1, 0, 1]}]
+    found = method_comparison.Comparison("demo", labels, {}, {}, {"full": cells, "lora": cells})
+    metrics = {(m.left, m.right): m for m in method_comparison.score_intervals(found, 50)}
+    assert metrics["lora", ""].value == pytest.approx(0.9)
+    assert metrics["lora", ""].low < 0.9 <= metrics["lora", ""].high
+    assert (metrics["lora", "full"].low, metrics["lora", "full"].value, metrics["lora", "full"].high) == (0, 0, 0)
+
+
+def test_curves(runs, compared, tmp_path):
+    config = convergence.Config(methods=METHODS[:2], seeds=(0, 1), every=2, run=runs, output_dir=tmp_path / "curves",
+                                comparison=compared.output_dir)  # fmt: skip
+    convergence.main(config)
+    result = load_result(config.output_dir, analysis="convergence")
+    assert result.arrays["steps"].tolist() == [0, 2, 3]
+    assert result.arrays["losses.full"].shape == (2, 3)
+    assert (np.diff(result.arrays["seconds.full"], axis=1) > 0).all()
+    factors = {row["method"]: row["rate_factor"] for row in load_result(compared.output_dir).tables["summary"]}
+    assert all(row["rate_factor"] == factors[row["method"]] for row in result.tables["methods"])
+    # Evaluating on the way changes nothing.
+    plain = method_comparison.run(replace(compared, max_runs=0))
+    assert plain is not None
+    last = {(row["method"], row["seed"]): row["accuracy"] for row in plain.tables["runs"]}
+    assert result.arrays["scores.full"][:, -1].tolist() == [last["full", 0], last["full", 1]]
+
+
+def test_when_a_share_of_the_gain_is_reached():
+    scores = np.array([0.5, 0.6, 0.95, 1.0, 0.9])
+    assert convergence.first_at(scores, 0.9) == 2
+    assert convergence.first_at(scores, 0.95) == 3
+    assert convergence.first_at(np.full(3, 0.5), 0.9) == 0
+
+
+@pytest.mark.parametrize("factor", ["degree", "degree_fixed_rate", "positions", "init_value", "layers", "vectors"])
+def test_ablations(runs, tmp_path, factor):
+    config = ablation.Config(factor=factor, seeds=(0,), n_layers=1, output_dir=tmp_path / factor,
+                             run=replace(runs, training=replace(runs.training, steps=1)))  # fmt: skip
+    ablation.main(config)
+    result = load_result(config.output_dir, analysis="ablation")
+    rows = {row["setting"]: row for row in result.tables["settings"]}
+    assert list(rows) == [setting.label for setting in ablation.settings_of(config)]
+    assert (config.output_dir / "ablation.png").exists()
+    if factor == "vectors":
+        assert rows["4 max"]["trained_parameters"] - 66 == 4 * (rows["1"]["trained_parameters"] - 66)
+
+
+def test_one_rate_for_all_degrees_is_one_rate():
+    settings = ablation.settings_of(ablation.Config(factor="degree_fixed_rate"))
+    assert {setting.learning_rate for setting in settings} == {SCALE_RATE / 15}
+    assert {setting.learning_rate for setting in ablation.settings_of(ablation.Config())} == {None}
+
+
+@pytest.fixture
+def bert():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=50,
+                   max_position_embeddings=16)
+    )  # fmt: skip
+    return model, {name: weight.clone() for name, weight in model.base_model.state_dict().items()}
+
+
+def test_a_lora_changes_weights_by_its_rank(bert):
+    model, base = bert
+    adapted = get_peft_model(model, LoraConfig(r=3, init_lora_weights=False, target_modules=["query"]))
+    changed = delta_weights.delta_weights(adapted, base)
+    assert list(changed) == ["encoder.layer.0.attention.self.query"]
+    (measures,) = changed.values()
+    assert measures["rank_share"] == 3 / 16
+    assert 1 / 16 <= measures["effective_rank_share"] <= 3 / 16
+
+
+def test_propulsion_changes_rows_by_its_scales(bert):
+    model, base = bert
+    adapted = get_peft_model(model, PropulsionConfig(degree=2, target_modules=["query"]))
+    z = next(p for name, p in adapted.named_parameters() if "propulsion_z" in name)
+    with torch.no_grad():
+        z.copy_(torch.linspace(0.9, 1.1, 16).reshape(z.shape))
+    expected = (torch.linspace(0.9, 1.1, 16) ** 2 - 1)[:, None] * base["encoder.layer.0.attention.self.query.weight"]
+    moved = delta_weights.scales(adapted)
+    assert moved["z"] == pytest.approx(np.linspace(0.9, 1.1, 16))
+    assert moved["z^k"] == pytest.approx(np.linspace(0.9, 1.1, 16) ** 2)
+    (measures,) = delta_weights.delta_weights(adapted, base).values()
+    assert measures["rank_share"] == 1
+    weight = base["encoder.layer.0.attention.self.query.weight"]
+    assert measures["relative_size"] == pytest.approx(float(expected.norm() / weight.norm()), rel=1e-5)
+
+
+def test_a_change_of_rank_one():
+    u, v = torch.randn(5, generator=torch.Generator().manual_seed(0)), torch.arange(1.0, 5)
+    found = delta_weights.singular_value_measures(torch.outer(u, v), torch.eye(5, 4))
+    assert found["rank_share"] == 1 / 4
+    assert found["effective_rank_share"] == pytest.approx(1 / 4)
+    assert found["first_share"] == pytest.approx(1)
+
+
+def test_changes_of_all_methods(runs, tmp_path):
+    config = delta_weights.Config(run=replace(runs, degree=None), output_dir=tmp_path / "delta")
+    delta_weights.main(config)
+    rows = {row["method"]: row for row in load_result(config.output_dir).tables["methods"]}
+    assert rows["bitfit"]["changed_matrices"] == 0
+    assert rows["full"]["changed_matrices"] == rows["propulsion:positions=all"]["changed_matrices"] == 7
+    assert rows["lora"]["changed_matrices"] == 2
+    assert "z q0.5" in rows["propulsion:positions=all"]
+    assert "z q0.5" not in rows["lora"]
+
+
+def test_memory_in_a_process_of_its_own(runs, tmp_path):
+    config = memory.Config(methods=("head",), rounds=1, run=runs, output_dir=tmp_path / "memory")
+    memory.main(config)
+    (row,) = load_result(config.output_dir, analysis="memory").tables["methods"]
+    assert row["trained_parameters"] == 66
+    assert row["peak_bytes"] > row["over_model_bytes"] >= 0
+    assert row["peak_bytes"] > 50e6
+
+
+def test_a_child_that_fails_is_one_line(runs, tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 2, stderr="a warning\nerror: method cpt cannot be used here\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    config = memory.Config(methods=("cpt",), rounds=1, run=runs, output_dir=tmp_path / "memory")
+    with pytest.raises(UserError, match=r"^method cpt failed: method cpt cannot be used here$"):
+        memory.run(config)
+
+
+def test_formulas_count_what_is_there(tmp_path):
+    config = complexity.Config(n=24, m=16, tokens=8, rank=4, vectors=3, repeats=1, output_dir=tmp_path / "complexity")
+    complexity.main(config)
+    rows = load_result(config.output_dir, analysis="complexity").tables["methods"]
+    assert len(rows) == len(complexity.COSTS)
+    assert all(row["parameters"] == row["counted"] for row in rows)
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+# The recount of the paper's models: all Linear + Embedding + head, block Linears, query/key/value, whole model.
+RECOUNTED = {
+    "RoBERTa-base": (86_018, 82_944, 27_648, 124_647_170),
+    "RoBERTa-large": (225_282, 221_184, 73_728, 355_361_794),
+    "DeBERTaV3-base": (84_482, 82_944, 27_648, None),
+    "BART-large": (325_721, 270_336, 110_592, None),
+    "LLaMA-7B": (1_395_968, 1_359_872, 393_216, None),
+    "LLaMA-13B": (2_167_040, 2_129_920, 614_400, None),
+    "BLOOMz-7B1": (1_360_896, 1_105_920, 368_640, None),
+    "GPT-J-6B": (1_086_688, 1_032_192, 344_064, None),
+}
+
+
+def test_the_papers_parameters_are_recounted(tmp_path):
+    config = parameter_count.Config(output_dir=tmp_path / "count")
+    parameter_count.main(config)
+    rows = {row["model"]: row for row in load_result(config.output_dir, analysis="parameter_count").tables["counts"]}
+    found = {
+        name: (row["everything"], row["blocks"], row["attn"], row["total"] if RECOUNTED[name][3] else None)
+        for name, row in rows.items()
+    }
+    assert found == RECOUNTED
+    # 768 of DeBERTa's are dead: its relative embeddings' weight is read directly. The head's two outputs are no scales.
+    deberta = rows["DeBERTaV3-base"]
+    assert deberta["everything"] - deberta["all"] == 768 + 2
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "message"),
+    [
+        (parameter_count, parameter_count.Config(models=("GPT-5",)), "no model GPT-5; there are RoBERTa-base"),
+        (complexity, complexity.Config(tokens=0), "tokens must be at least 1"),
+        (memory, memory.Config(rounds=0), "rounds is 0"),
+        (memory, memory.Config(methods=("lorra",)), "unknown method 'lorra'"),
+        (convergence, convergence.Config(every=0), "every must be at least 1"),
+        (ablation, ablation.Config(seeds=()), "must be positive"),
+        (method_comparison, method_comparison.Config(methods=("lora:r",)), "not of the form OPTION=VALUE"),
+        (method_comparison, method_comparison.Config(tasks=("sst3",)), "unknown task 'sst3'"),
+        (method_comparison, method_comparison.Config(tasks=("squad",)), "task squad is of the kind question_answering"),
+    ],
+)
+def test_mistakes(module, config, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        module.run(config)
+
+
+def test_instructions_are_tuned_and_generated(tiny_decoder, tmp_path):
+    rows = "".join(json.dumps({"sentence": f"text {i}", "label": i % 2}) + "\n" for i in range(8))
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    config = instruction_tuning.Config(
+        model=str(tiny_decoder), data_dir=tmp_path,
+        methods=("none", "propulsion:degree=3", "lora:target_modules=q_proj+"),
+        max_steps=2, max_train_samples=8, max_eval_samples=4, max_length=48, per_device_train_batch_size=4,
+        output_dir=tmp_path / "result",
+    )  # fmt: skip
+    instruction_tuning.main(config)
+    rows = {row["method"]: row for row in load_result(config.output_dir).tables["methods"]}
+    assert [row["steps"] for row in rows.values()] == [0, 2, 2]
+    assert rows["none"]["trained_parameters"] == 0
+    assert rows["lora:target_modules=q_proj+"]["trained_parameters"] == 8 * (16 + 16)
+    with pytest.raises(UserError, match="task sst2 is no instruction"):
+        instruction_tuning.run(replace(config, task="sst2"))
