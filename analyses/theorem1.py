@@ -26,6 +26,7 @@ from ntk.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
 from propulsion.data import draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
 from propulsion.pretrained import load_classifier
+from propulsion.tasks import get_labelled_task
 
 Kernels = tuple[Tensor, Tensor, Tensor]  # full fine-tuning, its weights, Propulsion
 
@@ -188,6 +189,7 @@ class Body(Full):
 
 
 def _encoder(config: Config) -> tuple[Any, dict[str, Tensor]]:
+    get_labelled_task(config.task)
     data = load_task_data(config.task, data_dir=config.data_dir, seed=config.seed)
     model, tokenizer = load_classifier(num_labels=data.task.num_labels, seed=config.seed)
     rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
