@@ -154,7 +154,7 @@ def principal_angles(K1: Kernel, K2: Kernel, rank: int) -> Float[Tensor, "rank"]
 
 
 def eigenspace_overlap(K1: Kernel, K2: Kernel, rank: int) -> float:
-    """Mean squared cosine of the :func:`principal_angles`: 1 for equal spans, rank / (n c) on average for random ones."""
+    """Mean squared cosine of the :func:`principal_angles`: 1 for equal spans, rank / (n c) expected of random ones."""
     return float(principal_angles(K1, K2, rank).cos().square().mean())
 
 
