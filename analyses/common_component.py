@@ -75,7 +75,7 @@ class SplitWeights(Method):
         return module in self.means
 
     def features(self, layer: Layer) -> Found:
-        """The weight, ``(r, s)``; the common part by its factors, since |m|^2 gamma gamma' is the kernel of |m| gamma."""
+        """The weight, ``(r, s)``; for the common part |m| gamma, which has the same kernel as gamma m^T."""
         if layer.x is None:
             return
         mean = self.means[layer.name].to(layer.g)

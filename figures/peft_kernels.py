@@ -1,12 +1,13 @@
 """Methods by their kernels, from a result folder: how close each is to full fine-tuning, and to each other.
 
 Above, the centred alignment (CKA) of each method's kernel with that of full fine-tuning; bars are 95 % bootstrap
-intervals over examples. Vertical lines are null models, dashed, with the same intervals as bands. Below, the CKA of
-every two methods, in the same order.
+intervals over examples; a null model's reaches over all of its draws. Propulsion is orange, null models are grey
+squares on a grey ground. Below, the CKA of every two methods, in the same order.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from figures.style import COLUMN_WIDTH, PALETTE, SEQUENTIAL, save, style
 from propulsion.errors import run_command
 
 _STAGE = STAGES[0]
-_ROW = 0.135  # inches a method
+# Inches: a method's row above, and the map with its bar.
+_ROW, _MAP = 0.135, 2.45
 
 
 def draw(result: Result) -> Figure:
@@ -36,8 +38,8 @@ def draw(result: Result) -> Figure:
     order = sorted(others, key=lambda name: -np.nan_to_num(found[name].value, nan=-1))
     height = _ROW * (len(order) + len(nulls))
     with style():
-        figure = Figure(figsize=(COLUMN_WIDTH, height + 3.0), layout="constrained")
-        above, below = figure.subplots(2, 1, height_ratios=(height, 2.5))
+        figure = Figure(figsize=(COLUMN_WIDTH, height + _MAP + 0.7), layout="constrained")
+        above, below = figure.subplots(2, 1, height_ratios=(height, _MAP))
         _dots(above, [found[name] for name in order], order, nulls, full)
         _similarity(below, result, [full, *order])
         figure.draw_without_rendering()
@@ -55,27 +57,33 @@ def _dots(axes: Axes, metrics: list[Metric], names: list[str], nulls: dict[str, 
     for place, metric in enumerate(rows):
         null = place >= len(names)
         color = "0.45" if null else PALETTE[1] if names[place].startswith("Propulsion") else PALETTE[0]
-        ends = [[metric.value - (metric.low or metric.value)], [(metric.high or metric.value) - metric.value]]
+        low, high = (metric.value if end is None else end for end in (metric.low, metric.high))
+        ends = [[metric.value - low], [high - metric.value]]
         axes.errorbar([metric.value], [place], xerr=np.clip(ends, 0, None), fmt="s" if null else "o", markersize=3,
                       linewidth=0.9, color=color)  # fmt: skip
     axes.axhspan(len(names) - 0.5, len(labels) - 0.5, color="0.93", zorder=0)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), map(_short, labels))
     axes.set(ylim=(len(labels) - 0.5, -0.5), xlim=(min(0.0, *axes.get_xlim()), 1.02))
     axes.grid(axis="x", color="0.88", linewidth=0.5)
     axes.set_axisbelow(True)
-    axes.set_xlabel(f"CKA with {full} (grey: null models)")
+    axes.set_title(f"CKA with {full}")
 
 
 def _similarity(axes: Axes, result: Result, names: list[str]) -> None:
     values = {(row["left"], row["right"]): row["cka"] for row in result.tables["similarity"]}
     matrix = np.array([[np.nan if (v := values[a, b]) is None else v for b in names] for a in names])
     image = axes.imshow(matrix, cmap=SEQUENTIAL, vmin=0, vmax=1)
-    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.set_yticks(range(len(names)), map(_short, names), fontsize=6)
     axes.set_xticks([])
-    axes.set_title("CKA of every two methods, in the same order")
+    axes.set_title("CKA between methods")
     figure = axes.figure
     assert isinstance(figure, Figure)
     figure.colorbar(image, ax=axes, location="bottom", aspect=30, pad=0.02, fraction=0.05)
+
+
+def _short(name: str) -> str:
+    """A name without its counts, which would take the column's width; the tables have them."""
+    return re.sub(r" of (size )?[\d,]+( weights)?$", "", name).replace("examples ", "").replace("_", " ")
 
 
 def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
