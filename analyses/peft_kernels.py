@@ -131,7 +131,7 @@ def methods_of(model: Any, config: Config) -> dict[str, Method]:
     Raises:
         UserError: the model has no layer at a position.
     """
-    linear = {name: module for (_, reads), (name, module) in layers_of(model).items() if not reads}
+    linear: dict[str, Any] = {n: m for (_, reads), (n, m) in layers_of(model).items() if not reads}
 
     def at(*positions: str) -> Callable[[str], bool]:
         try:

@@ -34,7 +34,7 @@ def value(result, name, left=FULL, right=""):
 
 
 def test_full_fine_tuning_is_the_kernel_of_the_backbone(config, result, tiny_model):
-    model, tokenizer = load_classifier(str(tiny_model), num_labels=2, seed=3, dtype=torch.float64)
+    model, _ = load_classifier(str(tiny_model), num_labels=2, seed=3, dtype=torch.float64)
     backbone = sum(p.numel() for name, p in model.named_parameters() if name.startswith("bert."))
     assert result.model["parameters"] - backbone == 32 * 2 + 2
     assert np.linalg.eigvalsh(result.arrays[f"{STAGE}.{FULL}"]).min() > -1e-12 * value(result, "trace")
@@ -82,7 +82,7 @@ def test_label_kernels():
 
 def test_the_figure_has_a_dot_a_method_at_its_value_and_the_map_is_the_table(result):
     dots, similarity = draw(result).axes[:2]
-    drawn = [line.get_xdata()[0] for line in dots.get_lines() if line.get_marker() in "os"]
+    drawn = [np.asarray(line.get_xdata())[0] for line in dots.get_lines() if str(line.get_marker()) in "os"]
     names = [row["method"] for row in result.tables["methods"]][1:]
     nulls = [value(result, "cka", right=row["null"]) for row in result.tables["nulls"]]
     methods = sorted((value(result, "cka", right=name) for name in names), reverse=True)
