@@ -90,3 +90,20 @@ def test_spectrum_and_effective_rank():
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_principal_angles_of_planted_eigenspaces():
+    Q = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    turned = Q.clone()
+    turned[:, 1] = math.cos(0.3) * Q[:, 1] + math.sin(0.3) * Q[:, 4]
+    turned[:, 4] = -math.sin(0.3) * Q[:, 1] + math.cos(0.3) * Q[:, 4]
+    eigenvalues = torch.tensor([9.0, 7.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    K1, K2 = (Q * eigenvalues) @ Q.T, (turned * eigenvalues) @ turned.T
+    # arccos loses half of the digits near 1
+    assert ntk.principal_angles(K1, K2, 2).tolist() == pytest.approx([0.0, 0.3], abs=1e-7)
+    assert ntk.eigenspace_overlap(K1, K2, 2) == pytest.approx((1 + math.cos(0.3) ** 2) / 2)
+    assert ntk.eigenspace_overlap(K1, K2, 5) == pytest.approx(1)
+    with pytest.raises(ntk.UndefinedMetricError, match="K2 has fewer than 2"):
+        ntk.principal_angles(K1, torch.ones(5, 5), 2)
+    with pytest.raises(ValueError, match="rank must be between 1 and 5"):
+        ntk.principal_angles(K1, K2, 6)

@@ -1,0 +1,143 @@
+"""Kernels split into what the mean activation gives and the rest: why tangent kernels of different methods align.
+
+A layer's input is split into its mean over all real tokens and examples and the rest, x_t = m + r_t, and so its output
+y_t = (W m + b) + W r_t. With the gradients g_t at the output and gamma = sum_t g_t, the features split alike:
+
+| method     | common            | residual                     |
+|------------|-------------------|------------------------------|
+| full       | gamma m^T         | sum_t g_t r_t^T              |
+| Propulsion | gamma * (W m + b) | sum_t g_t * (W r_t)          |
+| BitFit     | gamma             | nothing: a bias sees only 1  |
+
+A kernel is the sum of the common one, the residual one and cross terms, so that shares of its trace need not add to 1.
+Linear layers of the body only. The methods here join those of `ntk.adapters`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ntk.adapters import Found, Layer, Method, layers_of
+from ntk.features import Dense, Outer
+from ntk.functional import evaluation
+from ntk.inputs import Inputs, group_examples
+
+Part = Literal["whole", "common", "residual"]
+PARTS: tuple[Part, ...] = ("whole", "common", "residual")
+
+
+def mean_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The mean input ``(s,)`` of every linear layer of the body, by module name, over all real tokens and examples.
+
+    Float64, one forward pass an example, so that no padding takes part.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def hook(name: str) -> Any:
+        def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0].detach().double().flatten(0, -2)
+            sums[name] = sums.get(name, torch.zeros_like(x[0])) + x.sum(0)
+            counts[name] = counts.get(name, 0) + len(x)
+
+        return add
+
+    linear = [(name, module) for (_, reads), (name, module) in layers_of(model).items() if not reads]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linear]
+    try:
+        with evaluation(model), torch.no_grad():
+            for group in group_examples(inputs):
+                for position in range(len(group.indices)):
+                    model(**group.example(position))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class SplitWeights(Method):
+    """Full fine-tuning of the linear layers' weights, or a part of its features.
+
+    Attributes:
+        means: of :func:`mean_inputs`.
+        part: which part.
+    """
+
+    means: Mapping[str, Tensor] = field(repr=False)
+    part: Part = "whole"
+
+    def adapts(self, module: str) -> bool:
+        """Layers with a mean."""
+        return module in self.means
+
+    def features(self, layer: Layer) -> Found:
+        """The weight, ``(r, s)``; for the common part |m| gamma, which has the same kernel as gamma m^T."""
+        if layer.x is None:
+            return
+        mean = self.means[layer.name].to(layer.g)
+        assert isinstance(layer.feature, Outer)
+        if self.part == "common":
+            yield "W", layer.y.shape[-1:], Dense(mean.norm() * layer.over_tokens(layer.g).value)
+        else:
+            x = layer.x - mean if self.part == "residual" else layer.x
+            yield "W", layer.weight.shape, layer.feature.beside(x)
+
+
+@dataclass(frozen=True)
+class SplitPropulsion(Method):
+    """Propulsion of degree 1 on the outputs of linear layers, or a part of its features.
+
+    Attributes:
+        means: of :func:`mean_inputs`.
+        part: which part.
+    """
+
+    means: Mapping[str, Tensor] = field(repr=False)
+    part: Part = "whole"
+
+    def adapts(self, module: str) -> bool:
+        """Layers with a mean."""
+        return module in self.means
+
+    def features(self, layer: Layer) -> Found:
+        """The vector z, of length r."""
+        if layer.x is None:
+            return
+        mean = layer.weight.to(layer.g) @ self.means[layer.name].to(layer.g)
+        if layer.bias is not None:
+            mean = mean + layer.bias.to(layer.g)
+        values = {"whole": layer.y, "common": mean.expand_as(layer.y), "residual": layer.y - mean}[self.part]
+        yield "z", layer.y.shape[-1:], layer.over_tokens(layer.g * values)
+
+
+@dataclass(frozen=True)
+class LinearBiases(Method):
+    """BitFit on the linear layers: whole and common part at once, since a bias has no residual.
+
+    Attributes:
+        means: of :func:`mean_inputs`; only the names count.
+    """
+
+    means: Mapping[str, Tensor] = field(repr=False)
+
+    def adapts(self, module: str) -> bool:
+        """Layers with a mean."""
+        return module in self.means
+
+    def features(self, layer: Layer) -> Found:
+        """The bias, of length r."""
+        if layer.x is not None:
+            yield "b", layer.y.shape[-1:], layer.over_tokens(layer.g)
+
+
+def split_methods(means: Mapping[str, Tensor]) -> dict[str, Method]:
+    """The methods whose kernels are compared whole and split, by "NAME, PART"."""
+    methods: dict[str, Method] = {}
+    for part in PARTS:
+        methods[f"full, {part}"] = SplitWeights(means, part)
+        methods[f"Propulsion, {part}"] = SplitPropulsion(means, part)
+    return methods | {"BitFit": LinearBiases(means)}
