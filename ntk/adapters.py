@@ -25,6 +25,9 @@ from ntk.features import Dense, Feature, Lookup, Outer
 Modules = str | Sequence[str] | Callable[[str], bool] | None
 """Which layers: a regular expression of the whole module name, names or their last parts, a predicate; None for all."""
 
+# Elements of the inputs that LoHa makes at a time: they stay in the caches.
+_INPUTS = 1 << 19
+
 Found = Iterator[tuple[str, torch.Size, Feature]]  # name of the adapter's parameter, its shape, its feature
 
 
@@ -319,12 +322,17 @@ class LoHa(Method):
         )  # fmt: skip
         w1_a, w1_b, w2_a = (factor.to(layer.g) for factor in factors)
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        # Each token's x * w1_b[p], and the product with every column p of w1_a in its gradient, contracted over both.
+        # Each token's x * w1_b[p], and the product with every column p of w1_a in its gradient, contracted over both;
+        # a few examples at a time, since these inputs are rank times as large as the layer's.
         tokens = layer.feature.tokens
-        inputs = (tokens.padded(layer.x)[:, :, None] * w1_b).flatten(1, 2)  # (n, t p, s)
+        x = tokens.padded(layer.x)  # (n, t, s)
         columns = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)  # (r, p q)
         inner = tokens.padded(layer.g @ columns).unflatten(-1, (-1, self.rank))  # (c, n, t, p, q)
-        value = inner.flatten(2, 3).permute(1, 0, 3, 2).flatten(1, 2) @ inputs  # (n, c q, s)
+        inner = inner.flatten(2, 3).permute(1, 0, 3, 2).flatten(1, 2)  # (n, c q, t p)
+        step = max(1, _INPUTS // (x[0].numel() * self.rank))
+        value = torch.cat([
+            left @ (right[:, :, None] * w1_b).flatten(1, 2) for left, right in zip(inner.split(step), x.split(step))
+        ])  # (n, c q, s)  # fmt: skip
         value = value.unflatten(1, (-1, self.rank))
         yield "w2_b", torch.Size((self.rank, s)), Dense(scale * value)
 
