@@ -2,7 +2,6 @@
 
 import gc
 import logging
-from unittest import mock
 
 import peft
 import pytest
@@ -25,9 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ntk
-from ntk import gram
-from ntk.features import Lookup, Outer
-from ntk.tokens import Gradients, Packing
 from propulsion import PropulsionConfig
 
 EXACT = 1e-10
@@ -400,66 +396,6 @@ def test_any_lengths(lengths, others, family, side, extra):
     kernel = ntk.empirical_ntk(model, left, right, method="structured")
     reference = ntk.empirical_ntk(model, left, right, method="jacobian")
     assert relative_error(kernel, reference) <= EXACT
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    n=st.integers(1, 5), c=st.integers(1, 4), t=st.integers(1, 6), r=st.integers(1, 7), s=st.integers(1, 7),
-    transposed=st.booleans(), uses=st.integers(1, 3), data=st.data(),
-)  # fmt: skip
-def test_both_contractions_agree(n, c, t, r, s, transposed, uses, data):
-    """Ghost and direct, on tokens of which some have no gradient."""
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    groups, dense = [], []
-    for size in (n, 2):
-        group, whole = [], 0
-        for _ in range(uses):
-            x = random(size, t, s)
-            g = random(size, c, t, r) * (torch.rand(size, 1, t, 1, generator=generator) < 0.6)
-            by_output = {a: g[:, a] for a in range(c)}
-            gradients = Gradients(by_output, c, Packing(size))
-            group.append(Outer(gradients.inputs(x), gradients.packed, gradients.tokens, transposed))
-            whole = whole + torch.einsum("nctr,nts->ncrs", g, x)
-        groups.append(group)
-        dense.append(whole)
-    shape = torch.Size((s, r) if transposed else (r, s))
-    dense = torch.cat(dense).flatten(2).flatten(0, 1)
-    for split in (None, n):
-        expected = dense @ dense.T if split is None else dense[: n * c] @ dense[n * c :].T
-        for contract in (gram._ghost, lambda g, k: gram._direct(g, shape, k)):
-            torch.testing.assert_close(contract(groups, split), expected, rtol=1e-10, atol=1e-10)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    n=st.integers(1, 5), c=st.integers(1, 3), t=st.integers(1, 6), rows=st.integers(1, 9), block=st.integers(1, 20),
-    uses=st.integers(1, 3), data=st.data(),
-)  # fmt: skip
-def test_both_contractions_of_an_embedding_agree(n, c, t, rows, block, uses, data):
-    """Rows that several tokens read, the same by several uses; blocks that examples do and do not fit in."""
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    groups, dense = [], []
-    for size in (n, 2):
-        group, whole = [], torch.zeros(size, c, rows, 3, dtype=torch.float64)
-        for _ in range(uses):
-            ids = torch.randint(-1, rows, (size, t), generator=generator)
-            g = torch.randn(size, c, t, 3, generator=generator, dtype=torch.float64)
-            g = g * (torch.rand(size, 1, t, 1, generator=generator) < 0.6)
-            gradients = Gradients({a: g[:, a] for a in range(c)}, c, Packing(size))
-            group.append(
-                Lookup(gradients.tokens.pick(ids.reshape(-1, 1)).squeeze(1), gradients.packed, gradients.tokens)
-            )
-            whole += torch.einsum("nctr,ntv->ncvr", g, (ids[..., None] == torch.arange(rows)).double())
-        groups.append(group)
-        dense.append(whole)
-    dense = torch.cat(dense).flatten(2).flatten(0, 1)
-    for split in (None, n):
-        expected = dense @ dense.T if split is None else dense[: n * c] @ dense[n * c :].T
-        with mock.patch.object(gram, "_BLOCK", block):
-            torch.testing.assert_close(gram._ghost(groups, split), expected, rtol=1e-10, atol=1e-10)
-        found = gram._direct(groups, torch.Size((rows, 3)), split)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 class TestModelsThatAreNoFunction:
