@@ -167,27 +167,58 @@ def nonfinite_cause(model: nn.Module, inputs: Inputs) -> str:
             return f"the inputs{f' ({key})' if key else ''} hold NaN or infinite values"
     if layer := _first_overflow(model, inputs):
         return f"the activations overflow at {layer}; run the model in float32 or float64"
-    return "gradients overflow; run the model in float32 or float64"
+    if layer := _last_gradient_overflow(model, inputs):
+        return (
+            f"the gradients at the output of {layer} are infinite or no numbers: what comes after it has no derivative "
+            "there, or overflows in this precision"
+        )
+    return "gradients or their products overflow; run the model in float32 or float64"
 
 
 def _first_overflow(model: nn.Module, inputs: Inputs) -> str | None:
     """The first module that turns finite inputs into an output that is not."""
-    found: list[str] = []
-
-    def look(name: str, module: nn.Module) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            floats = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    with torch.no_grad():
+        for name, output in _outputs_of_modules(model, inputs):
             # A mask may hold minus infinity; only an activation with a NaN, or one that is infinite, is lost.
-            if not found and any(not torch.isfinite(t).all() for t in floats):
-                found.append(f"{name} ({type(module).__name__})")
+            if not torch.isfinite(output).all():
+                return name
+    return None
 
-        return module.register_forward_hook(hook)
 
-    hooks = [look(name, module) for name, module in model.named_modules() if not list(module.children())]
+def _last_gradient_overflow(model: nn.Module, inputs: Inputs) -> str | None:
+    """The last module at whose output a gradient of the network's outputs is not finite."""
     try:
-        with torch.no_grad():
-            model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+        with torch.enable_grad():
+            found = [(name, t) for name, t in _outputs_of_modules(model, inputs) if t.requires_grad]
+            gradients = torch.autograd.grad(found[-1][1].sum(), [t for _, t in found], allow_unused=True)
+    except (RuntimeError, IndexError):  # a model that writes into its activations; one without gradients
+        return None
+    for (name, _), gradient in zip(reversed(found), reversed(gradients), strict=True):
+        if gradient is not None and not torch.isfinite(gradient).all():
+            return name
+    return None
+
+
+def _outputs_of_modules(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
+    """The floating-point outputs of the modules without children, then the model's own, with their names."""
+    found: list[tuple[str, Tensor]] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            for t in tree_leaves(output):
+                if isinstance(t, Tensor) and t.is_floating_point():
+                    if torch.is_grad_enabled() and not t.requires_grad:
+                        t.requires_grad_()
+                    found.append((f"{name} ({type(module).__name__})", t))
+
+        return hook
+
+    modules = [(name, m) for name, m in model.named_modules() if name and not list(m.children())]
+    hooks = [m.register_forward_hook(look(name)) for name, m in modules]
+    try:
+        result = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    own = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [*found, *((f"the model ({type(model).__name__})", t) for t in own[:1])]

@@ -447,6 +447,24 @@ class TestModelsThatAreNoFunction:
         with pytest.raises(ValueError, match=r"activations overflow at 1 \(Linear\)"):
             ntk.empirical_ntk(model, torch.randn(2, 3))
 
+    @pytest.mark.parametrize("trainable", [True, False])
+    def test_gradients_that_do_not_exist_name_the_layer(self, trainable):
+        class Rooted(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.second(self.first(x).abs().sqrt())
+
+        model = Rooted()
+        nn.init.zeros_(model.first.weight)
+        nn.init.zeros_(model.first.bias)
+        model.first.requires_grad_(trainable)
+        with pytest.raises(ValueError, match=r"gradients at the output of first \(Linear\)"):
+            ntk.empirical_ntk(model, torch.randn(2, 3))
+        assert all(p.grad is None for p in model.parameters())
+
 
 @pytest.mark.parametrize("method", ["structured", "jacobian"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
