@@ -37,6 +37,7 @@ from propulsion.optim import Rates, describe_rates, parameter_groups
 from propulsion.presets import PRESETS, describe, get_preset
 from propulsion.pretrained import fingerprint, load_model
 from propulsion.run_folder import RESULT, claim, save_model
+from propulsion.sharding import check_sharding, equal_share, prepare_sharding
 from propulsion.task_kinds import Limits, kind_of
 from propulsion.task_kinds.base import columns_of
 from propulsion.tasks import get_task
@@ -217,12 +218,14 @@ def run(config: TrainConfig) -> TrainResult:
     started = time.perf_counter()
     output = config.output_dir.expanduser().resolve()
     task = get_task(config.task)
+    sharded = prepare_sharding() and config.max_steps != 0
     state = PartialState(cpu=config.on_cpu)
     data = load_task_data(
         config.task, data_dir=config.data_dir, n_train=config.max_train_samples, n_validation=config.max_eval_samples,
         seed=config.seed, streaming=config.streaming,
     )  # fmt: skip
-    device = torch.device("cpu") if config.on_cpu else torch.device(str(state.device))
+    # A model to be sharded may fit no single device.
+    device = torch.device("cpu") if config.on_cpu or sharded else torch.device(str(state.device))
     kind = kind_of(task)
     model, tokenizer = load_model(
         config.model, task_type=kind.task_type, num_labels=task.num_labels, seed=config.seed, device=device,
@@ -244,6 +247,9 @@ def run(config: TrainConfig) -> TrainResult:
         print(describe_rates(model, groups), flush=True)
     with isolated_randomness():
         trainer = _trainer(config, output, model, tokenizer, data)
+        note = check_sharding(trainer, model) if sharded else None
+        if note is not None and state.is_main_process:
+            print(note, flush=True)
         if config.max_steps != 0:
             checkpoint = latest_checkpoint(output)
             if checkpoint is not None and state.is_main_process:
@@ -317,14 +323,11 @@ def _trainer(config: TrainConfig, output: Path, model: Any, tokenizer: Any, data
 def score(model: Any, tokenizer: Any, data: TaskData, limits: Limits) -> dict[str, float]:
     """The task's metrics on the validation rows, each process predicting its share of them."""
     state, kind = PartialState(), kind_of(data.task)
-    share = data.validation
+    count = len(data.validation)
+    share = data.validation.select(equal_share(count, state.num_processes, state.process_index))
+    predictions = kind.predict(model, tokenizer, data.task, columns_of(share), limits)
     if state.num_processes > 1:
-        share = share.shard(num_shards=state.num_processes, index=state.process_index, contiguous=True)
-    predictions: list[Any] = []
-    if len(share):
-        predictions = kind.predict(model, tokenizer, data.task, columns_of(share), limits)
-    if state.num_processes > 1:
-        predictions = gather_object(predictions)
+        predictions = gather_object(predictions)[:count]
     return kind.measure(data.task, predictions, columns_of(data.validation))
 
 

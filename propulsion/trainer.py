@@ -136,6 +136,8 @@ class TaskTrainer(Trainer):
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(folder / name)
             super()._save_checkpoint(model, trial)
+            if self.state.best_global_step:  # Recorded under its staged path, in every process.
+                self.state.best_model_checkpoint = str(self._best())
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._publish(staging / name, folder / name)
@@ -154,11 +156,7 @@ class TaskTrainer(Trainer):
             self._staging = None
 
     def _publish(self, written: Path, destination: Path) -> None:
-        # Saved while staged, so the best checkpoint may be recorded under its staged path.
-        if self.state.best_global_step:
-            best = destination.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            self.state.best_model_checkpoint = str(best)
-            self.state.save_to_json(str(written / "trainer_state.json"))
+        self.state.save_to_json(str(written / "trainer_state.json"))
         for path in written.rglob("*"):
             if path.is_file():
                 _flush(path)
@@ -176,9 +174,12 @@ class TaskTrainer(Trainer):
         started = super()._init_training_state(*args, **kwargs)
         # By its step, since the folder may have been moved since.
         if self.state.best_global_step:
-            best = self._folder() / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            best = self._best()
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         return started
+
+    def _best(self) -> Path:
+        return self._folder() / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
 
 
 class _RankUpdates(TrainerCallback):

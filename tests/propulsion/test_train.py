@@ -387,20 +387,46 @@ def test_presets_are_overridden_by_options():
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_reach_the_result_of_one(config, tiny_models, tmp_path):
+LAUNCHERS = {
+    "data parallel": ("--multi_gpu", "-m", "propulsion.train"),
+    "sharded": ("--use_fsdp", "--fsdp_version", "2", str(Path(__file__).with_name("shard_on_cpus.py"))),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(base_config, tiny_models, tmp_path_factory):
+    """What the launched runs are compared with; an odd number of rows to evaluate, and no dropout."""
+    config = dataclasses.replace(
+        base_config, model=str(tiny_models["SEQ_CLS"]), max_steps=6, learning_rate=1e-3, max_eval_samples=11,
+        output_dir=tmp_path_factory.mktemp("one"),
+    )  # fmt: skip
+    return config, run(config)
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_two_processes_reach_the_result_of_one(one_process, tmp_path, kind):
     """Half the batch each, over gloo; equal to float32's rounding, as sums are taken in another order."""
-    one = dataclasses.replace(config, model=str(tiny_models["SEQ_CLS"]), max_steps=6, learning_rate=1e-3)
-    expected = run(one)
+    one, expected = one_process
     two = dataclasses.replace(one, per_device_train_batch_size=2, output_dir=tmp_path / "two", use_cpu=False)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*launcher, "-m", "propulsion.train", *arguments(two)]
+    # A configuration of this machine's own must not change the launch.
+    environment["HF_HOME"] = str(tmp_path)
+    command = [*launcher, *LAUNCHERS[kind], *arguments(two)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("trained parameters") == done.stdout.count("scale: ") == 1  # One process speaks.
     found = json.loads((two.output_dir / "result.json").read_text())
     assert found["metrics"] == pytest.approx(expected.metrics)
-    wanted = weights(one.output_dir)
-    for name, value in weights(two.output_dir).items():
+    wanted, found = weights(one.output_dir), weights(two.output_dir)
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
+    assert (two.output_dir / "checkpoint-6" / "pytorch_model_fsdp_0").is_dir() == (kind == "sharded")
+
+
+def test_flat_parameters_are_refused(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="needs version 2 of FSDP"):
+        run(config)
