@@ -36,6 +36,7 @@ from propulsion.methods import Method, apply_method, check_name, parse_options, 
 from propulsion.optim import Rates, describe_rates, parameter_groups
 from propulsion.presets import PRESETS, describe, get_preset
 from propulsion.pretrained import fingerprint, load_model
+from propulsion.reporting import check_reporting
 from propulsion.run_folder import RESULT, claim, save_model
 from propulsion.sharding import check_sharding, equal_share, prepare_sharding
 from propulsion.task_kinds import Limits, kind_of
@@ -135,7 +136,7 @@ class TrainConfig:
     logging_steps: int = 50
     """Steps between reports of the loss."""
     report_to: tuple[str, ...] = ("none",)
-    """Where losses and metrics are reported: tensorboard, wandb, ..."""
+    """Where losses and metrics are reported: tensorboard, wandb, ...; event files of TensorBoard are in runs."""
     disable_tqdm: bool = False
     """No progress bar."""
     seed: int = 0
@@ -218,6 +219,7 @@ def run(config: TrainConfig) -> TrainResult:
     started = time.perf_counter()
     output = config.output_dir.expanduser().resolve()
     task = get_task(config.task)
+    check_reporting(config.report_to)
     sharded = prepare_sharding() and config.max_steps != 0
     state = PartialState(cpu=config.on_cpu)
     data = load_task_data(

@@ -1,6 +1,7 @@
 """A run as a command: killed and resumed to the same bits, refused where it should be, its adapter plain peft."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -291,7 +292,8 @@ def test_a_full_disk_loses_no_earlier_checkpoint(config, uninterrupted, monkeypa
         ({"method": "lora", "method_options": ("rank=3",)}, "method lora has no option rank; its options: "),
         ({"method_options": ("r",)}, "option 'r' of the method is not of the form"),
         ({"method": "none"}, "method none trains nothing"),
-        ({"report_to": ("nothing_such",)}, "options that do not go together: .*nothing_such"),
+        ({"report_to": ("nothing_such",)}, "cannot report to 'nothing_such': choose none, all, .*tensorboard"),
+        ({"report_to": ("none", "tensorboard")}, "report_to none stands alone"),
         ({"lr_scheduler_type": "square"}, "options that do not go together: .*square"),
         ({"training_options": ("adam=1",)}, "TrainingArguments has no field adam"),
         ({"degree": -1.0}, "degree must be a finite number > 0"),
@@ -383,6 +385,32 @@ def test_presets_are_overridden_by_options():
     with pytest.raises(UserError, match="unknown preset 'glue'"):
         parse(["--preset", "glue"])
 
+
+def test_tensorboard_has_what_was_logged(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(dataclasses.replace(config, max_steps=4, logging_steps=1, report_to=("tensorboard",)))
+    found: dict[str, dict[int, float]] = {"train/loss": {}, "eval/accuracy": {}}
+    for path in (config.output_dir / "runs").rglob("events.*"):
+        events = EventAccumulator(str(path)).Reload()
+        for tag in set(events.Tags()["scalars"]) & set(found):
+            found[tag] |= {event.step: event.value for event in events.Scalars(tag)}
+    for tag, name in {"train/loss": "loss", "eval/accuracy": "eval_accuracy"}.items():
+        logged = {entry["step"]: entry[name] for entry in result.history if name in entry}
+        assert found[tag] == pytest.approx(logged)
+        assert len(logged) == {"loss": 4, "eval_accuracy": 2}[name]
+
+
+@pytest.mark.parametrize("reporter", ["tensorboard", "wandb"])
+def test_a_missing_reporter_is_one_line(config, monkeypatch, reporter):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in _HIDDEN else find(name, *a))
+    with pytest.raises(UserError, match=rf"^cannot report to {reporter}: it is not installed here \(pip install"):
+        run(dataclasses.replace(config, report_to=(reporter,)))
+    assert not config.output_dir.exists()
+
+
+_HIDDEN = ("tensorboard", "tensorboardX", "wandb")
 
 # --- several processes ----------------------------------------------------------------------------------------------
 
