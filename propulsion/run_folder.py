@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from propulsion.errors import UserError
 from propulsion.files import write_json
 from propulsion.trainer import TaskTrainer, clear_leftovers, latest_checkpoint
 
-RECORD, RESULT = "run.json", "result.json"
+RECORD, RESULT, PREDICTIONS = "run.json", "result.json", "predictions.json"
 
 
 def claim(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -85,3 +85,33 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
             os.rename(partial, destination)
     except OSError as error:
         raise UserError(f"cannot write {destination}: {error.strerror or error}; the checkpoints are kept") from error
+
+
+def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) -> None:
+    """Write what a run found; with its result it is finished.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        write_json(output / PREDICTIONS, predictions)
+        write_json(output / RESULT, result)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output / RESULT}: {error.strerror or error}; the checkpoints are kept"
+        ) from error
+
+
+def predictions_of(output: Path) -> list[Any] | None:
+    """What a finished run predicted, row by row; None of a run that kept none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = output.expanduser() / PREDICTIONS
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error

@@ -8,6 +8,7 @@ several devices. The output folder holds:
     checkpoint-N   to resume from
     model          what was trained, with its tokenizer: loads by plain peft, or by transformers if the method has no
                    adapter
+    predictions    one for every validation row drawn, in predictions.json
     result.json    metrics, losses, learning rates, trained parameters, times
 """
 
@@ -23,7 +24,6 @@ import datasets
 import torch
 import tyro
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -31,16 +31,15 @@ from transformers.trainer_callback import PrinterCallback
 from propulsion.adapters import load_adapter
 from propulsion.data import TaskData, load_task_data, tokenize_cached
 from propulsion.errors import UserError, one_line, run_command
-from propulsion.files import write_json
+from propulsion.evaluation import Evaluation
 from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
 from propulsion.optim import Rates, describe_rates, parameter_groups
 from propulsion.presets import PRESETS, describe, get_preset
 from propulsion.pretrained import fingerprint, load_model
 from propulsion.reporting import check_reporting
-from propulsion.run_folder import RESULT, claim, save_model
-from propulsion.sharding import check_sharding, equal_share, prepare_sharding
+from propulsion.run_folder import RESULT, claim, finish, save_model
+from propulsion.sharding import check_sharding, prepare_sharding
 from propulsion.task_kinds import Limits, kind_of
-from propulsion.task_kinds.base import columns_of
 from propulsion.tasks import get_task
 from propulsion.trainer import TaskTrainer, isolated_randomness, latest_checkpoint
 
@@ -203,6 +202,13 @@ class TrainResult:
     output_dir: str
 
 
+# Fields of transformers.TrainingArguments that would be ignored, or break what a run relies on: the optimizer is AdamW
+# with rates by role, the columns and their order are the task's.
+_FIXED = frozenset(
+    {"optim", "optim_args", "optim_target_modules", "data_seed", "greater_is_better", "label_names",
+     "remove_unused_columns"}
+)  # fmt: skip
+
 # Fields that may differ when a run is resumed: they change no weight.
 _FREE = frozenset(
     {"output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "disable_tqdm", "logging_steps", "data_dir",
@@ -248,7 +254,8 @@ def run(config: TrainConfig) -> TrainResult:
     if state.is_main_process:
         print(describe_rates(model, groups), flush=True)
     with isolated_randomness():
-        trainer = _trainer(config, output, model, tokenizer, data)
+        evaluation = Evaluation(model, tokenizer, data, config.limits)
+        trainer = _trainer(config, output, evaluation)
         note = check_sharding(trainer, model) if sharded else None
         if note is not None and state.is_main_process:
             print(note, flush=True)
@@ -270,7 +277,7 @@ def run(config: TrainConfig) -> TrainResult:
         output_dir=str(output),
     )
     if state.is_main_process:
-        write_json(finished, dataclasses.asdict(result))
+        finish(output, dataclasses.asdict(result), evaluation.predictions)
     state.wait_for_everyone()
     return result
 
@@ -294,7 +301,8 @@ def _rates(config: TrainConfig) -> Rates:
     return Rates(config.learning_rate, config.head_learning_rate)
 
 
-def _trainer(config: TrainConfig, output: Path, model: Any, tokenizer: Any, data: TaskData) -> TaskTrainer:
+def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation) -> TaskTrainer:
+    model, tokenizer, data = evaluation.model, evaluation.tokenizer, evaluation.data
     kind = kind_of(data.task)
     encoded = tokenize_cached(data, tokenizer, config.limits)
     if isinstance(encoded, datasets.IterableDataset):
@@ -311,7 +319,7 @@ def _trainer(config: TrainConfig, output: Path, model: Any, tokenizer: Any, data
             eval_dataset=data.validation,
             data_collator=kind.collator(tokenizer, model),
             rates=_rates(config),
-            score=lambda: score(model, tokenizer, data, config.limits),
+            score=evaluation,
             keep=config.save_total_limit,
             loss_by_token=kind.task_type == "CAUSAL_LM",
             callbacks=callbacks,
@@ -322,17 +330,6 @@ def _trainer(config: TrainConfig, output: Path, model: Any, tokenizer: Any, data
     return trainer
 
 
-def score(model: Any, tokenizer: Any, data: TaskData, limits: Limits) -> dict[str, float]:
-    """The task's metrics on the validation rows, each process predicting its share of them."""
-    state, kind = PartialState(), kind_of(data.task)
-    count = len(data.validation)
-    share = data.validation.select(equal_share(count, state.num_processes, state.process_index))
-    predictions = kind.predict(model, tokenizer, data.task, columns_of(share), limits)
-    if state.num_processes > 1:
-        predictions = gather_object(predictions)[:count]
-    return kind.measure(data.task, predictions, columns_of(data.validation))
-
-
 def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArguments:
     named = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = {name: value for name, value in vars(config).items() if name in named and name != "learning_rate"}
@@ -340,6 +337,8 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
     more = parse_options(config.training_options)
     if unknown := sorted(more.keys() - named):
         raise UserError(f"transformers.TrainingArguments has no field {', '.join(unknown)}")
+    if given := sorted(more.keys() & ({field.name for field in dataclasses.fields(config)} | _FIXED)):
+        raise UserError(f"training_options cannot set {given[0]}: it has an option of its own here, or is fixed")
     values = own | {
         "output_dir": str(output),
         "report_to": list(config.report_to),

@@ -110,10 +110,17 @@ class TaskTrainer(Trainer):
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """The task's metrics, logged."""
+        """The task's metrics, logged.
+
+        Raises:
+            UserError: The metric that says which checkpoint is best is none of them.
+        """
         assert self._score is not None
         with isolated_randomness():
             found = self._score()
+        best = str(self.args.metric_for_best_model).removeprefix("eval_")
+        if self.args.load_best_model_at_end and best not in found:
+            raise UserError(f"metric_for_best_model is {best}, expected one of {', '.join(found)}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))  # A copy: logging adds the epoch to it.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

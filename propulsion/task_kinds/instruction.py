@@ -67,9 +67,14 @@ def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns:
     return generate(model, tokenizer, encoded, limits.batch_size, limits.max_target_length)
 
 
+def exchanges_of(columns: Columns) -> list[Exchange]:
+    """Checked rows as exchanges."""
+    return [Exchange(row[_PROMPT], row[_ANSWER], tuple(row[_CHOICES])) for row in rows_of(columns)]
+
+
 def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[str, float]:
     """Shares of rows whose answer, extracted from the generated text, is right, and of those that hold one at all."""
-    exchanges = [Exchange(row[_PROMPT], row[_ANSWER], tuple(row[_CHOICES])) for row in rows_of(columns)]
+    exchanges = exchanges_of(columns)
     right = [exchange.is_right(text) for exchange, text in zip(exchanges, predictions, strict=True)]
     answered = [extract(text, exchange.choices) is not None for exchange, text in zip(exchanges, predictions)]
     return {"accuracy": sum(right) / len(right), "answered": sum(answered) / len(answered)}

@@ -290,14 +290,17 @@ def test_a_full_disk_loses_no_earlier_checkpoint(config, uninterrupted, monkeypa
     [
         ({"method": "lorra"}, "unknown method 'lorra': the methods are full, bitfit, head"),
         ({"method": "lora", "method_options": ("rank=3",)}, "method lora has no option rank; its options: "),
-        ({"method_options": ("r",)}, "option 'r' of the method is not of the form"),
+        ({"method_options": ("r",)}, "option 'r' is not of the form"),
         ({"method": "none"}, "method none trains nothing"),
         ({"report_to": ("nothing_such",)}, "cannot report to 'nothing_such': choose none, all, .*tensorboard"),
         ({"report_to": ("none", "tensorboard")}, "report_to none stands alone"),
         ({"lr_scheduler_type": "square"}, "options that do not go together: .*square"),
         ({"training_options": ("adam=1",)}, "TrainingArguments has no field adam"),
+        ({"training_options": ("learning_rate=1",)}, "cannot set learning_rate: it has an option of its own"),
+        ({"training_options": ("optim=adafactor",)}, "cannot set optim"),
         ({"degree": -1.0}, "degree must be a finite number > 0"),
         ({"adapter": Path("nowhere")}, "nowhere holds no adapter"),
+        ({"metric_for_best_model": "f9"}, "metric_for_best_model is f9, expected one of accuracy"),
     ],
 )  # fmt: skip
 def test_unusable_options(config, change, message):
