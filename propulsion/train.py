@@ -100,6 +100,10 @@ class TrainConfig:
     """Cut inputs to this many tokens."""
     max_target_length: int = 64
     """Cut summaries to this many tokens; generate no more."""
+    generation_max_length: int | None = None
+    """Generate no more tokens than this; by default max_target_length."""
+    generation_num_beams: int = 1
+    """Beams of the search for generated text; 1 is greedy."""
     max_train_samples: int | None = None
     """Training rows, drawn by the seed."""
     max_eval_samples: int | None = None
@@ -146,7 +150,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = {"max_steps": -1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "eval_steps": 1,
                  "gradient_accumulation_steps": 1, "save_steps": 1, "logging_steps": 1, "seed": 0, "warmup_steps": 0,
-                 "weight_decay": 0, "max_grad_norm": 0, "max_target_length": 1}  # fmt: skip
+                 "weight_decay": 0, "max_grad_norm": 0, "max_target_length": 1,
+                 "generation_num_beams": 1}  # fmt: skip
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least {low}")
@@ -154,8 +159,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"{name} is {value}, expected a number above 0")
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise UserError(f"save_total_limit is {self.save_total_limit}, expected at least 1")
+        for name in ("save_total_limit", "generation_max_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}, expected at least 1")
         if self.streaming and self.max_steps < 0:
             raise UserError("streamed rows have no end that is known: give max_steps")
         if "epoch" in (self.eval_strategy, self.save_strategy) and self.eval_strategy != self.save_strategy != "no":
@@ -176,7 +182,10 @@ class TrainConfig:
     @property
     def limits(self) -> Limits:
         """Lengths and batch size of evaluation."""
-        return Limits(self.max_length, self.max_target_length, self.per_device_eval_batch_size)
+        return Limits(
+            self.max_length, self.max_target_length, self.per_device_eval_batch_size, self.generation_max_length,
+            self.generation_num_beams,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -208,6 +217,9 @@ _FIXED = frozenset(
     {"optim", "optim_args", "optim_target_modules", "data_seed", "greater_is_better", "label_names",
      "remove_unused_columns"}
 )  # fmt: skip
+
+# Fields that older records do not have: recorded where they are used, so that older runs go on.
+_YOUNGER = ("generation_max_length", "generation_num_beams")
 
 # Fields that may differ when a run is resumed: they change no weight.
 _FREE = frozenset(
@@ -364,7 +376,8 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
 
 def _identity(config: TrainConfig, data: TaskData, base: str) -> dict[str, Any]:
     """What two runs must have in common for one to go on where the other stopped."""
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    unused = {name for name in _YOUNGER if getattr(config, name) == getattr(TrainConfig, name)}
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE | unused}
     fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
     return json.loads(json.dumps(fields | {"rows": data.fingerprint, "base_model": base}))
 

@@ -60,11 +60,11 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 
 def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits) -> list[str]:
-    """What the model says after every prompt, generated greedily."""
-    limit = input_limit(tokenizer, limits) - limits.max_target_length
+    """What the model says after every prompt."""
+    limit = input_limit(tokenizer, limits) - limits.max_new_tokens
     prompts = [ids[-max(1, limit) :] for ids in tokenizer(list(columns[_PROMPT]), verbose=False)["input_ids"]]
     encoded: Columns = {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]}
-    return generate(model, tokenizer, encoded, limits.batch_size, limits.max_target_length)
+    return generate(model, tokenizer, encoded, limits)
 
 
 def exchanges_of(columns: Columns) -> list[Exchange]:
