@@ -102,16 +102,31 @@ def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) 
         ) from error
 
 
+def result_of(output: Path) -> dict[str, Any] | None:
+    """What a finished run found; None of a run that is not finished.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    return _read(output / RESULT, dict)
+
+
 def predictions_of(output: Path) -> list[Any] | None:
     """What a finished run predicted, row by row; None of a run that kept none.
 
     Raises:
         UserError: The file is damaged.
     """
-    path = output.expanduser() / PREDICTIONS
+    return _read(output.expanduser() / PREDICTIONS, list)
+
+
+def _read(path: Path, kind: type) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(f"{path} is damaged ({error}): remove it, and run the same command again") from error
+    if not isinstance(found, kind):
+        raise UserError(f"{path} is damaged: remove it, and run the same command again")
+    return found

@@ -37,7 +37,7 @@ from propulsion.optim import Rates, describe_rates, parameter_groups
 from propulsion.presets import PRESETS, describe, get_preset
 from propulsion.pretrained import fingerprint, load_model
 from propulsion.reporting import check_reporting
-from propulsion.run_folder import RESULT, claim, finish, save_model
+from propulsion.run_folder import claim, finish, result_of, save_model
 from propulsion.sharding import check_sharding, prepare_sharding
 from propulsion.task_kinds import Limits, kind_of
 from propulsion.tasks import get_task
@@ -257,9 +257,8 @@ def run(config: TrainConfig) -> TrainResult:
     with state.main_process_first():
         if state.is_main_process:
             claim(output, identity, overwrite=config.overwrite_output_dir)
-    finished = output / RESULT
-    if finished.exists():
-        return TrainResult(**json.loads(finished.read_text(encoding="utf-8")))
+    if (finished := result_of(output)) is not None:
+        return TrainResult(**finished)
     groups = parameter_groups(model, rates=_rates(config), weight_decay=config.weight_decay)
     if not groups and config.max_steps != 0:
         raise UserError(f"method {config.method} trains nothing: choose another one, or max_steps 0 to evaluate")

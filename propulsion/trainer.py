@@ -7,6 +7,7 @@ deleted. Evaluation leaves the random states alone, so that a run resumed from a
 
 import contextlib
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from propulsion.errors import UserError, first_line
@@ -185,6 +187,24 @@ class TaskTrainer(Trainer):
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         return started
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        with _reading(folder):
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            # Without these the run would go on all the same, from an optimizer that starts anew.
+            needed = (SCHEDULER_NAME,) if self.is_fsdp_enabled else (SCHEDULER_NAME, OPTIMIZER_NAME)
+            if lacking := [name for name in needed if not (folder / name).exists()]:
+                raise ValueError(f"{lacking[0]} is missing")
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _best(self) -> Path:
         return self._folder() / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
 
@@ -194,6 +214,21 @@ class _RankUpdates(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         update_ranks(kwargs.get("model"), state.global_step)
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Path | str | None) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint is read into the user's business, which it is."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError,
+            SafetensorError) as error:  # fmt: skip
+        raise UserError(
+            f"{checkpoint} is damaged ({first_line(error)}): remove it, and the same command goes on from the one "
+            "before, or starts anew"
+        ) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from task_rows import ROWS, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from propulsion import run_folder
 from propulsion import trainer as trainer_module
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
 from propulsion.optim import SCALE_RATE
+from propulsion.run_folder import RESULT
 from propulsion.task_kinds import kind_of
 from propulsion.tasks import get_task
 from propulsion.train import TrainConfig, main, parse, run
@@ -283,6 +285,53 @@ def test_a_full_disk_loses_no_earlier_checkpoint(config, uninterrupted, monkeypa
     assert last is not None
     assert str(last) in str(caught.value)
     assert_same(run(config), config.output_dir, *uninterrupted)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def test_a_damaged_checkpoint_is_named(config, tmp_path):
+    """It is not resumed from, be it cut short or without what the optimizer knew."""
+    whole = dataclasses.replace(config, output_dir=tmp_path / "whole", max_steps=4)
+    run(whole)
+    (whole.output_dir / "result.json").unlink()
+    shutil.rmtree(whole.output_dir / "checkpoint-4")
+    parts = ("optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json", "rng_state.pth")
+    damages = [*((name, cut_short) for name in parts), *((name, Path.unlink) for name in parts[:2])]
+    for name, damage in damages:
+        folder = tmp_path / "damaged"
+        shutil.copytree(whole.output_dir, folder)
+        damage(folder / "checkpoint-2" / name)
+        with pytest.raises(UserError, match=r"checkpoint-2 is damaged \(.*\): remove it") as caught:
+            run(dataclasses.replace(whole, output_dir=folder))
+        assert "\n" not in str(caught.value)
+        shutil.rmtree(folder)
+    assert run(whole).steps == 4
+    (whole.output_dir / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"result.json is damaged .*: remove it"):
+        run(whole)
+
+
+def test_a_disk_that_is_full_at_the_end(config, monkeypatch):
+    """The result cannot be written: one line, and the same command ends the run later."""
+    short = dataclasses.replace(config, max_steps=2)
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    write = run_folder.write_json
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            run_folder, "write_json", lambda path, *rest: (full if path.name == RESULT else write)(path, *rest)
+        )
+        with pytest.raises(UserError, match=r"cannot write .*result.json: No space left on device"):
+            run(short)
+    result = run(short)
+    predictions = run_folder.predictions_of(short.output_dir)
+    data = load_task_data("demo", n_train=16, n_validation=10, seed=3)
+    right = [found == label for found, label in zip(predictions, data.validation["label"], strict=True)]
+    assert sum(right) / len(right) == result.metrics["accuracy"]
 
 
 @pytest.mark.parametrize(
