@@ -38,6 +38,11 @@ class Place:
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Place":
+        """A place from its fields, as a file has them."""
+        return cls(row["kind"], row["block"], tuple(row["modules"]), tuple(row["parameters"]))
+
     @property
     def label(self) -> str:
         """Its name in tables."""

@@ -54,6 +54,7 @@ from ntk.adapters import layers_of
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
 from propulsion.pretrained import fingerprint, load_model
+from propulsion.tasks import get_task
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 STAGE = STAGES[0]
@@ -140,7 +141,7 @@ def run(config: Config) -> Result:
     kernels = [_with_labels(cell["arrays"], regression=data.task.is_regression) for cell in found]
     comparison = SeedComparison(kernels, config.seeds, STAGE, config.resamples)
     first = found[0]
-    names, places = first["methods"], [Place(**place) for place in first["places"]]
+    names, places = first["methods"], [Place.of(row) for row in first["places"]]
     measured = time.time()
     metrics = method_metrics(comparison, names, config.top)
     metrics += null_metrics(comparison, first["nulls"])
@@ -300,6 +301,8 @@ def _check(config: Config) -> None:
     if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
         raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
     config.methods.check()
+    if config.head == "label_words":
+        label_words.prompt_of(get_task(config.task))
 
 
 def main(config: Config) -> None:

@@ -64,8 +64,8 @@ def _panel(
         if np.isfinite(value):
             axes.text(place, line, words(value), ha="center", va="center", fontsize=_TEXT,
                       color="white" if norm(value) < 0.6 else "black")  # fmt: skip
-    image = axes.imshow(np.ma.masked_invalid(matrix), cmap=SEQUENTIAL, norm=norm, aspect="auto")
-    image.cmap.set_bad("0.92")
+    axes.set_facecolor("0.92")  # seen where there is no value
+    axes.imshow(np.ma.masked_invalid(matrix), cmap=SEQUENTIAL, norm=norm, aspect="auto")
     axes.hlines(np.arange(1, len(lines)) - 0.5, -0.5, matrix.shape[1] - 0.5, color="white", linewidth=0.6)
     blocks = [i for i, (_, block) in enumerate(lines) if block is not None]
     if blocks:
