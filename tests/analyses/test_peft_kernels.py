@@ -17,7 +17,6 @@ from propulsion.data import draw_rows, load_task_data
 from propulsion.errors import UserError
 from propulsion.pretrained import load_classifier, load_model
 
-
 CHOICE = MethodChoice(positions=("attn",), degrees=(15.0,), ranks=(1, 2), vera_rank=3, subset=5)
 
 
@@ -47,9 +46,7 @@ def test_full_fine_tuning_is_the_kernel_of_the_backbone(config, result, tiny_mod
     model, _ = load_classifier(str(tiny_model), num_labels=2, seed=3, dtype=torch.float64)
     backbone = sum(p.numel() for name, p in model.named_parameters() if name.startswith("bert."))
     assert result.model["parameters"] - backbone == 32 * 2 + 2
-    full, *parts = (
-        result.arrays[f"{STAGE}.{name}"] for name in (FULL, "linear: full, whole", "BitFit", "norm tuning")
-    )
+    full, *parts = (result.arrays[f"{STAGE}.{name}"] for name in (FULL, "linear: full, whole", "BitFit", "norm tuning"))
     assert np.linalg.eigvalsh(full).min() > -1e-12 * np.trace(full)
     # Weights, and parameters that are no biases of linear layers, are parts of everything.
     assert all(np.trace(part) < np.trace(full) for part in parts)
