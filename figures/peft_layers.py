@@ -70,7 +70,7 @@ def _panel(
     blocks = [i for i, (_, block) in enumerate(lines) if block is not None]
     if blocks:
         axes.vlines(np.arange(1, len(kinds)) - 0.5, blocks[0] - 0.5, blocks[-1] + 0.5, color="white", linewidth=0.6)
-    axes.set_xticks(range(len(kinds)), kinds, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n") for kind in kinds], fontsize=_TEXT)
     axes.set_yticks(range(len(lines)), [kind if block is None else f"block {block}" for kind, block in lines])
     axes.tick_params(length=0)
 
