@@ -1,4 +1,4 @@
-"""The figures of methods by their kernels, from made-up results: values where they belong, names that do not collide."""
+"""The figures of methods by their kernels, from made-up results: values in place, names that do not collide."""
 
 import itertools
 
@@ -70,8 +70,8 @@ def assert_apart_and_inside(figure: Figure) -> None:
     found = [(t.get_text(), t.get_window_extent()) for t in texts(figure)]
     page = figure.bbox
     for words, box in found:
-        assert page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1, words
-        assert page.y0 - 1 <= box.y0 and box.y1 <= page.y1 + 1, words
+        assert page.padded(1).contains(*box.min), words
+        assert page.padded(1).contains(*box.max), words
     for (a, left), (b, right) in itertools.combinations(found, 2):
         width = min(left.x1, right.x1) - max(left.x0, right.x0)
         height = min(left.y1, right.y1) - max(left.y0, right.y0)
