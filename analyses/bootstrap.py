@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from analyses.resampled_metrics import RESAMPLED
 from ntk import UndefinedMetricError
 
 
@@ -84,6 +85,8 @@ def resampled(
 ) -> tuple[float, np.ndarray]:
     """A metric of kernels over the same n examples, and its value on each resample of them; NaN where undefined.
 
+    Those of `analyses.resampled_metrics` are taken on all resamples at once.
+
     Raises:
         ValueError: no kernel, or kernels over different numbers of examples.
     """
@@ -95,9 +98,13 @@ def resampled(
         return float("nan"), np.full(resamples, np.nan)
     generator = np.random.default_rng(seed)
     n = len(kernels[0])
+    draws = generator.integers(0, n, size=(resamples, n))
+    at_once = RESAMPLED.get(metric)
+    if at_once is not None and all(kernel.ndim == 2 for kernel in kernels):
+        counts = np.stack([np.bincount(rows, minlength=n) for rows in draws]) if resamples else np.zeros((0, n))
+        return value, at_once(torch.from_numpy(counts).double(), *(kernel.double() for kernel in kernels)).numpy()
     values = np.full(resamples, np.nan)
-    for place in range(resamples):
-        rows = torch.from_numpy(generator.integers(0, n, size=n))
+    for place, rows in enumerate(torch.from_numpy(draws)):
         try:
             values[place] = metric(*(kernel[rows][:, rows] for kernel in kernels))
         except UndefinedMetricError:
