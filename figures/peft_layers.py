@@ -81,4 +81,6 @@ def _cka(value: float) -> str:
 
 def _percent(share: float) -> str:
     percent = 100 * share
+    if percent < 0.005:
+        return "<0.01"
     return f"{percent:.0f}" if percent >= 9.95 else f"{percent:.1f}" if percent >= 0.095 else f"{percent:.2f}"

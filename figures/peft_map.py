@@ -66,8 +66,7 @@ def _points(axes: Axes, points: Points, shares: dict[str, float], full: str) -> 
     middle = (x.min() + x.max()) / 2
     low, high = axes.get_ylim()
     for side in (-1, 1):
-        # The left column takes the points that are left of most others, so that both are about as long.
-        chosen = [n for n in points if (points[n][0] > np.median(x)) == (side == 1)]
+        chosen = [n for n in points if (points[n][0] > middle) == (side == 1)]
         chosen.sort(key=lambda n: (points[n][1], n))
         places = _spread([points[n][1] for n in chosen], low + 0.03 * height, high - 0.03 * height, 0.052 * height)
         inner = middle + side * (0.5 - _COLUMN) * width
