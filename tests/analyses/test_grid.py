@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from analyses.grid import Grid
@@ -19,6 +20,44 @@ def test_a_cell_is_computed_once(tmp_path):
     first = Grid(tmp_path / "runs", {"steps": 3}).cell("a:b/c", compute)
     assert Grid(tmp_path / "runs", {"steps": 3}).cell("a:b/c", compute) == first == {"value": 0.1, "odd": None}
     assert len(calls) == 1
+
+
+def test_arrays_come_back_as_they_were(tmp_path):
+    arrays = {"initialisation.LoRA, rank 8": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([np.nan, 1])}
+
+    def compute():
+        return {"value": 1, "arrays": arrays}
+
+    first = Grid(tmp_path, {}).cell("seed 0.5", compute)
+    again = Grid(tmp_path, {}).cell("seed 0.5", lambda: pytest.fail("computed twice"))
+    for found in (first, again):
+        assert found is not None
+        assert found.keys() == {"value", "arrays"}
+        assert found["arrays"].keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert found["arrays"][name].dtype == array.dtype
+            np.testing.assert_array_equal(found["arrays"][name], array)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-0.5.json", "seed-0.5.npz"]
+
+
+def test_a_cell_whose_arrays_are_lost_or_damaged_is_named(tmp_path):
+    Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"x": np.ones(3)}})
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"a\.json is damaged"):
+        Grid(tmp_path, {}).cell("a", dict)
+    (tmp_path / "a.npz").unlink()
+    with pytest.raises(UserError, match=r"a\.json is damaged"):
+        Grid(tmp_path, {}).cell("a", dict)
+
+
+def test_arrays_without_their_cell_are_computed_again(tmp_path):
+    """As a kill between the two files leaves them."""
+    Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"x": np.zeros(3)}})
+    (tmp_path / "a.json").unlink()
+    Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"x": np.ones(2)}})
+    found = Grid(tmp_path, {}).cell("a", dict)
+    assert found is not None
+    assert found["arrays"]["x"].tolist() == [1, 1]
 
 
 def test_the_number_of_runs_is_limited_and_the_rest_named(tmp_path):

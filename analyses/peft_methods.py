@@ -1,0 +1,141 @@
+"""The methods whose kernels are compared, by their names in tables and figures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ntk.adapters import (
+    IA3,
+    BitFit,
+    DoRA,
+    Found,
+    Full,
+    Layer,
+    LoHa,
+    LoRA,
+    Method,
+    NormTuning,
+    Propulsion,
+    RandomSubset,
+    VeRA,
+    kaiming_uniform,
+    layers_of,
+)  # fmt: skip
+from propulsion.errors import UserError
+from propulsion.positions import resolve
+
+FULL, REFERENCE = "full fine-tuning", "Propulsion"
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """Which methods, beside full fine-tuning, Propulsion on every layer, BitFit and norm tuning."""
+
+    positions: tuple[str, ...] = ("attn", "mlp", "embedding", "query", "key", "value", "attention_output")
+    """Propulsion on these layers alone, beside Propulsion on all; positions that a model lacks are an error."""
+    ia3_positions: tuple[str, ...] = ("key", "value")
+    """Layers whose outputs (IA)³ scales; none leaves it out."""
+    degrees: tuple[float, ...] = (15.0, 55.0)
+    """Degrees of Propulsion beside 1, to show that they change the size of the kernel alone."""
+    ranks: tuple[int, ...] = (1, 8, 64)
+    """Ranks of LoRA; LoHa and DoRA take the middle one."""
+    vera_rank: int = 256
+    """Rank of VeRA's shared matrices."""
+    subset: int = 384
+    """Weights of each layer that the random subset trains."""
+
+    def check(self) -> None:
+        """Raise UserError on numbers out of range."""
+        for name in ("vera_rank", "subset"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not self.ranks or min(self.ranks) < 1:
+            raise UserError(f"ranks must be one or more numbers of at least 1; got {self.ranks}")
+        if not all(degree > 0 for degree in self.degrees):
+            raise UserError(f"degrees must be positive; got {self.degrees}")
+
+
+@dataclass(frozen=True)
+class Backbone(Method):
+    """A method kept away from the parameters of the head.
+
+    Attributes:
+        method: the method.
+        prefix: of the backbone's parameters.
+    """
+
+    method: Method
+    prefix: str
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """The method's own, in the backbone."""
+        return self.method.share(name, parameter, module, layer) if name.startswith(self.prefix) else 0.0
+
+    def adapts(self, module: str) -> bool:
+        """As the method does."""
+        return self.method.adapts(module)
+
+    def features(self, layer: Layer) -> Found:
+        """The method's own."""
+        return self.method.features(layer)
+
+
+def with_degree(degree: float) -> str:
+    """The name of Propulsion on every layer with a degree."""
+    return f"{REFERENCE}, degree {degree:g}"
+
+
+def methods_of(model: Any, choice: MethodChoice, seed: int) -> tuple[dict[str, Method], dict[str, str]]:
+    """Every method by its name, full fine-tuning first, and why those that are missing were left out.
+
+    Raises:
+        UserError: the model has no layer at a position.
+    """
+    linear: dict[str, Any] = {n: m for (_, reads), (n, m) in layers_of(model).items() if not reads}
+
+    def at(*positions: str) -> Callable[[str], bool]:
+        try:
+            return resolve(model, positions).__contains__
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    longest = max(max(m.weight.shape) for m in linear.values())
+    rank = sorted(choice.ranks)[len(choice.ranks) // 2]
+    names = linear.__contains__
+    vera = VeRA(
+        a=kaiming_uniform((choice.vera_rank, longest), f"{seed}.vera.a"),
+        b=kaiming_uniform((longest, choice.vera_rank), f"{seed}.vera.b"),
+        modules=names,
+    )
+    every = at("all")
+    found: dict[str, Method] = {
+        FULL: Full(),
+        REFERENCE: Propulsion(modules=every),
+        **{with_degree(k): Propulsion(k, every) for k in choice.degrees},
+        **{f"Propulsion, {p}": Propulsion(modules=at(p)) for p in choice.positions},
+        "BitFit": BitFit(),
+        "norm tuning": NormTuning(),
+        **({"(IA)³": IA3(at(*choice.ia3_positions))} if choice.ia3_positions else {}),
+        **{f"LoRA, rank {r}": LoRA(rank=r, modules=names, seed=seed) for r in choice.ranks},
+        f"DoRA, rank {rank}": DoRA(rank=rank, modules=names, seed=seed),
+        f"VeRA, rank {choice.vera_rank}": vera,
+        f"LoHa, rank {rank}": LoHa(rank=rank, modules=names, seed=seed),
+        f"{choice.subset} weights a layer": RandomSubset(choice.subset, names, seed),
+    }
+    kept = {name: Backbone(method, f"{model.base_model_prefix}.") for name, method in found.items()}
+    empty = [name for name, method in kept.items() if not _trains(model, method)]
+    reasons = {name: f"{type(model).__name__} has no parameter that it would train" for name in empty}
+    return {name: method for name, method in kept.items() if name not in reasons}, reasons
+
+
+def _trains(model: nn.Module, method: Method) -> bool:
+    """Whether a method trains anything in a model."""
+    if any(method.adapts(name) for name, _ in layers_of(model).values()):
+        return True
+    return any(
+        method.share(f"{prefix}.{name}" if prefix else name, p, module, None)
+        for prefix, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False)
+    )

@@ -1,0 +1,86 @@
+"""Which layers carry the agreement of full fine-tuning and Propulsion: heat maps, block by kind of layer.
+
+A cell is a layer's own part of a kernel, a row across all kinds is a place outside of blocks. Above, the CKA of a
+layer's two kernels with each other, and of its Propulsion kernel with all of full fine-tuning's; below, its shares of
+the two traces in per cent, colours on a logarithmic scale. Values are means over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+
+from analyses.results import Result
+from figures.style import PAGE_WIDTH, SEQUENTIAL, style
+
+_ROW = 0.14
+_TEXT = 6.0
+
+Row = dict[str, Any]
+
+
+def draw(result: Result) -> Figure:
+    """Draw four panels, one page wide."""
+    rows = result.tables["layers"]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows if row["block"] is not None))
+    lines = list(dict.fromkeys((row["kind"] if row["block"] is None else "", row["block"]) for row in rows))
+    shares = [row[c] for row in rows for c in ("full_share", "propulsion_share") if row[c]]
+    close, share = Normalize(0, 1), LogNorm(max(min(shares), 1e-5), 1)
+    panels = (
+        ("propulsion and full kernel of the layer: CKA", "cka", close, _cka),
+        ("propulsion kernel of the layer, whole full kernel: CKA", "propulsion_cka", close, _cka),
+        ("share of the whole full kernel's trace, %", "full_share", share, _percent),
+        ("share of the whole Propulsion kernel's trace, %", "propulsion_share", share, _percent),
+    )
+    with style():
+        height = 2 * (_ROW * len(lines) + 0.22) + 0.6
+        figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
+        grid = figure.subplots(2, 2, sharex=True, sharey=True)
+        for axes, (title, column, norm, words) in zip(grid.flat, panels, strict=True):
+            _panel(axes, rows, lines, kinds, column, norm, words)
+            axes.set_title(title[0].upper() + title[1:])
+        figure.draw_without_rendering()
+    return figure
+
+
+def _panel(
+    axes: Axes, rows: Sequence[Row], lines: Sequence[tuple[str, int | None]], kinds: Sequence[str], column: str,
+    norm: Normalize, words: Callable[[float], str],
+) -> None:  # fmt: skip
+    matrix = np.full((len(lines), max(1, len(kinds))), np.nan)
+    for row in rows:
+        line = lines.index((row["kind"] if row["block"] is None else "", row["block"]))
+        value = np.nan if row[column] is None else row[column]
+        whole = row["block"] is None
+        place = (matrix.shape[1] - 1) / 2 if whole else kinds.index(row["kind"])
+        matrix[line, :] = value if whole else matrix[line, :]
+        if not whole:
+            matrix[line, int(place)] = value
+        if np.isfinite(value):
+            axes.text(place, line, words(value), ha="center", va="center", fontsize=_TEXT,
+                      color="white" if norm(value) < 0.6 else "black")  # fmt: skip
+    axes.set_facecolor("0.92")  # seen where there is no value
+    axes.imshow(np.ma.masked_invalid(matrix), cmap=SEQUENTIAL, norm=norm, aspect="auto")
+    axes.hlines(np.arange(1, len(lines)) - 0.5, -0.5, matrix.shape[1] - 0.5, color="white", linewidth=0.6)
+    blocks = [i for i, (_, block) in enumerate(lines) if block is not None]
+    if blocks:
+        axes.vlines(np.arange(1, len(kinds)) - 0.5, blocks[0] - 0.5, blocks[-1] + 0.5, color="white", linewidth=0.6)
+    axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n") for kind in kinds], fontsize=_TEXT)
+    axes.set_yticks(range(len(lines)), [kind if block is None else f"block {block}" for kind, block in lines])
+    axes.tick_params(length=0)
+
+
+def _cka(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    if percent < 0.005:
+        return "<0.01"
+    return f"{percent:.0f}" if percent >= 9.95 else f"{percent:.1f}" if percent >= 0.095 else f"{percent:.2f}"

@@ -1,0 +1,113 @@
+"""A map of methods by their kernels: the CKA of every two, and points that are near where it is high.
+
+Above, methods ordered by their CKA with full fine-tuning, columns in the order of the rows. Below, classical scaling of
+the distances sqrt(2 (1 - CKA)), in equal units on both axes, which name their shares of the variance. Orange is
+Propulsion, on the layers named; the star is full fine-tuning. Values are means over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analyses.results import Result
+from figures.style import PAGE_WIDTH, PALETTE, SEQUENTIAL, style
+
+_ROW, _MAP = 0.15, 3.1
+_TEXT = 6.0
+_COLUMN = 0.22
+"""Of the map's width that labels take on either side."""
+
+Points = dict[str, tuple[float, float]]
+
+
+def draw(result: Result) -> Figure:
+    """Draw both panels, one page wide."""
+    names = [row["method"] for row in result.tables["methods"]]
+    values = {(row["left"], row["right"]): row["cka"] for row in result.tables["similarity"]}
+    order = sorted(names, key=lambda name: -(values[names[0], name] or -1.0))
+    points = {row["method"]: (row["x"], row["y"]) for row in result.tables["embedding"]}
+    shares = {row["axis"]: row["share"] for row in result.tables["embedding_axes"]}
+    with style():
+        height = _ROW * len(names)
+        figure = Figure(figsize=(PAGE_WIDTH, height + _MAP + 0.7), layout="constrained")
+        # Parts of their own, or the map would leave as much room for names at its left as the matrix does.
+        above, below = figure.subfigures(2, 1, height_ratios=(height + 0.25, _MAP + 0.45))
+        _similarity(above.subplots(), values, order)
+        _points(below.subplots(), points, shares, names[0])
+        figure.draw_without_rendering()
+    return figure
+
+
+def _similarity(axes: Axes, values: dict[tuple[str, str], float | None], names: Sequence[str]) -> None:
+    matrix = np.array([[np.nan if (v := values[a, b]) is None else v for b in names] for a in names])
+    axes.imshow(matrix, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(matrix):
+        if np.isfinite(value):
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=_TEXT,
+                      color="white" if value < 0.6 else "black")  # fmt: skip
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.set_title("CKA of every two methods, columns in the order of the rows")
+
+
+def _points(axes: Axes, points: Points, shares: dict[str, float], full: str) -> None:
+    """The points in the middle, their names in a column on either side, sorted so that lines hardly cross."""
+    for name, (x, y) in points.items():
+        star = name == full
+        axes.plot([x], [y], marker="*" if star else "o", markersize=8 if star else 4, color=_color(name, full),
+                  linestyle="", zorder=3)  # fmt: skip
+    x, y = np.array(list(points.values())).T
+    width, height = _limits(axes, x, y)
+    middle = (x.min() + x.max()) / 2
+    low, high = axes.get_ylim()
+    for side in (-1, 1):
+        chosen = [n for n in points if (points[n][0] > middle) == (side == 1)]
+        chosen.sort(key=lambda n: (points[n][1], n))
+        places = _spread([points[n][1] for n in chosen], low + 0.03 * height, high - 0.03 * height, 0.052 * height)
+        inner = middle + side * (0.5 - _COLUMN) * width
+        for name, place in zip(chosen, places, strict=True):
+            axes.plot([points[name][0], inner], [points[name][1], place], color="0.75", linewidth=0.5, zorder=1)
+            axes.text(inner + side * 0.005 * width, place, name.replace("_", " "), va="center",
+                      ha="left" if side == 1 else "right", color=_color(name, full))  # fmt: skip
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title("The nearer, the higher the CKA")
+    axes.set_xlabel(f"{shares['x']:.0%} of the variance")
+    axes.set_ylabel(f"{shares['y']:.0%} of the variance")
+
+
+def _color(name: str, full: str) -> str:
+    return PALETTE[6] if name == full else PALETTE[1] if name.startswith("Propulsion") else PALETTE[0]
+
+
+def _limits(axes: Axes, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Limits with one unit on both axes and room for the columns of names; their extent."""
+    ratio = (PAGE_WIDTH - 0.4) / _MAP  # of the panel
+    room = 1 - 2 * _COLUMN - 0.06
+    width = max(np.ptp(x) / room, np.ptp(y) * 1.15 * ratio, 1e-6)
+    height = width / ratio
+    center = ((x.min() + x.max()) / 2, (y.min() + y.max()) / 2)
+    axes.set(xlim=(center[0] - width / 2, center[0] + width / 2), ylim=(center[1] - height / 2, center[1] + height / 2))
+    axes.set_aspect("equal", adjustable="box")
+    return width, height
+
+
+def _spread(wanted: Sequence[float], low: float, high: float, gap: float) -> list[float]:
+    """Ascending places near ascending wanted ones, a gap apart at least where there is room, between low and high."""
+    if not wanted:
+        return []
+    gap = min(gap, (high - low) / max(1, len(wanted) - 1))
+    steps = gap * np.arange(len(wanted))
+    # Least squares under place[i + 1] >= place[i] + gap is a monotone fit once the gaps are taken off: pool violators.
+    pools: list[list[float]] = []
+    for value in np.asarray(wanted) - steps:
+        pools.append([float(value)])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            pools[-2].extend(pools.pop())
+    fitted = np.concatenate([np.full(len(pool), np.mean(pool)) for pool in pools])
+    return (fitted.clip(low, high - steps[-1]) + steps).tolist()
