@@ -38,6 +38,9 @@ DRIFTS: dict[str, Callable[[Tensor, Tensor], float]] = {
 }
 """Of a kernel and the start's, of one method."""
 
+JACOBIANS = {"relative_jacobian_drift": "moved", "relative_jacobian_drift_same_head": "moved_same_head"}
+"""Of Jacobians and the start's: by name, the field of `JacobianDrift` with the squared movement."""
+
 PAIRS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "cka": ntk.cka,
     "alignment": ntk.kernel_alignment,
@@ -152,20 +155,23 @@ def method_estimates(cells: Sequence[Cell], place: int, resamples: int) -> Itera
     kernels = [(tensor(cell, "kernels")[place], tensor(cell, "kernels")[0]) for cell in cells]
     for name, metric in DRIFTS.items():
         yield name, of_kernels(metric, kernels, resamples)
-    if place:
+    if place == 0:
+        yield from dict.fromkeys(JACOBIANS, Estimate((0.0,) * len(cells), (0.0, 0.0))).items()
+    else:
         norms = [jacobian_norms(cell, place) for cell in cells]
-        yield "relative_jacobian_drift", of_rows(relative_norm, [(n["moved"], n["start"]) for n in norms], resamples)
+        for name, moved in JACOBIANS.items():
+            yield name, of_rows(relative_norm, [(n[moved], n["start"]) for n in norms], resamples)
         movements = [movement(cell, place) for cell in cells]
         yield "linearisation_error", of_rows(linearization_error, movements, resamples)
         yield "linearised_movement", of_rows(linear_share, movements, resamples)
         if movements[0][0].shape[1] > 1:
             yield "linearised_agreement", of_rows(same_prediction, movements, resamples)
-    for name in ("parameter_drift", "score"):
+    for name in ("parameter_drift", "head_drift", "score"):
         yield name, Estimate(tuple(float(cell["points"][place][name]) for cell in cells))
 
 
 def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, Estimate]]:
-    """The same quantities at the end between things that have nothing to do with each other: (name, with what, value)."""
+    """The same at the end between things that have nothing to do with each other: (name, with what, value)."""
     finals = [(tensor(cell, "kernels")[-1], tensor(cell, "kernels")[0]) for cell in cells]
     for name in list(DRIFTS)[:3]:
         metric = DRIFTS[name]
@@ -185,9 +191,7 @@ def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, 
     yield "null_linearisation_error", PERMUTED, of_rows(linearization_error, wrong)
 
 
-def averaged(
-    metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Tensor, Tensor]], draws: int
-) -> Estimate:
+def averaged(metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Tensor, Tensor]], draws: int) -> Estimate:
     """A metric with the examples of the first kernel permuted, in each run its mean over the draws."""
     values = []
     for now, start in runs:
@@ -242,7 +246,7 @@ def movement(cell: Cell, place: int) -> tuple[Tensor, Tensor, Tensor]:
 def jacobian_norms(cell: Cell, place: int) -> dict[str, Tensor]:
     """Squared norms ``(m, places)`` at a checkpoint that is not the start, by the fields of `JacobianDrift`."""
     index = place - 1 if place > 0 else place
-    return {name: tensor(cell, name)[index].double().T for name in ("moved", "start", "shifted")}
+    return {name: tensor(cell, name)[index].double().T for name in ("moved", "moved_same_head", "start", "shifted")}
 
 
 def stage_metrics(cells: Cells, resamples: int, draws: int) -> list[Metric]:

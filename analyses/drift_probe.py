@@ -3,7 +3,7 @@
 At each of them: the tangent kernel of what the method trains in the backbone, on held-out examples; the network's
 outputs there and those of its linearisation about the start; the Jacobian on the first few of these examples against
 the start's. Jacobians are taken one example at a time, at the start's parameters and at the present ones, so that no
-more than three of them are held, whatever the number of parameters.
+more than four of them are held, whatever the number of parameters.
 """
 
 import re
@@ -64,10 +64,10 @@ def depth_of(name: str) -> str:
 
 
 def traced_kernel(model: Any, inputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """The tangent kernel ``(n, n)`` over the named parameters, traced over the outputs; float32, on the CPU."""
+    """The tangent kernel ``(n, n)`` over the named parameters, traced over the outputs, on the CPU."""
     chosen = frozenset(names)
     kernel = ntk.empirical_ntk(model, inputs, params=lambda name, p: name in chosen, reduce="trace")
-    return kernel.float().cpu()
+    return kernel.cpu()
 
 
 def trained_values(model: nn.Module) -> Values:
@@ -101,7 +101,7 @@ def relative_movement(model: nn.Module, start: Values, names: Sequence[str]) -> 
 
 
 def batched_outputs(model: nn.Module, inputs: Mapping[str, Tensor], function: Callable[..., Tensor]) -> Tensor:
-    """Outputs ``(n, c)`` of a function called as the model is, in evaluation mode, examples of similar length together."""
+    """Outputs ``(n, c)`` of a function called as the model is, in evaluation mode; similar lengths run together."""
     padding = padding_token(model)
     groups = group_examples(inputs)
     groups = groups if padding is None else pad_together(groups, padding, overhead=_OVERHEAD)
@@ -109,7 +109,7 @@ def batched_outputs(model: nn.Module, inputs: Mapping[str, Tensor], function: Ca
     # Forward-mode derivatives exist for the plain formula of attention alone.
     with evaluation(model), sdpa_kernel(SDPBackend.MATH):
         for group in groups:
-            values = function(**group.batched, **group.constant).detach().float().cpu()
+            values = function(**group.batched, **group.constant).detach().cpu()
             found.update(zip(group.indices, values, strict=True))
     return torch.stack([found[i] for i in range(batch_size(inputs))])
 
@@ -133,9 +133,10 @@ class Block:
 
     @classmethod
     def choose(cls, model: nn.Module, names: Sequence[str], module: str, width: int) -> "Block":
-        """The smallest tensor in the last module of that name, of equal ones the last (LoRA's B, since A's is 0 at B = 0).
+        """The smallest tensor in the last module of that name.
 
-        Where none of the parameters lies in such a module, the last of them all.
+        Of equal ones the last: of LoRA's two B, since the gradient of A is 0 as long as B is. Where none of the
+        parameters lies in such a module, the last of them all.
         """
         inside = [name for name in names if f".{module}." in name] or [names[-1]]
         stem = inside[-1].partition(f".{module}.")[0]
@@ -158,6 +159,7 @@ class JacobianDrift:
 
     Attributes:
         moved: ``(places, m)``, |J_t(i) - J_0(i)|^2.
+        moved_same_head: ``(places, m)``, the same with the head as it was at the start: what the backbone did.
         start: ``(places, m)``, |J_0(i)|^2.
         shifted: ``(places, m)``, |J_t(i) - J_0(i - 1)|^2, of different examples (0 - 1 is the last): the null.
         block_start: ``(m, width)``.
@@ -165,6 +167,7 @@ class JacobianDrift:
     """
 
     moved: Tensor
+    moved_same_head: Tensor
     start: Tensor
     shifted: Tensor
     block_start: Tensor
@@ -176,9 +179,10 @@ def jacobian_drift(
 ) -> JacobianDrift:
     """How far the Jacobians of the named parameters are from those at the start.
 
-    Cost: two Jacobians an example, and one; memory: three.
+    Cost: three Jacobians an example, and one; memory: four.
     """
-    examples = _single(inputs)
+    head = {name: value for name, value in start.items() if name not in names}
+    examples, chosen = _single(inputs), frozenset(names)
     jacobian = jacobian_function(model, None)
 
     def at_present(example: Group) -> Jacobian:
@@ -186,30 +190,34 @@ def jacobian_drift(
             now = select_parameters(model, lambda name, p: name in chosen)
             return jacobian(now, [example])[1]
 
-    def at_start(example: Group) -> Jacobian:
-        with parameters_at(model, start):
+    def at(values: Values, example: Group) -> Jacobian:
+        with parameters_at(model, values):
             return at_present(example)
+
+    def squared(one: Jacobian, other: Jacobian | None = None) -> Tensor:
+        """By place, |difference|^2, or |one|^2."""
+        found = torch.zeros(len(places), dtype=torch.float64)
+        for name, row in rows.items():
+            found[row] += float((one[name] if other is None else one[name] - other[name]).square().sum())
+        return found
 
     places = list(dict.fromkeys(depth_of(name) for name in names))
     rows = {name: places.index(depth_of(name)) for name in names}
-    moved, begun, shifted = torch.zeros(3, len(places), len(examples), dtype=torch.float64)
-    chosen = frozenset(names)
-    blocks: list[list[Tensor]] = [[], []]
-    previous = at_start(examples[-1])
-    for i, example in enumerate(examples):
-        before, after = at_start(example), at_present(example)
-        for name, row in rows.items():
-            moved[row, i] += _squared(after[name] - before[name])
-            begun[row, i] += _squared(before[name])
-            shifted[row, i] += _squared(after[name] - previous[name])
-        for rows_of, found in zip(blocks, (before, after)):
-            rows_of.append(block.of(found))
+    norms: dict[str, list[Tensor]] = {}
+    blocks: dict[str, list[Tensor]] = {}
+    previous = at(start, examples[-1])
+    for example in examples:
+        before, after = at(start, example), at_present(example)
+        found = {"moved": squared(after, before), "shifted": squared(after, previous)}
+        blocks.setdefault("block_start", []).append(block.of(before))
+        blocks.setdefault("block_now", []).append(block.of(after))
+        after = at(head, example)
+        found |= {"moved_same_head": squared(after, before), "start": squared(before)}
         previous = before
-    return JacobianDrift(moved, begun, shifted, torch.stack(blocks[0]), torch.stack(blocks[1]))
-
-
-def _squared(t: Tensor) -> float:
-    return float(t.square().sum())
+        for name, value in found.items():
+            norms.setdefault(name, []).append(value)
+    stacked = {name: torch.stack(values, 1) for name, values in norms.items()}
+    return JacobianDrift(**stacked, **{name: torch.stack(values) for name, values in blocks.items()})
 
 
 def _single(inputs: Mapping[str, Tensor]) -> list[Group]:
@@ -229,7 +237,7 @@ class Probe(TrainerCallback):
     """Measures before the first step and after chosen ones; training goes on as if it had not been there.
 
     Attributes:
-        points: one row a checkpoint: `step`, `score`, `parameter_drift`.
+        points: one row a checkpoint: `step`, `score`, `parameter_drift` and `head_drift`.
         block: the Jacobian's entries that are kept.
         seconds: wall time of measuring.
     """
@@ -311,8 +319,12 @@ class Probe(TrainerCallback):
                 self._keep(linearized=batched_outputs(model, self._inputs, self._at(model)))
                 drift = jacobian_drift(model, self._few, self._start, self._own, self._block())
                 self._keep(**{field.name: getattr(drift, field.name) for field in fields(drift)})
-        movement = relative_movement(model, self._start, self._own)
-        self.points.append({"step": step, "score": score, "parameter_drift": movement})
+        head = [name for name in self._start if name not in self._own]
+        moved = {
+            "parameter_drift": relative_movement(model, self._start, self._own),
+            "head_drift": relative_movement(model, self._start, head) if head else 0.0,
+        }
+        self.points.append({"step": step, "score": score} | moved)
         self.seconds += time.time() - started
 
     def _block(self) -> Block:

@@ -16,9 +16,13 @@ _COLUMNS = {
     "alignment": "kernel_alignment_with_start",
     "CKA": "kernel_cka_with_start",
     "Jacobian drift": "relative_jacobian_drift",
+    "with the start's head": "relative_jacobian_drift_same_head",
     "linearisation error": "linearisation_error",
     "parameters moved": "parameter_drift",
+    "head moved": "head_drift",
 }
+_NULLED = {column: _COLUMNS[column] for column in ("kernel drift", "alignment", "CKA", "Jacobian drift",
+                                                   "linearisation error")}  # fmt: skip
 
 
 def summary(result: Result, *, markdown: bool = False) -> str:
@@ -52,13 +56,13 @@ def _methods(result: Result) -> tuple[list[str], list[list[str]]]:
 def _nulls(result: Result) -> tuple[list[str], list[list[str]]]:
     rows = []
     for text in _texts(result):
-        nulls = [m for m in result.metrics if m.left == text and m.name.removeprefix("null_") in _COLUMNS.values()
+        nulls = [m for m in result.metrics if m.left == text and m.name.removeprefix("null_") in _NULLED.values()
                  and m.name.startswith("null_")]  # fmt: skip
         for right in dict.fromkeys(m.right for m in nulls):
             found = {m.name.removeprefix("null_"): m for m in nulls if m.right == right}
-            cells = [_cell(found[name]) if name in found else "" for name in list(_COLUMNS.values())[:-1]]
+            cells = [_cell(found[name]) if name in found else "" for name in _NULLED.values()]
             rows.append([f"{text}, {right}", *cells])
-    return ["the same between the unrelated", *list(_COLUMNS)[:-1]], rows
+    return ["the same between the unrelated", *_NULLED], rows
 
 
 def _checkpoints(result: Result) -> tuple[list[str], list[list[str]]]:

@@ -65,7 +65,7 @@ def _lines(panel: SubFigure, result: Result, methods: list[str]) -> None:
         None,
         ("score", f"{result.dataset['metric']}, validation", "score"),
     ]
-    rows = result.tables["checkpoints"]
+    rows, last = result.tables["checkpoints"], int(result.arrays["steps"][-1])
     for ax, entry in zip(axes.flat, of_method):
         for place, method in enumerate(methods):
             if entry is None:
@@ -78,6 +78,7 @@ def _lines(panel: SubFigure, result: Result, methods: list[str]) -> None:
         ax.set_title(title, loc="left")
         ax.set_ylabel(label)
         ax.set_xlabel("optimizer step")
+        ax.set_xlim(-0.03 * last, 1.03 * last)
         if "cka" in name:
             ax.set_ylim(min(0.0, ax.get_ylim()[0]), 1.03)
         elif name != "score":
@@ -107,14 +108,15 @@ def _places(panel: SubFigure, result: Result, methods: list[str]) -> None:
     axes = panel.subplots(1, len(methods), squeeze=False)[0]
     panel.suptitle("$|J_t - J_0|\\,/\\,|J_0|$ after training, by place in the network and held-out example", x=0.01,
                    ha="left")  # fmt: skip
+    images = []
     for ax, row in zip(axes, result.tables["methods"]):
         values = result.arrays[f"jacobian_drift.{row['method']}"]
-        image = ax.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=_FULL, aspect="auto")
+        images.append(ax.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=_FULL, aspect="auto"))
         ax.set_yticks(range(len(row["places"])), row["places"])
         ax.set_xticks([])
         ax.set_xlabel(f"{values.shape[1]} examples")
         ax.set_title(short(row["method"]))
-    bar = panel.colorbar(image, ax=axes, extend="max", fraction=0.03, pad=0.01)
+    bar = panel.colorbar(images[0], ax=axes, extend="max", fraction=0.03, pad=0.01)
     bar.set_label("1: as large as $J_0$")
 
 
@@ -124,24 +126,27 @@ def _blocks(panel: SubFigure, result: Result, methods: list[str]) -> None:
         "entries of one small block of the Jacobian (examples down, parameters across): before training, and moved by",
         x=0.01, ha="left",
     )  # fmt: skip
+    images = []
     for column, row in zip(axes.T, result.tables["methods"]):
         start, now = (result.arrays[f"{name}.{row['method']}"] for name in ("block_start", "block_now"))
         unit = float(np.sqrt(np.mean(start**2))) or 1.0
         for ax, values, label in zip(column, (start, now - start), ("$|J_0|$", "$|J_t - J_0|$")):
-            image = ax.imshow(np.abs(values) / unit, cmap=SEQUENTIAL, vmin=0, vmax=_BLOCK_LIMIT, aspect="auto")
+            images.append(ax.imshow(np.abs(values) / unit, cmap=SEQUENTIAL, vmin=0, vmax=_BLOCK_LIMIT, aspect="auto"))
             ax.set_xticks([])
             ax.set_yticks([])
             ax.set_ylabel(label)
+        column[0].set_title(short(row["method"]))
         column[1].set_xlabel(_block_name(row["block"]))
-    bar = panel.colorbar(image, ax=axes, extend="max", fraction=0.03, pad=0.01)
+    bar = panel.colorbar(images[0], ax=axes, extend="max", fraction=0.03, pad=0.01)
     bar.set_label("1: root mean\nsquare of $J_0$")
 
 
 def _block_name(text: str) -> str:
     """Which parameters, short enough for a third of a page; the table of methods has it in full."""
     parameter = text.removeprefix("gradient of the last output by ").partition(", ")[0]
-    parts = [part for part in parameter.split(".") if part not in ("base_model", "model", "default")]
-    return ".".join(parts[-4:])
+    dull = ("base_model", "model", "default", "attention", "encoder", "weight")
+    parts = [part for part in parameter.split(".") if part not in dull]
+    return ".".join(parts[-6:])
 
 
 @dataclass(frozen=True)
