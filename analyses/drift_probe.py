@@ -77,20 +77,16 @@ def trained_values(model: nn.Module) -> Values:
 
 @contextmanager
 def parameters_at(model: nn.Module, values: Values) -> Iterator[None]:
-    """The model with these values of its trained parameters; the present ones come back, whatever happens."""
-    present = trained_values(model)
+    """The model with these values of some of its parameters; its own come back, whatever happens. Copies nothing."""
+    swapped = {name: p for name, p in model.named_parameters() if name in values}
+    own = {name: p.data for name, p in swapped.items()}
     try:
-        _assign(model, values)
+        for name, p in swapped.items():
+            p.data = values[name]
         yield
     finally:
-        _assign(model, present)
-
-
-def _assign(model: nn.Module, values: Values) -> None:
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name in values:
-                p.copy_(values[name])
+        for name, p in swapped.items():
+            p.data = own[name]
 
 
 def relative_movement(model: nn.Module, start: Values, names: Sequence[str]) -> float:

@@ -116,7 +116,7 @@ def _places(panel: SubFigure, result: Result, methods: list[str]) -> None:
         ax.set_xticks([])
         ax.set_xlabel(f"{values.shape[1]} examples")
         ax.set_title(short(row["method"]))
-    bar = panel.colorbar(images[0], ax=axes, extend="max", fraction=0.03, pad=0.01)
+    bar = panel.colorbar(images[0], ax=axes, extend="max", fraction=0.03, pad=0.01, ticks=(0, 0.5, 1))
     bar.set_label("1: as large as $J_0$")
 
 
@@ -137,7 +137,7 @@ def _blocks(panel: SubFigure, result: Result, methods: list[str]) -> None:
             ax.set_ylabel(label)
         column[0].set_title(short(row["method"]))
         column[1].set_xlabel(_block_name(row["block"]))
-    bar = panel.colorbar(images[0], ax=axes, extend="max", fraction=0.03, pad=0.01)
+    bar = panel.colorbar(images[0], ax=axes, extend="max", fraction=0.03, pad=0.01, ticks=(0, 1, 2, 3))
     bar.set_label("1: root mean\nsquare of $J_0$")
 
 
