@@ -13,7 +13,7 @@ from analyses.kernel_drift_tables import is_lazy, summary
 from analyses.results import Metric, load_result
 from analyses.training_run import RunConfig, training_run
 from figures import kernel_drift as figure
-from figures.style import PAGE_WIDTH
+from figures.style import PAGE_WIDTH, save
 from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method
 from propulsion.pretrained import load_classifier
@@ -249,7 +249,7 @@ def test_the_figure(config, result, tmp_path):
     assert box.x1 <= width
     assert box.y1 <= height
     assert all(text.get_fontsize() >= 7 for text in drawn.findobj(mpl.text.Text) if text.get_text())
-    paths = figure.write(result, tmp_path)
+    paths = save(drawn, tmp_path, "kernel_drift")
     assert [path.read_bytes() for path in paths] == [(config.output_dir / p.name).read_bytes() for p in paths]
 
 
