@@ -236,7 +236,7 @@ class Probe(TrainerCallback):
     """Measures before the first step and after chosen ones; training goes on as if it had not been there.
 
     Attributes:
-        points: one row a checkpoint: `step`, `score`, `parameter_drift` and `head_drift`.
+        points: one row a checkpoint: `step`, `score`, `parameter_drift` and `head_drift`; the last has no score.
         block: the Jacobian's entries that are kept.
         seconds: wall time of measuring.
     """
@@ -260,7 +260,7 @@ class Probe(TrainerCallback):
             n_jacobians: How many.
             module: Name of the modules of which the last gives the Jacobian's entries that are kept.
             width: How many entries.
-            score: Evaluates a model.
+            score: Evaluates a model; not asked after the last step, since whoever trains evaluates then.
             memory_budget: Bytes for kernels, as in `ntk.empirical_ntk`.
         """
         self._steps, self._inputs, self._score = frozenset(steps), dict(inputs), score
@@ -270,7 +270,7 @@ class Probe(TrainerCallback):
         self._linearized: Linearized | None = None
         self._own: list[str] = []
         self.block: Block | None = None
-        self.points: list[dict[str, float]] = []
+        self.points: list[dict[str, float | None]] = []
         self.seconds = 0.0
         self._found: dict[str, list[Tensor]] = {}
 
@@ -287,7 +287,7 @@ class Probe(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure where it is time to."""
         if state.global_step in self._steps:
-            self._measure(state.global_step, kwargs["model"])
+            self._measure(state.global_step, kwargs["model"], last=state.global_step == state.max_steps)
 
     @property
     def places(self) -> list[str]:
@@ -307,10 +307,10 @@ class Probe(TrainerCallback):
         """Number of parameters that the kernel is of."""
         return sum(self._start[name].numel() for name in self._own)
 
-    def _measure(self, step: int, model: Any) -> None:
+    def _measure(self, step: int, model: Any, *, last: bool = False) -> None:
         started = time.time()
         with isolated_randomness():
-            score = self._score(model)
+            score = None if last else self._score(model)
             outputs = batched_outputs(model, self._inputs, lambda **inputs: model(**inputs).logits)
             self._keep(kernels=traced_kernel(model, self._inputs, self._own, self._budget), outputs=outputs)
             if step == 0:

@@ -165,6 +165,7 @@ def _cell(
         found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[probe])
     except MemoryError as error:
         raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
+    probe.points[-1]["score"] = next(iter(found["scores"].values()))
     kept = ("scores", "losses", "trained_parameters", "learning_rates", "seconds_per_step")
     return {
         "seed": seed,
