@@ -5,7 +5,7 @@ of the Jacobian relative to their size at the start, the error of the linearised
 movement; CKA of the kernel with the start's and with full fine-tuning's, and the score. Below, one column a method:
 relative movement of the Jacobian by place in the network and example, after training, mean over the seeds; and, of the
 first run, the entries of a small block of the Jacobian before training, and how far training moved them, both in
-units of the root mean square of the former: equal colours are equal sizes.
+units of the root mean square of the former: equal colours are equal sizes. Drifts and colours are logarithmic.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
 
 from analyses.results import Result, load_result
 from figures.method_comparison import short
@@ -25,9 +27,9 @@ from figures.style import PAGE_WIDTH, PALETTE, SEQUENTIAL, save, style
 from propulsion.errors import run_command
 
 _MARKERS = "os^Dv"
-# Above this, relative movements have one colour: as large as the start itself.
-_FULL = 1.0
-_BLOCK_LIMIT = 3.0
+_LOGARITHMIC = ("relative_kernel_drift", "relative_jacobian_drift")
+# Colours are of logarithms: movements go from a hundredth of the start to a hundred times it.
+_TICKS = (0.1, 1, 10, 100)
 
 
 def draw(result: Result) -> Figure:
@@ -73,6 +75,8 @@ def _lines(panel: SubFigure, result: Result, methods: list[str]) -> None:
                 found = [row for row in chosen if row["quantity"] == "cka"]
             else:
                 found = [row for row in rows if (row["method"], row["quantity"]) == (method, entry[0])]
+                if entry[0] in _LOGARITHMIC:
+                    found = [row for row in found if (row["value"] or 0) > 0]
             _line(ax, found, place, short(method))
         name, label, title = entry or ("cka", f"CKA with {short(methods[0])}", f"same kernel as {short(methods[0])}?")
         ax.set_title(title, loc="left")
@@ -81,8 +85,11 @@ def _lines(panel: SubFigure, result: Result, methods: list[str]) -> None:
         ax.set_xlim(-0.03 * last, 1.03 * last)
         if "cka" in name:
             ax.set_ylim(min(0.0, ax.get_ylim()[0]), 1.03)
+        elif name in _LOGARITHMIC:
+            ax.set_yscale("log")
+            ax.axhline(1, color="0.5", linewidth=0.8, linestyle=":")
         elif name != "score":
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, max(1.03, ax.get_ylim()[1]))
         ax.grid(color="0.9", linewidth=0.5)
         ax.set_axisbelow(True)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -111,13 +118,12 @@ def _places(panel: SubFigure, result: Result, methods: list[str]) -> None:
     images = []
     for ax, row in zip(axes, result.tables["methods"]):
         values = result.arrays[f"jacobian_drift.{row['method']}"]
-        images.append(ax.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=_FULL, aspect="auto"))
+        images.append(_map(ax, values))
         ax.set_yticks(range(len(row["places"])), row["places"])
         ax.set_xticks([])
         ax.set_xlabel(f"{values.shape[1]} examples")
         ax.set_title(short(row["method"]))
-    bar = panel.colorbar(images[0], ax=axes, extend="max", fraction=0.03, pad=0.01, ticks=(0, 0.5, 1))
-    bar.set_label("1: as large as $J_0$")
+    _bar(panel, images[0], axes, "1: as large as $J_0$")
 
 
 def _blocks(panel: SubFigure, result: Result, methods: list[str]) -> None:
@@ -131,14 +137,26 @@ def _blocks(panel: SubFigure, result: Result, methods: list[str]) -> None:
         start, now = (result.arrays[f"{name}.{row['method']}"] for name in ("block_start", "block_now"))
         unit = float(np.sqrt(np.mean(start**2))) or 1.0
         for ax, values, label in zip(column, (start, now - start), ("$|J_0|$", "$|J_t - J_0|$")):
-            images.append(ax.imshow(np.abs(values) / unit, cmap=SEQUENTIAL, vmin=0, vmax=_BLOCK_LIMIT, aspect="auto"))
+            images.append(_map(ax, np.abs(values) / unit))
             ax.set_xticks([])
             ax.set_yticks([])
             ax.set_ylabel(label)
         column[0].set_title(short(row["method"]))
         column[1].set_xlabel(_block_name(row["block"]))
-    bar = panel.colorbar(images[0], ax=axes, extend="max", fraction=0.03, pad=0.01, ticks=(0, 1, 2, 3))
-    bar.set_label("1: root mean\nsquare of $J_0$")
+    _bar(panel, images[0], axes, "1: root mean\nsquare of $J_0$")
+
+
+def _map(ax: Axes, values: np.ndarray) -> AxesImage:
+    norm = LogNorm(_TICKS[0], _TICKS[-1])
+    # Zero has no logarithm: it gets the colour of the smallest.
+    return ax.imshow(np.maximum(values, 1e-30), cmap=SEQUENTIAL, norm=norm, aspect="auto", interpolation="nearest")
+
+
+def _bar(panel: SubFigure, image: AxesImage, axes: np.ndarray, label: str) -> None:
+    bar = panel.colorbar(image, ax=list(axes.flat), extend="both", fraction=0.03, pad=0.01)
+    bar.set_ticks(list(_TICKS), labels=[f"{tick:g}" for tick in _TICKS])
+    bar.ax.minorticks_off()
+    bar.set_label(label)
 
 
 def _block_name(text: str) -> str:
