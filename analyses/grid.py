@@ -1,23 +1,27 @@
 """Grids of runs that take hours: one file a cell, so that a killed grid goes on where it was.
 
 A cell's file appears when the cell is complete, by a rename. It holds the settings that all cells share; a folder of
-other settings is refused, so that no table mixes two experiments. Arrays stand in a file of their own beside it, which
-is there before it.
+other settings is refused, so that no table mixes two experiments. Arrays lie in a second file beside it, which is
+there before it.
 """
 
+import contextlib
 import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from analyses.results import environment, plain
 from propulsion.errors import UserError
+
+ARRAYS = "arrays"
+"""What a cell found under this name, arrays by their names, is kept as arrays, and not as text."""
 
 
 class Grid:
@@ -50,8 +54,6 @@ class Grid:
     def cell(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any] | None:
         """Return what a cell found, from its file or computed now; None if `max_runs` cells were computed before.
 
-        Numbers and texts come back as JSON has them. Arrays, by name under the key "arrays", come back as they were.
-
         Raises:
             UserError: The cell's file is damaged or of other settings, or cannot be written.
         """
@@ -63,29 +65,26 @@ class Grid:
             return None
         print(f"{name} ...", flush=True)
         computed = dict(compute())
-        arrays = {key: np.asarray(value) for key, value in computed.pop("arrays", {}).items()}
+        arrays = computed.pop(ARRAYS, None)
         found = plain(computed)
         self.computed += 1
-        content = {"cell": name, "settings": self._settings, "environment": environment(), "found": found}
-        if arrays:
-            content["arrays"] = sorted(arrays)
-        text = json.dumps(content, allow_nan=False) + "\n"
         try:
-            if arrays:
-                _replace(_beside(path), lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
-            _replace(path, lambda file: file.write(text.encode()))
+            content = {"cell": name, "settings": self._settings, "environment": environment(), "found": found}
+            if arrays is not None:
+                content |= {ARRAYS: {key: list(value.shape) for key, value in arrays.items()}}
+                with _whole(_beside(path)) as partial, partial.open("wb") as file:
+                    np.savez_compressed(file, allow_pickle=False, **arrays)
+            with _whole(path) as partial:
+                partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        return found | ({"arrays": arrays} if arrays else {})
+        return found if arrays is None else found | {ARRAYS: dict(arrays)}
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found, stored = content["found"], content["settings"]
-            if names := content.get("arrays"):
-                with np.load(_beside(path), allow_pickle=False) as file:
-                    found["arrays"] = {name: file[name] for name in names}
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it, and it will be computed again") from error
         if stored != self._settings:
             keys = {*stored, *self._settings}
@@ -93,22 +92,34 @@ class Grid:
             raise UserError(
                 f"{path.parent} holds runs of other settings ({', '.join(differing)}): name another --runs-dir"
             )
-        return found
+        return found if ARRAYS not in content else found | {ARRAYS: _read_arrays(path, content[ARRAYS])}
 
 
 def _beside(path: Path) -> Path:
-    """The file of a cell's arrays."""
     return path.with_suffix(".npz")
 
 
-def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file whole or not at all."""
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block is done."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with partial.open("wb") as file:
-            write(file)
+        yield partial
         os.replace(partial, path)
     except BaseException:
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def _read_arrays(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(_beside(path), allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in shapes}
+        if wrong := [name for name, shape in shapes.items() if list(arrays[name].shape) != shape]:
+            raise ValueError(f"{wrong[0]} has another shape")
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{_beside(path)} is damaged ({error}): remove it and {path.name}, and they will be computed again"
+        ) from error
+    return arrays

@@ -40,26 +40,6 @@ def test_arrays_come_back_as_they_were(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-0.5.json", "seed-0.5.npz"]
 
 
-def test_a_cell_whose_arrays_are_lost_or_damaged_is_named(tmp_path):
-    Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"x": np.ones(3)}})
-    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-40])
-    with pytest.raises(UserError, match=r"a\.json is damaged"):
-        Grid(tmp_path, {}).cell("a", dict)
-    (tmp_path / "a.npz").unlink()
-    with pytest.raises(UserError, match=r"a\.json is damaged"):
-        Grid(tmp_path, {}).cell("a", dict)
-
-
-def test_arrays_without_their_cell_are_computed_again(tmp_path):
-    """As a kill between the two files leaves them."""
-    Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"x": np.zeros(3)}})
-    (tmp_path / "a.json").unlink()
-    Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"x": np.ones(2)}})
-    found = Grid(tmp_path, {}).cell("a", dict)
-    assert found is not None
-    assert found["arrays"]["x"].tolist() == [1, 1]
-
-
 def test_the_number_of_runs_is_limited_and_the_rest_named(tmp_path):
     grid = Grid(tmp_path, {}, max_runs=1)
     assert [grid.cell(name, lambda: {"x": 1}) for name in "abc"] == [{"x": 1}, None, None]
@@ -100,3 +80,24 @@ def test_students_interval():
     assert mean == 1.5
     assert low != low
     assert high != high
+
+
+def test_arrays_without_their_cell_are_computed_again(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"left by a killed run")
+    found = Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"kernel": np.ones(2)}})
+    assert found is not None
+    assert Grid(tmp_path, {}).cell("a", dict)["arrays"]["kernel"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another", "absent"])
+def test_damaged_arrays_are_named(tmp_path, damage):
+    Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"kernel": np.ones(200)}})
+    path = tmp_path / "a.npz"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:50])
+    elif damage == "another":
+        np.savez(path, kernel=np.ones(3))
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=r"a\.npz is damaged .* remove it and a\.json"):
+        Grid(tmp_path, {}).cell("a", dict)
