@@ -37,7 +37,8 @@ def test_indented_formulas_are_literal_and_sections_are_not(docstrings):
 def test_tables_keep_bars_inside_cells(docstrings):
     table = ["| kind  | D       |", "|-------|---------|", "| ``m`` | mean |D||"]
     assert docstrings.as_rst(table) == [
-        ".. list-table::", "   :header-rows: 1", "", "   * - kind", "     - D", "   * - ``m``", r"     - mean \|D\|", "",
+        ".. list-table::", "   :header-rows: 1", "", "   * - kind", "     - D", "   * - ``m``", r"     - mean \|D\|",
+        "",
     ]  # fmt: skip
 
 

@@ -7,10 +7,10 @@ and `|S - rho|` is no markup. Sections (Args, Returns, Raises) are napoleon's wo
 import inspect
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 # What stays as it is: ``literals`` and :roles:`of Sphinx`; the name between single backticks becomes a literal.
 _KEPT = re.compile(r"(``.+?``|:[\w:]+:`[^`]+`|`[^`]+`)")
-_SECTION = re.compile(r"\w[\w ]*:$")
 
 
 def as_rst(lines: list[str]) -> list[str]:
@@ -24,9 +24,8 @@ def as_rst(lines: list[str]) -> list[str]:
             found += block
         elif line.lstrip().startswith("|") and len(block) > 2:
             found += _table(block)
-        elif (
-            above and not lines[i - 1].strip() and _indent(line) > _indent(above) and not _SECTION.match(above.strip())
-        ):
+        elif i and above and not lines[i - 1].strip() and _indent(line) > _indent(above):
+            # A section's lines follow its name at once, so this is no section.
             block = _deeper(lines, i, _indent(above))
             found += [" " * _indent(above) + "::", "", *block]
         else:
@@ -75,7 +74,7 @@ def _table(rows: list[str]) -> list[str]:
     columns = [i for i, c in enumerate(rows[1].strip()) if c == "|"]
     for row in (rows[0], *rows[2:]):
         text = row.strip()
-        cells = [text[a + 1 : b].strip() for a, b in zip(columns, columns[1:])]
+        cells = [text[a + 1 : b].strip() for a, b in pairwise(columns)]
         found += [f"{pad}   {'* -' if i == 0 else '  -'} {prose(cell)}" for i, cell in enumerate(cells)]
     return [*found, ""]
 
