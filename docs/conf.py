@@ -1,4 +1,4 @@
-"""The documentation site. From the root of the repository: python -m sphinx -W --keep-going docs site."""
+"""The documentation site. From the root of the repository: python -m sphinx -W --keep-going docs docs/_build/site."""
 
 import re
 import sys

@@ -13,6 +13,8 @@ import torch
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "docs" / "notebooks").glob("*.ipynb"))
 LARGEST = 500_000  # bytes
+# What shows more than it tests: the widest networks cost most.
+SHORTER = {"widths = (64, 128, 256, 512, 1024)": "widths = (64, 128)"}
 
 
 def cells(notebook: Path) -> list[dict]:
@@ -46,8 +48,12 @@ def test_its_code_runs(notebook):
 
         names: dict = {"__name__": "__main__"}
         try:
-            for cell in cells(notebook):
-                exec(compile("".join(cell["source"]), notebook.name, "exec"), names)
+            code = ["".join(cell["source"]) for cell in cells(notebook)]
+            for whole, part in SHORTER.items():
+                assert any(whole in source for source in code)
+                code = [source.replace(whole, part) for source in code]
+            for source in code:
+                exec(compile(source, notebook.name, "exec"), names)
             assert plt.get_fignums()
         finally:
             plt.close("all")
