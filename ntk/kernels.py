@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Kernel = Float[Tensor, "_ _ ..."]
-"""``(n1, n2)`` or ``(n1, n2, c, c)``: functions check the shapes they need themselves, to say what came instead."""
+"""``(n1, n2)`` or ``(n1, n2, c, c)``; functions check the shapes they need themselves, to say what came instead."""
 
 REDUCTIONS = ("trace", "diagonal", "sum")
 
