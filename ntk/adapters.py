@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ntk.features import Dense, Feature, Lookup, Outer
 
 Modules = str | Sequence[str] | Callable[[str], bool] | None
-"""Which layers: a regular expression of the whole module name, names or their last parts, a predicate; None for all."""
+"""Which layers, by a regular expression of the whole name, names or their last parts, or a predicate; None for all."""
 
 # Elements of the inputs that LoHa makes at a time: they stay in the caches.
 _INPUTS = 1 << 19

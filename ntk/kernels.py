@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# (n1, n2) or (n1, n2, c, c). Functions check the shapes they need themselves, to say what came instead.
 Kernel = Float[Tensor, "_ _ ..."]
+"""``(n1, n2)`` or ``(n1, n2, c, c)``; functions check the shapes they need themselves, to say what came instead."""
 
 REDUCTIONS = ("trace", "diagonal", "sum")
 
