@@ -10,15 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+import ntk
 from ntk import adapters
+from propulsion.data import tokenize
 from propulsion.errors import UserError
 from propulsion.layer import PropulsionLayer
 from propulsion.methods import HEADED, Method, apply_method
 from propulsion.optim import Rates, parameter_groups
+from propulsion.tasks import Task
 
 HEAD = "head"
 """The head's own kernel, and the method that trains nothing else."""
@@ -149,3 +153,21 @@ def _adapter(text: str, method: Method, trained: Any) -> adapters.Method:
     inputs = [name for name, m in layers.items() if m.is_feedforward]
     outputs = [name for name in layers if name not in inputs]
     return adapters.IA3(outputs.__contains__, inputs.__contains__)
+
+
+def model_inputs(
+    rows: Dataset, tokenizer: Any, task: Task, *, max_length: int | None = None, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Rows of a task as one padded batch, without their labels."""
+    encoded = tokenize(rows, tokenizer, task, max_length)
+    columns = {name: encoded[name] for name in encoded.column_names if name != "labels"}
+    return {name: value.to(device) for name, value in tokenizer.pad(columns, return_tensors="pt").items()}
+
+
+def one_output(task: Task) -> ntk.outputs.Output | None:
+    """What a kernel of one output differentiates; None where the task has several.
+
+    For two classes it is the difference of the logits: their cross-entropy depends on nothing else, so that a network's
+    gradient flow on it is that of this one output, exactly.
+    """
+    return ntk.outputs.logits if task.is_regression else ntk.outputs.margin() if task.num_labels == 2 else None
