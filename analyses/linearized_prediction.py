@@ -193,6 +193,9 @@ def _setting(config: Config) -> Setting:
     data = load_task_data(config.task, data_dir=folder, n_validation=n_test, seed=0)
     if config.head == "label_words":
         data = prompted(data, config.prompt)
+        # The readout stands for the head, which no adapter touches.
+        readout = {"exclude_modules": ["lm_head"]}
+        methods = {t: m.with_defaults(**readout) if m.name == "propulsion" else m for t, m in methods.items()}
     factors = tuned_factors(config.comparison, config.task)
     if absent := [text for text in methods if factors and text not in factors]:
         raise UserError(f"{config.comparison} holds no learning rate of {', '.join(absent)}")
@@ -439,7 +442,11 @@ def _coverage(setting: Setting) -> dict[str, str]:
     """Which parameters each kernel covers, and what was left out, in words."""
     config = setting.config
     headed = config.head == "random"
-    body = "what the method trains in the backbone, without the head" if headed else "all that the method trains"
+    body = (
+        "what the method trains in the backbone, without the head"
+        if headed
+        else "all that the method trains; adapters leave the readout of the vocabulary alone"
+    )
     found = {
         REGRESSION: f"{body}; ridge chosen on folds of the training rows",
         FLOW: f"{body}; squared loss, stopped at a time chosen on folds of the training rows",

@@ -97,7 +97,7 @@ def tangents(
         rates[text] = by_role
         if method.name != HEAD:
             inside = (lambda name: name.startswith(prefix)) if headed else (lambda name: True)
-            found[text] = Part(_adapter(text, method, trained), inside)
+            found[text] = Part(_adapter(text, method, model, trained), inside)
     if headed:
         found[HEAD] = Part(adapters.Full(), lambda name: not name.startswith(prefix))
     return Tangents(found, rates)
@@ -126,13 +126,20 @@ def with_head(
     return found
 
 
-def _adapter(text: str, method: Method, trained: Any) -> adapters.Method:
+def _adapter(text: str, method: Method, model: Any, trained: Any) -> adapters.Method:
     """The method of `ntk.adapters` that a trained model's layers say."""
     if method.name == "full":
         return adapters.Full()
     if method.name == "bitfit":
         return adapters.BitFit()
     bare = trained.get_base_model()
+    adaptable = {name for name, _ in adapters.layers_of(model).values()}
+    adapted = (name for name, m in bare.named_modules() if isinstance(m, (LoraLayer, IA3Layer, PropulsionLayer)))
+    if outside := [name for name in adapted if name not in adaptable]:
+        raise UserError(
+            f"method {text} adapts {outside[0]}, outside the model's body, where it has no tangent kernel here; leave "
+            f"it out, as by exclude_modules={outside[0]}+"
+        )
     if method.name == "lora":
         lora = {name: m for name, m in bare.named_modules() if isinstance(m, LoraLayer)}
         first = next(iter(lora.values()))

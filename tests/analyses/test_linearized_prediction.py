@@ -1,5 +1,6 @@
 """Kernel predictions against trained networks: run whole on tiny models, and the parts on known cases."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -20,11 +21,12 @@ from analyses.kernel_prediction import (
 from analyses.label_words import answering, load_label_words, packaged_model, prompted
 from analyses.linearized_prediction import Config
 from analyses.linearized_prediction_tables import AGAIN, HIDDEN, PERMUTED, REGRESSION, SIGN, WITH_HEAD, summary
+from analyses.method_kernels import model_inputs, tangents
 from analyses.results import load_result
 from ntk.dynamics import kernel_regression
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
-from propulsion.methods import Method
+from propulsion.methods import Method, apply_method
 from propulsion.pretrained import load_model
 from propulsion.training import TrainingConfig
 
@@ -215,15 +217,14 @@ def test_label_words_are_trained_and_predicted(tiny_decoder, tmp_path):
 
 
 def test_kernels_of_label_words_are_those_of_the_model_that_is_trained(tiny_decoder):
-    import copy
-
-    from analyses.method_kernels import model_inputs, tangents
-    from propulsion.methods import apply_method
-
     data = prompted(load_task_data("demo", n_train=4, n_validation=4), "{text} It was")
     model, tokenizer = load_label_words(str(tiny_decoder), ("bad", "good"), dtype=torch.float64)
     inputs = model_inputs(data.validation, tokenizer, data.task)
     methods = {text: Method.parse(text) for text in METHODS}
+    with pytest.raises(UserError, match="adapts lm_head"):
+        tangents(model, methods, task_type="CAUSAL_LM", seed=0, degree=3)
+    setting = linearized_prediction._setting(Config(head="label_words", methods=METHODS, sizes=(8,)))
+    methods = setting.methods
     found = tangents(model, methods, task_type="CAUSAL_LM", seed=0, degree=3)
     kernels = ntk.adapter_kernels(model, inputs, found.methods, output=ntk.outputs.margin())
     assert set(kernels) == set(METHODS)
