@@ -13,7 +13,7 @@ output, the difference of the logits; more than two are traced. Seeds draw the e
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -154,6 +154,7 @@ def run(config: Config) -> Result:
     started = time.time()
     _check(config)
     methods = {text: Method.parse(text) for text in config.methods}
+    steps = _measured(config)
     data = load_task_data(config.task, data_dir=config.data_dir)
     found: dict[str, list[Spectral]] = {}
     for seed in config.seeds:
@@ -164,7 +165,7 @@ def run(config: Config) -> Result:
             found.setdefault(name, []).append(decompose(kernel, y, draws=config.null_draws, seed=seed))
         print(f"seed {seed}: {len(kernels)} kernels, {time.time() - started:.0f} s", flush=True)
     metrics = [metric for name, each in found.items() for metric in _metrics(name, each)]
-    metrics += _against_measured(config, metrics)
+    metrics += against_measured(metrics, steps)
     shown = [*config.methods, *([] if HEAD in config.methods else [HEAD])]
     arrays: dict[str, np.ndarray] = {"ridges": RIDGES, "times": TIMES}
     for name in shown:
@@ -250,14 +251,24 @@ def _entropy_rank(values: np.ndarray) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-def _against_measured(config: Config, metrics: Sequence[Metric]) -> list[Metric]:
-    """Spearman's correlation over methods of predicted times and measured steps, with the p-value as another metric."""
+def _measured(config: Config) -> dict[str, float]:
+    """Measured steps by method; none without a result of analyses.convergence."""
     if config.convergence is None:
-        return []
+        return {}
     measured = load_result(config.convergence, analysis="convergence")
     steps = {m.left: m.value for m in measured.metrics if m.name == MEASURED and m.left in config.methods}
+    if len(steps) < 3:
+        raise UserError(f"{config.convergence} shares {len(steps)} methods with these: three are needed")
+    return steps
+
+
+def against_measured(metrics: Sequence[Metric], steps: Mapping[str, float]) -> list[Metric]:
+    """Spearman's correlation over methods of predicted times and measured steps, with p-value and number of methods.
+
+    A time that is not finite leaves its method out; with fewer than three methods the correlation is not-a-number.
+    """
     found = []
-    for share in SHARES:
+    for share in SHARES if steps else ():
         for suffix in ("", " + head"):
             times = {m.left: m.value for m in metrics if m.name == f"time to learn {share:.0%}" and not m.right}
             pairs = [
@@ -265,10 +276,10 @@ def _against_measured(config: Config, metrics: Sequence[Metric]) -> list[Metric]
                 for text in steps
                 if math.isfinite(times.get(key := text if text == HEAD else f"{text}{suffix}", math.nan))
             ]
-            if len(pairs) < 3:
-                raise UserError(f"{config.convergence} shares {len(pairs)} methods with these: three are needed")
-            predicted, seen = zip(*pairs, strict=True)
-            correlation, p = (float(x) for x in stats.spearmanr(predicted, seen))  # pyright: ignore[reportArgumentType]
+            correlation, p = math.nan, math.nan
+            if len(pairs) >= 3:
+                predicted, seen = zip(*pairs, strict=True)
+                correlation, p = (float(x) for x in stats.spearmanr(predicted, seen))  # pyright: ignore[reportArgumentType]
             left, right = f"time to learn {share:.0%}{suffix}", MEASURED
             found.append(Metric("rank correlation", correlation, None, None, "", STAGE, left, right))
             found.append(Metric("rank correlation, p-value", p, None, None, "", STAGE, left, right))
