@@ -4,7 +4,8 @@ Left, the scores: solid lines are trained networks, dashed ones regression under
 dotted grey ones the nulls. Middle, how often a network and its kernel's regression give the same class; the thin dotted
 line of the same colour is what independent errors at the same accuracy would give, black a network trained again with
 another data order. Right, correlation of the logits, initial ones subtracted, for the tangent kernel (dashed) and the
-sign-gradient kernel (dash-dotted). Bars are 95 % Student intervals over seeds, shifted sideways to be told apart.
+sign-gradient kernel (dash-dotted). Bars are 95 % Student intervals over seeds, shifted sideways to be told apart; with
+few seeds they are wide, and cut where a panel ends.
 """
 
 import math
@@ -29,6 +30,7 @@ _NULLS: dict[str, tuple[Literal[":"], str]] = {
     "null: majority class": (":", "x"),
     "null: permuted labels": (":", "s"),
 }
+_MARGIN = 0.08
 _SHIFT = 0.06  # Of the distance between sizes, as a share of a factor of e.
 
 
@@ -64,6 +66,9 @@ def draw(result: Result) -> Figure:
             panel.set_xticks(sizes, [str(size) for size in sizes])
             panel.minorticks_off()
             panel.grid(color="0.9", linewidth=0.5)
+            # By the values: Student's intervals of two or three seeds may reach beyond what the quantity can be.
+            if values := lines.values.get(panel):  # Without trained networks there is no agreement with them.
+                panel.set_ylim(min(values) - _MARGIN, max(values) + _MARGIN)
         figure.legend(handles=_legend(colors, result), loc="outside lower center", ncols=4)
         figure.draw_without_rendering()
     return figure
@@ -77,6 +82,7 @@ class _Lines:
             (m.name, m.left, m.right, m.stage): m for m in result.metrics
         }
         self._sizes = sizes
+        self.values: dict[Axes, list[float]] = {}
 
     def draw(
         self, axes: Axes, name: str, left: str, right: str, shift: float, *, bars: bool = True, **look: object
@@ -88,6 +94,7 @@ class _Lines:
             return
         x = np.array([size for size, _ in kept]) * math.exp(_SHIFT * shift)
         y = np.array([m.value for _, m in kept])
+        self.values.setdefault(axes, []).extend(y.tolist())
         ends = np.array([[_distance(m.value, m.low), _distance(m.value, m.high)] for _, m in kept]).T
         options = {"markersize": 3, "linewidth": 1.2, "elinewidth": 0.6} | look
         axes.errorbar(x, y, yerr=ends if bars else None, **options)  # pyright: ignore[reportArgumentType]
