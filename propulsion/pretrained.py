@@ -209,7 +209,19 @@ def _load_weights(
     except _LOADING_ERRORS as error:
         raise UserError(f"cannot load the weights of {source}: {first_line(error)}") from error
     _report_random_weights(model, info, source)
+    if options:
+        _forget_quantisation(model, source)
     return model.to(dtype)
+
+
+def _forget_quantisation(model: Any, source: str) -> None:
+    """Let a model read from a GGUF file be one of plain weights, which may be trained and saved whole."""
+    if packed := [name for name, weight in model.named_parameters() if not weight.is_floating_point()]:
+        raise UserError(f"{source}: {packed[0]} is still in GGUF blocks; uninstall the package kernels to dequantise it")
+    # Transformers keeps the quantiser that has unpacked the file, and then refuses to train or save all weights.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 class _LoadReport(logging.Filter):
