@@ -42,7 +42,6 @@ def ledger(rows: Sequence[Row], results: Mapping[str, Result], root: str, *, qui
         root: The folder of those results, as commands should name it.
         quick: Whether they were made by a quick run.
     """
-    used = [name for name in results if any(name in row.folders for row in rows)]
     counts = {verdict.value: sum(row.verdict == verdict for row in rows) for verdict in Verdict}
     return {
         "format": 1,
@@ -50,7 +49,7 @@ def ledger(rows: Sequence[Row], results: Mapping[str, Result], root: str, *, qui
         "quick": quick,
         "counts": counts,
         "rows": [_row(row, root) for row in rows],
-        "sources": {name: _source(results[name], f"{root}/{name}") for name in used},
+        "sources": {name: _source(result, f"{root}/{name}") for name, result in results.items()},
     }
 
 

@@ -32,6 +32,11 @@ SLOPES = (-0.6, -0.4)
 FACTOR = 1.5
 """Two degrees within this factor count as the same."""
 
+AGREEING = 0.9
+"""Share of held-out examples from which two predictors count as one."""
+DEGREE = 15.0
+"""Where the paper gives a task no degree: its code's default."""
+
 INITIAL, TRAINED = STAGES
 HOMOGENEOUS = ("linear", "relu", "leaky_relu")
 # Cases of analyses.theorem1 that meet the corrected theorem's conditions, and those that lack one of them.
@@ -172,6 +177,28 @@ def linearisation(results: Results) -> list[Evidence]:
     ]
 
 
+def kernel_predicts(results: Results) -> list[Evidence]:
+    """Agreement of each method's trained network with gradient flow under its own kernel."""
+    evidence = []
+    for task, result in by_task(results, "linearized_prediction").items():
+        for method in dict.fromkeys(m.left for m in result.metrics if m.name == "prediction_agreement"):
+            if method.split(":")[0] in ("full", "propulsion"):
+                label = f"{task}, {method.split(':')[0]}"
+                evidence.append(_agreement(result, label, "prediction_agreement", method, "gradient flow"))
+    return evidence
+
+
+def same_predictions(results: Results) -> list[Evidence]:
+    """Agreement of regression under the two kernels, and of the two trained networks."""
+    evidence = []
+    for task, result in by_task(results, "linearized_prediction").items():
+        for name, words in (("kernel_agreement", "kernels"), ("trained_agreement", "networks")):
+            rights = [m.right for m in result.metrics if m.name == name and m.right.startswith("propulsion")]
+            for right in rights[:1]:
+                evidence.append(_agreement(result, f"{task}, {words}", name, "full", right))
+    return evidence
+
+
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
@@ -197,15 +224,28 @@ def _aligned(result: Result, label: str, stage: str) -> Evidence:
 
 
 def _per_method(result: Result, task: str, name: str) -> Iterator[Evidence]:
-    """A metric of training, of full fine-tuning and of Propulsion: the paper's two."""
+    """A metric of training, of full fine-tuning and of Propulsion, the paper's two, beside its null models' least."""
+    of_null = [m for m in result.metrics if m.name == f"null_{name}" and m.stage == TRAINED]
     for m in result.metrics:
-        if m.name == name and m.stage == TRAINED and m.left.split(":")[0] in ("full", "propulsion"):
-            q = quantity(f"{task}, {m.left.split(':')[0]}", m)
-            yield Evidence(q, at_most(q, CLOSE))
+        method = m.left.split(":")[0]
+        if m.name == name and m.stage == TRAINED and method in ("full", "propulsion"):
+            q = quantity(f"{task}, {method}", m)
+            nulls = [quantity(null.right, null) for null in of_null if null.left == m.left]
+            yield Evidence(q, at_most(q, CLOSE), min(nulls, key=lambda null: null.value, default=None))
 
 
-DEGREE = 15.0
-"""Where the paper gives a task no degree: its code's default."""
+def _agreement(result: Result, label: str, name: str, left: str, right: str) -> Evidence:
+    """Agreement of two predictors at the largest training set, beside that of independent errors."""
+    sizes = [row["size"] for row in result.tables["sizes"]]
+    stage = f"n={max(sizes)}"
+    q = quantity(f"{label}, {stage}", result.metric(name, stage=stage, left=left, right=right))
+    chance = name.replace("prediction_", "").replace("agreement", "independent_errors_agreement")
+    null = quantity("independent errors", result.metric(chance, stage=stage, left=left, right=right))
+    if not q.has_interval:
+        return Evidence(q, Outcome.OPEN, null)
+    outcome = at_least(q, AGREEING)
+    return Evidence(q, Outcome.PARTLY if outcome != Outcome.MET and q.lower > null.upper else outcome, null)
+
 
 CLAIMS = (
     Claim(
@@ -282,6 +322,22 @@ CLAIMS = (
         "‖J_t − J_0‖ / ‖J_0‖ after training",
         f"at most {CLOSE:g}, with its whole interval where it has one",
         SOMEWHERE, ("kernel_drift/*",), figure7,
+    ),
+    Claim(
+        "kernel-predicts", "The kernel predicts training",
+        "A fine-tuned network predicts what its kernel at initialisation says it will.",
+        "Sec. 3 and App. A (the NTK regime), our test",
+        "share of held-out examples on which network and gradient flow under its kernel agree, largest training set",
+        f"at least {AGREEING:g} with its whole interval; in part if only above what independent errors would give",
+        SOMEWHERE, ("linearized_prediction/*",), kernel_predicts,
+    ),
+    Claim(
+        "same-predictions", "Both kernels predict the same",
+        "Since the kernels agree, Propulsion predicts what full fine-tuning predicts.",
+        "Sec. 3, what Theorem 1 is for, our test",
+        "share of held-out examples on which regression under K_F and under K_P, or the two trained networks, agree",
+        f"at least {AGREEING:g} with its whole interval; in part if only above what independent errors would give",
+        SOMEWHERE, ("linearized_prediction/*",), same_predictions,
     ),
     Claim(
         "degree-scale", "The degree matches the kernels",
