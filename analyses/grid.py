@@ -1,18 +1,27 @@
 """Grids of runs that take hours: one file a cell, so that a killed grid goes on where it was.
 
 A cell's file appears when the cell is complete, by a rename. It holds the settings that all cells share; a folder of
-other settings is refused, so that no table mixes two experiments.
+other settings is refused, so that no table mixes two experiments. Arrays lie in a second file beside it, which is
+there before it.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from analyses.results import environment, plain
 from propulsion.errors import UserError
+
+ARRAYS = "arrays"
+"""What a cell found under this name, arrays by their names, is kept as arrays, and not as text."""
 
 
 class Grid:
@@ -55,17 +64,21 @@ class Grid:
             self.missing.append(name)
             return None
         print(f"{name} ...", flush=True)
-        found = plain(compute())
+        computed = dict(compute())
+        arrays = computed.pop(ARRAYS, None)
+        found = plain(computed)
         self.computed += 1
         try:
-            partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
             content = {"cell": name, "settings": self._settings, "environment": environment(), "found": found}
-            text = json.dumps(content, allow_nan=False)
-            partial.write_text(text + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            if arrays is not None:
+                content |= {ARRAYS: {key: list(value.shape) for key, value in arrays.items()}}
+                with _whole(_beside(path)) as partial, partial.open("wb") as file:
+                    np.savez_compressed(file, allow_pickle=False, **arrays)
+            with _whole(path) as partial:
+                partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        return found
+        return found if arrays is None else found | {ARRAYS: dict(arrays)}
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -79,4 +92,29 @@ class Grid:
             raise UserError(
                 f"{path.parent} holds runs of other settings ({', '.join(differing)}): name another --runs-dir"
             )
-        return found
+        return found if ARRAYS not in content else found | {ARRAYS: _read_arrays(path, content[ARRAYS])}
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".npz")
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block is done."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    yield partial
+    os.replace(partial, path)
+
+
+def _read_arrays(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(_beside(path), allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in shapes}
+        if wrong := [name for name, shape in shapes.items() if list(arrays[name].shape) != shape]:
+            raise ValueError(f"{wrong[0]} has another shape")
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{_beside(path)} is damaged ({error}): remove it and {path.name}, and they will be computed again"
+        ) from error
+    return arrays

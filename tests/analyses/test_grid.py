@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from analyses.grid import Grid
@@ -61,3 +62,36 @@ def test_students_interval():
     assert mean == 1.5
     assert low != low
     assert high != high
+
+
+def test_arrays_lie_beside_the_cell(tmp_path):
+    kernel = np.arange(6, dtype=np.float32).reshape(2, 3)
+    first = Grid(tmp_path, {}).cell("a", lambda: {"x": 1, "arrays": {"kernel": kernel}})
+    again = Grid(tmp_path, {}, max_runs=0).cell("a", dict)
+    for found in (first, again):
+        assert found is not None
+        assert found["x"] == 1
+        assert found["arrays"]["kernel"].dtype == np.float32
+        assert (found["arrays"]["kernel"] == kernel).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npz"]
+
+
+def test_arrays_without_their_cell_are_computed_again(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"left by a killed run")
+    found = Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"kernel": np.ones(2)}})
+    assert found is not None
+    assert Grid(tmp_path, {}).cell("a", dict)["arrays"]["kernel"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another", "absent"])
+def test_damaged_arrays_are_named(tmp_path, damage):
+    Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"kernel": np.ones(200)}})
+    path = tmp_path / "a.npz"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:50])
+    elif damage == "another":
+        np.savez(path, kernel=np.ones(3))
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=r"a\.npz is damaged .* remove it and a\.json"):
+        Grid(tmp_path, {}).cell("a", dict)

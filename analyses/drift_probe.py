@@ -1,0 +1,342 @@
+"""How far training takes a network from its start, looked at from inside: a callback that measures at chosen steps.
+
+At each of them: the tangent kernel of what the method trains in the backbone, on held-out examples; the network's
+outputs there and those of its linearisation about the start; the Jacobian on the first few of these examples against
+the start's. Jacobians are taken one example at a time, at the start's parameters and at the present ones, so that no
+more than four of them are held, whatever the number of parameters.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import TrainerCallback
+
+import ntk
+from analyses.model_kernels import is_backbone
+from ntk.dynamics import Linearized
+from ntk.functional import evaluation, select_parameters
+from ntk.inputs import Group, batch_size, group_examples, pad_together, padding_token
+from ntk.jacobian import Jacobian, jacobian_function
+from propulsion.errors import UserError
+from propulsion.trainer import isolated_randomness
+
+Values = dict[str, Tensor]
+
+# What a batch costs beside its tokens, in tokens.
+_OVERHEAD = 48
+
+
+def own_parameters(model: Any) -> list[str]:
+    """Names of what a method trains in the backbone: all that it trains but the head, which every method trains.
+
+    Raises:
+        UserError: It trains nothing there.
+    """
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if isinstance(model, PeftModel):
+        own = [name for name in trained if ".modules_to_save." not in name]
+    else:
+        own = [name for name in trained if is_backbone(model, name)]
+    if not own:
+        raise UserError("a method that trains the head alone has no kernel of its own: leave it out")
+    return own
+
+
+def depth_of(name: str) -> str:
+    """Where in the network a parameter is, by its name.
+
+    >>> depth_of("bert.encoder.layer.11.output.dense.weight"), depth_of("bert.embeddings.LayerNorm.bias")
+    ('layer 11', 'embeddings')
+    """
+    found = re.search(r"\.(\d+)\.", name)
+    if found:
+        return f"layer {found[1]}"
+    return "embeddings" if "embed" in name or ".wte." in name else "after the layers"
+
+
+def traced_kernel(model: Any, inputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """The tangent kernel ``(n, n)`` over the named parameters, traced over the outputs, on the CPU."""
+    chosen = frozenset(names)
+    kernel = ntk.empirical_ntk(model, inputs, params=lambda name, p: name in chosen, reduce="trace")
+    return kernel.cpu()
+
+
+def trained_values(model: nn.Module) -> Values:
+    """Copies of all trained parameters, the head among them."""
+    return {name: p.clone() for name, p in select_parameters(model, "trainable").items()}
+
+
+@contextmanager
+def parameters_at(model: nn.Module, values: Values) -> Iterator[None]:
+    """The model with these values of some of its parameters; its own come back, whatever happens. Copies nothing."""
+    swapped = {name: p for name, p in model.named_parameters() if name in values}
+    own = {name: p.data for name, p in swapped.items()}
+    try:
+        for name, p in swapped.items():
+            p.data = values[name]
+        yield
+    finally:
+        for name, p in swapped.items():
+            p.data = own[name]
+
+
+def relative_movement(model: nn.Module, start: Values, names: Sequence[str]) -> float:
+    """|theta_t - theta_0| / |theta_0| of the named parameters together."""
+    now = select_parameters(model, "trainable")
+    moved = sum(float((now[name] - start[name]).square().sum()) for name in names)
+    return (moved / sum(float(start[name].square().sum()) for name in names)) ** 0.5
+
+
+def batched_outputs(model: nn.Module, inputs: Mapping[str, Tensor], function: Callable[..., Tensor]) -> Tensor:
+    """Outputs ``(n, c)`` of a function called as the model is, in evaluation mode; similar lengths run together."""
+    padding = padding_token(model)
+    groups = group_examples(inputs)
+    groups = groups if padding is None else pad_together(groups, padding, overhead=_OVERHEAD)
+    found: dict[int, Tensor] = {}
+    # Forward-mode derivatives exist for the plain formula of attention alone.
+    with evaluation(model), sdpa_kernel(SDPBackend.MATH):
+        for group in groups:
+            values = function(**group.batched, **group.constant).detach().cpu()
+            found.update(zip(group.indices, values, strict=True))
+    return torch.stack([found[i] for i in range(batch_size(inputs))])
+
+
+# --- Jacobians ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A few entries of the Jacobian, to be shown one by one: those of one parameter tensor, flattened, from the first.
+
+    Attributes:
+        parameter: its name.
+        size: how many numbers it holds.
+        width: how many of them are taken.
+    """
+
+    parameter: str
+    size: int
+    width: int
+
+    @classmethod
+    def choose(cls, model: nn.Module, names: Sequence[str], module: str, width: int) -> "Block":
+        """The smallest tensor in the last module of that name.
+
+        Of equal ones the last: of LoRA's two B, since the gradient of A is 0 as long as B is. Where none of the
+        parameters lies in such a module, the last of them all.
+        """
+        inside = [name for name in names if f".{module}." in name] or [names[-1]]
+        stem = inside[-1].partition(f".{module}.")[0]
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        last = [name for name in inside if name.partition(f".{module}.")[0] == stem]
+        parameter = min(reversed(last), key=lambda name: sizes[name])
+        return cls(parameter, sizes[parameter], min(width, sizes[parameter]))
+
+    def of(self, jacobian: Jacobian) -> Tensor:
+        """The block's entries ``(width,)``: derivatives of one example's last output."""
+        return jacobian[self.parameter][0, -1].flatten()[: self.width].cpu()
+
+    def __str__(self) -> str:
+        return f"gradient of the last output by {self.parameter}, entries 1 to {self.width} of {self.size:,}"
+
+
+@dataclass(frozen=True)
+class JacobianDrift:
+    """Squared Frobenius norms of Jacobians J ``(c, p)`` of m examples, by place in the network, and a block's entries.
+
+    Attributes:
+        moved: ``(places, m)``, |J_t(i) - J_0(i)|^2.
+        moved_same_head: ``(places, m)``, the same with the head as it was at the start: what the backbone did.
+        start: ``(places, m)``, |J_0(i)|^2.
+        shifted: ``(places, m)``, |J_t(i) - J_0(i - 1)|^2, of different examples (0 - 1 is the last): the null.
+        block_start: ``(m, width)``.
+        block_now: ``(m, width)``.
+    """
+
+    moved: Tensor
+    moved_same_head: Tensor
+    start: Tensor
+    shifted: Tensor
+    block_start: Tensor
+    block_now: Tensor
+
+
+def jacobian_drift(
+    model: nn.Module, inputs: Mapping[str, Tensor], start: Values, names: Sequence[str], block: Block
+) -> JacobianDrift:
+    """How far the Jacobians of the named parameters are from those at the start.
+
+    Cost: three Jacobians an example, and one; memory: four.
+    """
+    head = {name: value for name, value in start.items() if name not in names}
+    examples, chosen = _single(inputs), frozenset(names)
+    jacobian = jacobian_function(model, None)
+
+    def at_present(example: Group) -> Jacobian:
+        with evaluation(model):
+            now = select_parameters(model, lambda name, p: name in chosen)
+            return jacobian(now, [example])[1]
+
+    def at(values: Values, example: Group) -> Jacobian:
+        with parameters_at(model, values):
+            return at_present(example)
+
+    def squared(one: Jacobian, other: Jacobian | None = None) -> Tensor:
+        """By place, |difference|^2, or |one|^2."""
+        found = torch.zeros(len(places), dtype=torch.float64)
+        for name, row in rows.items():
+            found[row] += float((one[name] if other is None else one[name] - other[name]).square().sum())
+        return found
+
+    places = list(dict.fromkeys(depth_of(name) for name in names))
+    rows = {name: places.index(depth_of(name)) for name in names}
+    norms: dict[str, list[Tensor]] = {}
+    blocks: dict[str, list[Tensor]] = {}
+    previous = at(start, examples[-1])
+    for example in examples:
+        before, after = at(start, example), at_present(example)
+        found = {"moved": squared(after, before), "shifted": squared(after, previous)}
+        blocks.setdefault("block_start", []).append(block.of(before))
+        blocks.setdefault("block_now", []).append(block.of(after))
+        after = at(head, example)
+        found |= {"moved_same_head": squared(after, before), "start": squared(before)}
+        previous = before
+        for name, value in found.items():
+            norms.setdefault(name, []).append(value)
+    stacked = {name: torch.stack(values, 1) for name, values in norms.items()}
+    return JacobianDrift(**stacked, **{name: torch.stack(values) for name, values in blocks.items()})
+
+
+def _single(inputs: Mapping[str, Tensor]) -> list[Group]:
+    """One group an example, in their order."""
+    found = {
+        index: group.take(slice(place, place + 1))
+        for group in group_examples(inputs)
+        for place, index in enumerate(group.indices)
+    }
+    return [found[i] for i in sorted(found)]
+
+
+# --- the callback ---------------------------------------------------------------------------------------------------
+
+
+class Probe(TrainerCallback):
+    """Measures before the first step and after chosen ones; training goes on as if it had not been there.
+
+    Attributes:
+        points: one row a checkpoint: `step`, `score`, `parameter_drift` and `head_drift`.
+        block: the Jacobian's entries that are kept.
+        seconds: wall time of measuring.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[int],
+        inputs: Mapping[str, Tensor],
+        *,
+        n_jacobians: int,
+        module: str,
+        width: int,
+        score: Callable[[Any], float],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            steps: Optimizer steps after which to measure; 0 is always measured.
+            inputs: Held-out examples, of which the first `n_jacobians` have their Jacobians compared.
+            n_jacobians: How many.
+            module: Name of the modules of which the last gives the Jacobian's entries that are kept.
+            width: How many entries.
+            score: Evaluates a model.
+        """
+        self._steps, self._inputs, self._score = frozenset(steps), dict(inputs), score
+        self._few = {name: value[:n_jacobians] for name, value in inputs.items()}
+        self._module, self._width = module, width
+        self._start: Values = {}
+        self._linearized: Linearized | None = None
+        self._own: list[str] = []
+        self.block: Block | None = None
+        self.points: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self._found: dict[str, list[Tensor]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the start, and measure it."""
+        model = kwargs["model"]
+        self._own, self._start = own_parameters(model), trained_values(model)
+        self.block = Block.choose(model, self._own, self._module, self._width)
+        mode = model.training
+        self._linearized = Linearized(model, "trainable")
+        model.train(mode)
+        self._measure(0, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure where it is time to."""
+        if state.global_step in self._steps:
+            self._measure(state.global_step, kwargs["model"])
+
+    @property
+    def places(self) -> list[str]:
+        """Where in the network the rows of Jacobian norms are."""
+        return list(dict.fromkeys(depth_of(name) for name in self._own))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was measured, by checkpoint.
+
+        `kernels` ``(T, n, n)``; `outputs` and `linearized` ``(T, n, c)``; and, the start aside, the fields of
+        `JacobianDrift`, ``(T - 1, ...)``.
+        """
+        return {name: torch.stack(values).numpy().astype(np.float32) for name, values in self._found.items()}
+
+    @property
+    def own_size(self) -> int:
+        """Number of parameters that the kernel is of."""
+        return sum(self._start[name].numel() for name in self._own)
+
+    def _measure(self, step: int, model: Any) -> None:
+        started = time.time()
+        with isolated_randomness():
+            score = self._score(model)
+            outputs = batched_outputs(model, self._inputs, lambda **inputs: model(**inputs).logits)
+            self._keep(kernels=traced_kernel(model, self._inputs, self._own), outputs=outputs)
+            if step == 0:
+                # The linearisation is exact at the start, and the Jacobians are the start's: nothing to compute.
+                self._keep(linearized=outputs)
+            else:
+                self._keep(linearized=batched_outputs(model, self._inputs, self._at(model)))
+                drift = jacobian_drift(model, self._few, self._start, self._own, self._block())
+                self._keep(**{field.name: getattr(drift, field.name) for field in fields(drift)})
+        head = [name for name in self._start if name not in self._own]
+        moved = {
+            "parameter_drift": relative_movement(model, self._start, self._own),
+            "head_drift": relative_movement(model, self._start, head) if head else 0.0,
+        }
+        self.points.append({"step": step, "score": score} | moved)
+        self.seconds += time.time() - started
+
+    def _block(self) -> Block:
+        assert self.block is not None
+        return self.block
+
+    def _at(self, model: nn.Module) -> Linearized:
+        """The linearisation, moved as far as the parameters have moved."""
+        linearized = self._linearized
+        assert linearized is not None
+        now = select_parameters(model, "trainable")
+        with torch.no_grad():
+            for name, delta in zip(linearized.names, linearized.delta, strict=True):
+                delta.copy_(now[name] - self._start[name])
+        return linearized
+
+    def _keep(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self._found.setdefault(name, []).append(value)

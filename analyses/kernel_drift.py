@@ -1,0 +1,252 @@
+"""Do features stay fixed, and networks linear, while they are fine-tuned? The paper's Appendix C, measured.
+
+From the same pre-trained weights, head, rows and order of rows, a network is trained fully, by Propulsion and by LoRA,
+the head always with them. Before the first step and at chosen ones, on held-out examples:
+
+- the tangent kernel of what the method trains in the backbone, against the same at the start;
+- the Jacobian of the same parameters on a few of the examples, against the start's, by layer and entry by entry;
+- the outputs, against those of the network linearised about the start in all that was trained, head included;
+- the kernels of the methods against each other.
+
+Kernels are traced over the outputs. They move with the head as well, which every gradient passes. Beside each number
+stands the same number between unrelated things: permuted examples, another example, another seed's head.
+
+    python -m analyses.kernel_drift --task sst2 --data-dir glue --n-examples 128 --comparison results/method_comparison
+
+With ``--comparison`` each method has the learning rate that `analyses.method_comparison` chose for it; without, its
+default. A killed grid goes on where it was; ``--max-runs 1`` computes one more cell and stops.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from torch import Tensor
+
+from analyses.drift_metrics import Cells, jacobian_norms, method_estimates, pair_estimates, stage_metrics
+from analyses.drift_probe import Probe
+from analyses.grid import ARRAYS, Grid
+from analyses.kernel_drift_tables import summary
+from analyses.results import STAGES, Result, check_writable, environment, write_result
+from analyses.seeds import tuned_factors
+from analyses.training_run import RunConfig, training_run
+from propulsion.data import TaskData, draw_rows, tokenize
+from propulsion.errors import UserError, run_command
+from propulsion.methods import Method
+from propulsion.pretrained import load_classifier
+from propulsion.training import evaluate
+
+
+@dataclass(frozen=True)
+class Config:
+    """Kernels and Jacobians along training, methods x seeds."""
+
+    task: str = "demo"
+    """Classification or regression task."""
+    methods: tuple[str, ...] = ("full", "propulsion:positions=all", "lora")
+    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of head, data order, dropout and of what methods draw themselves."""
+    checkpoints: tuple[float, ...] = (0.1, 0.3, 1.0)
+    """Shares of the steps after which to measure; before the first step and after the last are always measured."""
+    n_examples: int = 24
+    """Held-out examples that kernels and outputs are computed on, the same for all runs."""
+    n_jacobians: int = 8
+    """How many of them, the first, have their Jacobians compared."""
+    block: str = "value"
+    """Module whose last occurrence gives the gradients that are shown entry by entry."""
+    width: int = 48
+    """How many of its entries are shown."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    """What each run is."""
+    comparison: Path | None = None
+    """Result of analyses.method_comparison whose learning rates are used."""
+    null_draws: int = 3
+    """Draws of each random null model."""
+    resamples: int = 200
+    """Bootstrap resamples behind each interval over examples."""
+    runs_dir: Path | None = None
+    """Folder of the finished cells; by default the result folder's name with -runs."""
+    max_runs: int | None = None
+    """Compute this many cells at most in this call."""
+    output_dir: Path = Path("results/kernel_drift")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps after which to measure: 0, those of the checkpoints, the last."""
+        last = self.run.training.steps
+        return sorted({0, last} | {max(1, round(share * last)) for share in self.checkpoints})
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The examples that everything is measured on."""
+
+    inputs: dict[str, Tensor]
+    labels: np.ndarray
+    tokenizer: Any
+
+
+def run(config: Config) -> Result | None:
+    """Compute what is missing, up to ``max_runs``, and summarise; None if cells are still missing.
+
+    Raises:
+        UserError: Unusable options, data or model; a run that diverged; cells of other settings.
+    """
+    started = time.time()
+    _check(config)
+    methods = {text: Method.parse(text) for text in config.methods}
+    factors = _factors(config)
+    data = config.run.load(config.task)
+    held_out = _held_out(config, data)
+    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
+    kept = ("n_examples", "n_jacobians", "block", "width")
+    settings = {name: getattr(config, name) for name in kept}
+    settings |= {"run": asdict(config.run) | {"data_dir": None}, "steps": config.steps}
+    grid = Grid(folder, settings, config.max_runs)
+    cells: Cells = {text: [] for text in methods}
+    for seed in config.seeds:
+        for text, method in methods.items():
+
+            def compute(text: str = text, method: Method = method, seed: int = seed) -> dict[str, Any]:
+                return _cell(config, data, held_out, method, seed=seed, factor=factors[text])
+
+            cell = grid.cell(f"{config.task}.{text}.x{factors[text]:.3g}.seed{seed}", compute)
+            if cell is not None:
+                cells[text].append(cell)
+    if grid.missing:
+        print(f"{grid.computed} cells computed, {len(grid.missing)} or more missing: run the same command again")
+        return None
+    return _result(config, data, held_out, cells, time.time() - started)
+
+
+def _factors(config: Config) -> dict[str, float]:
+    """Every method's factor on its default learning rate."""
+    if config.comparison is None:
+        return dict.fromkeys(config.methods, 1.0)
+    factors = tuned_factors(config.comparison, config.task)
+    if absent := [text for text in config.methods if text not in factors]:
+        raise UserError(f"{config.comparison} holds no learning rate of {', '.join(absent)} on {config.task}")
+    return {text: factors[text] for text in config.methods}
+
+
+def _held_out(config: Config, data: TaskData) -> HeldOut:
+    tokenizer = load_classifier(config.run.model, num_labels=data.task.num_labels)[1]
+    drawn = draw_rows(data.validation, data.task, config.n_examples, seed=0)
+    rows = tokenize(drawn, tokenizer, data.task, config.run.training.max_length)
+    columns = {name: rows[name] for name in rows.column_names if name != "labels"}
+    padded = tokenizer.pad(columns, return_tensors="pt")
+    inputs = {name: value.to(config.run.device) for name, value in padded.items()}
+    return HeldOut(inputs, np.asarray(drawn["label"]), tokenizer)
+
+
+def _cell(
+    config: Config, data: TaskData, held_out: HeldOut, method: Method, *, seed: int, factor: float
+) -> dict[str, Any]:
+    """Train once, measuring on the way."""
+    started = time.time()
+
+    def score(model: Any) -> float:
+        found = evaluate(model, held_out.tokenizer, data, max_length=config.run.training.max_length)
+        return next(iter(found.values()))
+
+    probe = Probe(config.steps[1:], held_out.inputs, n_jacobians=config.n_jacobians, module=config.block,
+                  width=config.width, score=score)  # fmt: skip
+    found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[probe])
+    kept = ("scores", "losses", "trained_parameters", "learning_rates", "seconds_per_step")
+    return {
+        "seed": seed,
+        "rate_factor": factor,
+        "points": probe.points,
+        "own_parameters": probe.own_size,
+        "places": probe.places,
+        "block": str(probe.block),
+        "seconds": {"all": time.time() - started, "measuring": probe.seconds},
+        ARRAYS: probe.arrays(),
+        **{name: found[name] for name in kept},
+    }
+
+
+def _result(config: Config, data: TaskData, held_out: HeldOut, cells: Cells, seconds: float) -> Result:
+    methods, checkpoints, pairs = [], [], []
+    arrays: dict[str, np.ndarray] = {"labels": held_out.labels, "steps": np.array(config.steps)}
+    for place, step in enumerate(config.steps):
+        for text, runs in cells.items():
+            found = method_estimates(runs, place, config.resamples)
+            checkpoints += [{"method": text, "step": step, "quantity": name} | e.row() for name, e in found]
+        pairs += [
+            {"left": left, "right": right, "step": step, "quantity": name} | e.row()
+            for name, left, right, e in pair_estimates(cells, place, config.resamples)
+        ]
+    for text, runs in cells.items():
+        kept = ("own_parameters", "trained_parameters", "rate_factor", "block", "places")
+        methods.append({"method": text, "seeds": len(runs)} | {name: runs[0][name] for name in kept})
+        norms = [jacobian_norms(run, -1) for run in runs]
+        # An example and place that the start's Jacobian does not reach has no relative movement.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = [np.sqrt(n["moved"].numpy() / n["start"].numpy()).T for n in norms]
+        arrays[f"jacobian_drift.{text}"] = np.mean(relative, axis=0)
+        for name in ("block_start", "block_now"):
+            arrays[f"{name}.{text}"] = runs[0][ARRAYS][name][-1]
+        for run in runs:
+            for stage, index in zip(STAGES, (0, -1)):
+                arrays[f"{stage}.{text}.seed{run['seed']}"] = run[ARRAYS]["kernels"][index]
+    return Result(
+        analysis="kernel_drift",
+        config=asdict(config),
+        seed=config.seeds[0],
+        metrics=stage_metrics(cells, config.resamples, config.null_draws),
+        tables={"methods": methods, "checkpoints": checkpoints, "pairs": pairs},
+        arrays=arrays,
+        model={"name": config.run.model or "MiniLM-L6 (packaged)"},
+        dataset={
+            "name": data.task.name,
+            "task": data.task.name,
+            "metric": data.task.metrics[0],
+            "label_names": None if data.task.is_regression else list(data.task.label_names),
+            "fingerprint": data.fingerprint,
+        },
+        environment=environment(),
+        seconds={"this call": seconds}
+        | {text: float(np.mean([run["seconds"]["all"] for run in runs])) for text, runs in cells.items()},
+        coverage={
+            row["method"]: f"{row['own_parameters']:,} parameters of the backbone that it trains, without the head"
+            for row in methods
+        },
+    )
+
+
+def _check(config: Config) -> None:
+    least = {"n_examples": 2, "n_jacobians": 2, "width": 1, "null_draws": 1, "resamples": 1}
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise UserError(f"{name} must be at least {value}; got {getattr(config, name)}")
+    if config.n_jacobians > config.n_examples:
+        raise UserError(f"n_jacobians must be at most the {config.n_examples} examples; got {config.n_jacobians}")
+    if not config.seeds or not config.methods:
+        raise UserError("there must be a seed and a method")
+    if not all(0 < share <= 1 for share in config.checkpoints):
+        raise UserError(f"checkpoints are shares of the steps, above 0 and at most 1; got {config.checkpoints}")
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    if result is None:
+        return
+    print(f"\n{summary(result)}\n")
+    from figures.kernel_drift import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(f"result and figure in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.kernel_drift", description=__doc__)))
