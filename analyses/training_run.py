@@ -5,6 +5,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,20 +73,39 @@ def training_run(
     rate_multiplier: float = 1.0,
     callbacks: Any = (),
     keep_model: bool = False,
+    keep_logits: bool = False,
+    load: Callable[[], tuple[Any, Any]] | None = None,
+    task_type: str = "SEQ_CLS",
 ) -> dict[str, Any]:
     """Train a fresh model by a method and evaluate it on the validation rows.
 
     The head, the rows and their order depend on the seed alone, and not on the method.
 
+    Args:
+        config: What the runs of a grid have in common.
+        data: The rows.
+        method: The method.
+        seed: Of the head, the data order, dropout and what the method draws itself.
+        rate_multiplier: Factor on the default learning rates.
+        callbacks: Told of every step.
+        keep_model: Return the trained model.
+        keep_logits: Return the logits of the validation rows, ``(n, c)``.
+        load: Loads the model and its tokenizer, in place of a pre-trained model with a head drawn from the seed.
+        task_type: peft's name of the task, which says whether a method trains a head.
+
     Returns:
         `scores`, `losses` by step, `predictions`, `trained_parameters`, `learning_rates`, `seconds_per_step` (the
         median), `peak_bytes` of the process during the run (of the accelerator, on one), and, if kept, `model` and
-        `tokenizer`.
+        `tokenizer`, and `logits`.
     """
     reset_peak()
     degree = data.task.degree if config.degree is None else config.degree
-    model, tokenizer = load_classifier(config.model, num_labels=data.task.num_labels, seed=seed, device=config.device)
-    model = apply_method(model, method.with_defaults(degree=degree), task_type="SEQ_CLS", seed=seed)
+    if load is None:
+        options = {"num_labels": data.task.num_labels, "seed": seed, "device": config.device}
+        model, tokenizer = load_classifier(config.model, **options)
+    else:
+        model, tokenizer = load()
+    model = apply_method(model, method.with_defaults(degree=degree), task_type=task_type, seed=seed)
     training = dataclasses.replace(config.training, seed=seed, rate_multiplier=rate_multiplier)
     clock = StepClock()
     result = train(model, tokenizer, data, training, callbacks=[clock, *callbacks])
@@ -100,6 +120,8 @@ def training_run(
         "seconds_per_step": clock.median(),
         "peak_bytes": peak_bytes(),
     }
+    if keep_logits:
+        found["logits"] = outputs
     return found | ({"model": model, "tokenizer": tokenizer} if keep_model else {})
 
 

@@ -28,6 +28,7 @@ from ntk.metrics import (
     trace_ratio,
 )
 from ntk.nulls import gaussian_sketch, hidden_state_kernel, permuted, random_subset_ntk
+from ntk.sign_gradient import sign_gradient_kernels, sign_gradient_regression
 
 __all__ = [
     "METHODS",
@@ -60,6 +61,8 @@ __all__ = [
     "principal_angles",
     "random_subset_ntk",
     "reduce_outputs",
+    "sign_gradient_kernels",
+    "sign_gradient_regression",
     "spectrum",
     "trace",
     "trace_ratio",

@@ -20,7 +20,14 @@ _BLOCK = 256
 _HALF = 128
 
 
-def gram(groups: Sequence[Sequence[Feature]], shape: torch.Size, split: int | None, chunk: int = CHUNK) -> Tensor:
+def gram(
+    groups: Sequence[Sequence[Feature]],
+    shape: torch.Size,
+    split: int | None,
+    chunk: int = CHUNK,
+    *,
+    signed: bool = False,
+) -> Tensor:
     """Kernel of one parameter, over all examples of all groups in their order: ``(n c, n c)``, outputs fast.
 
     Args:
@@ -29,14 +36,20 @@ def gram(groups: Sequence[Sequence[Feature]], shape: torch.Size, split: int | No
         split: with two batches, the number of examples of the first; only its block against the second is computed
             then.
         chunk: elements of the largest temporary.
+        signed: put the sign of each column's feature in place of the feature, which leaves no way but to form it.
     """
     kinds = {type(feature) for features in groups for feature in features}
     if kinds == {Lookup}:
         groups, count = _renumbered(groups)
         shape = torch.Size((count, shape[-1]))
-    if len(kinds) == 1 and kinds != {Dense} and _ghost_is_cheaper(groups, shape):
+    if not signed and len(kinds) == 1 and kinds != {Dense} and _ghost_is_cheaper(groups, shape):
         return _ghost(groups, split)
-    return _direct(groups, shape, split, chunk)
+    return _direct(groups, shape, split, chunk, signed=signed)
+
+
+def signed_product(left: Tensor, split: int | None) -> Tensor:
+    """left sign(left)^T, or its block between two batches."""
+    return left @ left.sign().T if split is None else left[:split] @ left[split:].sign().T
 
 
 def product(left: Tensor, split: int | None) -> Tensor:
@@ -54,7 +67,14 @@ def product(left: Tensor, split: int | None) -> Tensor:
     return result
 
 
-def _direct(groups: Sequence[Sequence[Feature]], shape: torch.Size, split: int | None, chunk: int = CHUNK) -> Tensor:
+def _direct(
+    groups: Sequence[Sequence[Feature]],
+    shape: torch.Size,
+    split: int | None,
+    chunk: int = CHUNK,
+    *,
+    signed: bool = False,
+) -> Tensor:
     """Feature by feature, a slice of the parameter's rows at a time, skipping rows that are zero for everyone."""
     rows, width = (shape[0], shape[1:].numel()) if shape else (1, 1)
     sizes = [features[0].shape[0] for features in groups]
@@ -71,7 +91,7 @@ def _direct(groups: Sequence[Sequence[Feature]], shape: torch.Size, split: int |
             features[0].write(part, block)
             for feature in features[1:]:
                 feature.write(part, block, add=True)
-        value = product(formed.view(count, inside * width), first)
+        value = (signed_product if signed else product)(formed.view(count, inside * width), first)
         total = value if total is None else total.add_(value)
     if total is None:
         return like.new_zeros(count, count) if first is None else like.new_zeros(first, count - first)

@@ -83,6 +83,7 @@ def kernels(
     output: Output | None,
     memory_budget: int | float | None,
     progress: bool,
+    signed: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The wanted kernels as far as they can be captured, and the parameters that are missing in them, with the reason.
 
@@ -90,8 +91,11 @@ def kernels(
     output gradients of every captured use, on all examples. Where that exceeds ``memory_budget``, S segments of the
     model take turns, at the cost of (S + 1) / 2 forward passes; where even one layer's do not fit, tiles of examples.
 
+    With ``signed``, columns' features are replaced by their signs (:mod:`ntk.sign_gradient`); there are no tiles then.
+
     Raises:
-        MemoryError: ``memory_budget`` is too small for two examples; says the least that is needed.
+        MemoryError: ``memory_budget`` is too small for two examples; says the least that is needed. With ``signed``,
+            too small for all examples at once.
     """
     encoder_decoder = is_encoder_decoder(model)
     groups1 = _inputs.group_examples(inputs, encoder_decoder=encoder_decoder)
@@ -106,7 +110,7 @@ def kernels(
         captured = [name for name in left if name not in plan.refused]
         if captured:
             with requiring_gradients(model, captured) as leaves:
-                job = _Job(model, output, leaves, plan, wanted, groups1, groups2, memory_budget, progress)
+                job = _Job(model, output, leaves, plan, wanted, groups1, groups2, memory_budget, progress, signed)
                 try:
                     _merge(found, job.run())
                 except NotImplementedError as error:
@@ -181,11 +185,12 @@ class _Job:
     def __init__(
         self, model: nn.Module, output: Output | None, leaves: Leaves, plan: Plan, wanted: Wanted,
         groups1: list[Group], groups2: list[Group], memory_budget: int | float | None, progress: bool,
+        signed: bool = False,
     ):  # fmt: skip
         self.model, self.output, self.leaves, self.plan, self.wanted = model, output, leaves, plan, wanted
         self.groups1, self.groups2 = groups1, groups2
         self.n1, self.n2 = (sum(len(g.indices) for g in groups) for groups in (groups1, groups2))
-        self.progress = progress
+        self.progress, self.signed = progress, signed
         self.shared = len(wanted.keys) < len(leaves)  # several parameters' kernels are summed
         self.budget = memory_budget if memory_budget is not None else jacobian.default_memory_budget(plan.device)
         self.chunk = int(min(CHUNK, _TEMPORARY / 3 * self.budget / plan.dtype.itemsize))
@@ -270,6 +275,11 @@ class _Job:
         c, width = self.plan.outputs, self.plan.dtype.itemsize
         n2 = self.n2 or self.n1
         kept = len(self.wanted.keys) * self.n1 * n2 * c**2 * width
+        if self.signed:
+            raise MemoryError(
+                f"the features of one layer on all {self.n1 + self.n2} examples do not fit memory_budget, "
+                f"{jacobian.gigabytes(self.budget)}: use fewer examples, or raise memory_budget"
+            )
         if max(self.n1, n2) == 1:
             raise self._too_little()
         sides = [_halves(groups, n) for groups, n in ((self.groups1, self.n1), (self.groups2, self.n2))]
@@ -334,7 +344,8 @@ class _Job:
         count = sum(sizes[i] for i in used)
         if split == 0 or split == count:
             return
-        matrix = gram([slot.features[i] for i in used], slot.shape, split, self.chunk).to(self.plan.dtype)
+        matrix = gram([slot.features[i] for i in used], slot.shape, split, self.chunk, signed=self.signed)
+        matrix = matrix.to(self.plan.dtype)
         if len(used) < len(batches):
             c = self.plan.outputs
             places = torch.cat([torch.arange(starts[i] * c, starts[i + 1] * c) for i in used]).to(self.plan.device)

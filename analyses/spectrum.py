@@ -1,0 +1,329 @@
+"""The spectra of methods' tangent kernels: what each can learn, of these labels, and how fast.
+
+At initialisation, for full fine-tuning, Propulsion and its rivals on the same examples: how fast the eigenvalues decay;
+the effective dimension tr K (K + ridge)^-1; how much of the labels lies in the leading eigenvectors, against labels
+permuted; and, since gradient flow learns along an eigenvector at a speed proportional to its eigenvalue, how long the
+labels take to be learnt at a learning rate that makes all kernels' traces equal.
+
+    python -m analyses.spectrum --task sst2 --data-dir glue/sst2 --output-dir results/spectrum/sst2
+
+Kernels are of the backbone; the head, new and trained by every method, has a row of its own. Two classes are one
+output, the difference of the logits; more than two are traced. Seeds draw the examples, the head and LoRA's A.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from scipy import stats
+
+import ntk
+from analyses.method_kernels import HEAD, model_inputs, one_output, tangents, with_head
+from analyses.results import STAGES, Metric, Result, check_writable, environment, load_result, write_result
+from analyses.seeds import mean_interval
+from analyses.tables import format_table, interval
+from propulsion.data import draw_rows, load_task_data
+from propulsion.errors import UserError, run_command
+from propulsion.methods import Method
+from propulsion.pretrained import load_classifier
+
+STAGE = STAGES[0]
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+SHARES = (0.5, 0.9)
+"""Of the labels' energy: how long it takes to be learnt."""
+MEASURED = "steps to 90% of its gain"
+"""What `analyses.convergence` measured that learning times are held against."""
+RIDGES = np.logspace(-5, 2, 36)
+"""Ridges, relative to the mean eigenvalue."""
+TIMES = np.logspace(-2, 5, 71)
+"""Times of gradient flow, relative to one over the mean eigenvalue."""
+_LEADING = 8
+_UNIT = "1 / mean eigenvalue"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Spectra of methods' kernels."""
+
+    task: str = "demo"
+    """Classification or regression task."""
+    data_dir: Path | None = None
+    """Folder with train and validation files (.jsonl, .csv, .tsv, .parquet) in GLUE's columns; else the hub."""
+    model: str | None = None
+    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    methods: tuple[str, ...] = (
+        "full", "propulsion:positions=all", "propulsion:positions=attn", "lora", "bitfit", "ia3",
+    )  # fmt: skip
+    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
+    n_examples: int = 24
+    """Held-out examples."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of examples, head and random matrices."""
+    null_draws: int = 100
+    """Permutations of the labels behind each null."""
+    convergence: Path | None = None
+    """Result of analyses.convergence whose measured speeds the predicted ones are held against."""
+    memory_budget_gb: float | None = None
+    """Memory for features and kernels in GB; by default half of what is free."""
+    output_dir: Path = Path("results/spectrum")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+    device: str = "cpu"
+    """Torch device, such as cpu or cuda."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the model and its kernels."""
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """One kernel's spectrum and the labels in it.
+
+    Attributes:
+        values: ``(n,)`` eigenvalues, the largest first, of mean 1.
+        energies: ``(n,)`` share of the centred labels' square along each eigenvector; they sum to 1.
+        nulls: ``(draws, n)`` the same of permuted labels.
+    """
+
+    values: np.ndarray
+    energies: np.ndarray
+    nulls: np.ndarray
+
+
+def label_vectors(labels: np.ndarray, *, regression: bool) -> np.ndarray:
+    """Centred labels ``(n, columns)`` of square 1: values, or indicators of the classes.
+
+    Raises:
+        UserError: all labels are the same.
+    """
+    y = labels[:, None].astype(float) if regression else (labels[:, None] == np.unique(labels)).astype(float)
+    y -= y.mean(axis=0)
+    size = np.linalg.norm(y)
+    if not size:
+        raise UserError("the drawn examples have one label only: draw more (--n-examples)")
+    return y / size
+
+
+def decompose(kernel: torch.Tensor, y: np.ndarray, *, draws: int, seed: int) -> Spectral:
+    """Eigenvalues of a kernel ``(n, n)`` and the labels' energies, in order and permuted."""
+    K = kernel.double().cpu()
+    values, vectors = torch.linalg.eigh((K + K.T) / 2)
+    values, vectors = values.flip(0).clamp(min=0).numpy(), vectors.flip(1).numpy()
+    generator = np.random.default_rng(seed)
+    nulls = np.stack([((vectors.T @ y[generator.permutation(len(y))]) ** 2).sum(axis=1) for _ in range(draws)])
+    return Spectral(values / values.mean(), ((vectors.T @ y) ** 2).sum(axis=1), nulls)
+
+
+def effective_dimension(values: np.ndarray, ridges: np.ndarray) -> np.ndarray:
+    """tr K (K + ridge I)^-1 from eigenvalues, at each ridge (Zhang 2005; Caponnetto and De Vito 2007)."""
+    return (values / (values + ridges[:, None])).sum(axis=1)
+
+
+def learnt(values: np.ndarray, energies: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """1 - |y - f_t|^2 / |y|^2 under gradient flow from f_0 = 0: sum_i energy_i (1 - exp(-2 value_i t))."""
+    return -(energies * np.expm1(-2 * values * times[:, None])).sum(axis=1)
+
+
+def time_to_learn(values: np.ndarray, energies: np.ndarray, share: float) -> float:
+    """When `learnt` reaches a share, by bisection; infinity where the kernel's null space holds too much."""
+    if energies[values > len(values) * np.finfo(float).eps * values.max()].sum() <= share:
+        return math.inf
+    low, high = 0.0, 1.0
+    while learnt(values, energies, np.array([high]))[0] < share:
+        low, high = high, 2 * high
+        if not math.isfinite(high):
+            return math.inf
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if learnt(values, energies, np.array([middle]))[0] < share else (low, middle)
+    return high
+
+
+def run(config: Config) -> Result:
+    """Decompose every method's kernel for every seed.
+
+    Raises:
+        UserError: unusable options, data, model or methods, or more memory needed than there is.
+    """
+    started = time.time()
+    _check(config)
+    methods = {text: Method.parse(text) for text in config.methods}
+    data = load_task_data(config.task, data_dir=config.data_dir)
+    found: dict[str, list[Spectral]] = {}
+    for seed in config.seeds:
+        kernels = _kernels(config, methods, data, seed)
+        drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
+        y = label_vectors(np.asarray(drawn["label"]), regression=data.task.is_regression)
+        for name, kernel in kernels.items():
+            found.setdefault(name, []).append(decompose(kernel, y, draws=config.null_draws, seed=seed))
+        print(f"seed {seed}: {len(kernels)} kernels, {time.time() - started:.0f} s", flush=True)
+    metrics = [metric for name, each in found.items() for metric in _metrics(name, each)]
+    metrics += _against_measured(config, metrics)
+    shown = [*config.methods, *([] if HEAD in config.methods else [HEAD])]
+    arrays: dict[str, np.ndarray] = {"ridges": RIDGES, "times": TIMES}
+    for name in shown:
+        arrays |= {f"{curve}.{name}": values for curve, values in _curves(found[name]).items()}
+    return Result(
+        analysis="spectrum", config=asdict(config), seed=config.seeds[0], metrics=metrics,
+        tables={"methods": [{"method": name} for name in shown]}, arrays=arrays,
+        model={"name": config.model or "MiniLM-L6 (packaged)"},
+        dataset={"name": data.task.name, "task": data.task.name, "source": data.source.rsplit("/", 1)[-1],
+                 "fingerprint": data.fingerprint},
+        environment=environment(), seconds={"total": time.time() - started},
+        coverage={name: "the head alone" if name == HEAD else "the backbone, without the head" for name in shown}
+        | {f"{name} + head": "backbone and head" for name in config.methods if name != HEAD},
+    )  # fmt: skip
+
+
+def _kernels(config: Config, methods: dict[str, Method], data: Any, seed: int) -> dict[str, torch.Tensor]:
+    """Kernels ``(n, n)``: of each method's own parameters, of the head, and of both together as "METHOD + head"."""
+    model, tokenizer = load_classifier(
+        config.model, num_labels=data.task.num_labels, seed=seed, dtype=DTYPES[config.dtype], device=config.device
+    )
+    drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
+    inputs = model_inputs(drawn, tokenizer, data.task, device=config.device)
+    wanted = tangents(model, methods, task_type="SEQ_CLS", seed=seed, degree=data.task.degree)
+    budget = None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
+    try:
+        kernels = ntk.adapter_kernels(
+            model, inputs, wanted.methods, output=one_output(data.task), reduce="trace", memory_budget=budget
+        )
+    except MemoryError as error:
+        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
+    own = [text for text in methods if text != HEAD]
+    return kernels | {f"{text} + head": kernel for text, kernel in with_head(kernels, own).items()}
+
+
+def _curves(each: Sequence[Spectral]) -> dict[str, np.ndarray]:
+    """One row a seed of every curve, and the null's mean and 95 % over draws and seeds."""
+    nulls = np.concatenate([s.nulls.cumsum(axis=1) for s in each])
+    return {
+        "eigenvalues": np.stack([s.values / s.values.sum() for s in each]),
+        "effective_dimension": np.stack([effective_dimension(s.values, RIDGES) for s in each]),
+        "alignment": np.stack([s.energies.cumsum() for s in each]),
+        "null_alignment": np.stack([nulls.mean(axis=0), *np.quantile(nulls, (0.025, 0.975), axis=0)]),
+        "learnt": np.stack([learnt(s.values, s.energies, TIMES) for s in each]),
+    }
+
+
+def _metrics(name: str, each: Sequence[Spectral]) -> list[Metric]:
+    """Means over seeds with Student's intervals; of a null the seeds' means over its draws."""
+    k = min(_LEADING, len(each[0].values))
+
+    def metric(quantity: str, unit: str, right: str, values: Sequence[float]) -> Metric:
+        return Metric(quantity, *_interval(values), unit, STAGE, name, right)
+
+    def area(energies: np.ndarray) -> float:
+        return float(energies.cumsum(axis=-1).mean())
+
+    found = [
+        metric("largest eigenvalue, share of the trace", "", "", [s.values[0] / s.values.sum() for s in each]),
+        metric("effective_rank", "", "", [_entropy_rank(s.values) for s in each]),
+        metric("effective dimension at 0.01 of the mean eigenvalue", "", "",
+               [effective_dimension(s.values, np.array([0.01]))[0] for s in each]),
+        metric(f"label energy in the top {k}", "", "", [s.energies[:k].sum() for s in each]),
+        metric(f"label energy in the top {k}", "", "permuted labels", [s.nulls[:, :k].sum(1).mean() for s in each]),
+        metric("area under the alignment curve", "", "", [area(s.energies) for s in each]),
+        metric("area under the alignment curve", "", "permuted labels", [area(s.nulls) for s in each]),
+    ]  # fmt: skip
+    for share in SHARES:
+        times = [time_to_learn(s.values, s.energies, share) for s in each]
+        null = [float(np.median([time_to_learn(s.values, draw, share) for draw in s.nulls])) for s in each]
+        found.append(metric(f"time to learn {share:.0%}", _UNIT, "", times))
+        found.append(metric(f"time to learn {share:.0%}", _UNIT, "permuted labels", null))
+    return found
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean with Student's interval; not-a-number where a seed's value is not finite."""
+    return mean_interval(values) if np.isfinite(values).all() else (math.nan, math.nan, math.nan)
+
+
+def _entropy_rank(values: np.ndarray) -> float:
+    p = values[values > 0] / values.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def _against_measured(config: Config, metrics: Sequence[Metric]) -> list[Metric]:
+    """Spearman's correlation over methods of predicted times and measured steps, with the p-value as another metric."""
+    if config.convergence is None:
+        return []
+    measured = load_result(config.convergence, analysis="convergence")
+    steps = {m.left: m.value for m in measured.metrics if m.name == MEASURED and m.left in config.methods}
+    found = []
+    for share in SHARES:
+        for suffix in ("", " + head"):
+            times = {m.left: m.value for m in metrics if m.name == f"time to learn {share:.0%}" and not m.right}
+            pairs = [
+                (times[key], steps[text])
+                for text in steps
+                if math.isfinite(times.get(key := text if text == HEAD else f"{text}{suffix}", math.nan))
+            ]
+            if len(pairs) < 3:
+                raise UserError(f"{config.convergence} shares {len(pairs)} methods with these: three are needed")
+            result = stats.spearmanr(*zip(*pairs, strict=True))
+            correlation, p = (float(x) for x in (result.statistic, result.pvalue))  # pyright: ignore
+            left, right = f"time to learn {share:.0%}{suffix}", MEASURED
+            found.append(Metric("rank correlation", correlation, None, None, "", STAGE, left, right))
+            found.append(Metric("rank correlation, p-value", p, None, None, "", STAGE, left, right))
+            found.append(Metric("rank correlation, methods", len(pairs), None, None, "", STAGE, left, right))
+    return found
+
+
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """One row a method, and the rank correlations with measured speeds where there are any."""
+    names = list(dict.fromkeys((m.name, m.right) for m in result.metrics if not m.name.startswith("rank")))
+    lines = list(dict.fromkeys(m.left for m in result.metrics if not m.name.startswith("rank")))
+    rows = [
+        [name, *(interval(m.value, m.low, m.high)
+                 for m in (result.metric(quantity, stage=STAGE, left=name, right=right) for quantity, right in names))]
+        for name in lines
+    ]  # fmt: skip
+    header = [result.dataset["name"], *(f"{quantity}{', ' if right else ''}{right}" for quantity, right in names)]
+    # Quantities down and kernels across would be wider still: one table a quantity's null beside it.
+    blocks = [
+        format_table([header[0], *header[1 + i : 3 + i + 1]], [[r[0], *r[1 + i : 3 + i + 1]] for r in rows],
+                     markdown=markdown)
+        for i in range(0, len(names), 3)
+    ]  # fmt: skip
+    ranked = [m for m in result.metrics if m.name.startswith("rank correlation")]
+    if ranked:
+        lefts = list(dict.fromkeys(m.left for m in ranked))
+        kinds = list(dict.fromkeys(m.name for m in ranked))
+        cells = [
+            [left, *(f"{result.metric(kind, stage=STAGE, left=left, right=MEASURED).value:.3g}" for kind in kinds)]
+            for left in lefts
+        ]
+        blocks.append(format_table([f"against measured {MEASURED}", *kinds], cells, markdown=markdown))
+    return "\n\n".join(blocks)
+
+
+def _check(config: Config) -> None:
+    for name, least in (("n_examples", 4), ("null_draws", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
+    if not config.seeds or not config.methods:
+        raise UserError("there must be a seed and a method")
+    if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
+        raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figure."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    print(f"\n{summary(result)}\n")
+    from figures.spectrum import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(f"intervals: 95 %, Student's over {len(config.seeds)} seeds; result and figure in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.spectrum", description=__doc__)))

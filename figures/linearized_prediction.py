@@ -1,0 +1,134 @@
+"""Kernel predictions against trained networks by training-set size, from a result folder.
+
+Left, the scores: solid lines are trained networks, dashed ones regression under the same method's tangent kernel,
+dotted grey ones the nulls. Middle, how often a network and its kernel's regression give the same class; the thin dotted
+line of the same colour is what independent errors at the same accuracy would give, black a network trained again with
+another data order. Right, correlation of the logits, initial ones subtracted, for the tangent kernel (dashed) and the
+sign-gradient kernel (dash-dotted). Bars are 95 % Student intervals over seeds, shifted sideways to be told apart.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analyses.linearized_prediction_tables import AGAIN, REGRESSION, SIGN
+from analyses.results import Metric, Result, load_result
+from figures.method_comparison import short
+from figures.style import PAGE_WIDTH, PALETTE, save, style
+from propulsion.errors import run_command
+
+_HEIGHT = 2.9
+_NULLS = {"null: hidden states": (":", "o"), "null: majority class": (":", "x"), "null: permuted labels": (":", "s")}
+_SHIFT = 0.06  # Of the distance between sizes, as a share of a factor of e.
+
+
+def draw(result: Result) -> Figure:
+    """Draw the three panels, a page wide."""
+    methods = [row["method"] for row in result.tables["methods"]]
+    sizes = [row["size"] for row in result.tables["sizes"]]
+    colors = {method: PALETTE[place % len(PALETTE)] for place, method in enumerate(methods)}
+    lines = _Lines(result, sizes)
+    with style():
+        figure = Figure(figsize=(PAGE_WIDTH, _HEIGHT), layout="constrained")
+        score, agreement, correlation = figure.subplots(1, 3)
+        for place, (method, color) in enumerate(colors.items()):
+            shift = place - (len(methods) - 1) / 2
+            lines.draw(score, "score", f"trained: {method}", "", shift, color=color, marker="o")
+            lines.draw(score, "score", f"kernel: {method}", "", shift, color=color, linestyle="--")
+            lines.draw(agreement, "prediction_agreement", method, REGRESSION, shift, color=color, linestyle="--")
+            lines.draw(agreement, "independent_errors_agreement", method, REGRESSION, shift, bars=False, color=color,
+                       linestyle=":", linewidth=0.9)  # fmt: skip
+            lines.draw(correlation, "logit_correlation", method, REGRESSION, shift, color=color, linestyle="--")
+            lines.draw(correlation, "logit_correlation", method, SIGN, shift, color=color, linestyle="-.", marker="^")
+        for name, (linestyle, marker) in _NULLS.items():
+            lines.draw(score, "score", name, "", 0, bars=False, color="0.5", linestyle=linestyle, marker=marker)
+        for panel, prefix in ((agreement, "trained_agreement"), (correlation, "trained_logit_correlation")):
+            for method in methods:
+                lines.draw(panel, prefix, method, AGAIN, 0, color="black", linestyle="-", linewidth=0.9)
+        for panel, title in (
+            (score, f"{result.dataset['metric']}, held-out rows"),
+            (agreement, "agreement of network and kernel"),
+            (correlation, "correlation of logits"),
+        ):
+            panel.set(xscale="log", title=title, xlabel="training rows")
+            panel.set_xticks(sizes, [str(size) for size in sizes])
+            panel.minorticks_off()
+            panel.grid(color="0.9", linewidth=0.5)
+        figure.legend(handles=_legend(colors, result), loc="outside lower center", ncols=4)
+        figure.draw_without_rendering()
+    return figure
+
+
+class _Lines:
+    """Draws metrics of a result over training-set sizes."""
+
+    def __init__(self, result: Result, sizes: list[int]):
+        self._found: dict[tuple[str, str, str, str], Metric] = {
+            (m.name, m.left, m.right, m.stage): m for m in result.metrics
+        }
+        self._sizes = sizes
+
+    def draw(
+        self, axes: Axes, name: str, left: str, right: str, shift: float, *, bars: bool = True, **look: object
+    ) -> None:
+        """One line with error bars, through the sizes at which the metric is there and defined."""
+        points = [(size, self._found.get((name, left, right, f"n={size}"))) for size in self._sizes]
+        kept = [(size, m) for size, m in points if m is not None and math.isfinite(m.value)]
+        if not kept:
+            return
+        x = np.array([size for size, _ in kept]) * math.exp(_SHIFT * shift)
+        y = np.array([m.value for _, m in kept])
+        ends = np.array([[_distance(m.value, m.low), _distance(m.value, m.high)] for _, m in kept]).T
+        options = {"markersize": 3, "linewidth": 1.2, "elinewidth": 0.6} | look
+        axes.errorbar(x, y, yerr=ends if bars else None, **options)  # pyright: ignore[reportArgumentType]
+
+
+def _distance(value: float, end: float | None) -> float:
+    return 0.0 if end is None or not math.isfinite(end) else abs(end - value)
+
+
+def _legend(colors: dict[str, str], result: Result) -> list[Line2D]:
+    handles = [Line2D([], [], color=color, label=short(method)) for method, color in colors.items()]
+    gray = {"color": "0.35", "markersize": 3}
+    handles += [
+        Line2D([], [], linestyle="-", marker="o", label="trained network", **gray),
+        Line2D([], [], linestyle="--", label="kernel regression", **gray),
+        Line2D([], [], linestyle="-.", marker="^", label="sign-gradient kernel", **gray),
+        Line2D([], [], linestyle=":", label="independent errors", linewidth=0.9, color="0.35"),
+    ]
+    handles += [
+        Line2D([], [], color="0.5", linestyle=linestyle, marker=marker, markersize=3, label=name.removeprefix("null: "))
+        for name, (linestyle, marker) in _NULLS.items()
+    ]
+    if any(m.right == AGAIN for m in result.metrics):
+        handles.append(Line2D([], [], color="black", linewidth=0.9, label="network trained again"))
+    return handles
+
+
+def write(result: Result, folder: Path | str) -> list[Path]:
+    """Draw and write `linearized_prediction.png` and `.pdf`.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    return save(draw(result), folder, "linearized_prediction")
+
+
+def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
+    """Draw a linearized_prediction result again, as PNG and PDF.
+
+    Args:
+        result: Result folder, as written by python -m analyses.linearized_prediction.
+        output_dir: Where to write the figure; the result folder if not given.
+    """
+    for path in write(load_result(result, analysis="linearized_prediction"), output_dir or result):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(main, prog="python -m figures.linearized_prediction"))

@@ -1,0 +1,104 @@
+"""Sign-gradient kernels of methods at their initialisation: what a step of sign descent does to other examples.
+
+    K[i, j, a, b] = < d f_a(x_i)/d theta, sign(d f_b(x'_j)/d theta) >
+
+Adam's first steps, and all of them while its averages follow the gradient, are close to sign descent (Malladi et al.
+2023, def. 3.4). The sign is taken entry by entry of an example's whole gradient, so that pairs of tokens do not suffice
+and every feature is formed: one parameter at a time, slice by slice. :func:`ntk.dynamics.sign_gradient_kernel` is the
+slow truth, from Jacobians.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ntk import structured
+from ntk.adapters import Method
+from ntk.functional import evaluation, nonfinite_cause
+from ntk.inputs import Inputs
+from ntk.outputs import Output
+from ntk.wanted import method_kernels
+
+
+def sign_gradient_kernels(
+    model: nn.Module,
+    inputs: Inputs,
+    methods: Mapping[str, Method],
+    inputs2: Inputs | None = None,
+    *,
+    output: Output | None = None,
+    memory_budget: int | float | None = None,
+    progress: bool = False,
+) -> dict[str, Float[Tensor, "n1 n2 c c"]]:
+    """The sign-gradient kernel of each method, signs on the columns' side; it is not symmetric.
+
+    Args:
+        model: the bare model, as in :func:`ntk.adapter_kernels`.
+        inputs: n1 examples, the rows.
+        methods: methods of :mod:`ntk.adapters` by any name.
+        inputs2: n2 examples, the columns; the rows' own if None.
+        output: as in :func:`ntk.empirical_ntk`.
+        memory_budget: bytes; features of one layer on all examples, and kernels, must fit.
+        progress: show a progress bar.
+
+    Cost: one forward and c backward passes, and n1 n2 c^2 P multiplications for P parameters.
+
+    Raises:
+        ValueError: as :func:`ntk.adapter_kernels`; a method that weighs parameters, such as LoRA in its mean over A.
+        NotImplementedError: a parameter's gradient cannot be captured.
+        MemoryError: more memory is needed than ``memory_budget``.
+    """
+    wanted = method_kernels(model, methods)
+    for name, shares in wanted.shares.items():
+        if weighed := [key for key, share in shares.items() if share != 1]:
+            raise ValueError(f"method {weighed[0]!r} weighs {name}: a sign has no weight, and no mean over draws")
+    with evaluation(model):
+        kernels, left = structured.kernels(
+            model, inputs, inputs2, wanted=wanted, output=output, memory_budget=memory_budget, progress=progress,
+            signed=True,
+        )  # fmt: skip
+    if left:
+        name, why = next(iter(left.items()))
+        raise NotImplementedError(
+            f"the gradient of {name} cannot be captured ({why}): take ntk.dynamics.sign_gradient_kernel of Jacobians"
+        )
+    if not all(torch.isfinite(kernel).all() for kernel in kernels.values()):
+        raise ValueError(f"the kernel holds NaN or infinite values: {nonfinite_cause(model, inputs)}")
+    return {key: kernels[key] for key in methods}
+
+
+def sign_gradient_regression(
+    kernel: Float[Tensor, "n n"],
+    targets: Float[Tensor, "_"],
+    initial: Float[Tensor, "_"],
+    *,
+    cross: Float[Tensor, "_ _"],
+    initial_cross: Float[Tensor, "m"],
+    ridge: int | float,
+) -> Float[Tensor, "m"]:
+    """f(x) = f_0(x) + K(x, X) (K + ridge I)^-1 (y - f_0(X)) for a kernel of one output that is not symmetric.
+
+    A step of sign descent on example j alone, of size a_j, moves f(x) by a_j K(x, x_j); these are the sizes for which
+    such steps reach the targets. Least squares with asymmetric kernels: He et al. 2023. Float64.
+
+    Raises:
+        ValueError: shapes that do not fit, a negative ridge.
+        ArithmeticError: the kernel with its ridge is singular.
+    """
+    n, m = len(targets), len(initial_cross)
+    if kernel.shape != (n, n) or cross.shape != (m, n) or initial.shape != targets.shape:
+        raise ValueError(
+            f"expected kernels {(n, n)} and {(m, n)} for {n} targets and {m} new inputs; got {tuple(kernel.shape)} and "
+            f"{tuple(cross.shape)}"
+        )
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge must be at least 0; got {ridge}")
+    shifted = kernel.double() + ridge * torch.eye(n, dtype=torch.float64, device=kernel.device)
+    try:
+        steps = torch.linalg.solve(shifted, targets.double() - initial.double())
+    except torch.linalg.LinAlgError as error:
+        raise ArithmeticError("the sign-gradient kernel is singular: give a larger ridge") from error
+    return initial_cross.double() + cross.double() @ steps
