@@ -90,12 +90,11 @@ def write(config: Config, results: Mapping[str, Result], root: Path, folder: Pat
     # Figures read results; only this last step of a command knows of them.
     from figures.registry import DRAWINGS
 
-    captions = {name: drawing.caption for name, drawing in DRAWINGS.items()}
-    analyses = {name: result.analysis for name, result in results.items()}
+    captions = {stem: caption for drawing in DRAWINGS.values() for stem, caption in drawing.captions.items()}
     files = {
         "claims.md": report.markdown(content, root, folder),
         "ledger.json": report.to_json(content),
-        "report.html": page(content, pictures(root, analyses, lambda name: captions.get(name, name))),
+        "report.html": page(content, pictures(root, results, captions)),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

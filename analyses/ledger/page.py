@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,19 +47,19 @@ class Picture:
     caption: str
 
 
-def pictures(root: Path, analyses: Mapping[str, str], caption: Callable[[str], str]) -> list[Picture]:
+def pictures(root: Path, folders: Iterable[str], captions: Mapping[str, str]) -> list[Picture]:
     """Every PNG in the result folders.
 
     Args:
         root: The folder of all results.
-        analyses: The analysis of each result folder.
-        caption: The caption of an analysis' figures.
+        folders: The result folders below it.
+        captions: By a figure's file name without suffix.
     """
     found = []
-    for folder, analysis in analyses.items():
+    for folder in folders:
         for path in sorted((root / folder).glob("*.png")):
             data, width, height = _reduced(path)
-            found.append(Picture(f"{folder}/{path.stem}", data, width, height, caption(analysis)))
+            found.append(Picture(f"{folder}/{path.stem}", data, width, height, captions.get(path.stem, path.stem)))
     return found
 
 

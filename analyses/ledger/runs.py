@@ -11,6 +11,7 @@ from analyses.ledger.rows import matching
 from analyses.ledger.verdicts import Claim
 from analyses.results import RESULT_FILE
 from propulsion.errors import UserError
+from propulsion.tasks import get_labelled_task
 
 LOGS = "logs"
 MARK = "QUICK"
@@ -69,6 +70,13 @@ def quick_plan() -> list[Run]:
         Run("convergence", words(f"{_FEW_METHODS} --seeds 0 1 --every 3 {_TINY}") + rates, comparison),
         Run("delta_weights", words(f"--methods full propulsion:positions=all propulsion:positions=attn lora {_TINY}")
             + rates, comparison),
+        Run("kernel_drift/demo", words(f"--n-examples 8 --n-jacobians 3 --seeds 0 1 --checkpoints 1 --resamples 50 "
+                                       f"--null-draws 1 --methods full propulsion:positions=all {_TINY}")),
+        Run("spectrum/demo", words("--n-examples 12 --seeds 0 1 --null-draws 20 --methods full propulsion:positions=all "
+                                   "lora")),
+        Run("linearized_prediction/demo", words("--sizes 8 16 --n-test 24 --seeds 0 1 --sign-limit 0 --permutations 5 "
+                                                "--methods full propulsion:positions=all --steps 6 --batch-size 8 "
+                                                "--max-length 32")),
         *(Run(f"ablation/{factor}", words(f"--factor {factor} --seeds 0 1 {_TINY}"))
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value")),
     ]  # fmt: skip
@@ -88,11 +96,18 @@ def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path 
     def of(task: str) -> tuple[str, ...]:
         return ("--task", task, *(() if data_dir is None else ("--data-dir", (data_dir / task).as_posix())))
 
-    one = ("--task", first, *every)
-    comparison = (f"method_comparison/{first}",)
-    rates = ("--comparison", f"{ROOT}/{comparison[0]}")
+    def in_all(task: str) -> tuple[str, ...]:
+        return ("--task", task, *every)
+
+    def rated(task: str) -> tuple[str, ...]:
+        return (f"method_comparison/{task}",)
+
+    def rates_of(task: str) -> tuple[str, ...]:
+        return ("--comparison", f"{ROOT}/method_comparison/{task}")
+
+    one, comparison, rates = in_all(first), rated(first), rates_of(first)
     models = () if language_model is None else ("--models", language_model.as_posix())
-    small = words("--steps 60 --n-train 960 --n-validation 400 --seeds 0 1")
+    small = words("--steps 60 --n-train 960 --n-validation 400")
     plan = [
         Run("parameter_count"),
         Run("theorem1", of(first)),
@@ -108,6 +123,13 @@ def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path 
           for task in tasks),
         Run("convergence", one + words("--steps 100 --every 20 --n-train 1600 --n-validation 300") + rates, comparison),
         Run("delta_weights", one + rates, comparison),
+        *(Run(f"kernel_drift/{task}", in_all(task) + words("--n-examples 128 --steps 100 --n-train 1600 "
+                                                           "--n-validation 400") + rates_of(task), rated(task))
+          for task in tasks),
+        *(Run(f"spectrum/{task}", of(task) + words("--n-examples 128")) for task in tasks),
+        *(Run(f"linearized_prediction/{task}", in_all(task) + words("--sizes 32 128 512 --n-test 128") + rates_of(task),
+              rated(task))
+          for task in tasks if get_labelled_task(task).num_labels == 2),
         *(Run(f"ablation/{factor}", one + ("--factor", factor) + small)
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value", "layers")),
     ]  # fmt: skip
