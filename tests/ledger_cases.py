@@ -28,11 +28,20 @@ def around(value: float, half: float = 0.001) -> Value:
     return value, value - half, value + half
 
 
+SMALL = around(0.05)
+NEARLY_ALL = around(0.95)
+CHANCE = around(0.7)
+NOTHING = around(0.0)
+WORSE = around(-0.1)
+GOOD = around(0.8)
+HALF = around(0.5)
+
+
 # --- theory ---------------------------------------------------------------------------------------------------------
 
 
 def distances(
-    task: str = "sst2", *, raw: Value = around(0.05), cka: Value = around(0.95), null: Value = around(0.7),
+    task: str = "sst2", *, raw: Value = SMALL, cka: Value = NEARLY_ALL, null: Value = CHANCE,
     stage: str = "initialisation", drift: tuple[float, float] = (0.05, 0.05),
 ) -> Folders:  # fmt: skip
     pair = ("full_backbone", "propulsion_z")
@@ -74,7 +83,12 @@ def widths(*, gaps: dict[str, float] | None = None, slope: Value = (-0.5, -0.55,
 
 
 def bound(above: float, cells: float = 200.0) -> Folders:
-    counts = {"cells": cells, "cells_above_bound": above, "cells_beside_exact_tail": 0.0, "median_bound_over_exact": 9.0}
+    counts = {
+        "cells": cells,
+        "cells_above_bound": above,
+        "cells_beside_exact_tail": 0.0,
+        "median_bound_over_exact": 9.0,
+    }
     metrics = [metric(name, value, "initialisation", "projection") for name, value in counts.items()]
     return {"johnson_lindenstrauss": planted("johnson_lindenstrauss", metrics)}
 
@@ -87,7 +101,7 @@ def drifts(name: str, full: Value, propulsion: Value, task: str = "sst2") -> Fol
     return {f"kernel_drift/{task}": planted("kernel_drift", metrics)}
 
 
-def predictions(*, kernels: Value = around(0.95), networks: Value = around(0.95), own: Value = around(0.95)) -> Folders:
+def predictions(*, kernels: Value = NEARLY_ALL, networks: Value = NEARLY_ALL, own: Value = NEARLY_ALL) -> Folders:
     metrics = [metric("kernel_agreement", around(0.1), "n=16", "full", ALL)]
     pairs = {("kernel_", "full", ALL): kernels, ("trained_", "full", ALL): networks,
              ("", "full", "gradient flow"): own, ("", ALL, "gradient flow"): own,
@@ -125,8 +139,8 @@ def layer(*, lora: int = 160, propulsion: int = 10, bitfit: int = 10, time: floa
     return {"complexity": planted("complexity", tables={"methods": rows}, config={"rank": 8})}
 
 
-def compared(task: str = "sst2", *, own: Value = around(0.0), lora: Value = around(-0.1), full: Value = around(0.8),
-             head: Value = around(0.5), trained: tuple[int, int] = (170, 20)) -> Folders:  # fmt: skip
+def compared(task: str = "sst2", *, own: Value = NOTHING, lora: Value = WORSE, full: Value = GOOD,
+             head: Value = HALF, trained: tuple[int, int] = (170, 20)) -> Folders:  # fmt: skip
     differences = {ALL: own, "lora": lora, "head": around(-0.3)}
     metrics = [metric("accuracy", full, task, "full"), metric("accuracy", head, task, "head")]
     metrics += [metric("accuracy", v, f"{task}, difference", m, "full") for m, v in differences.items()]

@@ -15,7 +15,7 @@ _NOT_THE_EXPERIMENT = {"output_dir", "runs_dir", "overwrite", "max_runs", "child
 
 def arguments(result: Result) -> list[str]:
     """The options of its analysis that differ from their defaults, as words of a command line."""
-    config = getattr(importlib.import_module(f"analyses.{result.analysis}"), "Config")
+    config = importlib.import_module(f"analyses.{result.analysis}").Config
     defaults = dict(_leaves(_defaults(config)))
     words = []
     for name, value in _leaves(result.config):

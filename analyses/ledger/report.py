@@ -22,10 +22,10 @@ SYMBOLS = {
 }
 UNDECIDED = "no number is decided: each interval reaches across the threshold, or a single seed gives none"
 HOW_TO_READ = (
-    "Every verdict is computed from stored results by the rule that stands beside it; none is typed. A number comes with "
-    "its interval in brackets (95 %, of the analysis that made it), and beside a null: a null model, a rival, or what the "
-    "number would be if there were nothing. It meets a threshold if its whole interval does, misses it if its whole "
-    "interval does, and is undecided otherwise. Claims are put in our words."
+    "Every verdict is computed from stored results by the rule that stands beside it; none is typed. A number comes "
+    "with its interval in brackets (95 %, of the analysis that made it), and beside a null: a null model, a rival, or "
+    "what the number would be if there were nothing. It meets a threshold if its whole interval does, misses it if its "
+    "whole interval does, and is undecided otherwise. Claims are put in our words."
 )
 QUICK = (
     "Made by --quick: the demonstration task, few steps and few examples. The verdicts show how the ledger works, not "

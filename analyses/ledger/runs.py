@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ MARK = "QUICK"
 """A file that tells a folder of quick runs, so that no ledger mixes sizes."""
 ROOT = "{root}"
 """Stands in arguments for the folder of all results."""
+
+Launch = Callable[[Sequence[str], Path], int]
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ def quick_plan() -> list[Run]:
             + rates, comparison),
         Run("kernel_drift/demo", words(f"--n-examples 8 --n-jacobians 3 --seeds 0 1 --checkpoints 1 --resamples 50 "
                                        f"--null-draws 1 --methods full propulsion:positions=all {_TINY}")),
-        Run("spectrum/demo", words("--n-examples 12 --seeds 0 1 --null-draws 20 --methods full propulsion:positions=all "
-                                   "lora")),
+        Run("spectrum/demo", words("--n-examples 12 --seeds 0 1 --null-draws 20 "
+                                   "--methods full propulsion:positions=all lora")),
         Run("linearized_prediction/demo", words("--sizes 8 16 --n-test 24 --seeds 0 1 --sign-limit 0 --permutations 5 "
                                                 "--methods full propulsion:positions=all --steps 6 --batch-size 8 "
                                                 "--max-length 32")),
@@ -130,7 +132,7 @@ def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path 
         *(Run(f"linearized_prediction/{task}", in_all(task) + words("--sizes 32 128 512 --n-test 128") + rates_of(task),
               rated(task))
           for task in tasks if get_labelled_task(task).num_labels == 2),
-        *(Run(f"ablation/{factor}", one + ("--factor", factor) + small)
+        *(Run(f"ablation/{factor}", (*one, "--factor", factor, *small))
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value", "layers")),
     ]  # fmt: skip
     if language_model is not None:
@@ -173,10 +175,15 @@ def check_root(root: Path, *, quick: bool) -> None:
         raise UserError(f"cannot write results to {root}: {error.strerror or error}") from error
 
 
-def carry_out(plan: Sequence[Run], root: Path) -> dict[str, str]:
+def carry_out(plan: Sequence[Run], root: Path, launch: Launch | None = None) -> dict[str, str]:
     """Run what has no result yet, each in a process of its own, so that its memory goes with it.
 
     A killed run leaves no half result; the same call goes on where it was, a grid in its middle.
+
+    Args:
+        plan: The runs, in order.
+        root: The folder of all results.
+        launch: Runs a command with its output in a file; `in_own_process` by default.
 
     Returns:
         What went wrong, by the run's name, in one line.
@@ -192,7 +199,7 @@ def carry_out(plan: Sequence[Run], root: Path) -> dict[str, str]:
         else:
             print(f"{head} ...", flush=True)
             started = time.monotonic()
-            message = _run(run, root)
+            message = _run(run, root, launch or in_own_process)
             if message is not None:
                 failed[run.name] = message
             print(f"{head}: {message or 'done'}, {time.monotonic() - started:.0f} s", flush=True)
@@ -204,12 +211,17 @@ def is_complete(folder: Path) -> bool:
     return (folder / RESULT_FILE).is_file()
 
 
-def _run(run: Run, root: Path) -> str | None:
-    """Run, its output in a file; one line on what went wrong, or None."""
-    log = root / LOGS / f"{run.name.replace('/', '-')}.log"
-    command = [sys.executable, *run.command(root)[1:]]
+def in_own_process(command: Sequence[str], log: Path) -> int:
+    """Run a command, its output in a file; its exit code, negative for the signal that killed it."""
     with log.open("w", encoding="utf-8") as output:
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        words = [sys.executable, *command[1:]]
+        return subprocess.run(words, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def _run(run: Run, root: Path, launch: Launch) -> str | None:
+    """Run; one line on what went wrong, or None."""
+    log = root / LOGS / f"{run.name.replace('/', '-')}.log"
+    code = launch(run.command(root), log)
     # The result decides: what an orphan of a killed call finished meanwhile is as good.
     if is_complete(root / run.name):
         return None

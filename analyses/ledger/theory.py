@@ -109,7 +109,9 @@ def jl_bound(results: Results) -> list[Evidence]:
     counts = {m.name: m.value for m in results["johnson_lindenstrauss"].metrics}
     share = Quantity("share of cells above the bound", counts["cells_above_bound"] / counts["cells"])
     exact = Quantity("share beside the exact tail", counts["cells_beside_exact_tail"] / counts["cells"])
-    sharp = f"where it says something, the bound is {counts['median_bound_over_exact']:,.0f} times the exact tail (median)"
+    sharp = (
+        f"where it says something, the bound is {counts['median_bound_over_exact']:,.0f} times the exact tail (median)"
+    )
     return [Evidence(share, at_most(share, MISSES), exact, sharp)]
 
 
@@ -258,8 +260,9 @@ CLAIMS = (
     ),
     Claim(
         "theorem1-corrected", "Theorem 1, corrected",
-        "Positively homogeneous activations, a scale on the input and on every hidden layer, infinite width: Propulsion's "
-        "kernel is k² times that of full fine-tuning's weights. The errors of finite networks fall as 1/sqrt(width).",
+        "Positively homogeneous activations, a scale on the input and on every hidden layer, infinite width: "
+        "Propulsion's kernel is k² times that of full fine-tuning's weights. The errors of finite networks fall as "
+        "1/sqrt(width).",
         "Our correction of Sec. 3 (docs/theory.md, Theorem 5)",
         "‖K_F − K_P / k²‖ / ‖K_F‖ between closed forms, of the weights; slopes of log error over log width",
         f"closed forms at most {EXACT:g} apart where the conditions hold, and more than {1000 * EXACT:g} where one is "

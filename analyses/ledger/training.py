@@ -352,7 +352,8 @@ CLAIMS = (
         "Accuracy peaks at a degree of about 25 and falls afterwards.",
         "App. E, degree ablation",
         f"score at degree {PEAK} less that at the lowest and at the highest degree, paired by seed",
-        f"above 0 with its whole interval; not met if below {POINT:g} with its whole interval; runs that diverged score 0",
+        f"above 0 with its whole interval; not met if below {POINT:g} with its whole interval; runs that diverged "
+        "score 0",
         SOMEWHERE, ("ablation/degree_fixed_rate",), degree_optimum, ("ablation/degree",),
     ),
     Claim(
