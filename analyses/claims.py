@@ -69,7 +69,11 @@ def main(config: Config) -> None:
             print(" ".join(run.command(root)))
         return
     runs.check_root(root, quick=config.quick)
-    failed = runs.carry_out(plan, root)
+    try:
+        failed = runs.carry_out(plan, root)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
     write(config, load_tree(root), root, root)
     if failed:
         for name, message in failed.items():

@@ -80,7 +80,7 @@ def quick_plan() -> list[Run]:
                                                 "--methods full propulsion:positions=all --steps 6 --batch-size 8 "
                                                 "--max-length 32")),
         *(Run(f"ablation/{factor}", words(f"--factor {factor} --seeds 0 1 {_TINY}"))
-          for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value")),
+          for factor in ("degree_fixed_rate", "positions", "vectors", "init_value")),
     ]  # fmt: skip
 
 
@@ -189,6 +189,7 @@ def carry_out(plan: Sequence[Run], root: Path, launch: Launch | None = None) -> 
         What went wrong, by the run's name, in one line.
     """
     failed: dict[str, str] = {}
+    print(f"{len(plan)} runs; what each prints is in {root / LOGS}", flush=True)
     for place, run in enumerate(plan, 1):
         head = f"[{place:>{len(str(len(plan)))}}/{len(plan)}] {run.name}"
         if is_complete(root / run.name):
