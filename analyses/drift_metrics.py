@@ -167,11 +167,15 @@ def method_estimates(cells: Sequence[Cell], place: int, resamples: int) -> Itera
         if movements[0][0].shape[1] > 1:
             yield "linearised_agreement", of_rows(same_prediction, movements, resamples)
     for name in ("parameter_drift", "head_drift", "score"):
-        yield name, Estimate(tuple(float(cell["points"][place][name]) for cell in cells))
+        found = (cell["points"][place][name] for cell in cells)
+        yield name, Estimate(tuple(math.nan if value is None else float(value) for value in found))
 
 
 def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, Estimate]]:
-    """The same at the end between things that have nothing to do with each other: (name, with what, value)."""
+    """The same at the end between things that have nothing to do with each other: (name, with what, value).
+
+    Pairs of seeds share runs, so that the interval over them is rough.
+    """
     finals = [(tensor(cell, "kernels")[-1], tensor(cell, "kernels")[0]) for cell in cells]
     for name in list(DRIFTS)[:3]:
         metric = DRIFTS[name]

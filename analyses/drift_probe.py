@@ -63,10 +63,13 @@ def depth_of(name: str) -> str:
     return "embeddings" if "embed" in name or ".wte." in name else "after the layers"
 
 
-def traced_kernel(model: Any, inputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+def traced_kernel(
+    model: Any, inputs: Mapping[str, Tensor], names: Sequence[str], memory_budget: float | None = None
+) -> Tensor:
     """The tangent kernel ``(n, n)`` over the named parameters, traced over the outputs, on the CPU."""
     chosen = frozenset(names)
-    kernel = ntk.empirical_ntk(model, inputs, params=lambda name, p: name in chosen, reduce="trace")
+    kernel = ntk.empirical_ntk(model, inputs, params=lambda name, p: name in chosen, reduce="trace",
+                               memory_budget=memory_budget)  # fmt: skip
     return kernel.cpu()
 
 
@@ -247,6 +250,7 @@ class Probe(TrainerCallback):
         module: str,
         width: int,
         score: Callable[[Any], float],
+        memory_budget: float | None = None,
     ) -> None:
         """Prepare.
 
@@ -257,10 +261,11 @@ class Probe(TrainerCallback):
             module: Name of the modules of which the last gives the Jacobian's entries that are kept.
             width: How many entries.
             score: Evaluates a model.
+            memory_budget: Bytes for kernels, as in `ntk.empirical_ntk`.
         """
         self._steps, self._inputs, self._score = frozenset(steps), dict(inputs), score
         self._few = {name: value[:n_jacobians] for name, value in inputs.items()}
-        self._module, self._width = module, width
+        self._module, self._width, self._budget = module, width, memory_budget
         self._start: Values = {}
         self._linearized: Linearized | None = None
         self._own: list[str] = []
@@ -307,7 +312,7 @@ class Probe(TrainerCallback):
         with isolated_randomness():
             score = self._score(model)
             outputs = batched_outputs(model, self._inputs, lambda **inputs: model(**inputs).logits)
-            self._keep(kernels=traced_kernel(model, self._inputs, self._own), outputs=outputs)
+            self._keep(kernels=traced_kernel(model, self._inputs, self._own, self._budget), outputs=outputs)
             if step == 0:
                 # The linearisation is exact at the start, and the Jacobians are the start's: nothing to compute.
                 self._keep(linearized=outputs)

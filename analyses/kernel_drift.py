@@ -68,6 +68,8 @@ class Config:
     """Draws of each random null model."""
     resamples: int = 200
     """Bootstrap resamples behind each interval over examples."""
+    memory_budget_gb: float | None = None
+    """Memory for kernels in GB; by default half of what is free."""
     runs_dir: Path | None = None
     """Folder of the finished cells; by default the result folder's name with -runs."""
     max_runs: int | None = None
@@ -156,9 +158,13 @@ def _cell(
         found = evaluate(model, held_out.tokenizer, data, max_length=config.run.training.max_length)
         return next(iter(found.values()))
 
+    budget = None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
     probe = Probe(config.steps[1:], held_out.inputs, n_jacobians=config.n_jacobians, module=config.block,
-                  width=config.width, score=score)  # fmt: skip
-    found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[probe])
+                  width=config.width, score=score, memory_budget=budget)  # fmt: skip
+    try:
+        found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[probe])
+    except MemoryError as error:
+        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
     kept = ("scores", "losses", "trained_parameters", "learning_rates", "seconds_per_step")
     return {
         "seed": seed,
@@ -229,6 +235,8 @@ def _check(config: Config) -> None:
             raise UserError(f"{name} must be at least {value}; got {getattr(config, name)}")
     if config.n_jacobians > config.n_examples:
         raise UserError(f"n_jacobians must be at most the {config.n_examples} examples; got {config.n_jacobians}")
+    if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
+        raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
     if not config.seeds or not config.methods:
         raise UserError("there must be a seed and a method")
     if not all(0 < share <= 1 for share in config.checkpoints):

@@ -190,6 +190,12 @@ def test_intervals_over_seeds_and_examples(kernel):
     assert single.ends == single.examples
 
 
+def test_a_score_that_is_undefined_stays_so(kernel):
+    cell = planted([kernel, kernel])
+    cell["points"][0]["score"] = None  # As a cell keeps a correlation with constant predictions.
+    assert np.isnan(dict(drift_metrics.method_estimates([cell], 0, resamples=1))["score"].value)
+
+
 @pytest.mark.parametrize(
     ("ends", "expected"),
     [((0.01, 0.09), "yes"), ((0.05, 0.2), "open"), ((0.2, 0.4), "no"), ((np.nan, np.nan), "no"), ((None, None), "no")],
