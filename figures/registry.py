@@ -54,6 +54,12 @@ CAPTIONS: dict[str, dict[str, str]] = {
             "trained scales. No interval is drawn."
         ),
     },
+    "instruction_tuning": {
+        "instruction_tuning": (
+            "Left: accuracy by generation of every method, the untuned model in grey; bars are 95 % Wilson intervals over "
+            "validation rows, lines the baselines. Right: share of rows that got an answer, without an interval."
+        ),
+    },
     "johnson_lindenstrauss": {
         "johnson_lindenstrauss": (
             "Left: probability of an error of at least ε over the dimension; lines exact, dashes the bound, dots "

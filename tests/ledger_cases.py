@@ -178,4 +178,5 @@ def deltas(*, z: tuple[float, float] = (0.99, 1.01), central: tuple[float, float
 
 def tuned(own: Value, model: str) -> Folders:
     metrics = [metric("accuracy", around(0.5), "trained", "none"), metric("accuracy", own, "trained", "propulsion")]
+    metrics.append(metric("accuracy", around(0.0), "difference", "propulsion", "none"))
     return {"instruction_tuning": planted("instruction_tuning", metrics, model={"name": model}, dataset={"name": "t"})}

@@ -145,7 +145,7 @@ def best_adapter(results: Results) -> list[Evidence]:
 def large_models(results: Results) -> list[Evidence]:
     """Accuracy of Propulsion on a language model, beside the untuned one; decided by the paper's models alone."""
     result = results["instruction_tuning"]
-    scores = {m.left: quantity(m.left, m) for m in result.metrics if m.name == "accuracy"}
+    scores = {m.left: quantity(m.left, m) for m in result.metrics if (m.name, m.stage) == ("accuracy", "trained")}
     name, untuned = result.model["name"], scores["none"]
     own = next(q for label, q in scores.items() if label.startswith("propulsion"))
     gained = Outcome.MET if own.lower > untuned.upper else Outcome.UNMET if own.upper < untuned.lower else Outcome.OPEN
