@@ -3,26 +3,38 @@
     python -m analyses.instruction_tuning --data-dir glue/sst2 --model SmolLM2-135M-Instruct.Q4_1.gguf
 
 Every method is one run of `propulsion.train`, with the same rows in the same order, in a folder of its own: a killed
-one goes on from its last checkpoint. A model in a GGUF file is dequantised first.
+one goes on from its last checkpoint. A model in a GGUF file is dequantised first. Two baselines stand beside the
+methods: always saying the commonest answer of the validation rows, and choosing at random where there are choices.
 """
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
+from jaxtyping import Int
 from scipy import stats
 
 from analyses.results import Metric, Result, check_writable, environment, write_result
 from analyses.tables import format_table, interval, number
+from propulsion.data import load_task_data
 from propulsion.errors import UserError, run_command
+from propulsion.instructions import Exchange, extract
 from propulsion.methods import Method
+from propulsion.run_folder import predictions_of
+from propulsion.task_kinds.base import columns_of
+from propulsion.task_kinds.instruction import exchanges_of
 from propulsion.tasks import get_task
 from propulsion.train import TrainConfig, TrainResult
 from propulsion.train import run as train_run
 
 UNTUNED = "none"
+MAJORITY, CHANCE = "commonest answer", "chance"
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -68,24 +80,79 @@ def run(config: Config) -> Result:
     if task.kind != "instruction":
         raise UserError(f"task {task.name} is no instruction: choose sst2_instruction, boolq, gsm8k or their like")
     methods = {text: Method.parse(text) for text in config.methods}
+    data = load_task_data(
+        config.task, data_dir=config.data_dir, n_train=config.max_train_samples, n_validation=config.max_eval_samples,
+        seed=config.seed,
+    )  # fmt: skip
+    exchanges = exchanges_of(columns_of(data.validation))
     folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    found = {}
+    found, said = {}, {}
     for text, method in methods.items():
         print(f"{text} ...", flush=True)
-        found[text] = train_run(_options(config, method, folder / text.replace(":", "-")))
+        place = folder / text.replace(":", "-")
+        found[text] = train_run(_options(config, method, place))
+        if (predictions := predictions_of(place)) is not None:
+            said[text] = predictions
     rows = [{"method": text} | _row(result) for text, result in found.items()]
-    metrics = []
-    for row in rows:
-        right = round(row["accuracy"] * config.max_eval_samples)
-        bounds = stats.binomtest(right, config.max_eval_samples).proportion_ci(method="wilson")
-        low, high = float(bounds.low), float(bounds.high)
-        metrics.append(Metric("accuracy", row["accuracy"], low, high, "", "trained", row["method"], ""))
+    right = {text: np.array([e.is_right(t) for e, t in zip(exchanges, texts, strict=True)], dtype=np.int8)
+             for text, texts in said.items()}  # fmt: skip
     return Result(
         analysis="instruction_tuning", config=asdict(config) | {"model": Path(config.model).name}, seed=config.seed,
-        metrics=metrics, tables={"methods": rows}, arrays={}, model={"name": Path(config.model).name},
-        dataset={"name": config.task}, environment=environment(), seconds={"this call": time.time() - started},
-        coverage={},
+        metrics=[*_accuracies(rows, len(exchanges)), *_differences(right)],
+        tables={"methods": rows, "baselines": baselines(exchanges), "said": _said(exchanges, said)},
+        arrays={f"right.{text}": values for text, values in right.items()},
+        model={"name": Path(config.model).name}, dataset={"name": config.task, "fingerprint": data.fingerprint},
+        environment=environment(), seconds={"this call": time.time() - started}, coverage={},
     )  # fmt: skip
+
+
+def baselines(exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:
+    """Accuracy of the rows' commonest answer, and of a choice at random; chance is None where there are no choices."""
+    answers = Counter(extract(exchange.answer, exchange.choices) for exchange in exchanges)
+    answer, count = answers.most_common(1)[0]
+    shares = [1 / len(exchange.choices) for exchange in exchanges if exchange.choices]
+    chance = float(np.mean(shares)) if len(shares) == len(exchanges) else None
+    return [
+        {"baseline": MAJORITY, "answer": answer, "accuracy": count / len(exchanges)},
+        {"baseline": CHANCE, "answer": None, "accuracy": chance},
+    ]
+
+
+def paired_interval(left: Int[np.ndarray, " n"], right: Int[np.ndarray, " n"]) -> tuple[float, float, float]:
+    """Difference of two accuracies on the same n rows with its 95 % bootstrap interval: (value, low, high)."""
+    difference = left.astype(float) - right.astype(float)
+    draws = np.random.default_rng(0).integers(0, len(difference), (RESAMPLES, len(difference)))
+    low, high = np.quantile(difference[draws].mean(axis=1), [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
+
+
+def _accuracies(rows: Sequence[dict[str, Any]], n: int) -> list[Metric]:
+    metrics = []
+    for row in rows:
+        bounds = stats.binomtest(round(row["accuracy"] * n), n).proportion_ci(method="wilson")
+        low, high = float(bounds.low), float(bounds.high)
+        metrics.append(Metric("accuracy", row["accuracy"], low, high, "", "trained", row["method"], ""))
+    return metrics
+
+
+def _differences(right: dict[str, np.ndarray]) -> list[Metric]:
+    """Of every method from the untuned model, row by row."""
+    if UNTUNED not in right:
+        return []
+    return [
+        Metric("accuracy", *paired_interval(values, right[UNTUNED]), "", "difference", text, UNTUNED)
+        for text, values in right.items()
+        if text != UNTUNED
+    ]
+
+
+def _said(exchanges: Sequence[Exchange], said: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """What every method said to every row, beside the answer."""
+    rows = []
+    for place, exchange in enumerate(exchanges):
+        answer = extract(exchange.answer, exchange.choices)
+        rows.append({"row": place, "answer": answer, "said": {text: texts[place] for text, texts in said.items()}})
+    return rows
 
 
 def _options(config: Config, method: Method, folder: Path) -> TrainConfig:
@@ -121,23 +188,34 @@ def _row(result: TrainResult) -> dict[str, Any]:
 
 
 def summary(result: Result, *, markdown: bool = False) -> str:
-    """One row a method."""
+    """One row a method, then the baselines."""
     rows = []
     for row in result.tables["methods"]:
         metric = result.metric("accuracy", stage="trained", left=row["method"])
-        rows.append([row["method"], interval(metric.value, metric.low, metric.high), number(row["answered"]),
-                     number(row["last_loss"]), f"{row['trained_parameters']:,}", str(row["steps"])])  # fmt: skip
-    header = ["method", "accuracy", "answered", "last loss", "trained", "steps"]
+        paired = [m for m in result.metrics if m.stage == "difference" and m.left == row["method"]]
+        difference = interval(paired[0].value, paired[0].low, paired[0].high) if paired else "-"
+        rows.append([row["method"], interval(metric.value, metric.low, metric.high), difference,
+                     number(row["answered"]), number(row["last_loss"]), f"{row['trained_parameters']:,}",
+                     str(row["steps"])])  # fmt: skip
+    for row in result.tables.get("baselines", []):
+        name = row["baseline"] if row["answer"] is None else f"{row['baseline']} ({row['answer']})"
+        rows.append([name, number(row["accuracy"]), *["-"] * 5])
+    header = ["method", "accuracy", "accuracy - untuned", "answered", "last loss", "trained", "steps"]
     return format_table(header, rows, markdown=markdown)
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder."""
+    """Run, print, write the result folder, draw the figure."""
     check_writable(config.output_dir, overwrite=config.overwrite)
     result = run(config)
     print(f"\n{summary(result)}\n")
-    folder = write_result(result, config.output_dir, overwrite=config.overwrite)
-    print(f"intervals: 95 %, Wilson's over {config.max_eval_samples} rows; result in {folder}")
+    from figures.instruction_tuning import write as draw
+
+    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
+    print(
+        f"intervals: 95 %, Wilson's over {config.max_eval_samples} rows; of differences, bootstrap over the same rows; "
+        f"result and figure in {folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise UserError(f"option {text!r} of the method is not of the form OPTION=VALUE")
+            raise UserError(f"option {text!r} is not of the form OPTION=VALUE")
         options[name.strip().replace("-", "_")] = _value(value)
     return options
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from propulsion.errors import UserError
 from propulsion.files import write_json
 from propulsion.trainer import TaskTrainer, clear_leftovers, latest_checkpoint
 
-RECORD, RESULT = "run.json", "result.json"
+RECORD, RESULT, PREDICTIONS = "run.json", "result.json", "predictions.json"
 
 
 def claim(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -74,6 +74,8 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
     try:
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
+        if trainer.is_fsdp_enabled:  # Checkpoints may be in shards, what is kept is whole.
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(partial))
         if trainer.args.should_save:
             tokenizer.save_pretrained(partial)
@@ -83,3 +85,48 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
             os.rename(partial, destination)
     except OSError as error:
         raise UserError(f"cannot write {destination}: {error.strerror or error}; the checkpoints are kept") from error
+
+
+def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) -> None:
+    """Write what a run found; with its result it is finished.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        write_json(output / PREDICTIONS, predictions)
+        write_json(output / RESULT, result)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output / RESULT}: {error.strerror or error}; the checkpoints are kept"
+        ) from error
+
+
+def result_of(output: Path) -> dict[str, Any] | None:
+    """What a finished run found; None of a run that is not finished.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    return _read(output / RESULT, dict)
+
+
+def predictions_of(output: Path) -> list[Any] | None:
+    """What a finished run predicted, row by row; None of a run that kept none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    return _read(output.expanduser() / PREDICTIONS, list)
+
+
+def _read(path: Path, kind: type) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and run the same command again") from error
+    if not isinstance(found, kind):
+        raise UserError(f"{path} is damaged: remove it, and run the same command again")
+    return found

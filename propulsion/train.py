@@ -8,6 +8,7 @@ several devices. The output folder holds:
     checkpoint-N   to resume from
     model          what was trained, with its tokenizer: loads by plain peft, or by transformers if the method has no
                    adapter
+    predictions    one for every validation row drawn, in predictions.json
     result.json    metrics, losses, learning rates, trained parameters, times
 """
 
@@ -23,7 +24,6 @@ import datasets
 import torch
 import tyro
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -31,14 +31,15 @@ from transformers.trainer_callback import PrinterCallback
 from propulsion.adapters import load_adapter
 from propulsion.data import TaskData, load_task_data, tokenize_cached
 from propulsion.errors import UserError, one_line, run_command
-from propulsion.files import write_json
+from propulsion.evaluation import Evaluation
 from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
 from propulsion.optim import Rates, describe_rates, parameter_groups
 from propulsion.presets import PRESETS, describe, get_preset
 from propulsion.pretrained import fingerprint, load_model
-from propulsion.run_folder import RESULT, claim, save_model
+from propulsion.reporting import check_reporting
+from propulsion.run_folder import claim, finish, result_of, save_model
+from propulsion.sharding import check_sharding, prepare_sharding
 from propulsion.task_kinds import Limits, kind_of
-from propulsion.task_kinds.base import columns_of
 from propulsion.tasks import get_task
 from propulsion.trainer import TaskTrainer, isolated_randomness, latest_checkpoint
 
@@ -99,6 +100,10 @@ class TrainConfig:
     """Cut inputs to this many tokens."""
     max_target_length: int = 64
     """Cut summaries to this many tokens; generate no more."""
+    generation_max_length: int | None = None
+    """Generate no more tokens than this; by default max_target_length."""
+    generation_num_beams: int = 1
+    """Beams of the search for generated text; 1 is greedy."""
     max_train_samples: int | None = None
     """Training rows, drawn by the seed."""
     max_eval_samples: int | None = None
@@ -134,7 +139,7 @@ class TrainConfig:
     logging_steps: int = 50
     """Steps between reports of the loss."""
     report_to: tuple[str, ...] = ("none",)
-    """Where losses and metrics are reported: tensorboard, wandb, ..."""
+    """Where losses and metrics are reported: tensorboard, wandb, ...; event files of TensorBoard are in runs."""
     disable_tqdm: bool = False
     """No progress bar."""
     seed: int = 0
@@ -145,7 +150,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = {"max_steps": -1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "eval_steps": 1,
                  "gradient_accumulation_steps": 1, "save_steps": 1, "logging_steps": 1, "seed": 0, "warmup_steps": 0,
-                 "weight_decay": 0, "max_grad_norm": 0, "max_target_length": 1}  # fmt: skip
+                 "weight_decay": 0, "max_grad_norm": 0, "max_target_length": 1,
+                 "generation_num_beams": 1}  # fmt: skip
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least {low}")
@@ -153,8 +159,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"{name} is {value}, expected a number above 0")
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise UserError(f"save_total_limit is {self.save_total_limit}, expected at least 1")
+        for name in ("save_total_limit", "generation_max_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}, expected at least 1")
         if self.streaming and self.max_steps < 0:
             raise UserError("streamed rows have no end that is known: give max_steps")
         if "epoch" in (self.eval_strategy, self.save_strategy) and self.eval_strategy != self.save_strategy != "no":
@@ -175,7 +182,10 @@ class TrainConfig:
     @property
     def limits(self) -> Limits:
         """Lengths and batch size of evaluation."""
-        return Limits(self.max_length, self.max_target_length, self.per_device_eval_batch_size)
+        return Limits(
+            self.max_length, self.max_target_length, self.per_device_eval_batch_size, self.generation_max_length,
+            self.generation_num_beams,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,16 @@ class TrainResult:
     output_dir: str
 
 
+# Fields of transformers.TrainingArguments that would be ignored, or break what a run relies on: the optimizer is AdamW
+# with rates by role, the columns and their order are the task's.
+_FIXED = frozenset(
+    {"optim", "optim_args", "optim_target_modules", "data_seed", "greater_is_better", "label_names",
+     "remove_unused_columns"}
+)  # fmt: skip
+
+# Fields that older records do not have: recorded where they are used, so that older runs go on.
+_YOUNGER = ("generation_max_length", "generation_num_beams")
+
 # Fields that may differ when a run is resumed: they change no weight.
 _FREE = frozenset(
     {"output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "disable_tqdm", "logging_steps", "data_dir",
@@ -217,12 +237,15 @@ def run(config: TrainConfig) -> TrainResult:
     started = time.perf_counter()
     output = config.output_dir.expanduser().resolve()
     task = get_task(config.task)
+    check_reporting(config.report_to)
+    sharded = prepare_sharding() and config.max_steps != 0
     state = PartialState(cpu=config.on_cpu)
     data = load_task_data(
         config.task, data_dir=config.data_dir, n_train=config.max_train_samples, n_validation=config.max_eval_samples,
         seed=config.seed, streaming=config.streaming,
     )  # fmt: skip
-    device = torch.device("cpu") if config.on_cpu else torch.device(str(state.device))
+    # A model to be sharded may fit no single device.
+    device = torch.device("cpu") if config.on_cpu or sharded else torch.device(str(state.device))
     kind = kind_of(task)
     model, tokenizer = load_model(
         config.model, task_type=kind.task_type, num_labels=task.num_labels, seed=config.seed, device=device,
@@ -234,16 +257,19 @@ def run(config: TrainConfig) -> TrainResult:
     with state.main_process_first():
         if state.is_main_process:
             claim(output, identity, overwrite=config.overwrite_output_dir)
-    finished = output / RESULT
-    if finished.exists():
-        return TrainResult(**json.loads(finished.read_text(encoding="utf-8")))
+    if (finished := result_of(output)) is not None:
+        return TrainResult(**finished)
     groups = parameter_groups(model, rates=_rates(config), weight_decay=config.weight_decay)
     if not groups and config.max_steps != 0:
         raise UserError(f"method {config.method} trains nothing: choose another one, or max_steps 0 to evaluate")
     if state.is_main_process:
         print(describe_rates(model, groups), flush=True)
     with isolated_randomness():
-        trainer = _trainer(config, output, model, tokenizer, data)
+        evaluation = Evaluation(model, tokenizer, data, config.limits)
+        trainer = _trainer(config, output, evaluation)
+        note = check_sharding(trainer, model) if sharded else None
+        if note is not None and state.is_main_process:
+            print(note, flush=True)
         if config.max_steps != 0:
             checkpoint = latest_checkpoint(output)
             if checkpoint is not None and state.is_main_process:
@@ -262,7 +288,7 @@ def run(config: TrainConfig) -> TrainResult:
         output_dir=str(output),
     )
     if state.is_main_process:
-        write_json(finished, dataclasses.asdict(result))
+        finish(output, dataclasses.asdict(result), evaluation.predictions)
     state.wait_for_everyone()
     return result
 
@@ -286,7 +312,8 @@ def _rates(config: TrainConfig) -> Rates:
     return Rates(config.learning_rate, config.head_learning_rate)
 
 
-def _trainer(config: TrainConfig, output: Path, model: Any, tokenizer: Any, data: TaskData) -> TaskTrainer:
+def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation) -> TaskTrainer:
+    model, tokenizer, data = evaluation.model, evaluation.tokenizer, evaluation.data
     kind = kind_of(data.task)
     encoded = tokenize_cached(data, tokenizer, config.limits)
     if isinstance(encoded, datasets.IterableDataset):
@@ -303,7 +330,7 @@ def _trainer(config: TrainConfig, output: Path, model: Any, tokenizer: Any, data
             eval_dataset=data.validation,
             data_collator=kind.collator(tokenizer, model),
             rates=_rates(config),
-            score=lambda: score(model, tokenizer, data, config.limits),
+            score=evaluation,
             keep=config.save_total_limit,
             loss_by_token=kind.task_type == "CAUSAL_LM",
             callbacks=callbacks,
@@ -314,20 +341,6 @@ def _trainer(config: TrainConfig, output: Path, model: Any, tokenizer: Any, data
     return trainer
 
 
-def score(model: Any, tokenizer: Any, data: TaskData, limits: Limits) -> dict[str, float]:
-    """The task's metrics on the validation rows, each process predicting its share of them."""
-    state, kind = PartialState(), kind_of(data.task)
-    share = data.validation
-    if state.num_processes > 1:
-        share = share.shard(num_shards=state.num_processes, index=state.process_index, contiguous=True)
-    predictions: list[Any] = []
-    if len(share):
-        predictions = kind.predict(model, tokenizer, data.task, columns_of(share), limits)
-    if state.num_processes > 1:
-        predictions = gather_object(predictions)
-    return kind.measure(data.task, predictions, columns_of(data.validation))
-
-
 def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArguments:
     named = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = {name: value for name, value in vars(config).items() if name in named and name != "learning_rate"}
@@ -335,6 +348,8 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
     more = parse_options(config.training_options)
     if unknown := sorted(more.keys() - named):
         raise UserError(f"transformers.TrainingArguments has no field {', '.join(unknown)}")
+    if given := sorted(more.keys() & ({field.name for field in dataclasses.fields(config)} | _FIXED)):
+        raise UserError(f"training_options cannot set {given[0]}: it has an option of its own here, or is fixed")
     values = own | {
         "output_dir": str(output),
         "report_to": list(config.report_to),
@@ -360,7 +375,8 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
 
 def _identity(config: TrainConfig, data: TaskData, base: str) -> dict[str, Any]:
     """What two runs must have in common for one to go on where the other stopped."""
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    unused = {name for name in _YOUNGER if getattr(config, name) == getattr(TrainConfig, name)}
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE | unused}
     fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
     return json.loads(json.dumps(fields | {"rows": data.fingerprint, "base_model": base}))
 

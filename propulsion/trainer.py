@@ -7,6 +7,7 @@ deleted. Evaluation leaves the random states alone, so that a run resumed from a
 
 import contextlib
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from propulsion.errors import UserError, first_line
@@ -110,10 +112,17 @@ class TaskTrainer(Trainer):
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """The task's metrics, logged."""
+        """The task's metrics, logged.
+
+        Raises:
+            UserError: The metric that says which checkpoint is best is none of them.
+        """
         assert self._score is not None
         with isolated_randomness():
             found = self._score()
+        best = str(self.args.metric_for_best_model).removeprefix("eval_")
+        if self.args.load_best_model_at_end and best not in found:
+            raise UserError(f"metric_for_best_model is {best}, expected one of {', '.join(found)}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))  # A copy: logging adds the epoch to it.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -136,6 +145,8 @@ class TaskTrainer(Trainer):
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(folder / name)
             super()._save_checkpoint(model, trial)
+            if self.state.best_global_step:  # Recorded under its staged path, in every process.
+                self.state.best_model_checkpoint = str(self._best())
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._publish(staging / name, folder / name)
@@ -154,11 +165,7 @@ class TaskTrainer(Trainer):
             self._staging = None
 
     def _publish(self, written: Path, destination: Path) -> None:
-        # Saved while staged, so the best checkpoint may be recorded under its staged path.
-        if self.state.best_global_step:
-            best = destination.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            self.state.best_model_checkpoint = str(best)
-            self.state.save_to_json(str(written / "trainer_state.json"))
+        self.state.save_to_json(str(written / "trainer_state.json"))
         for path in written.rglob("*"):
             if path.is_file():
                 _flush(path)
@@ -176,9 +183,30 @@ class TaskTrainer(Trainer):
         started = super()._init_training_state(*args, **kwargs)
         # By its step, since the folder may have been moved since.
         if self.state.best_global_step:
-            best = self._folder() / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            best = self._best()
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         return started
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        with _reading(folder):
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            # Without these the run would go on all the same, from an optimizer that starts anew.
+            needed = (SCHEDULER_NAME,) if self.is_fsdp_enabled else (SCHEDULER_NAME, OPTIMIZER_NAME)
+            if lacking := [name for name in needed if not (folder / name).exists()]:
+                raise ValueError(f"{lacking[0]} is missing")
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _best(self) -> Path:
+        return self._folder() / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
 
 
 class _RankUpdates(TrainerCallback):
@@ -186,6 +214,21 @@ class _RankUpdates(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         update_ranks(kwargs.get("model"), state.global_step)
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Path | str | None) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint is read into the user's business, which it is."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError,
+            SafetensorError) as error:  # fmt: skip
+        raise UserError(
+            f"{checkpoint} is damaged ({first_line(error)}): remove it, and the same command goes on from the one "
+            "before, or starts anew"
+        ) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -20,13 +20,22 @@ class Limits:
     Attributes:
         max_length: Cut inputs to this many tokens. If None nothing is cut, and an input too long is an error, except
             where a kind says otherwise.
-        max_target_length: Cut summaries to this many tokens, and generate no more.
+        max_target_length: Cut summaries to this many tokens, and generate no more unless `generate_length` says so.
         batch_size: Rows of a batch in prediction.
+        generate_length: Generate no more than this many tokens.
+        num_beams: Beams of the search for generated text; 1 is greedy.
     """
 
     max_length: int | None = None
     max_target_length: int = 64
     batch_size: int = 64
+    generate_length: int | None = None
+    num_beams: int = 1
+
+    @property
+    def max_new_tokens(self) -> int:
+        """How many tokens are generated at most."""
+        return self.max_target_length if self.generate_length is None else self.generate_length
 
 
 @dataclass(frozen=True)
@@ -139,10 +148,8 @@ def run_batches(
 
 
 @torch.no_grad()
-def generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, size: int, max_new_tokens: int
-) -> list[str]:
-    """Generate greedily after encoded rows, and return the new text of every row."""
+def generate(model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, limits: Limits) -> list[str]:
+    """Generate after encoded rows, the likeliest text that a beam search finds, and return the new text of each."""
     mode, side = model.training, tokenizer.padding_side
     cached = getattr(model.config, "use_cache", None)
     model.eval()
@@ -153,10 +160,11 @@ def generate(
             tokenizer.padding_side = "left"  # New text follows the prompt's last token, in every row.
         if cached is not None:
             model.config.use_cache = True  # Gradient checkpointing turns it off, which makes generation slow.
-        for part in batches(len(encoded["input_ids"]), size):
+        for part in batches(len(encoded["input_ids"]), limits.batch_size):
             batch = tokenizer.pad({name: values[part] for name, values in encoded.items()}, return_tensors="pt")
             ids = model.generate(
-                **batch.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                **batch.to(model.device), max_new_tokens=limits.max_new_tokens, do_sample=False,
+                num_beams=limits.num_beams,
                 pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
             new = ids[:, batch["input_ids"].shape[1] :] if is_decoder else ids

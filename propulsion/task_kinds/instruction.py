@@ -60,16 +60,21 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 
 def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits) -> list[str]:
-    """What the model says after every prompt, generated greedily."""
-    limit = input_limit(tokenizer, limits) - limits.max_target_length
+    """What the model says after every prompt."""
+    limit = input_limit(tokenizer, limits) - limits.max_new_tokens
     prompts = [ids[-max(1, limit) :] for ids in tokenizer(list(columns[_PROMPT]), verbose=False)["input_ids"]]
     encoded: Columns = {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]}
-    return generate(model, tokenizer, encoded, limits.batch_size, limits.max_target_length)
+    return generate(model, tokenizer, encoded, limits)
+
+
+def exchanges_of(columns: Columns) -> list[Exchange]:
+    """Checked rows as exchanges."""
+    return [Exchange(row[_PROMPT], row[_ANSWER], tuple(row[_CHOICES])) for row in rows_of(columns)]
 
 
 def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[str, float]:
     """Shares of rows whose answer, extracted from the generated text, is right, and of those that hold one at all."""
-    exchanges = [Exchange(row[_PROMPT], row[_ANSWER], tuple(row[_CHOICES])) for row in rows_of(columns)]
+    exchanges = exchanges_of(columns)
     right = [exchange.is_right(text) for exchange, text in zip(exchanges, predictions, strict=True)]
     answered = [extract(text, exchange.choices) is not None for exchange, text in zip(exchanges, predictions)]
     return {"accuracy": sum(right) / len(right), "answered": sum(answered) / len(answered)}

@@ -37,10 +37,10 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 
 def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits) -> list[str]:
-    """A summary of every document, generated greedily."""
+    """A summary of every document."""
     encoded = encode(columns, tokenizer, task, limits)
     encoded.pop("labels", None)
-    return generate(model, tokenizer, encoded, limits.batch_size, limits.max_target_length)
+    return generate(model, tokenizer, encoded, limits)
 
 
 def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[str, float]:

@@ -26,6 +26,7 @@ from analyses.training_run import RunConfig, tuning_split
 from propulsion import PropulsionConfig
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
+from propulsion.instructions import Exchange
 from propulsion.optim import SCALE_RATE, WEIGHT_RATE
 from propulsion.training import TrainingConfig
 
@@ -282,6 +283,21 @@ def test_mistakes(module, config, message, tmp_path, monkeypatch):
         module.run(config)
 
 
+def test_baselines_and_paired_differences_of_known_answers():
+    rows = [Exchange("p", answer, ("yes", "no", "maybe")) for answer in ("yes", "no", "no")]
+    majority, chance = instruction_tuning.baselines(rows)
+    assert (majority["answer"], majority["accuracy"]) == ("no", 2 / 3)
+    assert chance["accuracy"] == pytest.approx(1 / 3)
+    sums = instruction_tuning.baselines([Exchange("p", "so 4"), Exchange("p", "4"), Exchange("p", "5")])
+    assert [(row["answer"], row["accuracy"]) for row in sums] == [("4", 2 / 3), (None, None)]
+    ones, zeros = np.ones(9, dtype=np.int8), np.zeros(9, dtype=np.int8)
+    assert instruction_tuning.paired_interval(ones, zeros) == (1, 1, 1)
+    mixed = np.array([1, 0, 0, 1, 1, 0, 0, 0, 1], dtype=np.int8)
+    value, low, high = instruction_tuning.paired_interval(mixed, zeros)
+    assert value == pytest.approx(4 / 9)
+    assert low < value < high
+
+
 def test_instructions_are_tuned_and_generated(tiny_decoder, tmp_path):
     rows = "".join(json.dumps({"sentence": f"text {i}", "label": i % 2}) + "\n" for i in range(8))
     for split in ("train", "validation"):
@@ -297,5 +313,16 @@ def test_instructions_are_tuned_and_generated(tiny_decoder, tmp_path):
     assert [row["steps"] for row in rows.values()] == [0, 2, 2]
     assert rows["none"]["trained_parameters"] == 0
     assert rows["lora:target_modules=q_proj+"]["trained_parameters"] == 8 * (16 + 16)
+    result = load_result(config.output_dir)
+    assert (config.output_dir / "instruction_tuning.png").exists()
+    for name, row in rows.items():
+        assert row["accuracy"] == result.arrays[f"right.{name}"].mean()
+    said = result.tables["said"]
+    assert len(said) == 4
+    assert all(set(row["said"]) == set(rows) and row["answer"] in ("negative", "positive") for row in said)
+    commonest = max(sum(row["answer"] == word for row in said) for word in ("negative", "positive")) / 4
+    assert [row["accuracy"] for row in result.tables["baselines"]] == [commonest, 0.5]
+    paired = result.metric("accuracy", stage="difference", left="propulsion:degree=3", right="none")
+    assert paired.value == rows["propulsion:degree=3"]["accuracy"] - rows["none"]["accuracy"]
     with pytest.raises(UserError, match="task sst2 is no instruction"):
         instruction_tuning.run(replace(config, task="sst2"))

@@ -185,13 +185,17 @@ def test_an_encoder_cannot_summarise(tiny_models, tmp_path):
         run(config)
 
 
-def test_summaries_are_those_of_the_model(tiny_models, tmp_path):
+@pytest.mark.parametrize(
+    "limits", [Limits(max_target_length=5), Limits(max_target_length=9, generate_length=4, num_beams=3)]
+)
+def test_summaries_are_those_of_the_model(tiny_models, tmp_path, limits):
     """Generation through our batches gives what the model gives for one document alone."""
     folder = tiny_models["SEQ_2_SEQ_LM"]
     model, tokenizer = load_model(folder, task_type="SEQ_2_SEQ_LM")
     data = load_task_data("xsum", data_dir=write_rows(tmp_path, "xsum"))
-    found = kind_of(data.task).predict(model, tokenizer, data.task, columns_of(data.train), Limits(max_target_length=5))
+    found = kind_of(data.task).predict(model, tokenizer, data.task, columns_of(data.train), limits)
     plain, text = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), data.train["document"][0]
     tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
-    ids = plain.generate(tokens, max_new_tokens=5, do_sample=False, num_beams=1)
+    lengths = {"max_new_tokens": 5 if limits.num_beams == 1 else 4}
+    ids = plain.generate(tokens, **lengths, do_sample=False, num_beams=limits.num_beams)
     assert found == [tokenizer.decode(ids[0], skip_special_tokens=True).strip()] * 3

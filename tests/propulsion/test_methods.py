@@ -128,7 +128,7 @@ def test_methods_that_need_an_option(tiny_models, text, options):
         ("lorra", "unknown method 'lorra': the methods are full, bitfit, head, none, adalora"),
         ("lora:rank=2", "method lora has no option rank; its options: .*r,"),
         ("full:r=2", "method full has no option r; its options: none"),
-        ("lora:r", "'r' of the method is not of the form OPTION=VALUE"),
+        ("lora:r", "'r' is not of the form OPTION=VALUE"),
         ("lora:task_type=CAUSAL_LM", "option task_type follows from the task"),
         ("lora:r=0", "method lora cannot be used here: .*r.*"),
         ("lora:target_modules=nowhere", "method lora cannot be used here: .*target_modules"),

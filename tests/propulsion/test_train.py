@@ -1,6 +1,7 @@
 """A run as a command: killed and resumed to the same bits, refused where it should be, its adapter plain peft."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -17,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from task_rows import ROWS, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from propulsion import run_folder
 from propulsion import trainer as trainer_module
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
 from propulsion.optim import SCALE_RATE
+from propulsion.run_folder import RESULT
 from propulsion.task_kinds import kind_of
 from propulsion.tasks import get_task
 from propulsion.train import TrainConfig, main, parse, run
@@ -284,18 +287,69 @@ def test_a_full_disk_loses_no_earlier_checkpoint(config, uninterrupted, monkeypa
     assert_same(run(config), config.output_dir, *uninterrupted)
 
 
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def test_a_damaged_checkpoint_is_named(config, tmp_path):
+    """It is not resumed from, be it cut short or without what the optimizer knew."""
+    whole = dataclasses.replace(config, output_dir=tmp_path / "whole", max_steps=4)
+    run(whole)
+    (whole.output_dir / "result.json").unlink()
+    shutil.rmtree(whole.output_dir / "checkpoint-4")
+    parts = ("optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json", "rng_state.pth")
+    damages = [*((name, cut_short) for name in parts), *((name, Path.unlink) for name in parts[:2])]
+    for name, damage in damages:
+        folder = tmp_path / "damaged"
+        shutil.copytree(whole.output_dir, folder)
+        damage(folder / "checkpoint-2" / name)
+        with pytest.raises(UserError, match=r"checkpoint-2 is damaged \(.*\): remove it") as caught:
+            run(dataclasses.replace(whole, output_dir=folder))
+        assert "\n" not in str(caught.value)
+        shutil.rmtree(folder)
+    assert run(whole).steps == 4
+    (whole.output_dir / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"result.json is damaged .*: remove it"):
+        run(whole)
+
+
+def test_a_disk_that_is_full_at_the_end(config, monkeypatch):
+    """The result cannot be written: one line, and the same command ends the run later."""
+    short = dataclasses.replace(config, max_steps=2)
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    write = run_folder.write_json
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            run_folder, "write_json", lambda path, *rest: (full if path.name == RESULT else write)(path, *rest)
+        )
+        with pytest.raises(UserError, match=r"cannot write .*result.json: No space left on device"):
+            run(short)
+    result = run(short)
+    predictions = run_folder.predictions_of(short.output_dir)
+    data = load_task_data("demo", n_train=16, n_validation=10, seed=3)
+    right = [found == label for found, label in zip(predictions, data.validation["label"], strict=True)]
+    assert sum(right) / len(right) == result.metrics["accuracy"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"method": "lorra"}, "unknown method 'lorra': the methods are full, bitfit, head"),
         ({"method": "lora", "method_options": ("rank=3",)}, "method lora has no option rank; its options: "),
-        ({"method_options": ("r",)}, "option 'r' of the method is not of the form"),
+        ({"method_options": ("r",)}, "option 'r' is not of the form"),
         ({"method": "none"}, "method none trains nothing"),
-        ({"report_to": ("nothing_such",)}, "options that do not go together: .*nothing_such"),
+        ({"report_to": ("nothing_such",)}, "cannot report to 'nothing_such': choose none, all, .*tensorboard"),
+        ({"report_to": ("none", "tensorboard")}, "report_to none stands alone"),
         ({"lr_scheduler_type": "square"}, "options that do not go together: .*square"),
         ({"training_options": ("adam=1",)}, "TrainingArguments has no field adam"),
+        ({"training_options": ("learning_rate=1",)}, "cannot set learning_rate: it has an option of its own"),
+        ({"training_options": ("optim=adafactor",)}, "cannot set optim"),
         ({"degree": -1.0}, "degree must be a finite number > 0"),
         ({"adapter": Path("nowhere")}, "nowhere holds no adapter"),
+        ({"metric_for_best_model": "f9"}, "metric_for_best_model is f9, expected one of accuracy"),
     ],
 )  # fmt: skip
 def test_unusable_options(config, change, message):
@@ -384,23 +438,75 @@ def test_presets_are_overridden_by_options():
         parse(["--preset", "glue"])
 
 
+def test_tensorboard_has_what_was_logged(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(dataclasses.replace(config, max_steps=4, logging_steps=1, report_to=("tensorboard",)))
+    found: dict[str, dict[int, float]] = {"train/loss": {}, "eval/accuracy": {}}
+    for path in (config.output_dir / "runs").rglob("events.*"):
+        events = EventAccumulator(str(path)).Reload()
+        for tag in set(events.Tags()["scalars"]) & set(found):
+            found[tag] |= {event.step: event.value for event in events.Scalars(tag)}
+    for tag, name in {"train/loss": "loss", "eval/accuracy": "eval_accuracy"}.items():
+        logged = {entry["step"]: entry[name] for entry in result.history if name in entry}
+        assert found[tag] == pytest.approx(logged)
+        assert len(logged) == {"loss": 4, "eval_accuracy": 2}[name]
+
+
+@pytest.mark.parametrize("reporter", ["tensorboard", "wandb"])
+def test_a_missing_reporter_is_one_line(config, monkeypatch, reporter):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in _HIDDEN else find(name, *a))
+    with pytest.raises(UserError, match=rf"^cannot report to {reporter}: it is not installed here \(pip install"):
+        run(dataclasses.replace(config, report_to=(reporter,)))
+    assert not config.output_dir.exists()
+
+
+_HIDDEN = ("tensorboard", "tensorboardX", "wandb")
+
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_reach_the_result_of_one(config, tiny_models, tmp_path):
+LAUNCHERS = {
+    "data parallel": ("--multi_gpu", "-m", "propulsion.train"),
+    "sharded": ("--use_fsdp", "--fsdp_version", "2", str(Path(__file__).with_name("shard_on_cpus.py"))),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(base_config, tiny_models, tmp_path_factory):
+    """What the launched runs are compared with; an odd number of rows to evaluate, and no dropout."""
+    config = dataclasses.replace(
+        base_config, model=str(tiny_models["SEQ_CLS"]), max_steps=6, learning_rate=1e-3, max_eval_samples=11,
+        output_dir=tmp_path_factory.mktemp("one"),
+    )  # fmt: skip
+    return config, run(config)
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_two_processes_reach_the_result_of_one(one_process, tmp_path, kind):
     """Half the batch each, over gloo; equal to float32's rounding, as sums are taken in another order."""
-    one = dataclasses.replace(config, model=str(tiny_models["SEQ_CLS"]), max_steps=6, learning_rate=1e-3)
-    expected = run(one)
+    one, expected = one_process
     two = dataclasses.replace(one, per_device_train_batch_size=2, output_dir=tmp_path / "two", use_cpu=False)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*launcher, "-m", "propulsion.train", *arguments(two)]
+    # A configuration of this machine's own must not change the launch.
+    environment["HF_HOME"] = str(tmp_path)
+    command = [*launcher, *LAUNCHERS[kind], *arguments(two)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("trained parameters") == done.stdout.count("scale: ") == 1  # One process speaks.
     found = json.loads((two.output_dir / "result.json").read_text())
     assert found["metrics"] == pytest.approx(expected.metrics)
-    wanted = weights(one.output_dir)
-    for name, value in weights(two.output_dir).items():
+    wanted, found = weights(one.output_dir), weights(two.output_dir)
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
+    assert (two.output_dir / "checkpoint-6" / "pytorch_model_fsdp_0").is_dir() == (kind == "sharded")
+
+
+def test_flat_parameters_are_refused(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="needs version 2 of FSDP"):
+        run(config)

@@ -1,0 +1,37 @@
+"""Evaluation of a run: every process predicts its share of the validation rows, and all know the metrics."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from propulsion.data import TaskData
+from propulsion.sharding import equal_share
+from propulsion.task_kinds import Limits, kind_of
+from propulsion.task_kinds.base import columns_of
+
+
+@dataclass
+class Evaluation:
+    """What says how good a model is, called as often as needed while it is trained.
+
+    Attributes:
+        predictions: One a row, of the last call.
+    """
+
+    model: Any
+    tokenizer: Any
+    data: TaskData
+    limits: Limits
+    predictions: list[Any] = field(default_factory=list)
+
+    def __call__(self) -> dict[str, float]:
+        """The task's metrics of the model as it is."""
+        state, kind, task, rows = PartialState(), kind_of(self.data.task), self.data.task, self.data.validation
+        share = rows.select(equal_share(len(rows), state.num_processes, state.process_index))
+        found = kind.predict(self.model, self.tokenizer, task, columns_of(share), self.limits)
+        if state.num_processes > 1:
+            found = gather_object(found)[: len(rows)]
+        self.predictions = found
+        return kind.measure(task, found, columns_of(rows))
