@@ -141,10 +141,10 @@ def _adapter(text: str, method: Method, model: Any, trained: Any) -> adapters.Me
             f"it out, as by exclude_modules={outside[0]}+"
         )
     if method.name == "lora":
-        lora = {name: m for name, m in bare.named_modules() if isinstance(m, LoraLayer)}
+        lora: dict[str, Any] = {name: m for name, m in bare.named_modules() if isinstance(m, LoraLayer)}
         first = next(iter(lora.values()))
         settings = {(m.r["default"], m.scaling["default"], bool(m.use_dora["default"])) for m in lora.values()}
-        if len(settings) > 1 or settings.pop()[2] or any(p.any() for m in lora.values() for p in m.lora_B.parameters()):
+        if len(settings) > 1 or settings.pop()[2] or any(m.lora_B["default"].weight.any() for m in lora.values()):
             raise UserError(f"method {text}: only plain LoRA of one rank, at B = 0, has a tangent kernel here")
         a = {name: m.lora_A["default"].weight.detach() for name, m in lora.items()}
         rank = first.r["default"]

@@ -9,6 +9,7 @@ sign-gradient kernel (dash-dotted). Bars are 95 % Student intervals over seeds, 
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -23,7 +24,11 @@ from figures.style import PAGE_WIDTH, PALETTE, save, style
 from propulsion.errors import run_command
 
 _HEIGHT = 2.9
-_NULLS = {"null: hidden states": (":", "o"), "null: majority class": (":", "x"), "null: permuted labels": (":", "s")}
+_NULLS: dict[str, tuple[Literal[":"], str]] = {
+    "null: hidden states": (":", "o"),
+    "null: majority class": (":", "x"),
+    "null: permuted labels": (":", "s"),
+}
 _SHIFT = 0.06  # Of the distance between sizes, as a share of a factor of e.
 
 

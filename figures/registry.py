@@ -56,8 +56,8 @@ CAPTIONS: dict[str, dict[str, str]] = {
     },
     "instruction_tuning": {
         "instruction_tuning": (
-            "Left: accuracy by generation of every method, the untuned model in grey; bars are 95 % Wilson intervals over "
-            "validation rows, lines the baselines. Right: share of rows that got an answer, without an interval."
+            "Left: accuracy by generation of every method, the untuned model in grey; bars are 95 % Wilson intervals "
+            "over validation rows, lines the baselines. Right: share of rows that got an answer, without an interval."
         ),
     },
     "johnson_lindenstrauss": {

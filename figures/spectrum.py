@@ -17,6 +17,7 @@ from figures.style import PAGE_WIDTH, PALETTE, save, style
 from propulsion.errors import run_command
 
 _HEIGHT = 4.4
+_FLOOR = 1e-7  # Of the trace: eigenvalues of float32 kernels are rounding below this.
 _HEAD = "head"
 
 
@@ -38,7 +39,8 @@ def draw(result: Result) -> Figure:
             _lines(panel, result, methods, curve, x)
             panel.set(xscale="log", xlabel=label, ylabel=title, xlim=(x[0], x[-1]))
             panel.grid(color="0.9", linewidth=0.5)
-        axes[0].set(yscale="log", ylim=(1e-6, 1))
+        smallest = min(result.arrays[f"eigenvalues.{method}"].min() for method in methods)
+        axes[0].set(yscale="log", ylim=(max(_FLOOR, smallest / 2), 1))
         axes[1].set(yscale="log", ylim=(0.8, 1.1 * number))
         _, low, high = np.stack([result.arrays[f"null_alignment.{method}"] for method in methods]).transpose(1, 0, 2)
         axes[2].fill_between(count, low.min(axis=0), high.max(axis=0), color="0.85", lw=0, zorder=0,

@@ -97,8 +97,7 @@ def sign_gradient_regression(
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge must be at least 0; got {ridge}")
     shifted = kernel.double() + ridge * torch.eye(n, dtype=torch.float64, device=kernel.device)
-    try:
-        steps = torch.linalg.solve(shifted, targets.double() - initial.double())
-    except torch.linalg.LinAlgError as error:
-        raise ArithmeticError("the sign-gradient kernel is singular: give a larger ridge") from error
+    steps, failed = torch.linalg.solve_ex(shifted, targets.double() - initial.double())
+    if failed:
+        raise ArithmeticError("the sign-gradient kernel is singular: give a larger ridge")
     return initial_cross.double() + cross.double() @ steps

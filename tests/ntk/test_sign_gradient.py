@@ -87,3 +87,5 @@ def test_regression_is_that_of_a_symmetric_kernel_where_the_kernel_is_symmetric(
         ntk.sign_gradient_regression(skew, y, f0, cross=skew, initial_cross=f0, ridge=-1.0)
     with pytest.raises(ValueError, match="expected kernels"):
         ntk.sign_gradient_regression(skew, y[:3], f0[:3], cross=skew, initial_cross=f0, ridge=0.1)
+    with pytest.raises(ArithmeticError, match="larger ridge"):
+        ntk.sign_gradient_regression(0 * skew, y, f0, cross=skew, initial_cross=f0, ridge=0.0)
