@@ -100,8 +100,9 @@ def judge_claim(claim: Claim, results: Results) -> Row:
         return Row(claim, Verdict.MISSING, (), tuple(folders), missing)
     try:
         evidence = tuple(claim.judge({name: results[name] for name in folders}))
-    except UserError as error:
-        return Row(claim, Verdict.UNTESTABLE, (), tuple(folders), reason=one_line(error))
+    except (UserError, KeyError) as error:
+        reason = f"a result holds no {error}" if isinstance(error, KeyError) else one_line(error)
+        return Row(claim, Verdict.UNTESTABLE, (), tuple(folders), reason=reason)
     return Row(claim, claim.rule.combine([e.outcome for e in evidence]), evidence, tuple(folders))
 
 

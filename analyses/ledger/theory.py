@@ -18,6 +18,7 @@ from analyses.ledger.verdicts import (
     quantity,
 )
 from analyses.results import STAGES, Metric, Result
+from propulsion.errors import UserError
 
 CLOSE = 0.1
 """Relative distance up to which two kernels, Jacobians or outputs count as nearly equal."""
@@ -217,6 +218,8 @@ def _aligned(result: Result, label: str, stage: str) -> Evidence:
     found = quantity(label, result.metric("cka", stage=stage, left=FULL, right=ADAPTER))
     nulls = [quantity(m.right, m) for m in result.metrics if (m.name, m.stage, m.left) == ("cka", stage, FULL)
              and m.right.startswith(CHANCE)]  # fmt: skip
+    if not nulls:
+        raise UserError("the result holds no null model of chance")
     null = max(nulls, key=lambda q: q.value)
     if found.lower > null.upper:
         outcome = Outcome.MET if found.lower >= ALIGNED else Outcome.PARTLY

@@ -15,7 +15,9 @@ from ledger_cases import (
     distances,
     drifts,
     layer,
+    metric,
     peaks,
+    planted,
     predictions,
     settings,
     trained,
@@ -212,6 +214,22 @@ def test_a_result_that_lacks_what_a_claim_reads_gives_the_reason():
     row = judge_claim(claim, results)
     assert row.verdict == UNTESTABLE
     assert "no metric 'accuracy' of head" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("key", "results", "reason"),
+    [
+        ("memory", {"memory": planted("memory", tables={"runs": []})}, "a result holds no 'propulsion:positions=all'"),
+        ("convergence", {"convergence": planted("convergence")}, "the result holds neither propulsion:positions=all nor"),
+        ("theorem1-scale", {"kernel_distance/a": planted("kernel_distance", [metric(
+            "cka", 0.9, "initialisation", "full_backbone", "propulsion_z")])}, "no null model"),
+    ],
+)  # fmt: skip
+def test_a_result_of_other_settings_gives_the_reason(key, results, reason):
+    (claim,) = choose([key])
+    row = judge_claim(claim, results)
+    assert row.verdict == UNTESTABLE
+    assert reason in row.reason
 
 
 def test_claims_by_name():
