@@ -56,6 +56,7 @@ def ledger(rows: Sequence[Row], results: Mapping[str, Result], root: str, *, qui
 def _row(row: Row, root: str) -> dict[str, Any]:
     claim = row.claim
     words = ("key", "title", "words", "where", "measure", "threshold")
+    source = "--data-dir glue" if row.missing else f"--load {root}"
     undecided = UNDECIDED if row.verdict == Verdict.UNTESTABLE and not row.reason else row.reason
     return {name: getattr(claim, name) for name in words} | {
         "rule": claim.rule.words,
@@ -65,7 +66,7 @@ def _row(row: Row, root: str) -> dict[str, Any]:
         "results": list(row.folders),
         "waits_for": list(row.missing),
         "reason": undecided,
-        "command": f"python -m analyses.claims --only {claim.key} --load {root}",
+        "command": f"python -m analyses.claims --only {claim.key} {source}",
     }
 
 
@@ -176,7 +177,7 @@ def _section(row: Mapping[str, Any]) -> str:
             markdown=True,
         ))  # fmt: skip
     judged = ", ".join(f"[{name}](#{anchor(name)})" for name in row["results"])
-    blocks.append(f"{f'Judged by {judged}; again' if judged else 'Judged'} by `{row['command']}`.")
+    blocks.append(f"{f'Judged by {judged}; again' if judged else 'Run and judged'} by `{row['command']}`.")
     return "\n\n".join(blocks)
 
 

@@ -220,7 +220,7 @@ def test_a_result_that_lacks_what_a_claim_reads_gives_the_reason():
     ("key", "results", "reason"),
     [
         ("memory", {"memory": planted("memory", tables={"runs": []})}, "a result holds no 'propulsion:positions=all'"),
-        ("convergence", {"convergence": planted("convergence")}, "the result holds neither propulsion:positions=all nor"),
+        ("convergence", {"convergence": planted("convergence")}, "the result holds neither propulsion:positions=all"),
         ("theorem1-scale", {"kernel_distance/a": planted("kernel_distance", [metric(
             "cka", 0.9, "initialisation", "full_backbone", "propulsion_z")])}, "no null model"),
     ],
