@@ -76,8 +76,8 @@ def quick_plan() -> list[Run]:
                                        f"--null-draws 1 --methods full propulsion:positions=all {_TINY}")),
         Run("spectrum/demo", words("--n-examples 12 --seeds 0 1 --null-draws 20 "
                                    "--methods full propulsion:positions=all lora")),
-        Run("linearized_prediction/demo", words("--sizes 8 16 --n-test 24 --seeds 0 1 --sign-limit 0 --permutations 5 "
-                                                "--methods full propulsion:positions=all --steps 6 --batch-size 8 "
+        Run("linearized_prediction/demo", words("--sizes 16 --n-test 24 --seeds 0 1 --sign-limit 0 --again "
+                                                "--permutations 5 --methods full propulsion:positions=all --steps 6 --batch-size 8 "
                                                 "--max-length 32")),
         *(Run(f"ablation/{factor}", words(f"--factor {factor} --seeds 0 1 {_TINY}"))
           for factor in ("degree_fixed_rate", "positions", "vectors", "init_value")),
@@ -118,7 +118,7 @@ def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path 
         Run("complexity"),
         Run("degree_scale", ("--tasks", *tasks, *every, "--n-examples", "16", *models)),
         Run("memory", one),
-        *(Run(f"peft_kernels/{task}", of(task) + words("--n-examples 64 --memory-budget-gb 5")) for task in tasks),
+        *(Run(f"peft_kernels/{task}", of(task) + words("--n-examples 128 --memory-budget-gb 5")) for task in tasks),
         *(Run(f"kernel_distance/{task}", of(task) + words("--n-examples 64 --steps 200 --memory-budget-gb 7"))
           for task in tasks),
         *(Run(f"method_comparison/{task}", ("--tasks", task, *every, *COMPARISONS.get(task, COMPARISON)))
