@@ -77,8 +77,8 @@ def quick_plan() -> list[Run]:
         Run("spectrum/demo", words("--n-examples 12 --seeds 0 1 --null-draws 20 "
                                    "--methods full propulsion:positions=all lora")),
         Run("linearized_prediction/demo", words("--sizes 16 --n-test 24 --seeds 0 1 --sign-limit 0 --again "
-                                                "--permutations 5 --methods full propulsion:positions=all --steps 6 --batch-size 8 "
-                                                "--max-length 32")),
+                                                "--permutations 5 --methods full propulsion:positions=all --steps 6 "
+                                                "--batch-size 8 --max-length 32")),
         *(Run(f"ablation/{factor}", words(f"--factor {factor} --seeds 0 1 {_TINY}"))
           for factor in ("degree_fixed_rate", "positions", "vectors", "init_value")),
     ]  # fmt: skip
