@@ -50,16 +50,19 @@ class Config:
         "bitfit",
     )  # fmt: skip
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE; those that can be merged."""
-    seed: int = 0
-    """Seed of the runs."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    """What each run is."""
+    """What each run is; its seed is that of all."""
     comparison: Path | None = None
     """Result of analyses.method_comparison whose learning rates are used."""
     output_dir: Path = Path("results/delta_weights")
     """Result folder."""
     overwrite: bool = False
     """Replace an earlier result in that folder."""
+
+    @property
+    def seed(self) -> int:
+        """The one seed of the runs; a second option of that name would be refused."""
+        return self.run.training.seed
 
 
 def singular_value_measures(delta: Float[Tensor, "a b"], weight: Float[Tensor, "a b"]) -> dict[str, float]:

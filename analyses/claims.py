@@ -1,0 +1,126 @@
+"""The paper on trial: run what its claims are judged by, or load it, and write the ledger of verdicts.
+
+    python -m analyses.claims --quick
+    python -m analyses.claims --data-dir glue --output-dir results/claims
+    python -m analyses.claims --load docs/results --output-dir docs/claims
+
+The first needs no data and no network and takes a few minutes: the demonstration task, at sizes that show how all of it
+works. The second is the whole trial. It takes hours, and goes on where it was when it is called again: what is complete
+is not computed twice. The third judges results that are there, and runs nothing.
+
+Every verdict follows from stored numbers by a threshold and a rule that the ledger states. It is printed and written as
+claims.md, ledger.json and report.html, a page that needs nothing beside it. The exit code is 1 if a run failed; the
+claims that wait for it have no result yet.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from analyses.ledger import report, runs
+from analyses.ledger.page import page, pictures
+from analyses.ledger.rows import TASKS, choose, judge, load_tree
+from analyses.results import Result
+from propulsion.errors import UserError, run_command
+
+
+@dataclass(frozen=True)
+class Config:
+    """The ledger of the paper's claims."""
+
+    quick: bool = False
+    """Run the demonstration task at small sizes, and judge that."""
+    data_dir: Path | None = None
+    """Folder with a folder of each task's data, each with train and validation files; else the Hugging Face hub."""
+    tasks: tuple[str, ...] = TASKS
+    """Tasks of the full run; what is measured on one task takes the first."""
+    language_model: Path | None = None
+    """GGUF file or folder of a causal language model, for the full run; without it, none is tuned."""
+    load: Path | None = None
+    """Judge the result folders below this one, and run nothing."""
+    only: tuple[str, ...] = ()
+    """Judge these claims alone, and run what they need; all by default."""
+    show_plan: bool = False
+    """Print the commands of the runs, and stop."""
+    output_dir: Path | None = None
+    """Folder of results and reports, results/claims or results/claims-quick by default. With --load, folder of the
+    reports; without it they are printed and not written."""
+
+
+def main(config: Config) -> None:
+    """Run or load, judge, print, write.
+
+    Raises:
+        UserError: Options that contradict each other, an unknown claim, folders that cannot be read or written.
+    """
+    claims = choose(config.only)
+    if config.load is not None:
+        if config.quick or config.show_plan:
+            raise UserError("--load runs nothing: leave out --quick and --show-plan")
+        write(config, load_tree(config.load), config.load, config.output_dir)
+        return
+    root = config.output_dir or Path("results") / ("claims-quick" if config.quick else "claims")
+    plan = runs.needed(_plan(config), claims, everything=not config.only)
+    if config.show_plan:
+        for run in plan:
+            print(" ".join(run.command(root)))
+        return
+    runs.check_root(root, quick=config.quick)
+    try:
+        failed = runs.carry_out(plan, root)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    write(config, load_tree(root), root, root)
+    if failed:
+        for name, message in failed.items():
+            print(f"{name}: {message}; log in {root / runs.LOGS}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def write(config: Config, results: Mapping[str, Result], root: Path, folder: Path | None) -> None:
+    """Judge the results of a folder, print the table, write the reports into another."""
+    content = report.ledger(
+        judge(choose(config.only), results), results, _as_given(root), quick=(root / runs.MARK).exists()
+    )
+    print(f"\n{report.text(content)}\n")
+    if content["quick"]:
+        print(f"{report.QUICK}\n")
+    if folder is None:
+        return
+    # Figures read results; only this last step of a command knows of them.
+    from figures.registry import DRAWINGS
+
+    captions = {stem: caption for drawing in DRAWINGS.values() for stem, caption in drawing.captions.items()}
+    files = {
+        "claims.md": report.markdown(content, root, folder),
+        "ledger.json": report.to_json(content),
+        "report.html": page(content, pictures(root, results, captions)),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, words in files.items():
+            (folder / name).write_text(words, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    print(f"{', '.join(files)} in {folder}")
+
+
+def _plan(config: Config) -> list[runs.Run]:
+    if config.quick:
+        return runs.quick_plan()
+    if not config.tasks:
+        raise UserError("name one task at least")
+    return runs.full_plan(config.tasks, config.data_dir, config.language_model)
+
+
+def _as_given(root: Path) -> str:
+    # A ledger names no folder of one machine.
+    return root.name if root.is_absolute() else root.as_posix()
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.claims", description=__doc__)))

@@ -1,0 +1,64 @@
+"""The command that computes a stored result again, from the configuration it carries."""
+
+import dataclasses
+import importlib
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from analyses.results import Result, plain
+
+# Where a run writes and how it was cut in pieces: no part of what was computed.
+_NOT_THE_EXPERIMENT = {"output_dir", "runs_dir", "overwrite", "max_runs", "child", "child_output"}
+
+
+def arguments(result: Result) -> list[str]:
+    """The options of its analysis that differ from their defaults, as words of a command line."""
+    config = importlib.import_module(f"analyses.{result.analysis}").Config
+    defaults = dict(_leaves(_defaults(config)))
+    words = []
+    for name, value in _leaves(result.config):
+        if name in _NOT_THE_EXPERIMENT or value == defaults.get(name) or value == "":
+            continue
+        words += _option(name, value)
+    return words
+
+
+def command(result: Result, output_dir: PurePosixPath | str) -> str:
+    """The same as one line for a shell, writing to a folder."""
+    words = ["python", "-m", f"analyses.{result.analysis}", *arguments(result), "--output-dir", str(output_dir)]
+    return shlex.join(words)
+
+
+def _option(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{name.replace('_', '-')}"]
+    if isinstance(value, list | tuple):
+        return [flag, *map(_word, value)]
+    return [flag, _word(value)]
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """Defaults of a configuration, as they would be stored; an option without one has none."""
+    found = {}
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = plain(field.default_factory())
+    return found
+
+
+def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options by name; those of nested configurations have no prefix on the command line."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield name, value

@@ -1,0 +1,64 @@
+"""Draw every figure of every result folder below a folder again, from the stored results alone.
+
+    python -m figures.all docs/results
+
+Figures are written beside their results, or into the same tree below --output-dir. A result of an analysis that has no
+figure module is named and passed over; one that cannot be read or drawn is named too, and the exit code is then 1.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from analyses.results import RESULT_FILE, load_result
+from figures.registry import DRAWINGS
+from propulsion.errors import UserError, one_line, run_command
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every figure of a tree of results."""
+
+    root: tyro.conf.Positional[Path]
+    """Folder with result folders, at any depth."""
+    output_dir: Path | None = None
+    """Write the figures into the same tree below this folder; by default beside their results."""
+
+
+def folders(root: Path) -> list[Path]:
+    """The result folders below a folder, hidden ones aside: those are what killed runs left.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = [path.parent for path in root.rglob(RESULT_FILE)]
+    found = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
+    if not found:
+        raise UserError(f"{root} holds no result folder")
+    return found
+
+
+def main(config: Config) -> None:
+    """Draw, folder by folder."""
+    failed = False
+    for folder in folders(config.root):
+        name = folder.relative_to(config.root)
+        try:
+            result = load_result(folder)
+            drawing = DRAWINGS.get(result.analysis)
+            if drawing is None:
+                print(f"{name}: no figure module for {result.analysis}")
+                continue
+            target = folder if config.output_dir is None else config.output_dir / name
+            print(f"{name}: {', '.join(path.name for path in drawing.write(result, target))}")
+        except (UserError, KeyError, ValueError) as error:
+            failed = True
+            print(f"{name}: {one_line(error)}", file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.all", description=__doc__)))

@@ -1,0 +1,344 @@
+"""The ledger from stored results, its three forms, and the runs behind it: killed, resumed, failed."""
+
+import html
+import importlib
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import tyro
+
+from analyses import ablation, claims
+from analyses.grid import Grid
+from analyses.ledger import commands, report, runs
+from analyses.ledger.rows import CLAIMS, load_tree
+from analyses.results import RESULT_FILE, plain
+from figures.registry import DRAWINGS
+from propulsion.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+STORED = Path("docs/results")
+NAMES = sorted(p.parent.relative_to(ROOT / STORED).as_posix() for p in (ROOT / STORED).rglob(RESULT_FILE))
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return load_tree(ROOT / STORED)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The reports that the committed results give now, from the root of the repository as documents name it."""
+    folder = tmp_path_factory.mktemp("claims")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        claims.main(claims.Config(load=STORED, output_dir=folder))
+    return folder
+
+
+# --- traceability ---------------------------------------------------------------------------------------------------
+
+
+def test_the_published_ledger_is_what_the_published_results_give(published):
+    """Fails where results changed: python -m analyses.claims --load docs/results --output-dir docs/claims."""
+    found, kept = (json.loads((f / "ledger.json").read_text("utf-8")) for f in (published, ROOT / "docs" / "claims"))
+    assert [row["key"] for row in kept["rows"]] == [claim.key for claim in CLAIMS]
+    for row, expected in zip(found["rows"], kept["rows"], strict=True):
+        assert row == expected, row["key"]
+    assert found == kept
+
+
+def test_the_published_document_is_that_ledger(published):
+    found, kept = ((f / "claims.md").read_text("utf-8") for f in (published, ROOT / "docs" / "claims"))
+    assert (
+        found.replace(f"--output-dir {published.name}", "--output-dir docs/claims").replace(
+            f"]({report.os.path.relpath(ROOT / STORED, published)}/", "](../results/"
+        )
+        == kept
+    )
+    for link in re.findall(r"\]\((\.\./[^)]+)\)", kept):
+        assert (ROOT / "docs" / "claims" / link).is_file(), link
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_of_a_published_result_gives_its_configuration(name, stored):
+    result = stored[name]
+    config = importlib.import_module(f"analyses.{result.analysis}").Config
+    again = dict(commands._leaves(plain(tyro.cli(config, args=commands.arguments(result)))))
+    kept = {k: v or None for k, v in commands._leaves(result.config) if k not in commands._NOT_THE_EXPERIMENT}
+    assert {k: again[k] or None for k in kept} == kept
+    assert f"docs/results/{name}" in commands.command(result, f"docs/results/{name}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_published_result_names_its_commit_and_no_machine(name, stored):
+    environment = stored[name].environment
+    assert re.fullmatch("[0-9a-f]{40}", environment["commit"])
+    assert environment["dirty"] is False
+    assert not re.search(r'"/(work|tmp|home|root)\b', (ROOT / STORED / name / RESULT_FILE).read_text("utf-8"))
+    git = ["git", "-C", str(ROOT)]
+    shallow = subprocess.run(
+        [*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True, check=False
+    )
+    if shallow.stdout.strip() == "false":  # Elsewhere there is no history to look in.
+        subprocess.run([*git, "cat-file", "-e", environment["commit"]], check=True)
+
+
+# --- forms ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_terminal_table(published):
+    content = json.loads((published / "ledger.json").read_text("utf-8"))
+    lines = report.text(content).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(lines) == len(CLAIMS) + 4
+    for row, line in zip(content["rows"], lines[2:], strict=False):
+        assert line.startswith(row["title"])
+        assert row["verdict"] in line
+
+
+def test_every_row_says_how_it_was_judged(published):
+    content = json.loads((published / "ledger.json").read_text("utf-8"))
+    assert sum(content["counts"].values()) == len(content["rows"])
+    for row in content["rows"]:
+        assert all(row[name] for name in ("words", "where", "measure", "threshold", "rule", "command"))
+        assert bool(row["waits_for"]) == (row["verdict"] == "no result yet")
+        assert set(row["results"]) <= content["sources"].keys()
+        if row["verdict"] not in ("no result yet", "not testable here"):
+            assert row["number"] in row["evidence"]
+    for name, source in content["sources"].items():
+        assert source["config"]
+        assert source["command"].endswith(f"--output-dir docs/results/{name}")
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_needs_nothing_beside_it(published, stored):
+    text = (published / "report.html").read_text("utf-8")
+    page = Page(text)
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {claim.key for claim in CLAIMS} <= set(ids)
+    links = [attrs["href"] for _, attrs in page.tags if "href" in attrs]
+    assert links
+    assert all(link.startswith("#") and link[1:] in ids for link in links)
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == len(list((ROOT / STORED).rglob("*.png")))
+    for image in images:
+        assert image["src"].startswith("data:image/png;base64,")
+        assert len(image["alt"]) > 40
+        assert int(image["width"]) > 0 < int(image["height"])
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"url\(|@import|https?://", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+    assert {"prefers-color-scheme: dark", "@media print", "max-width: 46rem"} <= set(
+        re.findall(r"prefers-color-scheme: dark|@media print|max-width: 46rem", text)
+    )
+    for symbol, verdict in ((s, v) for v, s in report.SYMBOLS.items()):
+        if any(row.strip() == f"{symbol} {verdict}" for row in page.words):
+            break
+    else:
+        raise AssertionError("no verdict is written as symbol and word")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_the_page_is_never_wider_than_its_window(published, tmp_path):
+    text = (published / "report.html").read_text("utf-8")
+    sizes = (360, 800, 1400)
+    widths = "[root.clientWidth, root.scrollWidth]"
+    script = f"<script>const root = document.documentElement; parent.postMessage({widths}, '*')</script>"
+    (tmp_path / "page.html").write_text(text.replace("</body>", f"{script}</body>"), encoding="utf-8")
+    frames = "".join(
+        f'<iframe src="page.html" style="width:{size}px;height:900px;border:0"></iframe>' for size in sizes
+    )
+    listen = "<script>addEventListener('message', e => document.body.append(' size ' + e.data.join('/')))</script>"
+    (tmp_path / "frames.html").write_text(f"<body>{listen}{frames}</body>", encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--hide-scrollbars", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000"]  # fmt: skip
+    command = ["chromium", *flags, "--dump-dom", (tmp_path / "frames.html").as_uri()]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    measured = sorted(tuple(map(int, pair)) for pair in re.findall(r"size (\d+)/(\d+)", found))
+    assert measured == [(size, size) for size in sizes]
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def launch(command, log):
+    """A run in this process: what the test is about is not that a process is a process."""
+    module = importlib.import_module(command[2])
+    log.write_text("", encoding="utf-8")
+    module.main(tyro.cli(module.Config, args=command[3:]))
+    return 0
+
+
+class Killed(BaseException):
+    """SIGKILL, as far as a test in one process can have it."""
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """One run without a grid and one with, whose training is a stand-in: that runs repeat is for their own tests."""
+
+    def score(config, data, setting, seed):
+        value = 0.5 + 0.1 * float(setting.label) + 0.01 * seed
+        return {"score": value, "last_loss": 1.0, "trained_parameters": 9, "diverged": ""}
+
+    monkeypatch.setattr(ablation, "_train", score)
+    return [
+        runs.Run("parameter_count", ("--models", "RoBERTa-base", "RoBERTa-large")),
+        runs.Run("ablation/init_value", runs.words("--factor init_value --seeds 0 1")),
+    ]
+
+
+def test_a_killed_call_goes_on_and_gives_the_same_ledger(plan, tmp_path, monkeypatch, capsys):
+    def ledger(root):
+        claims.write(claims.Config(only=("parameter-pair", "initial-value")), load_tree(root), root, root)
+        return json.loads((root / "ledger.json").read_text("utf-8"))
+
+    def scores(root):
+        return load_tree(root)["ablation/init_value"].tables["settings"]
+
+    whole, killed = tmp_path / "a" / "whole", tmp_path / "b" / "whole"
+    for root in (whole, killed):
+        runs.check_root(root, quick=False)
+    assert runs.carry_out(plan, whole, launch) == {}
+
+    computed, cell = [], Grid.cell
+
+    def dying(self, name, compute):
+        if self.computed == 3:
+            raise Killed
+        found = cell(self, name, compute)
+        computed.append(name)
+        return found
+
+    monkeypatch.setattr(Grid, "cell", dying)
+    with pytest.raises(Killed):
+        runs.carry_out(plan, killed, launch)
+    monkeypatch.setattr(Grid, "cell", cell)
+    assert (killed / "parameter_count" / RESULT_FILE).exists()
+    assert not (killed / "ablation" / "init_value").exists()
+    before = {p: p.stat().st_mtime_ns for p in killed.rglob("*.json")}
+    assert len(before) == 1 + 3
+    capsys.readouterr()
+    assert runs.carry_out(plan, killed, launch) == {}
+    assert "parameter_count: there already" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert scores(killed) == scores(whole)
+    assert ledger(killed)["rows"] == ledger(whole)["rows"]
+    assert runs.carry_out(plan, killed, lambda *_: pytest.fail("everything is there")) == {}
+
+
+def test_a_failed_run_is_one_line_and_what_needs_it_waits(tmp_path, capsys):
+    plan = [
+        runs.Run("parameter_count", ("--models", "RoBERTa-tiny")),
+        runs.Run("convergence", (), ("parameter_count",)),
+    ]
+    runs.check_root(tmp_path, quick=False)
+    failed = runs.carry_out(plan, tmp_path)  # In a process of its own, as it is.
+    assert failed["parameter_count"].startswith("failed (exit 2): no model RoBERTa-tiny; there are RoBERTa-base")
+    assert failed["convergence"] == "waits for parameter_count"
+    assert not any(tmp_path.rglob(RESULT_FILE))
+    assert "[1/2] parameter_count: failed (exit 2): no model" in capsys.readouterr().out
+
+
+def test_the_exit_code_of_a_call_with_a_failed_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "quick_plan", lambda: [runs.Run("parameter_count"), runs.Run("memory")])
+
+    def failing(command, log):
+        if "analyses.memory" in command:
+            log.write_text("Traceback\nMemoryError: too much\n", encoding="utf-8")
+            return -9
+        return launch(command, log)
+
+    monkeypatch.setattr(runs, "in_own_process", failing)
+    with pytest.raises(SystemExit) as stop:
+        claims.main(claims.Config(quick=True, only=("parameter-pair", "memory"), output_dir=tmp_path / "q"))
+    assert stop.value.code == 1
+    assert f"memory: failed (killed): MemoryError: too much; log in {tmp_path}" in capsys.readouterr().err
+    content = json.loads((tmp_path / "q" / "ledger.json").read_text("utf-8"))
+    assert [row["verdict"] for row in content["rows"]] == ["fails", "no result yet"]
+    assert content["quick"]
+    assert report.QUICK in html.unescape((tmp_path / "q" / "report.html").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    "plan", [runs.quick_plan(), runs.full_plan(("sst2", "rte", "cola", "stsb"), Path("glue"), Path("model.gguf"))]
+)
+def test_every_command_of_a_plan_is_one_that_its_analysis_takes(plan):
+    assert len({run.name for run in plan}) == len(plan)
+    for place, run in enumerate(plan):
+        command = run.command(Path("results"))
+        config = tyro.cli(importlib.import_module(command[2]).Config, args=command[3:])
+        assert config.output_dir == Path("results") / run.name
+        assert set(run.after) <= {earlier.name for earlier in plan[:place]}
+
+
+def test_the_full_plan_makes_all_that_the_claims_need():
+    plan = runs.full_plan(("sst2", "rte"), None, Path("model.gguf"))
+    for claim in CLAIMS:
+        found = runs.needed(plan, [claim], everything=False)
+        assert all(runs.matching([need], [run.name for run in found]) for need in claim.needs), claim.key
+    assert runs.needed(plan, [], everything=True) == plan
+    (figure3,) = (claim for claim in CLAIMS if claim.key == "convergence")
+    assert [run.name for run in runs.needed(plan, [figure3], everything=False)] == [
+        "method_comparison/sst2", "convergence",
+    ]  # fmt: skip
+
+
+def test_every_command_line_can_be_read():
+    for path in sorted((ROOT / "analyses").glob("*.py")):
+        module = importlib.import_module(f"analyses.{path.stem}")
+        if "tyro.cli(Config" in path.read_text("utf-8"):
+            with pytest.raises(SystemExit) as stop:
+                tyro.cli(module.Config, args=["--help"])
+            assert stop.value.code == 0
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes(tmp_path):
+    def message(**options):
+        with pytest.raises(UserError) as error:
+            claims.main(claims.Config(**options))
+        return str(error.value)
+
+    assert "is not a folder" in message(load=tmp_path / "nowhere")
+    assert "holds no result folder" in message(load=tmp_path)
+    assert "no claim figure8; there are" in message(load=tmp_path, only=("figure8",))
+    assert "--load runs nothing" in message(load=tmp_path, quick=True)
+    assert "name one task" in message(tasks=())
+    shutil.copytree(ROOT / STORED / "theorem1", tmp_path / "memory")
+    assert "is a result of theorem1" in message(load=tmp_path)
+    assert "holds results that --quick did not make" in message(quick=True, output_dir=tmp_path)
+    (tmp_path / "memory").rename(tmp_path / "theorem1")
+    (tmp_path / "theorem1" / RESULT_FILE).write_text("{", encoding="utf-8")
+    assert "cannot read" in message(load=tmp_path)
+    (tmp_path / runs.MARK).touch()
+    assert "holds a quick run" in message(output_dir=tmp_path)
+    (tmp_path / "file").touch()
+    assert "cannot write" in message(output_dir=tmp_path / "file" / "below")
+
+
+def test_figures_of_the_page_have_captions():
+    stems = {path.stem for path in (ROOT / STORED).rglob("*.png")}
+    assert stems <= {stem for drawing in DRAWINGS.values() for stem in drawing.captions}
