@@ -63,7 +63,7 @@ def quick_plan() -> list[Run]:
                               "--n-examples 8")),
         Run("degree_scale", words("--widths 32 64 --depths 1 2 --draws 2 --n-examples 4")),
         Run("complexity", words("--n 256 --m 256 --tokens 256 --repeats 5")),
-        Run("peft_kernels/demo", words("--n-examples 8 --resamples 50 --null-draws 1 --top 4")),
+        Run("peft_kernels/demo", words("--n-examples 8 --seeds 0 1 --resamples 50 --null-draws 1 --top 4")),
         Run("kernel_distance/demo", words("--n-examples 8 --steps 12 --batch-size 8 --resamples 50 --null-draws 1")),
         Run("memory", words("--methods full propulsion:positions=all lora --rounds 1 --steps 3 --batch-size 8 "
                             "--n-train 24 --n-validation 8 --max-length 32")),
