@@ -217,7 +217,9 @@ def _load_weights(
 def _forget_quantisation(model: Any, source: str) -> None:
     """Let a model read from a GGUF file be one of plain weights, which may be trained and saved whole."""
     if packed := [name for name, weight in model.named_parameters() if not weight.is_floating_point()]:
-        raise UserError(f"{source}: {packed[0]} is still in GGUF blocks; uninstall the package kernels to dequantise it")
+        raise UserError(
+            f"{source}: {packed[0]} is still in GGUF blocks; uninstall the package kernels to dequantise it"
+        )
     # Transformers keeps the quantiser that has unpacked the file, and then refuses to train or save all weights.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
