@@ -33,7 +33,6 @@ from torch import Tensor
 import ntk
 from analyses import kernel_prediction as predictions
 from analyses.grid import Grid
-from analyses.word_classifier import TASK_TYPE, load_label_words, packaged_model, prompted
 from analyses.linearized_prediction_tables import (
     FLOW,
     HIDDEN,
@@ -50,6 +49,7 @@ from analyses.method_kernels import HEAD, Tangents, model_inputs, tangents, with
 from analyses.results import Metric, Result, check_writable, environment, write_result
 from analyses.seeds import mean_interval, tuned_factors
 from analyses.training_run import RunConfig, training_run
+from analyses.word_classifier import TASK_TYPE, load_label_words, packaged_model, prompted
 from propulsion.data import TaskData, load_task_data
 from propulsion.errors import UserError, run_command
 from propulsion.methods import Method

@@ -18,11 +18,11 @@ from analyses.kernel_prediction import (
     regression,
     sign_regression,
 )
-from analyses.word_classifier import answering, load_label_words, packaged_model, prompted
 from analyses.linearized_prediction import Config
 from analyses.linearized_prediction_tables import AGAIN, HIDDEN, PERMUTED, REGRESSION, SIGN, WITH_HEAD, summary
 from analyses.method_kernels import model_inputs, tangents
 from analyses.results import load_result
+from analyses.word_classifier import answering, load_label_words, packaged_model, prompted
 from ntk.dynamics import kernel_regression
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
