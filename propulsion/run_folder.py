@@ -74,8 +74,9 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
     try:
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
-        if trainer.is_fsdp_enabled:  # Checkpoints may be in shards, what is kept is whole.
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+        if sharding is not None:  # Checkpoints may be in shards, what is kept is whole.
+            sharding.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(partial))
         if trainer.args.should_save:
             tokenizer.save_pretrained(partial)
