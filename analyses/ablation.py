@@ -21,7 +21,7 @@ from analyses.seeds import mean_interval
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, training_run
 from propulsion.data import TaskData
-from propulsion.errors import UserError, run_command
+from propulsion.errors import Diverged, UserError, run_command
 from propulsion.methods import Method
 from propulsion.optim import SCALE_RATE
 
@@ -133,9 +133,7 @@ def _train(config: Config, data: TaskData, setting: Setting, seed: int) -> dict[
         shared = replace(shared, training=replace(shared.training, learning_rate=setting.learning_rate))
     try:
         found = training_run(shared, data, method, seed=seed)
-    except UserError as error:
-        if "diverged" not in str(error):
-            raise
+    except Diverged as error:
         return {"score": None, "last_loss": None, "trained_parameters": 0, "diverged": str(error)}
     score = next(iter(found["scores"].values()))
     return {

@@ -1,21 +1,23 @@
 """Methods of fine-tuning against each other: tasks x methods x seeds, each method at its own best learning rate.
 
 All methods train the same pre-trained model with the same head on the same rows in the same order. The learning rate of
-a method on a task is its default (`propulsion.optim`) times a factor, chosen on a part of the training rows that the
-chosen runs are not scored on: three factors first, then further ones as long as the best is the smallest or the
-largest, up to a limit that is the same for all. The validation rows play no part in it.
+a method on a task is its default (`propulsion.optim`) times a factor, chosen by the loss on a part of the training rows
+held out from it (a score such as accuracy ties where little is learnt, and would choose by noise): three factors first,
+then further ones as long as the best is the smallest or the largest, up to a limit that is the same for all. The
+validation rows play no part in it.
 
     python -m analyses.method_comparison --data-dir glue --tasks sst2 rte cola stsb --output-dir results/comparison
 
 A killed grid goes on where it was; ``--max-runs 10`` computes ten more cells and stops.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -26,7 +28,7 @@ from analyses.seeds import tuned_factors
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, scores, training_run, tuning_split
 from propulsion.data import TaskData
-from propulsion.errors import UserError, run_command
+from propulsion.errors import Diverged, UserError, run_command
 from propulsion.methods import Method
 
 REFERENCE = "full"
@@ -67,6 +69,13 @@ class Config:
     """Replace an earlier result in that folder."""
 
 
+class Trial(NamedTuple):
+    """A learning rate on the held-out training rows: loss, and first metric; None where it diverged or is undefined."""
+
+    loss: float | None
+    score: float | None
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The complete cells of one task: by method, its tuning and its runs."""
@@ -74,7 +83,7 @@ class Comparison:
     task: str
     labels: np.ndarray
     factors: dict[str, float]
-    tried: dict[str, dict[float, float]]
+    tried: dict[str, dict[float, Trial]]
     runs: dict[str, list[dict[str, Any]]]
 
 
@@ -89,7 +98,8 @@ def run(config: Config) -> Result | None:
     if len(config.seeds) < 1 or config.resamples < 1 or config.rate_extensions < 0:
         raise UserError("seeds and resamples must be at least one, rate_extensions not negative")
     folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    settings = {"run": asdict(config.run) | {"data_dir": None}, "tuning_steps": config.tuning_steps}
+    settings = {"run": asdict(config.run) | {"data_dir": None}, "tuning_steps": config.tuning_steps,
+                "chosen_by": "loss"}
     grid = Grid(folder, settings, config.max_runs)
     compared, sources = [], {}
     for task in config.tasks:
@@ -132,7 +142,7 @@ def _task(config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]
 
 def _chosen(
     config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]
-) -> tuple[dict[str, float], dict[str, dict[float, float]]]:
+) -> tuple[dict[str, float], dict[str, dict[float, Trial]]]:
     """Factor of every method whose tuning is complete, and what was tried."""
     if config.rates_from is not None:
         factors = tuned_factors(config.rates_from)
@@ -140,30 +150,34 @@ def _chosen(
             raise UserError(f"{config.rates_from} holds no learning rate of {', '.join(absent)}")
         return {text: factors[text] for text in methods}, {text: {} for text in methods}
     tried = {text: _tune(config, grid, data, text, method) for text, method in methods.items()}
-    return {text: max(found, key=lambda factor: found[factor]) for text, found in tried.items() if found}, tried
+    return {text: lowest_loss(found) for text, found in tried.items() if found}, tried
 
 
-def _tune(config: Config, grid: Grid, data: TaskData, text: str, method: Method) -> dict[float, float]:
-    """Score on held-out training rows, by factor; empty if a cell is missing."""
+def _tune(config: Config, grid: Grid, data: TaskData, text: str, method: Method) -> dict[float, Trial]:
+    """Held-out training rows by factor; empty if a cell is missing."""
     part = tuning_split(data)
     shorter = replace(config.run, training=replace(config.run.training, steps=config.tuning_steps))
 
-    def score(factor: float) -> float | None:
-        def compute() -> dict[str, float]:
-            return {"score": _or_worst(training_run(shorter, part, method, seed=0, rate_multiplier=factor)["scores"])}
+    def trial(factor: float) -> Trial | None:
+        def compute() -> dict[str, float | None]:
+            try:
+                found = training_run(shorter, part, method, seed=0, rate_multiplier=factor)
+            except Diverged:
+                return {"loss": None, "score": None}
+            return {"loss": found["validation_loss"], "score": next(iter(found["scores"].values()))}
 
         cell = grid.cell(f"{data.task.name}.{text}.tuning{factor:.3g}", compute)
-        return None if cell is None else cell["score"]
+        return None if cell is None else Trial(cell["loss"], cell["score"])
 
-    found: dict[float, float] = {}
+    found: dict[float, Trial] = {}
     pending = [1 / FACTOR, 1.0, FACTOR]
     for extension in range(config.rate_extensions + 1):
         for factor in pending:
-            value = score(factor)
-            if value is None:
+            result = trial(factor)
+            if result is None:
                 return {}
-            found[factor] = value
-        best = max(found, key=lambda factor: found[factor])
+            found[factor] = result
+        best = lowest_loss(found)
         edges = {min(found): min(found) / FACTOR, max(found): max(found) * FACTOR}
         if best not in edges or extension == config.rate_extensions:
             break
@@ -171,10 +185,14 @@ def _tune(config: Config, grid: Grid, data: TaskData, text: str, method: Method)
     return found
 
 
-def _or_worst(found: dict[str, float]) -> float:
-    """The headline score; -1, below any, where it is undefined."""
-    value = next(iter(found.values()))
-    return value if np.isfinite(value) else -1.0
+def lowest_loss(tried: dict[float, Trial]) -> float:
+    """The factor of the lowest held-out loss; that of a run that diverged is above any."""
+
+    def loss(factor: float) -> float:
+        found = tried[factor].loss
+        return math.inf if found is None else found
+
+    return min(tried, key=loss)
 
 
 # --- summary --------------------------------------------------------------------------------------------------------
@@ -194,8 +212,8 @@ def _result(config: Config, compared: Iterable[Comparison], sources: dict[str, A
                 kept = ("seed", "trained_parameters", "seconds_per_step", "peak_bytes", "learning_rates")
                 runs.append({"task": found.task, "method": text} | {k: entry[k] for k in kept} | entry["scores"])
             tuning += [
-                {"task": found.task, "method": text, "factor": factor, "score": score}
-                for factor, score in found.tried[text].items()
+                {"task": found.task, "method": text, "factor": factor} | trial._asdict()
+                for factor, trial in found.tried[text].items()
             ]
     return Result(
         analysis="method_comparison",

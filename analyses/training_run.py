@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from scipy.special import logsumexp
 from transformers import TrainerCallback
 
 from propulsion.data import TaskData, load_task_data
@@ -94,7 +95,7 @@ def training_run(
         task_type: peft's name of the task, which says whether a method trains a head.
 
     Returns:
-        `scores`, `losses` by step, `predictions`, `trained_parameters`, `learning_rates`, `seconds_per_step` (the
+        `scores`, `validation_loss`, `losses` by step, `predictions`, `trained_parameters`, `learning_rates`, `seconds_per_step` (the
         median), `peak_bytes` of the process during the run (of the accelerator, on one), and, if kept, `model` and
         `tokenizer`, and `logits`.
     """
@@ -113,6 +114,7 @@ def training_run(
     predictions = outputs[:, 0] if data.task.is_regression else outputs.argmax(axis=1)
     found = {
         "scores": scores(data.task.name, predictions, np.asarray(data.validation["label"])),
+        "validation_loss": mean_loss(data, outputs),
         "losses": result.losses,
         "predictions": predictions,
         "trained_parameters": trainable_parameters(model),
@@ -128,6 +130,14 @@ def training_run(
 def scores(task: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The task's metrics."""
     return {name: METRICS[name](predictions, labels) for name in get_task(task).metrics}
+
+
+def mean_loss(data: TaskData, outputs: np.ndarray) -> float:
+    """Mean loss of the validation rows: cross-entropy of logits ``(n, c)``, squared error of a regression's output."""
+    labels = np.asarray(data.validation["label"])
+    if data.task.is_regression:
+        return float(np.mean((outputs[:, 0] - labels) ** 2))
+    return float(np.mean(logsumexp(outputs, axis=1) - outputs[np.arange(len(labels)), labels]))
 
 
 class StepClock(TrainerCallback):

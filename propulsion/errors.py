@@ -9,6 +9,10 @@ class UserError(ValueError):
     """A mistake the user can mend: its message says in one line what is wrong and what to do."""
 
 
+class Diverged(UserError):
+    """The loss or a weight stopped being finite in training."""
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's main function, turning the user's mistakes into one line on stderr.
 

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from propulsion.errors import UserError, first_line
+from propulsion.errors import Diverged, UserError, first_line
 from propulsion.methods import update_ranks
 from propulsion.optim import Rates, parameter_groups
 
@@ -104,10 +104,10 @@ class TaskTrainer(Trainer):
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise self._divergence(f"{name} is no longer finite", self.state.global_step)
 
-    def _divergence(self, what: str, step: int) -> UserError:
+    def _divergence(self, what: str, step: int) -> Diverged:
         last = latest_checkpoint(self._folder()) if self.args.save_strategy != "no" else None
         kept = f"; the last good checkpoint is {last}" if last else ""
-        return UserError(f"training diverged: {what} at step {step}{kept}; {REMEDY}")
+        return Diverged(f"training diverged: {what} at step {step}{kept}; {REMEDY}")
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

@@ -45,6 +45,8 @@ class TrainingConfig:
     """Weight decay of matrices; biases, norms and Propulsion's scales have none."""
     max_grad_norm: float = 1.0
     """Gradients longer than this, all parameters together, are shortened to it; 0 for no limit."""
+    train_sampling_strategy: str = "random"
+    """Order of the rows: random, or group_by_length, random but for batches of similar lengths, which saves padding."""
     max_length: int | None = None
     """Cut examples to this many tokens; without it, longer ones than the model takes are an error."""
     seed: int = 0
@@ -198,6 +200,7 @@ def _arguments(model: PreTrainedModel | PeftModel, config: TrainingConfig, folde
         weight_decay=config.weight_decay,
         seed=config.seed,
         data_seed=config.seed,
+        train_sampling_strategy=config.train_sampling_strategy,
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=model.device.type != "cpu",
         save_strategy="no",

@@ -22,7 +22,7 @@ from analyses import (
     training_tables,
 )
 from analyses.results import load_result
-from analyses.training_run import RunConfig, tuning_split
+from analyses.training_run import RunConfig, mean_loss, tuning_split
 from propulsion import PropulsionConfig
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
@@ -66,9 +66,9 @@ def test_methods_are_compared_in_pieces(compared, capsys):
             )
         predictions = result.arrays[f"predictions.demo.{row['method']}.{row['seed']}"]
         assert row["accuracy"] == np.mean(predictions == result.arrays["labels.demo"])
-    tried = {(row["method"], row["factor"]): row["score"] for row in result.tables["tuning"]}
+    tried = {(row["method"], row["factor"]): row["loss"] for row in result.tables["tuning"]}
     for method, row in rows.items():
-        assert tried[method, row["rate_factor"]] == max(score for (name, _), score in tried.items() if name == method)
+        assert tried[method, row["rate_factor"]] == min(loss for (name, _), loss in tried.items() if name == method)
     # A second call finds everything computed.
     before = sorted(compared.output_dir.with_name("comparison-runs").iterdir())
     assert method_comparison.run(replace(compared, max_runs=0)) is not None
@@ -92,6 +92,20 @@ def test_learning_rates_of_an_earlier_result(compared, tmp_path):
     assert result.tables["tuning"] == []
     with pytest.raises(UserError, match="holds no learning rate of ia3"):
         method_comparison.run(replace(other, methods=("ia3",)))
+
+
+def test_a_rate_that_diverges_is_not_chosen():
+    trials = {1.0: (None, None), 3.0: (0.7, 0.5), 9.0: (0.69, 0.5)}
+    found = {factor: method_comparison.Trial(*trial) for factor, trial in trials.items()}
+    assert method_comparison.lowest_loss(found) == 9.0
+
+
+def test_mean_loss_is_that_of_torch(tiny_model):
+    rows = load_task_data("demo", n_validation=9)
+    outputs = np.random.default_rng(0).normal(size=(9, 2))
+    labels = torch.tensor(rows.validation["label"])
+    expected = torch.nn.functional.cross_entropy(torch.tensor(outputs), labels).item()
+    assert mean_loss(rows, outputs) == pytest.approx(expected, rel=1e-12)
 
 
 def test_learning_rates_are_not_chosen_on_validation_rows():
