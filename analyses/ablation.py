@@ -17,7 +17,7 @@ import tyro
 
 from analyses.grid import Grid
 from analyses.results import Metric, Result, check_writable, environment, write_result
-from analyses.seeds import mean_interval
+from analyses.seeds import check_seeds, mean_interval
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, training_run
 from propulsion.data import TaskData
@@ -105,8 +105,9 @@ def run(config: Config) -> Result | None:
         UserError: Unusable options, data or model; cells of other settings.
     """
     started = time.time()
-    if not config.seeds or config.n_layers < 1 or config.reference_degree <= 0:
-        raise UserError("seeds, n_layers and reference_degree must be positive")
+    check_seeds(config.seeds)
+    if config.n_layers < 1 or config.reference_degree <= 0:
+        raise UserError("n_layers and reference_degree must be positive")
     data, chosen = config.run.load(config.task), settings_of(config)
     folder = config.runs_dir or _output(config).with_name(f"{_output(config).name}-runs")
     grid = Grid(folder, {"run": asdict(config.run) | {"data_dir": None}}, config.max_runs)

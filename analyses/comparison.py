@@ -1,15 +1,11 @@
-"""Kernels compared: every metric of every pair, with intervals, and the null models beside them."""
+"""What kernels are compared by: the metrics of a pair, of one kernel, and the null models that need no model."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import ntk
-from analyses.bootstrap import bootstrap_interval
-from analyses.results import Metric
 
 KERNEL_UNIT = "output²/parameter²"
 
@@ -32,63 +28,6 @@ KERNEL_METRICS: dict[str, tuple[Callable[[Tensor], float], str]] = {
     "trace": (ntk.trace, KERNEL_UNIT),
     "effective_rank": (ntk.effective_rank, ""),
 }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Compares kernels over the same examples, at one stage, with bootstrap intervals.
-
-    Attributes:
-        kernels: name -> kernel ``(n, n)``, on the CPU.
-        stage: what the metrics are filed under.
-        resamples: bootstrap resamples behind each interval.
-        seed: seed of the resamples; the same examples are drawn for every metric.
-    """
-
-    kernels: Mapping[str, Tensor]
-    stage: str
-    resamples: int
-    seed: int
-
-    def pair(self, left: str, right: str) -> list[Metric]:
-        """Every metric of one pair."""
-        kernels = [self.kernels[left], self.kernels[right]]
-        return [
-            self._measure(name, function, unit, kernels, left, right) for name, (function, unit) in PAIR_METRICS.items()
-        ]
-
-    def single(self, name: str) -> list[Metric]:
-        """Every metric of one kernel."""
-        return [
-            self._measure(metric, function, unit, [self.kernels[name]], name, "")
-            for metric, (function, unit) in KERNEL_METRICS.items()
-        ]
-
-    def matching_degree(self, full: str, propulsion: str, degree: float) -> Metric:
-        """k* of a pair whose Propulsion kernel was taken at ``degree`` and z = 1, where K_P(k) = k^2 K_P(1)."""
-        kernels = [self.kernels[full], self.kernels[propulsion] / degree**2]
-        return self._measure("k_star", ntk.matching_degree, "", kernels, full, propulsion)
-
-    def null(self, full: str, null: str, draws: Sequence[Tensor]) -> list[Metric]:
-        """The scale-free metrics of a null model against one kernel.
-
-        Averaged over its draws, undefined if one draw is; the interval reaches from the lowest end to the highest of
-        the draws' intervals.
-        """
-        metrics = []
-        for name in NULL_METRICS:
-            function, unit = PAIR_METRICS[name]
-            found = [self._measure(name, function, unit, [self.kernels[full], draw], full, null) for draw in draws]
-            values, lows, highs = np.array([(m.value, m.low, m.high) for m in found]).T
-            mean, low, high = float(values.mean()), float(lows.min()), float(highs.max())
-            metrics.append(Metric(name, mean, low, high, unit, self.stage, full, null))
-        return metrics
-
-    def _measure(
-        self, name: str, function: Callable[..., float], unit: str, kernels: list[Tensor], left: str, right: str
-    ) -> Metric:
-        value, low, high = bootstrap_interval(function, kernels, resamples=self.resamples, seed=self.seed)
-        return Metric(name, value, low, high, unit, self.stage, left, right)
 
 
 def null_kernels(

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from analyses.grid import Grid
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.results import Metric, Result, check_writable, environment, write_result
-from analyses.seeds import mean_interval, tuned_factors
+from analyses.seeds import check_seeds, mean_interval, tuned_factors
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, training_run
 from propulsion.data import TaskData
@@ -95,8 +95,9 @@ def run(config: Config) -> Result | None:
         UserError: Unusable options, data or model; a run that diverged; cells of other settings.
     """
     started = time.time()
-    if config.every < 1 or not config.seeds:
-        raise UserError("every must be at least 1, and there must be a seed")
+    check_seeds(config.seeds)
+    if config.every < 1:
+        raise UserError(f"every must be at least 1; got {config.every}")
     methods = {text: Method.parse(text) for text in config.methods}
     data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
     folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")

@@ -6,12 +6,17 @@ and set beside null models. Kernels are traced over the outputs, in standard par
 (squared output per squared parameter).
 
     python -m analyses.kernel_distance --task sst2 --data-dir DIR --output-dir results/sst2
+
+With ``--seeds 0 1 2`` each seed has its own rows, head, order and null models; numbers are means over seeds, and a
+killed run goes on with the seed it was at.
 """
 
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +26,13 @@ import tyro
 from torch import Tensor
 
 import ntk
-from analyses.comparison import Comparison, null_kernels
+from analyses.comparison import null_kernels
+from analyses.grid import Grid
 from analyses.kernel_distance_tables import summary
 from analyses.model_kernels import PAIRS, ModelKernels, full_kernels, is_backbone, is_scale, propulsion_kernels
 from analyses.results import STAGES, Metric, Result, check_writable, environment, write_result
+from analyses.seed_comparison import SeedComparison, draw_name
+from analyses.seeds import check_seeds, over_seeds
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
 from propulsion.pretrained import load_classifier
@@ -33,6 +41,7 @@ from propulsion.training import TrainingConfig, apply_propulsion, evaluate, trai
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 FULL, ADAPTER = PAIRS[0]
+LABELS = "labels"
 
 
 @dataclass(frozen=True)
@@ -57,12 +66,16 @@ class Config:
     """Which layers carry a scale vector: all, attn, mlp, embedding, query, key, value, attention_output."""
     training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(default_factory=lambda: TrainingConfig(steps=60))
     """How both copies are trained."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of repetitions of all of it; by default the one of --seed."""
     null_draws: int = 3
-    """Draws of each random null model."""
+    """Draws of each random null model, in each seed."""
     resamples: int = 200
     """Bootstrap resamples behind each interval."""
     memory_budget_gb: float | None = None
     """Memory for Jacobians and kernels in GB; by default half of what is free."""
+    runs_dir: Path | None = None
+    """Folder of the finished seeds, where there are several; by default the result folder's name with -runs."""
     output_dir: Path | None = None
     """Result folder; by default results/kernel_distance-TASK."""
     overwrite: bool = False
@@ -74,8 +87,22 @@ class Config:
 
     @property
     def seed(self) -> int:
-        """The one seed of the run."""
+        """The seed of a single run."""
         return self.training.seed
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds of all repetitions."""
+        return self.seeds or (self.seed,)
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return self.output_dir or Path("results") / f"kernel_distance-{self.task}"
+
+    def of_seed(self, seed: int) -> "Config":
+        """The same with one seed alone."""
+        return replace(self, seeds=(), training=replace(self.training, seed=seed))
 
 
 @dataclass(frozen=True)
@@ -103,7 +130,6 @@ def prepare(config: Config) -> Setting:
     Raises:
         UserError: unusable data, model or options.
     """
-    _check_numbers(config)
     get_labelled_task(config.task)
     data = load_task_data(
         config.task,
@@ -136,17 +162,72 @@ def prepare(config: Config) -> Setting:
 
 
 def run(config: Config) -> Result:
-    """Measure both kernels, train both copies, measure again; everything random follows ``config.training.seed``.
+    """Measure both kernels, train both copies, measure again, for every seed; everything random follows the seeds.
 
     Raises:
-        UserError: unusable data, model or options, more memory needed than there is, or training that diverged.
+        UserError: unusable data, model or options, more memory needed than there is, training that diverged, or
+            finished seeds of other settings.
     """
     started = time.time()
+    _check(config)
+    seeds = config.all_seeds
+    if len(seeds) == 1:
+        found = [_measure(config.of_seed(seeds[0]))]
+    else:
+        runs = config.runs_dir or config.folder.with_name(f"{config.folder.name}-runs")
+        grid = Grid(runs, _settings(config))
+        cells = [grid.cell(f"seed {seed}", partial(_measure, config.of_seed(seed))) for seed in seeds]
+        found = [cell for cell in cells if cell is not None]
+    first = found[0]
+    draws = {f"{stage}.{draw_name(null, i)}" for stage, nulls in first["nulls"].items()
+             for null, count in nulls.items() for i in range(count)}  # fmt: skip
+    metrics, values, comparisons = [], [], {}
+    for stage in STAGES:
+        comparison = SeedComparison(
+            [_at_stage(cell["arrays"], stage) for cell in found], seeds, stage, config.resamples, seeds[0]
+        )
+        metrics += _metrics(comparison, first["nulls"][stage], first["degree"])
+        values += [{"stage": stage} | row for row in comparison.values]
+        comparisons[stage] = comparison
+    return Result(
+        analysis="kernel_distance",
+        config=asdict(config) | {"degree": first["degree"]},
+        seed=seeds[0],
+        metrics=metrics,
+        tables={
+            "scores": _mean_scores([cell["scores"] for cell in found]),
+            "layer_shares": first["layer_shares"],
+            "drift": _drift([comparisons[stage].kernels for stage in STAGES]),
+            "seed_values": values,
+            "seed_scores": [
+                {"seed": seed} | row for seed, cell in zip(seeds, found, strict=True) for row in cell["scores"]
+            ],
+        },
+        arrays={name: array for name, array in first["arrays"].items() if name not in draws},
+        model=first["model"],
+        dataset=first["dataset"],
+        environment=environment(),
+        seconds={
+            name: sum(cell["seconds"][name] for cell in found) for name in first["seconds"]
+        } | {"this call": time.time() - started},
+        coverage=first["coverage"],
+    )  # fmt: skip
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What a seed's kernels depend on."""
+    left_out = ("data_dir", "seeds", "resamples", "memory_budget_gb", "runs_dir", "output_dir", "overwrite")
+    options = {name: value for name, value in asdict(config.of_seed(0)).items() if name not in left_out}
+    data = load_task_data(config.task, data_dir=config.data_dir)
+    return options | {"model": config.model and Path(config.model).name, "data": data.fingerprint}
+
+
+def _measure(config: Config) -> dict[str, Any]:
+    """One seed: kernels, null models and scores, before and after training."""
     setting = prepare(config)
     seconds: dict[str, float] = {}
     scores = [{"model": "untrained"} | _scores(setting, setting.full)]
-    kernels: dict[str, ModelKernels] = {}
-    metrics: list[Metric] = []
+    arrays, shares, nulls, coverage = {LABELS: setting.labels}, [], {}, {}
     for stage in STAGES:
         if stage == "trained":
             for name, model in (("full fine-tuning", setting.full), ("Propulsion", setting.adapted)):
@@ -154,27 +235,28 @@ def run(config: Config) -> Result:
                     train(model, setting.tokenizer, setting.data, config.training)
                 scores.append({"model": name} | _scores(setting, model))
         with _timed(seconds, f"kernels, {stage}"):
-            kernels[stage] = _kernels(setting)
-        with _timed(seconds, f"null models and metrics, {stage}"):
-            metrics += _metrics(setting, kernels[stage], stage)
-    seconds["total"] = time.time() - started
-    return Result(
-        analysis="kernel_distance",
-        config=asdict(config) | {"degree": setting.degree},
-        seed=config.seed,
-        metrics=metrics,
-        tables={
-            "scores": scores,
-            "layer_shares": [{"stage": stage} | row for stage, found in kernels.items() for row in found.shares],
-            "drift": _drift(kernels, config),
-        },
-        arrays={"labels": setting.labels} | _arrays(kernels),
-        model=_model_identity(setting),
-        dataset=_dataset_identity(setting.data),
-        environment=environment(),
-        seconds=seconds,
-        coverage=kernels[STAGES[0]].coverage,
-    )
+            kernels = _kernels(setting)
+        with _timed(seconds, f"null models, {stage}"):
+            drawn = _null_models(setting, kernels)
+        arrays |= _arrays(kernels, stage) | {
+            f"{stage}.{draw_name(null, i)}": kernel.numpy()
+            for null, draws in drawn.items()
+            for i, kernel in enumerate(draws)
+        }
+        shares += [{"stage": stage} | row for row in kernels.shares]
+        nulls[stage] = {null: len(draws) for null, draws in drawn.items()}
+        coverage = coverage or kernels.coverage
+    return {
+        "degree": setting.degree,
+        "scores": scores,
+        "layer_shares": shares,
+        "nulls": nulls,
+        "coverage": coverage,
+        "model": _model_identity(setting),
+        "dataset": _dataset_identity(setting.data),
+        "seconds": seconds,
+        "arrays": arrays,
+    }  # fmt: skip
 
 
 def _kernels(setting: Setting) -> ModelKernels:
@@ -193,60 +275,89 @@ def _kernels(setting: Setting) -> ModelKernels:
     )
 
 
-def _metrics(setting: Setting, kernels: ModelKernels, stage: str) -> list[Metric]:
-    """Pairs, single kernels and null models at one stage; k* at z = 1, where it is defined."""
-    config = setting.config
-    comparison = Comparison(kernels.traced, stage, config.resamples, config.seed)
-    metrics = [metric for left, right in PAIRS for metric in comparison.pair(left, right)]
-    metrics += [metric for name in kernels.traced for metric in comparison.single(name)]
-    if stage == STAGES[0]:
-        metrics.append(comparison.matching_degree(FULL, ADAPTER, setting.degree))
-    m = setting.number_of_scales
+def _null_models(setting: Setting, kernels: ModelKernels) -> dict[str, list[Tensor]]:
+    """The draws of each null model at one stage, traced over the outputs."""
+    config, m = setting.config, setting.number_of_scales
     generator = torch.Generator().manual_seed(config.seed)
     nulls = null_kernels(kernels.whole[FULL], kernels.traced[ADAPTER], m, draws=config.null_draws, generator=generator)
-    nulls[f"random subset of {m:,} weights"] = [
-        kernel.cpu()
-        for kernel in ntk.random_subset_ntk(
-            setting.full,
-            setting.inputs,
-            m,
-            generator=generator,
-            params=lambda name, p: is_backbone(setting.full, name),
-            reduce="trace",
-            draws=config.null_draws,
-            progress=True,
-        )
-    ]
+    subsets = ntk.random_subset_ntk(
+        setting.full,
+        setting.inputs,
+        m,
+        generator=generator,
+        params=lambda name, p: is_backbone(setting.full, name),
+        reduce="trace",
+        draws=config.null_draws,
+        progress=True,
+    )
+    nulls[f"random subset of {m:,} weights"] = [kernel.cpu() for kernel in subsets]
     nulls["last hidden states"] = [ntk.hidden_state_kernel(setting.full, setting.inputs).cpu()]
-    return metrics + [metric for null, draws in nulls.items() for metric in comparison.null(FULL, null, draws)]
+    return nulls
 
 
-def _drift(kernels: dict[str, ModelKernels], config: Config) -> list[dict[str, Any]]:
+def _metrics(comparison: SeedComparison, nulls: dict[str, int], degree: float) -> list[Metric]:
+    """Pairs, single kernels and null models at one stage; k* at z = 1, where it is defined."""
+    metrics = [metric for left, right in PAIRS for metric in comparison.pair(left, right)]
+    metrics += [metric for name in dict.fromkeys(name for pair in PAIRS for name in pair)
+                for metric in comparison.single(name)]  # fmt: skip
+    if comparison.stage == STAGES[0]:
+        # At z = 1, K_P(k) = k^2 K_P(1), and k* is over degree 1.
+        metrics.append(
+            comparison.keep(
+                "k_star", lambda full, adapter: degree * ntk.matching_degree(full, adapter), "", FULL, ADAPTER
+            )
+        )
+    return metrics + comparison.nulls(FULL, nulls)
+
+
+def _drift(stages: Sequence[Sequence[Mapping[str, Tensor]]]) -> list[dict[str, Any]]:
     """How far training moved each kernel from itself: the paper's fixed features, as one number a kernel."""
-    before, after = (kernels[stage].traced for stage in STAGES)
+
+    def mean(function: Callable[[Tensor, Tensor], float], name: str) -> float:
+        return statistics.mean(function(before[name], after[name]) for before, after in zip(*stages, strict=True))
+
     return [
         {
             "kernel": name,
-            "relative_frobenius": ntk.kernel_distance(before[name], after[name]),
-            "cka": ntk.cka(before[name], after[name]),
-            "trace_ratio": ntk.trace_ratio(after[name], before[name]),
+            "relative_frobenius": mean(ntk.kernel_distance, name),
+            "cka": mean(ntk.cka, name),
+            "trace_ratio": mean(lambda before, after: ntk.trace_ratio(after, before), name),
         }
-        for name in before
+        for name in dict.fromkeys(name for pair in PAIRS for name in pair)
     ]
+
+
+def _mean_scores(each: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The scores of every model, as means over seeds."""
+    return [
+        {
+            name: value if name == "model" else statistics.mean(row[name] for row in rows)
+            for name, value in rows[0].items()
+        }
+        for rows in zip(*each, strict=True)
+    ]
+
+
+def _at_stage(arrays: Mapping[str, np.ndarray], stage: str) -> dict[str, Tensor]:
+    """The traced kernels and null models of one stage by their names, in double precision."""
+    return {
+        name.removeprefix(f"{stage}."): torch.from_numpy(array).double()
+        for name, array in arrays.items()
+        if name.startswith(f"{stage}.")
+    }
 
 
 def _scores(setting: Setting, model: Any) -> dict[str, float]:
     return evaluate(model, setting.tokenizer, setting.data, max_length=setting.config.training.max_length)
 
 
-def _arrays(kernels: dict[str, ModelKernels]) -> dict[str, np.ndarray]:
-    """Traced kernels, kernels with all outputs, and spectra of the traced ones, by stage and name."""
+def _arrays(kernels: ModelKernels, stage: str) -> dict[str, np.ndarray]:
+    """Traced kernels, kernels with all outputs, and spectra of the traced ones, by name."""
     arrays = {}
-    for stage, found in kernels.items():
-        for name, traced in found.traced.items():
-            arrays[f"{stage}.{name}"] = traced.numpy()
-            arrays[f"all_outputs.{stage}.{name}"] = found.whole[name].numpy()
-            arrays[f"spectrum.{stage}.{name}"] = ntk.spectrum(traced).numpy()
+    for name, traced in kernels.traced.items():
+        arrays[f"{stage}.{name}"] = traced.numpy()
+        arrays[f"all_outputs.{stage}.{name}"] = kernels.whole[name].numpy()
+        arrays[f"spectrum.{stage}.{name}"] = ntk.spectrum(traced).numpy()
     return arrays
 
 
@@ -270,7 +381,8 @@ def _dataset_identity(data: TaskData) -> dict[str, Any]:
     }
 
 
-def _check_numbers(config: Config) -> None:
+def _check(config: Config) -> None:
+    check_seeds(config.all_seeds)
     for name, least in (("n_examples", 2), ("null_draws", 1), ("resamples", 1)):
         if getattr(config, name) < least:
             raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
@@ -292,15 +404,14 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 
 def main(config: Config) -> None:
     """Run, print, write the result folder, draw the figure."""
-    output = config.output_dir or Path("results") / f"kernel_distance-{config.task}"
-    check_writable(output, overwrite=config.overwrite)
+    check_writable(config.folder, overwrite=config.overwrite)
     result = run(config)
     print(f"\n{summary(result)}\n")
     # Figures read results; only this last step of a command knows of them.
     from figures.kernel_distance import write as draw
 
-    folder = write_result(result, output, figures=draw, overwrite=config.overwrite)
-    print(f"intervals: 95 %, bootstrap over {config.n_examples} examples; result and figures in {folder}")
+    folder = write_result(result, config.folder, figures=draw, overwrite=config.overwrite)
+    print(f"intervals: 95 %, {over_seeds(config.all_seeds, config.n_examples)}; result and figures in {folder}")
 
 
 if __name__ == "__main__":

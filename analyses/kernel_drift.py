@@ -31,7 +31,7 @@ from analyses.drift_probe import Probe
 from analyses.grid import ARRAYS, Grid
 from analyses.kernel_drift_tables import summary
 from analyses.results import STAGES, Result, check_writable, environment, write_result
-from analyses.seeds import tuned_factors
+from analyses.seeds import check_seeds, tuned_factors
 from analyses.training_run import RunConfig, training_run
 from propulsion.data import TaskData, draw_rows, tokenize
 from propulsion.errors import UserError, run_command
@@ -238,8 +238,9 @@ def _check(config: Config) -> None:
         raise UserError(f"n_jacobians must be at most the {config.n_examples} examples; got {config.n_jacobians}")
     if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
         raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
-    if not config.seeds or not config.methods:
-        raise UserError("there must be a seed and a method")
+    check_seeds(config.seeds)
+    if not config.methods:
+        raise UserError("there must be a method")
     if not all(0 < share <= 1 for share in config.checkpoints):
         raise UserError(f"checkpoints are shares of the steps, above 0 and at most 1; got {config.checkpoints}")
 

@@ -47,7 +47,7 @@ from analyses.linearized_prediction_tables import (
 )
 from analyses.method_kernels import HEAD, Tangents, model_inputs, tangents, with_head
 from analyses.results import Metric, Result, check_writable, environment, write_result
-from analyses.seeds import mean_interval, tuned_factors
+from analyses.seeds import check_seeds, mean_interval, tuned_factors
 from analyses.training_run import RunConfig, training_run
 from analyses.word_classifier import TASK_TYPE, load_label_words, packaged_model, prompted
 from propulsion.data import TaskData, load_task_data
@@ -177,8 +177,9 @@ def run(config: Config) -> Result | None:
 
 def _setting(config: Config) -> Setting:
     methods = {text: Method.parse(text) for text in config.methods}
-    if not methods or not config.seeds or not config.sizes:
-        raise UserError("there must be a method, a seed and a size")
+    check_seeds(config.seeds)
+    if not methods or not config.sizes:
+        raise UserError("there must be a method and a size")
     if unknown := [text for text in config.again if text not in methods]:
         raise UserError(f"{unknown[0]} cannot be trained again: it is none of the methods")
     if min(config.sizes) < 4 or config.permutations < 1:

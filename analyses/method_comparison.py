@@ -24,7 +24,7 @@ import tyro
 
 from analyses.grid import Grid
 from analyses.results import Metric, Result, check_writable, environment, write_result
-from analyses.seeds import tuned_factors
+from analyses.seeds import check_seeds, tuned_factors
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, scores, training_run, tuning_split
 from propulsion.data import TaskData
@@ -95,11 +95,15 @@ def run(config: Config) -> Result | None:
     """
     started = time.time()
     methods = {text: Method.parse(text) for text in config.methods}
-    if len(config.seeds) < 1 or config.resamples < 1 or config.rate_extensions < 0:
-        raise UserError("seeds and resamples must be at least one, rate_extensions not negative")
+    check_seeds(config.seeds)
+    if config.resamples < 1 or config.rate_extensions < 0:
+        raise UserError("resamples must be at least 1, rate_extensions not negative")
     folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    settings = {"run": asdict(config.run) | {"data_dir": None}, "tuning_steps": config.tuning_steps,
-                "chosen_by": "loss"}
+    settings = {
+        "run": asdict(config.run) | {"data_dir": None},
+        "tuning_steps": config.tuning_steps,
+        "chosen_by": "loss",
+    }
     grid = Grid(folder, settings, config.max_runs)
     compared, sources = [], {}
     for task in config.tasks:

@@ -1,6 +1,6 @@
 """What `analyses.peft_kernels` makes of the kernels of its seeds: metrics with intervals, and tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,11 +27,6 @@ def label_kernel(labels: np.ndarray, *, regression: bool) -> Tensor:
     return y[:, None] * y if regression else (y[:, None] == y).double()
 
 
-def draw_name(null: str, draw: int) -> str:
-    """The name of one draw of a null model among the kernels."""
-    return f"{null} ({draw})"
-
-
 def method_metrics(comparison: SeedComparison, names: Sequence[str], top: int) -> list[Metric]:
     """Every method alone, against the labels, and against full fine-tuning."""
     metrics = []
@@ -46,15 +41,6 @@ def method_metrics(comparison: SeedComparison, names: Sequence[str], top: int) -
         if name.startswith(REFERENCE) and "degree" not in name:
             metrics.append(comparison.keep("k_star", ntk.matching_degree, "", FULL, name))
     return metrics
-
-
-def null_metrics(comparison: SeedComparison, nulls: Mapping[str, int]) -> list[Metric]:
-    """Null models, by their numbers of draws, against full fine-tuning."""
-    return [
-        metric
-        for null, count in nulls.items()
-        for metric in comparison.null(FULL, null, [draw_name(null, draw) for draw in range(count)])
-    ]
 
 
 def split_metrics(comparison: SeedComparison) -> list[Metric]:

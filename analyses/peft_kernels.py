@@ -38,18 +38,17 @@ from analyses.peft_comparison import (
     LABELS,
     angle_table,
     degree_table,
-    draw_name,
     label_kernel,
     map_tables,
     method_metrics,
-    null_metrics,
     split_metrics,
     split_table,
 )
 from analyses.peft_kernels_tables import summary
 from analyses.peft_methods import FULL, REFERENCE, MethodChoice, methods_of, with_degree
 from analyses.results import STAGES, Result, check_writable, environment, write_result
-from analyses.seed_comparison import SeedComparison
+from analyses.seed_comparison import SeedComparison, draw_name
+from analyses.seeds import check_seeds, over_seeds
 from ntk.adapters import layers_of
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
@@ -144,7 +143,7 @@ def run(config: Config) -> Result:
     names, places = first["methods"], [Place.of(row) for row in first["places"]]
     measured = time.time()
     metrics = method_metrics(comparison, names, config.top)
-    metrics += null_metrics(comparison, first["nulls"])
+    metrics += comparison.nulls(FULL, first["nulls"])
     metrics += split_metrics(comparison)
     degrees = [with_degree(k) for k in config.methods.degrees]
     shown = [name for name in names if name not in degrees]
@@ -294,8 +293,7 @@ def _check(config: Config) -> None:
     for name, least in (("n_examples", 2), ("null_draws", 1), ("resamples", 1)):
         if getattr(config, name) < least:
             raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise UserError(f"seeds must be one or more different numbers, none negative; got {config.seeds}")
+    check_seeds(config.seeds)
     if not 1 <= config.top <= config.n_examples:
         raise UserError(f"top must be between 1 and the {config.n_examples} examples; got {config.top}")
     if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
@@ -315,8 +313,7 @@ def main(config: Config) -> None:
     from figures.peft_kernels import write as draw
 
     folder = write_result(result, config.folder, figures=draw, overwrite=config.overwrite)
-    over = f"{len(config.seeds)} seeds and, in each, " if len(config.seeds) > 1 else ""
-    print(f"intervals: 95 %, bootstrap over {over}{config.n_examples} examples; result and figures in {folder}")
+    print(f"intervals: 95 %, {over_seeds(config.seeds, config.n_examples)}; result and figures in {folder}")
 
 
 if __name__ == "__main__":

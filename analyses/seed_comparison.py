@@ -15,6 +15,11 @@ from ntk import UndefinedMetricError
 Function = Callable[..., float]
 
 
+def draw_name(null: str, draw: int) -> str:
+    """The name of one draw of a null model among the kernels."""
+    return f"{null} ({draw})"
+
+
 @dataclass(frozen=True)
 class SeedComparison:
     """Compares kernels of equal names over the examples of each seed.
@@ -35,6 +40,14 @@ class SeedComparison:
     seed: int = 0
     values: list[dict[str, Any]] = field(default_factory=list)
 
+    def pair(self, left: str, right: str) -> list[Metric]:
+        """Every metric of a pair."""
+        return [self.metric(name, left, right) for name in PAIR_METRICS]
+
+    def single(self, name: str) -> list[Metric]:
+        """Every metric of one kernel."""
+        return [self.metric(metric, name) for metric in KERNEL_METRICS]
+
     def metric(self, name: str, left: str, right: str = "") -> Metric:
         """A metric of one kernel or of a pair, by its name in `analyses.comparison`."""
         function, unit = (PAIR_METRICS if right else KERNEL_METRICS)[name]
@@ -54,6 +67,14 @@ class SeedComparison:
     def mean(self, function: Function, left: str, right: str = "") -> float:
         """The mean over seeds alone; not-a-number if the function is undefined in one."""
         return float(np.mean([_value(function, kernels) for kernels in self._operands(left, right)]))
+
+    def nulls(self, full: str, counts: Mapping[str, int]) -> list[Metric]:
+        """The scale-free metrics of null models, by their numbers of draws, against one kernel."""
+        return [
+            metric
+            for null, count in counts.items()
+            for metric in self.null(full, null, [draw_name(null, draw) for draw in range(count)])
+        ]
 
     def null(self, full: str, null: str, draws: Sequence[str]) -> list[Metric]:
         """The scale-free metrics of a null model, whose draws are kernels of these names, against one kernel.

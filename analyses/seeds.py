@@ -8,6 +8,23 @@ import numpy as np
 from scipy import stats
 
 from analyses.results import load_result
+from propulsion.errors import UserError
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Make sure that seeds can be repetitions.
+
+    Raises:
+        UserError: There are none, or they are negative or the same.
+    """
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise UserError(f"seeds must be one or more different numbers, none negative; got {tuple(seeds)}")
+
+
+def over_seeds(seeds: Sequence[int], n_examples: int) -> str:
+    """What a bootstrap over seeds and their examples is over, in words."""
+    each = f"{len(seeds)} seeds and, in each, " if len(seeds) > 1 else ""
+    return f"bootstrap over {each}{n_examples} examples"
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:

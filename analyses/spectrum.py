@@ -26,7 +26,7 @@ from scipy import stats
 import ntk
 from analyses.method_kernels import HEAD, model_inputs, one_output, tangents, with_head
 from analyses.results import STAGES, Metric, Result, check_writable, environment, load_result, write_result
-from analyses.seeds import mean_interval
+from analyses.seeds import check_seeds, mean_interval
 from analyses.tables import format_table, interval
 from propulsion.data import draw_rows, load_task_data
 from propulsion.errors import UserError, run_command
@@ -319,8 +319,9 @@ def _check(config: Config) -> None:
     for name, least in (("n_examples", 4), ("null_draws", 1)):
         if getattr(config, name) < least:
             raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
-    if not config.seeds or not config.methods:
-        raise UserError("there must be a seed and a method")
+    check_seeds(config.seeds)
+    if not config.methods:
+        raise UserError("there must be a method")
     if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
         raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
 

@@ -95,9 +95,9 @@ def training_run(
         task_type: peft's name of the task, which says whether a method trains a head.
 
     Returns:
-        `scores`, `validation_loss`, `losses` by step, `predictions`, `trained_parameters`, `learning_rates`, `seconds_per_step` (the
-        median), `peak_bytes` of the process during the run (of the accelerator, on one), and, if kept, `model` and
-        `tokenizer`, and `logits`.
+        `scores`, `validation_loss`, `losses` by step, `predictions`, `trained_parameters`, `learning_rates`,
+        `seconds_per_step` (the median), `peak_bytes` of the process during the run (of the accelerator, on one), and,
+        if kept, `model` and `tokenizer`, and `logits`.
     """
     reset_peak()
     degree = data.task.degree if config.degree is None else config.degree

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from analyses import kernel_distance
 from analyses.kernel_distance import Config, main, run
 from analyses.kernel_distance_tables import summary
 from analyses.results import STAGES, load_result
@@ -91,6 +92,39 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another(config, re
     assert not np.array_equal(other.arrays["trained.full_all"], result.arrays["trained.full_all"])
 
 
+def test_several_seeds_are_averaged_and_a_killed_run_goes_on(config, result, tmp_path, monkeypatch):
+    both = dataclasses.replace(config, seeds=(3, 4), output_dir=tmp_path / "result")
+    measured = []
+
+    def killed_at_the_second(one):
+        measured.append(one.seed)
+        if one.seed == 4 and measured.count(4) == 1:
+            raise KeyboardInterrupt
+        return measure(one)
+
+    measure = kernel_distance._measure
+    monkeypatch.setattr(kernel_distance, "_measure", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(both)
+    found = run(both)
+    assert measured == [3, 4, 4]
+    alone = run(dataclasses.replace(config, seeds=(4,)))
+    for metric in found.metrics:
+        place = {"stage": metric.stage, "left": metric.left, "right": metric.right}
+        each = [one.metric(metric.name, **place).value for one in (result, alone)]
+        assert metric.value == pytest.approx(np.mean(each), rel=1e-6), metric
+        of_seed = [
+            row["value"] for row in found.tables["seed_values"] if (row["metric"], row["stage"], row["left"], row["right"])
+            == (metric.name, metric.stage, metric.left, metric.right)
+        ]  # fmt: skip
+        assert of_seed == pytest.approx(each, rel=1e-6)
+    for row, one, other in zip(found.tables["scores"], result.tables["scores"], alone.tables["scores"], strict=True):
+        assert row["accuracy"] == pytest.approx((one["accuracy"] + other["accuracy"]) / 2)
+    assert found.arrays.keys() == result.arrays.keys()
+    with pytest.raises(UserError, match="runs of other settings"):
+        run(dataclasses.replace(both, null_draws=1))
+
+
 def test_the_command_prints_a_table_and_writes_numbers_kernels_and_figures(config, tmp_path, capsys):
     main(dataclasses.replace(config, output_dir=tmp_path / "result"))
     printed = capsys.readouterr().out
@@ -129,6 +163,7 @@ def test_a_regression_task_works(config, tmp_path):
         ({"positions": ("nowhere",)}, "positions must be"),
         ({"degree": 0.0}, "degree must be"),
         ({"device": "tpu9"}, "device"),
+        ({"seeds": (1, 1)}, "seeds must be one or more different numbers"),
         ({"memory_budget_gb": 1e-6}, "raise memory_budget"),
         ({"model": "/no/such/folder"}, "cannot load model"),
     ],

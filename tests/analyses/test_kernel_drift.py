@@ -265,7 +265,7 @@ def test_the_figure(config, result, tmp_path):
         ({"n_examples": 1}, "n_examples must be at least 2"),
         ({"n_jacobians": 25}, "n_jacobians must be at most the 24 examples"),
         ({"checkpoints": (1.5,)}, "checkpoints are shares of the steps"),
-        ({"seeds": ()}, "there must be a seed and a method"),
+        ({"seeds": ()}, "seeds must be one or more"),
         ({"methods": ("lorra",)}, "unknown method 'lorra'"),
     ],
 )

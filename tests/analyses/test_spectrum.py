@@ -106,7 +106,7 @@ def test_labels_that_a_kernel_is_made_of_are_in_its_top():
 def test_mistakes(config):
     with pytest.raises(UserError, match="n_examples must be at least 4"):
         run(dataclasses.replace(config, n_examples=3))
-    with pytest.raises(UserError, match="there must be a seed"):
+    with pytest.raises(UserError, match="seeds must be one or more"):
         run(dataclasses.replace(config, seeds=()))
     with pytest.raises(UserError, match="one label only"):
         label_vectors(np.zeros(4), regression=False)
