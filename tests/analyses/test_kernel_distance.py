@@ -113,10 +113,9 @@ def test_several_seeds_are_averaged_and_a_killed_run_goes_on(config, result, tmp
         place = {"stage": metric.stage, "left": metric.left, "right": metric.right}
         each = [one.metric(metric.name, **place).value for one in (result, alone)]
         assert metric.value == pytest.approx(np.mean(each), rel=1e-6), metric
-        of_seed = [
-            row["value"] for row in found.tables["seed_values"] if (row["metric"], row["stage"], row["left"], row["right"])
-            == (metric.name, metric.stage, metric.left, metric.right)
-        ]  # fmt: skip
+        same = (metric.name, metric.stage, metric.left, metric.right)
+        kept = found.tables["seed_values"]
+        of_seed = [row["value"] for row in kept if tuple(row[n] for n in ("metric", "stage", "left", "right")) == same]
         assert of_seed == pytest.approx(each, rel=1e-6)
     for row, one, other in zip(found.tables["scores"], result.tables["scores"], alone.tables["scores"], strict=True):
         assert row["accuracy"] == pytest.approx((one["accuracy"] + other["accuracy"]) / 2)
