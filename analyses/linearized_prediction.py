@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,14 +46,13 @@ from analyses.linearized_prediction_tables import (
     summary,
 )
 from analyses.method_kernels import HEAD, Tangents, model_inputs, tangents, with_head
+from analyses.readout import Readout
 from analyses.results import Metric, Result, check_writable, environment, write_result
 from analyses.seeds import check_seeds, mean_interval, tuned_factors
 from analyses.training_run import RunConfig, training_run
-from analyses.word_classifier import TASK_TYPE, load_label_words, packaged_model, prompted
 from propulsion.data import TaskData, load_task_data
 from propulsion.errors import UserError, run_command
 from propulsion.methods import Method
-from propulsion.pretrained import load_classifier
 from propulsion.training import TrainingConfig, predict
 
 _LABEL_SCALE = 1.0  # Regression targets are plus and minus this, logit differences.
@@ -70,12 +69,8 @@ class Config:
     """Folder with one folder a task, each with train and validation files; without it, the Hugging Face hub."""
     model: str | None = None
     """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6, or SmolLM2 for label words."""
-    head: Literal["random", "label_words"] = "random"
-    """A new head, or the logits of label words of a language model."""
-    words: tuple[str, str] = (" terrible", " great")
-    """Label words of classes 0 and 1, one token each."""
-    prompt: str = "{text} It was"
-    """What a language model reads."""
+    readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)
+    """What the outputs are read from."""
     methods: tuple[str, ...] = ("full", "propulsion:positions=all", "lora")
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE; the first is what the others are compared with."""
     again: tuple[str, ...] = ("full",)
@@ -131,14 +126,12 @@ class Setting:
     @property
     def task_type(self) -> str:
         """peft's name of the task."""
-        return TASK_TYPE if self.config.head == "label_words" else "SEQ_CLS"
+        return self.config.readout.task_type
 
     def load(self, seed: int) -> tuple[Any, Any]:
         """The model before training, and its tokenizer."""
         config = self.config
-        if config.head == "label_words":
-            return load_label_words(config.model, config.words, seed=seed, device=config.device)
-        return load_classifier(config.model, num_labels=2, seed=seed, device=config.device)
+        return config.readout.load(config.model, num_labels=2, seed=seed, device=config.device)
 
     def rows(self, size: int, seed: int) -> Dataset:
         """The training rows of a size: the first of a permutation, so that sizes are nested."""
@@ -192,8 +185,8 @@ def _setting(config: Config) -> Setting:
         raise UserError(f"{config.task} has {len(data.train)} training rows; the largest of --sizes asks for more")
     n_test = min(config.n_test, len(data.validation))
     data = load_task_data(config.task, data_dir=folder, n_validation=n_test, seed=0)
-    if config.head == "label_words":
-        data = prompted(data, config.prompt)
+    if config.readout.in_words:
+        data = config.readout.rows(data)
         # The readout stands for the head, which no adapter touches.
         readout = {"exclude_modules": ["lm_head"]}
         methods = {t: m.with_defaults(**readout) if m.name == "propulsion" else m for t, m in methods.items()}
@@ -207,7 +200,7 @@ def _grid(setting: Setting) -> Grid:
     config = setting.config
     # What only says which cells there are is in their names.
     shared = (
-        "task", "model", "head", "words", "prompt", "training", "permutations", "device",
+        "task", "model", "readout", "training", "permutations", "device",
     )  # fmt: skip
     settings = {name: value for name, value in asdict(config).items() if name in shared}
     settings |= {"n_test": len(setting.data.validation), "fingerprint": setting.data.fingerprint}
@@ -422,7 +415,6 @@ def _result(setting: Setting, outcomes: list[Outcome], seconds: float) -> Result
         arrays |= {f"kernel.{predictor}.{method}.{key}": f for (predictor, method), f in o.kernel.items()}
         arrays |= {f"trained.{method}.{key}": f for method, f in o.trained.items()}
         arrays |= {f"again.{method}.{key}": f for method, f in o.again.items()}
-    name = config.model or (packaged_model().stem if config.head == "label_words" else "MiniLM-L6 (packaged)")
     return Result(
         analysis="linearized_prediction", config=asdict(config), seed=config.seeds[0], metrics=metrics,
         tables={
@@ -432,7 +424,7 @@ def _result(setting: Setting, outcomes: list[Outcome], seconds: float) -> Result
             "losses": [{"size": o.size, "seed": o.seed, "method": t, "last_loss": v}
                        for o in outcomes for t, v in o.losses.items()],
         },
-        arrays=arrays, model={"name": name, "head": config.head},
+        arrays=arrays, model={"name": config.readout.name_of(config.model), "head": config.readout.head},
         dataset={"name": config.task, "task": config.task, "metric": setting.data.task.metrics[0],
                  "source": setting.data.source.rsplit("/", 1)[-1], "fingerprint": setting.data.fingerprint},
         environment=environment(), seconds={"this call": seconds}, coverage=_coverage(setting),
@@ -442,7 +434,7 @@ def _result(setting: Setting, outcomes: list[Outcome], seconds: float) -> Result
 def _coverage(setting: Setting) -> dict[str, str]:
     """Which parameters each kernel covers, and what was left out, in words."""
     config = setting.config
-    headed = config.head == "random"
+    headed = not config.readout.in_words
     body = (
         "what the method trains in the backbone, without the head"
         if headed

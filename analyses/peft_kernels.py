@@ -28,7 +28,6 @@ import tyro
 from torch import Tensor
 
 import ntk
-from analyses import label_words
 from analyses.common_component import mean_inputs, split_methods
 from analyses.comparison import null_kernels
 from analyses.grid import Grid
@@ -46,14 +45,14 @@ from analyses.peft_comparison import (
 )
 from analyses.peft_kernels_tables import summary
 from analyses.peft_methods import FULL, REFERENCE, MethodChoice, methods_of, with_degree
+from analyses.readout import Readout
 from analyses.results import STAGES, Result, check_writable, environment, write_result
 from analyses.seed_comparison import SeedComparison, draw_name
 from analyses.seeds import check_seeds, over_seeds
 from ntk.adapters import layers_of
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
-from propulsion.pretrained import fingerprint, load_model
-from propulsion.tasks import get_task
+from propulsion.pretrained import fingerprint
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 STAGE = STAGES[0]
@@ -69,8 +68,8 @@ class Config:
     """Folder with train and validation files (.jsonl, .csv, .tsv, .parquet) in GLUE's columns; else the hub."""
     model: str | None = None
     """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
-    head: Literal["random", "label_words"] = "random"
-    """A classifier's fresh head; or of a causal language model, the difference of two label words' logits."""
+    readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)
+    """What is differentiated: the outputs of a classifier's new head; of label words, their difference."""
     n_examples: int = 24
     """Held-out examples that the kernels of each seed are computed on."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -104,7 +103,7 @@ class Config:
     @property
     def model_name(self) -> str:
         """The model without the place where it is."""
-        return Path(self.model).name if self.model else "MiniLM-L6 (packaged)"
+        return self.readout.name_of(self.model)
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def run(config: Config) -> Result:
     """
     _check(config)
     started = time.time()
-    data = load_task_data(config.task, data_dir=config.data_dir)
+    data = config.readout.rows(load_task_data(config.task, data_dir=config.data_dir))
     runs = config.runs_dir or config.folder.with_name(f"{config.folder.name}-runs")
     grid = Grid(runs, _settings(config, data))
     cells = [grid.cell(f"seed {seed}", partial(_measure, config, data, seed)) for seed in config.seeds]
@@ -186,7 +185,7 @@ def run(config: Config) -> Result:
 
 def _settings(config: Config, data: TaskData) -> dict[str, Any]:
     """What a seed's kernels depend on."""
-    names = ("task", "head", "n_examples", "methods", "null_draws", "dtype")
+    names = ("task", "readout", "n_examples", "methods", "null_draws", "dtype")
     options = asdict(config)
     return {name: options[name] for name in names} | {"model": config.model_name, "data": data.fingerprint}
 
@@ -230,7 +229,7 @@ def _measure(config: Config, data: TaskData, seed: int) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in model.parameters()),
             "scales": scales,
             "fingerprint": fingerprint(model),
-            "prompt": asdict(label_words.prompt_of(data.task)) if config.head == "label_words" else None,
+            "prompt": asdict(config.readout) if config.readout.in_words else None,
         },
         "arrays": {LABELS: network.labels} | {name: kernel.numpy() for name, kernel in kernels.items()},
     }
@@ -238,19 +237,13 @@ def _measure(config: Config, data: TaskData, seed: int) -> dict[str, Any]:
 
 def _network(config: Config, data: TaskData, seed: int) -> Network:
     """The model with its head and the examples of one seed."""
-    words = config.head == "label_words"
-    model, tokenizer = load_model(
-        config.model, task_type="CAUSAL_LM" if words else "SEQ_CLS", num_labels=data.task.num_labels, seed=seed,
-        dtype=DTYPES[config.dtype], device=config.device,
-    )  # fmt: skip
+    model, tokenizer = config.readout.load(
+        config.model, num_labels=data.task.num_labels, seed=seed, dtype=DTYPES[config.dtype], device=config.device
+    )
     drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
-    if words:
-        inputs = label_words.encode(drawn.to_dict(), tokenizer, data.task)  # pyright: ignore[reportArgumentType]
-        output = label_words.margin(tokenizer, data.task)
-    else:
-        rows = tokenize(drawn, tokenizer, data.task)
-        columns = {name: rows[name] for name in rows.column_names if name != "labels"}
-        inputs, output = dict(tokenizer.pad(columns, return_tensors="pt")), None
+    rows = tokenize(drawn, tokenizer, data.task)
+    inputs = tokenizer.pad({n: rows[n] for n in rows.column_names if n != "labels"}, return_tensors="pt")
+    output = ntk.outputs.margin() if config.readout.in_words else None
     on_device = {name: value.to(config.device) for name, value in inputs.items()}
     return Network(model, on_device, output, np.asarray(drawn["label"]))
 
@@ -299,8 +292,6 @@ def _check(config: Config) -> None:
     if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
         raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
     config.methods.check()
-    if config.head == "label_words":
-        label_words.prompt_of(get_task(config.task))
 
 
 def main(config: Config) -> None:

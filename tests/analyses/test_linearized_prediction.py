@@ -21,13 +21,14 @@ from analyses.kernel_prediction import (
 from analyses.linearized_prediction import Config
 from analyses.linearized_prediction_tables import AGAIN, HIDDEN, PERMUTED, REGRESSION, SIGN, WITH_HEAD, summary
 from analyses.method_kernels import model_inputs, tangents
+from analyses.readout import Readout, answering, load_label_words, packaged_model, prompted
 from analyses.results import load_result
-from analyses.word_classifier import answering, load_label_words, packaged_model, prompted
 from ntk.dynamics import kernel_regression
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method
 from propulsion.pretrained import load_model
+from propulsion.tasks import get_task
 from propulsion.training import TrainingConfig
 
 METHODS = ("full", "propulsion:positions=all", "lora:r=2")
@@ -204,8 +205,8 @@ def test_alikeness_of_known_outputs():
 
 def test_label_words_are_trained_and_predicted(tiny_decoder, tmp_path):
     config = Config(
-        model=str(tiny_decoder), head="label_words", words=("bad", "good"), methods=METHODS, again=(), sizes=(8,),
-        n_test=8, seeds=(0,), training=TRAINING, permutations=2, output_dir=tmp_path / "words",
+        model=str(tiny_decoder), readout=Readout("label_words", ("bad", "good")), methods=METHODS, again=(),
+        sizes=(8,), n_test=8, seeds=(0,), training=TRAINING, permutations=2, output_dir=tmp_path / "words",
     )  # fmt: skip
     linearized_prediction.main(config)
     result = load_result(config.output_dir)
@@ -223,7 +224,7 @@ def test_kernels_of_label_words_are_those_of_the_model_that_is_trained(tiny_deco
     methods = {text: Method.parse(text) for text in METHODS}
     with pytest.raises(UserError, match="adapts lm_head"):
         tangents(model, methods, task_type="CAUSAL_LM", seed=0, degree=3)
-    setting = linearized_prediction._setting(Config(head="label_words", methods=METHODS, sizes=(8,)))
+    setting = linearized_prediction._setting(Config(readout=Readout(head="label_words"), methods=METHODS, sizes=(8,)))
     methods = setting.methods
     found = tangents(model, methods, task_type="CAUSAL_LM", seed=0, degree=3)
     kernels = ntk.adapter_kernels(model, inputs, found.methods, output=ntk.outputs.margin())
@@ -255,7 +256,7 @@ def test_a_language_model_answers_in_words(tiny_decoder):
         ({"sizes": (10**6,)}, "training rows; the largest of --sizes"),
         ({"again": ("lora",)}, "cannot be trained again"),
         ({"methods": ("prefix_tuning",), "again": ()}, "no tangent kernel here"),
-        ({"seeds": ()}, "there must be"),
+        ({"seeds": ()}, "seeds must be one or more"),
     ],
 )
 def test_unusable_options(config, options, message, tmp_path):
@@ -270,6 +271,8 @@ def test_unusable_label_words(tiny_decoder, monkeypatch):
         load_label_words(str(tiny_decoder), ("good", "good"))
     with pytest.raises(UserError, match=r"has no \{text\}"):
         prompted(load_task_data("demo"), "It was")
-    monkeypatch.setattr("analyses.word_classifier.PACKAGE", "no_such_package")
+    with pytest.raises(UserError, match="one text and two classes"):
+        prompted(replace(load_task_data("demo"), task=get_task("rte")), "{text} It was")
+    monkeypatch.setattr("analyses.readout.PACKAGE", "no_such_package")
     with pytest.raises(UserError, match="need a language model"):
         packaged_model()

