@@ -19,7 +19,7 @@ from analyses.grid import Grid
 from analyses.results import Metric, Result, check_writable, environment, write_result
 from analyses.seeds import check_seeds, mean_interval
 from analyses.tables import format_table, interval, number
-from analyses.training_run import RunConfig, training_run
+from analyses.training_run import RunConfig, chance_score, training_run
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError, run_command
 from propulsion.methods import Method
@@ -160,7 +160,8 @@ def _result(config: Config, data: TaskData, found: dict[str, list[dict[str, Any]
     return Result(
         analysis="ablation", config=asdict(config), seed=config.seeds[0], metrics=metrics, tables={"settings": rows},
         arrays={}, model={"name": config.run.model or "MiniLM-L6 (packaged)"},
-        dataset={"name": config.task, "metric": data.task.metrics[0], "fingerprint": data.fingerprint},
+        dataset={"name": config.task, "metric": data.task.metrics[0], "chance": chance_score(data),
+                 "fingerprint": data.fingerprint},
         environment=environment(), seconds={"this call": seconds}, coverage={},
     )  # fmt: skip
 

@@ -132,6 +132,16 @@ def scores(task: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, 
     return {name: METRICS[name](predictions, labels) for name in get_task(task).metrics}
 
 
+def chance_score(data: TaskData) -> float:
+    """The best headline score on the validation rows of one answer given throughout; 0 where that has none."""
+    if data.task.is_regression:
+        return 0.0  # A constant has no correlation.
+    labels = np.asarray(data.validation["label"])
+    each = [next(iter(scores(data.task.name, np.full_like(labels, c), labels).values()))
+            for c in range(data.task.num_labels)]  # fmt: skip
+    return max((score for score in each if np.isfinite(score)), default=0.0)
+
+
 def mean_loss(data: TaskData, outputs: np.ndarray) -> float:
     """Mean loss of the validation rows: cross-entropy of logits ``(n, c)``, squared error of a regression's output."""
     labels = np.asarray(data.validation["label"])

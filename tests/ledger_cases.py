@@ -162,10 +162,10 @@ def curves(own: Value, **others: Value) -> Folders:
     return {"convergence": planted("convergence", metrics)}
 
 
-def settings(factor: str, **scores: list[float | None]) -> Folders:
+def settings(factor: str, chance: float = 0.0, **scores: list[float | None]) -> Folders:
     """Scores of every seed by setting; an underscore stands for a space."""
     rows = [{"setting": label.removeprefix("_").replace("_", " "), "scores": s} for label, s in scores.items()]
-    return {f"ablation/{factor}": planted("ablation", tables={"settings": rows})}
+    return {f"ablation/{factor}": planted("ablation", tables={"settings": rows}, dataset={"chance": chance})}
 
 
 def deltas(*, z: tuple[float, float] = (0.99, 1.01), central: tuple[float, float] = (0.995, 1.005),

@@ -174,8 +174,15 @@ def degree_optimum(results: Results) -> list[Evidence]:
 
 
 def position_order(results: Results) -> list[Evidence]:
-    """Score of all positions less that of each choice of some, seed by seed."""
-    return list(_best(_settings(results["ablation/positions"]), "all"))
+    """Score of all positions less that of each choice of some, seed by seed; undecided where that has not learnt."""
+    result = results["ablation/positions"]
+    chance = float(result.dataset.get("chance", -math.inf))
+    scores = _settings(result)
+    # A choice that still gives one answer throughout has had too few steps, which is no order of what choices can do.
+    return [
+        replace(e, outcome=Outcome.OPEN, detail="has not learnt") if np.mean(scores[label]) <= chance + POINT else e
+        for label, e in zip((label for label in scores if label != "all"), _best(scores, "all"), strict=True)
+    ]
 
 
 def pooling(results: Results) -> list[Evidence]:
@@ -361,7 +368,8 @@ CLAIMS = (
         "Scales on all layers beat scales on some.",
         "App. E, positions",
         "score of All less that of each other choice, paired by seed",
-        "above 0 with its whole interval; not met if below 0 with its whole interval",
+        "above 0 with its whole interval; not met if below 0 with its whole interval; undecided for a choice that is "
+        f"not {POINT:g} above one answer given throughout",
         EVERYWHERE, ("ablation/positions",), position_order,
     ),
     Claim(

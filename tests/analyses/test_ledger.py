@@ -150,6 +150,9 @@ PLANTED = [
     ("positions", settings("positions", all=[0.8, 0.81], attn=[0.7, 0.9], mlp=[0.6, 0.61]), CONDITIONS),
     ("positions", settings("positions", all=[0.8, 0.81], attn=[0.9, 0.91], mlp=[0.6, 0.61]), FAILS),
     ("positions", settings("positions", all=[0.8], attn=[0.7]), UNTESTABLE),
+    # A choice that has not learnt yet says nothing of what it can do.
+    ("positions", settings("positions", 0.5, all=[0.8, 0.81], attn=[0.5, 0.51], mlp=[0.6, 0.61]), CONDITIONS),
+    ("positions", settings("positions", 0.5, all=[0.8, 0.81], attn=[0.5, 0.5], mlp=[0.5, 0.51]), UNTESTABLE),
     ("pooling", settings("vectors", _1=[0.9, 0.91], _2_mean=[0.8, 0.81], _2_max=[0.7, 0.71]), HOLDS),
     ("pooling", settings("vectors", _2_mean=[0.8, 0.81], _2_max=[0.8, 0.81], _4_mean=[0.8, 0.81], _4_l2=[0.7, 0.71]),
      CONDITIONS),

@@ -22,12 +22,13 @@ from analyses import (
     training_tables,
 )
 from analyses.results import load_result
-from analyses.training_run import RunConfig, mean_loss, tuning_split
+from analyses.training_run import RunConfig, chance_score, mean_loss, tuning_split
 from propulsion import PropulsionConfig
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
 from propulsion.instructions import Exchange
 from propulsion.optim import SCALE_RATE, WEIGHT_RATE
+from propulsion.tasks import get_task
 from propulsion.training import TrainingConfig
 
 
@@ -100,12 +101,19 @@ def test_a_rate_that_diverges_is_not_chosen():
     assert method_comparison.lowest_loss(found) == 9.0
 
 
-def test_mean_loss_is_that_of_torch(tiny_model):
+def test_mean_loss_is_that_of_torch():
     rows = load_task_data("demo", n_validation=9)
     outputs = np.random.default_rng(0).normal(size=(9, 2))
     labels = torch.tensor(rows.validation["label"])
     expected = torch.nn.functional.cross_entropy(torch.tensor(outputs), labels).item()
     assert mean_loss(rows, outputs) == pytest.approx(expected, rel=1e-12)
+
+
+def test_chance_is_the_commonest_class():
+    rows = load_task_data("demo", n_validation=9)
+    labels = np.array(rows.validation["label"])
+    assert chance_score(rows) == max(np.mean(labels), 1 - np.mean(labels))
+    assert chance_score(replace(rows, task=get_task("stsb"))) == 0
 
 
 def test_learning_rates_are_not_chosen_on_validation_rows():
@@ -285,7 +293,7 @@ def test_the_papers_parameters_are_recounted(tmp_path):
         (memory, memory.Config(rounds=0), "rounds is 0"),
         (memory, memory.Config(methods=("lorra",)), "unknown method 'lorra'"),
         (convergence, convergence.Config(every=0), "every must be at least 1"),
-        (ablation, ablation.Config(seeds=()), "must be positive"),
+        (ablation, ablation.Config(seeds=()), "seeds must be one or more"),
         (method_comparison, method_comparison.Config(methods=("lora:r",)), "not of the form OPTION=VALUE"),
         (method_comparison, method_comparison.Config(tasks=("sst3",)), "unknown task 'sst3'"),
         (method_comparison, method_comparison.Config(tasks=("squad",)), "task squad is of the kind question_answering"),
