@@ -23,7 +23,7 @@ from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, training_run
 from propulsion.data import TaskData
 from propulsion.errors import UserError, run_command
-from propulsion.methods import Method
+from propulsion.methods import Method, parse_methods
 from propulsion.pretrained import load_classifier
 from propulsion.trainer import isolated_randomness
 from propulsion.training import evaluate
@@ -98,7 +98,7 @@ def run(config: Config) -> Result | None:
     check_seeds(config.seeds)
     if config.every < 1:
         raise UserError(f"every must be at least 1; got {config.every}")
-    methods = {text: Method.parse(text) for text in config.methods}
+    methods = parse_methods(config.methods)
     data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
     folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
     settings = {"run": asdict(config.run) | {"data_dir": None}, "every": config.every}

@@ -26,7 +26,7 @@ from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, training_run
 from propulsion.errors import UserError, run_command
 from propulsion.layer import PropulsionLayer
-from propulsion.methods import Method
+from propulsion.methods import parse_methods
 from propulsion.optim import SCALE_NAME
 from propulsion.pretrained import load_classifier
 
@@ -122,7 +122,7 @@ def run(config: Config) -> Result:
         UserError: Unusable options, data or model; a method that cannot be merged; a run that diverged.
     """
     started = time.time()
-    methods = {text: Method.parse(text) for text in config.methods}
+    methods = parse_methods(config.methods)
     data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
     network = load_classifier(config.run.model, num_labels=data.task.num_labels, seed=config.seed)[0]
     base = {name: weight.clone() for name, weight in network.base_model.state_dict().items()}

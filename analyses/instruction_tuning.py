@@ -24,7 +24,7 @@ from analyses.tables import format_table, interval, number
 from propulsion.data import load_task_data
 from propulsion.errors import UserError, run_command
 from propulsion.instructions import Exchange, extract
-from propulsion.methods import Method
+from propulsion.methods import Method, parse_methods
 from propulsion.run_folder import predictions_of
 from propulsion.task_kinds.base import columns_of
 from propulsion.task_kinds.instruction import exchanges_of
@@ -79,7 +79,7 @@ def run(config: Config) -> Result:
     task = get_task(config.task)
     if task.kind != "instruction":
         raise UserError(f"task {task.name} is no instruction: choose sst2_instruction, boolq, gsm8k or their like")
-    methods = {text: Method.parse(text) for text in config.methods}
+    methods = parse_methods(config.methods)
     data = load_task_data(
         config.task, data_dir=config.data_dir, n_train=config.max_train_samples, n_validation=config.max_eval_samples,
         seed=config.seed,

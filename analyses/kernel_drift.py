@@ -35,7 +35,7 @@ from analyses.seeds import check_seeds, tuned_factors
 from analyses.training_run import RunConfig, training_run
 from propulsion.data import TaskData, draw_rows, tokenize
 from propulsion.errors import UserError, run_command
-from propulsion.methods import Method
+from propulsion.methods import Method, parse_methods
 from propulsion.pretrained import load_classifier
 from propulsion.training import evaluate
 
@@ -103,7 +103,7 @@ def run(config: Config) -> Result | None:
     """
     started = time.time()
     _check(config)
-    methods = {text: Method.parse(text) for text in config.methods}
+    methods = parse_methods(config.methods)
     factors = _factors(config)
     data = config.run.load(config.task)
     held_out = _held_out(config, data)
@@ -239,8 +239,6 @@ def _check(config: Config) -> None:
     if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
         raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
     check_seeds(config.seeds)
-    if not config.methods:
-        raise UserError("there must be a method")
     if not all(0 < share <= 1 for share in config.checkpoints):
         raise UserError(f"checkpoints are shares of the steps, above 0 and at most 1; got {config.checkpoints}")
 

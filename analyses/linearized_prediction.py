@@ -52,7 +52,7 @@ from analyses.seeds import check_seeds, mean_interval, tuned_factors
 from analyses.training_run import RunConfig, training_run
 from propulsion.data import TaskData, load_task_data
 from propulsion.errors import UserError, run_command
-from propulsion.methods import Method
+from propulsion.methods import Method, parse_methods
 from propulsion.training import TrainingConfig, predict
 
 _LABEL_SCALE = 1.0  # Regression targets are plus and minus this, logit differences.
@@ -169,10 +169,10 @@ def run(config: Config) -> Result | None:
 
 
 def _setting(config: Config) -> Setting:
-    methods = {text: Method.parse(text) for text in config.methods}
+    methods = parse_methods(config.methods)
     check_seeds(config.seeds)
-    if not methods or not config.sizes:
-        raise UserError("there must be a method and a size")
+    if not config.sizes:
+        raise UserError("there must be a size")
     if unknown := [text for text in config.again if text not in methods]:
         raise UserError(f"{unknown[0]} cannot be trained again: it is none of the methods")
     if min(config.sizes) < 4 or config.permutations < 1:

@@ -25,7 +25,7 @@ from analyses.results import Metric, Result, check_writable, environment, write_
 from analyses.tables import format_table, number
 from analyses.training_run import RunConfig, peak_bytes, reset_peak, training_run
 from propulsion.errors import UserError, run_command
-from propulsion.methods import Method
+from propulsion.methods import Method, parse_methods
 from propulsion.training import TrainingConfig
 
 _MEGABYTE = 2**20
@@ -86,8 +86,7 @@ def run(config: Config) -> Result:
     started = time.time()
     if config.rounds < 1:
         raise UserError(f"rounds is {config.rounds}, expected at least 1")
-    for text in config.methods:
-        Method.parse(text)
+    parse_methods(config.methods)
     config.run.load(config.task)  # Mistakes in the data are said once, before any process starts.
     found: dict[str, list[dict[str, Any]]] = {text: [] for text in config.methods}
     for _ in range(config.rounds):

@@ -29,7 +29,7 @@ from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, scores, training_run, tuning_split
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError, run_command
-from propulsion.methods import Method
+from propulsion.methods import Method, parse_methods
 
 REFERENCE = "full"
 FACTOR = 3.0  # Between neighbouring learning rates.
@@ -94,8 +94,10 @@ def run(config: Config) -> Result | None:
         UserError: Unusable tasks, methods, data or model; a run that diverged; cells of other settings.
     """
     started = time.time()
-    methods = {text: Method.parse(text) for text in config.methods}
+    methods = parse_methods(config.methods)
     check_seeds(config.seeds)
+    if not config.tasks:
+        raise UserError("there must be a task")
     if config.resamples < 1 or config.rate_extensions < 0:
         raise UserError("resamples must be at least 1, rate_extensions not negative")
     folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")

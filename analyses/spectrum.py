@@ -30,7 +30,7 @@ from analyses.seeds import check_seeds, mean_interval
 from analyses.tables import format_table, interval
 from propulsion.data import draw_rows, load_task_data
 from propulsion.errors import UserError, run_command
-from propulsion.methods import Method
+from propulsion.methods import Method, parse_methods
 from propulsion.pretrained import load_classifier
 
 STAGE = STAGES[0]
@@ -153,7 +153,7 @@ def run(config: Config) -> Result:
     """
     started = time.time()
     _check(config)
-    methods = {text: Method.parse(text) for text in config.methods}
+    methods = parse_methods(config.methods)
     steps = _measured(config)
     data = load_task_data(config.task, data_dir=config.data_dir)
     found: dict[str, list[Spectral]] = {}
@@ -320,8 +320,6 @@ def _check(config: Config) -> None:
         if getattr(config, name) < least:
             raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
     check_seeds(config.seeds)
-    if not config.methods:
-        raise UserError("there must be a method")
     if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
         raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
 

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,17 @@ class Method:
         """The method with options that it does not set, as far as it has them."""
         known = option_names(self.name)
         return Method(self.name, {k: v for k, v in defaults.items() if k in known} | dict(self.options))
+
+
+def parse_methods(texts: Sequence[str]) -> dict[str, Method]:
+    """Read several methods, by their words.
+
+    Raises:
+        UserError: There is none, or one cannot be read.
+    """
+    if not texts:
+        raise UserError("there must be a method, such as full, propulsion or lora")
+    return {text: Method.parse(text) for text in texts}
 
 
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:
@@ -134,7 +145,10 @@ def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed
             torch.manual_seed(seed)
             return get_peft_model(model, _config(method, task_type, head))
     except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, AssertionError) as error:
-        raise UserError(f"method {method.name} cannot be used here: {one_line(error)}") from error
+        # peft compares numbers without a look at what they are, and then says so in terms of its own code.
+        options = [f"{n}={v}" for n, v in method.options.items()] if isinstance(error, TypeError) else []
+        given = f", with {', '.join(options)}," if options else ""
+        raise UserError(f"method {method.name}{given} cannot be used here: {one_line(error)}") from error
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:

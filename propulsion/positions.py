@@ -167,6 +167,8 @@ def _at(position: str, model: nn.Module, candidates: dict[str, nn.Module]) -> se
             "'norm'"
         )
     family = FAMILIES[model_type]
+    if position not in POSITIONS:
+        raise ValueError(f"unknown position {position!r}; there are {', '.join(POSITIONS)}")
     if position not in family:
         reason = (
             "whose experts are stacked in one parameter"

@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -45,7 +46,7 @@ class TrainingConfig:
     """Weight decay of matrices; biases, norms and Propulsion's scales have none."""
     max_grad_norm: float = 1.0
     """Gradients longer than this, all parameters together, are shortened to it; 0 for no limit."""
-    train_sampling_strategy: str = "random"
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     """Order of the rows: random, or group_by_length, random but for batches of similar lengths, which saves padding."""
     max_length: int | None = None
     """Cut examples to this many tokens; without it, longer ones than the model takes are an error."""
@@ -59,6 +60,7 @@ class TrainingConfig:
             "learning_rate": self.learning_rate is None or 0 < self.learning_rate < float("inf"),
             "head_learning_rate": self.head_learning_rate is None or 0 < self.head_learning_rate < float("inf"),
             "rate_multiplier": 0 < self.rate_multiplier < float("inf"),
+            "train_sampling_strategy": self.train_sampling_strategy in ("random", "group_by_length"),
             "warmup_ratio": 0 <= self.warmup_ratio < 1,
             "weight_decay": self.weight_decay >= 0,
             "max_grad_norm": self.max_grad_norm >= 0,

@@ -130,6 +130,7 @@ def test_methods_that_need_an_option(tiny_models, text, options):
         ("full:r=2", "method full has no option r; its options: none"),
         ("lora:r", "'r' is not of the form OPTION=VALUE"),
         ("lora:task_type=CAUSAL_LM", "option task_type follows from the task"),
+        ("lora:r=abc", "method lora, with r=abc, cannot be used here"),
         ("lora:r=0", "method lora cannot be used here: .*r.*"),
         ("lora:target_modules=nowhere", "method lora cannot be used here: .*target_modules"),
         ("propulsion:degree=-1", "method propulsion cannot be used here: degree must be"),
