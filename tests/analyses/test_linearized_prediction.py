@@ -21,6 +21,8 @@ from analyses.kernel_prediction import (
 from analyses.linearized_prediction import Config
 from analyses.linearized_prediction_tables import AGAIN, HIDDEN, PERMUTED, REGRESSION, SIGN, WITH_HEAD, summary
 from analyses.method_kernels import model_inputs, tangents
+from analyses.prediction_cells import start_of
+from analyses.prediction_setting import setting_of
 from analyses.readout import Readout, answering, load_label_words, packaged_model, prompted
 from analyses.results import load_result
 from ntk.dynamics import kernel_regression
@@ -96,7 +98,7 @@ def test_every_comparison_is_there(config, result):
 
 
 def test_training_sets_are_nested_and_drawn_by_the_seed(config):
-    setting = linearized_prediction._setting(config)
+    setting = setting_of(config)
     small, large = (setting.rows(size, 0)["sentence"] for size in config.sizes)
     assert list(large)[: len(small)] == list(small)
     assert list(setting.rows(8, 1)["sentence"]) != list(small)
@@ -106,8 +108,8 @@ def test_training_sets_are_nested_and_drawn_by_the_seed(config):
 def test_a_network_near_its_start_moves_as_its_kernel_says(tiny_model):
     """One small step of gradient descent on everything, from the start that the kernel cell has."""
     config = Config(model=str(tiny_model), methods=("full",), sizes=(8,), n_test=8, training=TRAINING, sign_limit=0)
-    setting = linearized_prediction._setting(config)
-    start = linearized_prediction._start(setting, 8, 0)
+    setting = setting_of(config)
+    start = start_of(setting, 8, 0)
     model = start.model.eval()
     f0 = ntk.outputs.margin()(model(**start.inputs), None)[:, 0].detach().double()
     torch.testing.assert_close(f0, start.f0, rtol=1e-4, atol=1e-5)
@@ -224,7 +226,7 @@ def test_kernels_of_label_words_are_those_of_the_model_that_is_trained(tiny_deco
     methods = {text: Method.parse(text) for text in METHODS}
     with pytest.raises(UserError, match="adapts lm_head"):
         tangents(model, methods, task_type="CAUSAL_LM", seed=0, degree=3)
-    setting = linearized_prediction._setting(Config(readout=Readout(head="label_words"), methods=METHODS, sizes=(8,)))
+    setting = setting_of(Config(readout=Readout(head="label_words"), methods=METHODS, sizes=(8,)))
     methods = setting.methods
     found = tangents(model, methods, task_type="CAUSAL_LM", seed=0, degree=3)
     kernels = ntk.adapter_kernels(model, inputs, found.methods, output=ntk.outputs.margin())

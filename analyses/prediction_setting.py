@@ -1,0 +1,144 @@
+"""What the cells of `analyses.linearized_prediction` share: its options, and the data, methods and rates they name."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from datasets import Dataset
+from torch import Tensor
+
+from analyses.readout import Readout
+from analyses.seeds import check_seeds, tuned_factors
+from propulsion.data import TaskData, load_task_data
+from propulsion.errors import UserError
+from propulsion.methods import Method, parse_methods
+from propulsion.training import TrainingConfig
+
+_LABEL_SCALE = 1.0  # Regression targets are plus and minus this, logit differences.
+
+
+@dataclass(frozen=True)
+class Config:
+    """Kernel predictions against trained networks, methods x sizes x seeds."""
+
+    task: str = "demo"
+    """Classification task of two classes."""
+    data_dir: Path | None = None
+    """Folder with one folder a task, each with train and validation files; without it, the Hugging Face hub."""
+    model: str | None = None
+    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6, or SmolLM2 for label words."""
+    readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)
+    """What the outputs are read from."""
+    methods: tuple[str, ...] = ("full", "propulsion:positions=all", "lora")
+    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE; the first is what the others are compared with."""
+    again: tuple[str, ...] = ("full",)
+    """Methods whose networks are trained once more, with another data order and dropout."""
+    sizes: tuple[int, ...] = (16, 32)
+    """Training-set sizes; each set holds the smaller ones."""
+    n_test: int = 128
+    """Held-out rows, the same for all seeds."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the training rows, the head, the data order, dropout and what methods draw."""
+    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(
+        default_factory=lambda: TrainingConfig(steps=100, batch_size=16, max_length=96)
+    )
+    """How every network is trained; its seed is replaced by each run's own."""
+    train: bool = True
+    """Train networks; without, the kernels are compared with each other and with the labels alone."""
+    sign_limit: int = 128
+    """Sign-gradient kernels for sizes up to this, since they take n squared times all parameters; 0 for none."""
+    permutations: int = 20
+    """Permutations of the training labels behind that null."""
+    comparison: Path | None = None
+    """Result of analyses.method_comparison whose learning rates are used."""
+    memory_budget_gb: float | None = None
+    """Memory for features and kernels in GB; by default half of what is free."""
+    runs_dir: Path | None = None
+    """Folder of the finished cells; by default the result folder's name with -runs."""
+    max_runs: int | None = None
+    """Compute this many cells at most in this call."""
+    output_dir: Path = Path("results/linearized_prediction")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+    device: str = "cpu"
+    """Torch device, such as cpu or cuda."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells share.
+
+    Attributes:
+        config: the configuration.
+        methods: by their text.
+        data: all training rows, and the held-out ones, prompted for label words.
+        factors: on default learning rates, by method.
+    """
+
+    config: Config
+    methods: dict[str, Method]
+    data: TaskData
+    factors: dict[str, float]
+
+    @property
+    def task_type(self) -> str:
+        """peft's name of the task."""
+        return self.config.readout.task_type
+
+    def load(self, seed: int) -> tuple[Any, Any]:
+        """The model before training, and its tokenizer."""
+        config = self.config
+        return config.readout.load(config.model, num_labels=2, seed=seed, device=config.device)
+
+    def rows(self, size: int, seed: int) -> Dataset:
+        """The training rows of a size: the first of a permutation, so that sizes are nested."""
+        order = np.random.default_rng(seed).permutation(len(self.data.train))
+        return self.data.train.select(order[:size].tolist())
+
+    def targets(self, size: int, seed: int) -> Tensor:
+        """Regression targets ``(n,)`` of the training rows.
+
+        Raises:
+            UserError: The rows are of one class.
+        """
+        labels = np.asarray(self.rows(size, seed)["label"])
+        if len(np.unique(labels)) < 2:
+            raise UserError(f"the {size} training rows of seed {seed} are of one class: raise the smallest of --sizes")
+        return torch.from_numpy(_LABEL_SCALE * np.where(labels == 1, 1.0, -1.0))
+
+
+def setting_of(config: Config) -> Setting:
+    """What all cells share.
+
+    Raises:
+        UserError: Unusable options, data or learning rates.
+    """
+    methods = parse_methods(config.methods)
+    check_seeds(config.seeds)
+    if not config.sizes:
+        raise UserError("there must be a size")
+    if unknown := [text for text in config.again if text not in methods]:
+        raise UserError(f"{unknown[0]} cannot be trained again: it is none of the methods")
+    if min(config.sizes) < 4 or config.permutations < 1:
+        raise UserError("sizes must be at least 4, and permutations at least 1")
+    folder = None if config.data_dir is None else config.data_dir.expanduser() / config.task
+    data = load_task_data(config.task, data_dir=folder)
+    if data.task.is_regression or data.task.num_labels != 2:
+        raise UserError(f"{config.task} is no task of two classes, which a single logit difference would tell apart")
+    if max(config.sizes) > len(data.train):
+        raise UserError(f"{config.task} has {len(data.train)} training rows; the largest of --sizes asks for more")
+    n_test = min(config.n_test, len(data.validation))
+    data = load_task_data(config.task, data_dir=folder, n_validation=n_test, seed=0)
+    if config.readout.in_words:
+        data = config.readout.rows(data)
+        # The readout stands for the head, which no adapter touches.
+        readout = {"exclude_modules": ["lm_head"]}
+        methods = {t: m.with_defaults(**readout) if m.name == "propulsion" else m for t, m in methods.items()}
+    factors = tuned_factors(config.comparison, config.task)
+    if absent := [text for text in methods if factors and text not in factors]:
+        raise UserError(f"{config.comparison} holds no learning rate of {', '.join(absent)}")
+    return Setting(config, methods, data, {text: factors.get(text, 1.0) for text in methods})
