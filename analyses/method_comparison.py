@@ -309,7 +309,7 @@ def _cells(result: Result, row: dict[str, Any], names: Sequence[str]) -> list[st
         *(interval(m.value, m.low, m.high) for m in found),
         interval(paired[0].value, paired[0].low, paired[0].high) if paired else "-",
         f"{row['trained_parameters']:,}",
-        f"{row['rate_factor']:.2g}{' (edge)' if row['rate_at_edge'] else ''}",
+        f"{row['rate_factor']:.3g}{' (edge)' if row['rate_at_edge'] else ''}",
         number(row["seconds_per_step"]),
         number(row["peak_bytes"] / 2**20),
         number(row["last_losses"]),
