@@ -16,7 +16,8 @@ import numpy as np
 import tyro
 
 from analyses.grid import Grid
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.seeds import check_seeds, mean_interval
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, chance_score, training_run
@@ -183,16 +184,9 @@ def _output(config: Config) -> Path:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(_output(config), overwrite=config.overwrite)
-    result = run(config)
-    if result is None:
-        return
-    print(f"\n{summary(result)}\n")
-    from figures.ablation import write as draw
-
-    folder = write_result(result, _output(config), figures=draw, overwrite=config.overwrite)
-    print(f"intervals: 95 %, Student's over {len(config.seeds)} seeds; result and figure in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    about = f"intervals: 95 %, Student's over {len(config.seeds)} seeds"
+    publish(lambda: run(config), _output(config), summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":

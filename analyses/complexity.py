@@ -20,7 +20,8 @@ import tyro
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.tables import format_table, number
 from analyses.training_run import StepClock
 from propulsion.errors import UserError, run_command
@@ -209,13 +210,8 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    print(f"\n{summary(result)}\n")
-    from figures.complexity import write as draw
-
-    print(f"result and figure in {write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)}")
+    """Run, print, write the result folder, draw the figures."""
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about="")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 
 from analyses.grid import Grid
 from analyses.method_comparison import Config as ComparisonConfig
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.seeds import check_seeds, mean_interval, tuned_factors
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, training_run
@@ -172,16 +173,9 @@ def _cell(metric: Metric) -> str:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    if result is None:
-        return
-    print(f"\n{summary(result)}\n")
-    from figures.convergence import write as draw
-
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(f"intervals: 95 %, Student's over {len(config.seeds)} seeds; result and figure in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    about = f"intervals: 95 %, Student's over {len(config.seeds)} seeds"
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import tyro
 from torch import Tensor
 
 import ntk
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.tables import format_table, interval, number
 from analyses.theorem1 import Body
 from ntk.adapters import Propulsion
@@ -226,14 +227,9 @@ def summary(result: Result) -> str:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    print(f"\n{summary(result)}\n")
-    from figures.degree_scale import write as draw
-
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(f"the paper's best degrees are about {PAPER_BEST[0]} to {PAPER_BEST[1]}; result and figures in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    about = f"the paper's best degrees are about {PAPER_BEST[0]} to {PAPER_BEST[1]}"
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.seeds import tuned_factors
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, training_run
@@ -172,14 +173,9 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    print(f"\n{summary(result)}\n")
-    from figures.delta_weights import write as draw
-
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(f"medians and [lowest, highest] over layers; result and figure in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    about = "medians and [lowest, highest] over layers"
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import tyro
 from jaxtyping import Int
 from scipy import stats
 
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.tables import format_table, interval, number
 from propulsion.data import load_task_data
 from propulsion.errors import UserError, run_command
@@ -205,17 +206,11 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    print(f"\n{summary(result)}\n")
-    from figures.instruction_tuning import write as draw
-
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(
-        f"intervals: 95 %, Wilson's over {config.max_eval_samples} rows; of differences, bootstrap over the same rows; "
-        f"result and figure in {folder}"
+    """Run, print, write the result folder, draw the figures."""
+    about = (
+        f"intervals: 95 %, Wilson's over {config.max_eval_samples} rows; of differences, bootstrap over the same rows"
     )
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import torch
 import tyro
 from scipy.stats import norm
 
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.tables import format_table, number
 from ntk.bounds import clopper_pearson, simulate, tail, tail_bound, variance
 from propulsion.errors import UserError, run_command
@@ -145,14 +146,9 @@ def summary(result: Result) -> str:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    print(summary(result))
-    from figures.johnson_lindenstrauss import write as draw
-
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(f"intervals: {config.confidence:.1%}; result and figures in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    about = f"intervals: {config.confidence:.1%}"
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from analyses.comparison import null_kernels
 from analyses.grid import Grid
 from analyses.kernel_distance_tables import summary
 from analyses.model_kernels import PAIRS, ModelKernels, full_kernels, is_backbone, is_scale, propulsion_kernels
-from analyses.results import STAGES, Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import STAGES, Metric, Result, environment
 from analyses.seed_comparison import SeedComparison, draw_name
 from analyses.seeds import check_seeds, over_seeds
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
@@ -403,15 +404,9 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.folder, overwrite=config.overwrite)
-    result = run(config)
-    print(f"\n{summary(result)}\n")
-    # Figures read results; only this last step of a command knows of them.
-    from figures.kernel_distance import write as draw
-
-    folder = write_result(result, config.folder, figures=draw, overwrite=config.overwrite)
-    print(f"intervals: 95 %, {over_seeds(config.all_seeds, config.n_examples)}; result and figures in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    about = f"intervals: 95 %, {over_seeds(config.all_seeds, config.n_examples)}"
+    publish(lambda: run(config), config.folder, summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from analyses.drift_metrics import Cells, jacobian_norms, method_estimates, pair
 from analyses.drift_probe import Probe
 from analyses.grid import ARRAYS, Grid
 from analyses.kernel_drift_tables import summary
-from analyses.results import STAGES, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import STAGES, Result, environment
 from analyses.seeds import check_seeds, tuned_factors
 from analyses.training_run import RunConfig, training_run
 from propulsion.data import TaskData, draw_rows, tokenize
@@ -244,16 +245,8 @@ def _check(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    if result is None:
-        return
-    print(f"\n{summary(result)}\n")
-    from figures.kernel_drift import write as draw
-
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(f"result and figure in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about="")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ from analyses.linearized_prediction_tables import (
 )
 from analyses.prediction_cells import kernel_cell, sign_cell, training_cell
 from analyses.prediction_setting import Config, Setting, setting_of
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.seeds import mean_interval
 from propulsion.errors import run_command
 
@@ -182,16 +183,9 @@ def _coverage(setting: Setting) -> dict[str, str]:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    if result is None:
-        return
-    print(f"\n{summary(result)}\n")
-    from figures.linearized_prediction import write as draw
-
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(f"intervals: 95 %, Student's over {len(config.seeds)} seeds; result and figure in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    about = f"intervals: 95 %, Student's over {len(config.seeds)} seeds"
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import tyro
 from transformers import TrainerCallback
 
 from analyses.method_comparison import Config as ComparisonConfig
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.tables import format_table, number
 from analyses.training_run import RunConfig, peak_bytes, reset_peak, training_run
 from propulsion.errors import UserError, run_command
@@ -154,12 +155,7 @@ def main(config: Config) -> None:
         config.child_output.write_text(json.dumps(measure(config, config.child)), encoding="utf-8")
         return
     config = replace(config, child_output=None)
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    print(f"\n{summary(result)}\n")
-    from figures.memory import write as draw
-
-    print(f"result and figure in {write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)}")
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about="")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import numpy as np
 import tyro
 
 from analyses.grid import Grid
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.seeds import check_seeds, tuned_factors
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, scores, training_run, tuning_split
@@ -317,16 +318,9 @@ def _cells(result: Result, row: dict[str, Any], names: Sequence[str]) -> list[st
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    if result is None:
-        return
-    print(f"\n{summary(result)}\n")
-    from figures.method_comparison import write as draw
-
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(f"intervals: 95 %, bootstrap over seeds and validation rows; result and figures in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    about = "intervals: 95 %, bootstrap over seeds and validation rows"
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":

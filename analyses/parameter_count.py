@@ -22,7 +22,8 @@ import tyro
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.tables import format_table
 from propulsion.errors import UserError, run_command
 from propulsion.positions import resolve
@@ -155,13 +156,8 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    print(f"\n{summary(result)}\n")
-    from figures.parameter_count import write as draw
-
-    print(f"result and figure in {write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)}")
+    """Run, print, write the result folder, draw the figures."""
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about="")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ from analyses.peft_comparison import (
 )
 from analyses.peft_kernels_tables import summary
 from analyses.peft_methods import FULL, REFERENCE, MethodChoice, methods_of, with_degree
+from analyses.publish import publish
 from analyses.readout import Readout
-from analyses.results import STAGES, Result, check_writable, environment, write_result
+from analyses.results import STAGES, Result, environment
 from analyses.seed_comparison import SeedComparison, draw_name
 from analyses.seeds import check_seeds, over_seeds
 from ntk.adapters import layers_of
@@ -297,14 +298,8 @@ def _check(config: Config) -> None:
 def main(config: Config) -> None:
     """Run, print, write the result folder, draw the figures."""
     config = replace(config, output_dir=config.folder)
-    check_writable(config.folder, overwrite=config.overwrite)
-    result = run(config)
-    print(f"\n{summary(result)}\n")
-    # Figures read results; only this last step of a command knows of them.
-    from figures.peft_kernels import write as draw
-
-    folder = write_result(result, config.folder, figures=draw, overwrite=config.overwrite)
-    print(f"intervals: 95 %, {over_seeds(config.seeds, config.n_examples)}; result and figures in {folder}")
+    about = f"intervals: 95 %, {over_seeds(config.seeds, config.n_examples)}"
+    publish(lambda: run(config), config.folder, summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from scipy import stats
 
 import ntk
 from analyses.method_kernels import HEAD, model_inputs, one_output, tangents, with_head
-from analyses.results import STAGES, Metric, Result, check_writable, environment, load_result, write_result
+from analyses.publish import publish
+from analyses.results import STAGES, Metric, Result, environment, load_result
 from analyses.seeds import check_seeds, mean_interval
 from analyses.tables import format_table, interval
 from propulsion.data import draw_rows, load_task_data
@@ -325,14 +326,9 @@ def _check(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    print(f"\n{summary(result)}\n")
-    from figures.spectrum import write as draw
-
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(f"intervals: 95 %, Student's over {len(config.seeds)} seeds; result and figure in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    about = f"intervals: 95 %, Student's over {len(config.seeds)} seeds"
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":

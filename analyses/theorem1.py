@@ -17,7 +17,8 @@ import tyro
 from torch import Tensor
 
 import ntk
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.tables import format_table, number
 from analyses.theorem1_positions import POSITIONS, encoder_kernels, rows_of, transformer_kernels
 from ntk.adapters import Full, Method, Propulsion
@@ -275,14 +276,8 @@ def summary(result: Result) -> str:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    print(f"\n{summary(result)}\n")
-    from figures.theorem1 import write as draw
-
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(f"result and figures in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about="")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.publish import publish
+from analyses.results import Metric, Result, environment
 from analyses.tables import format_table, interval, number
 from ntk.infinite import ACTIVATIONS, mlp_kernels
 from ntk.networks import MLP, PARAMETRIZATIONS, Recipe, is_multiplier
@@ -200,15 +201,9 @@ def summary(result: Result) -> str:
 
 
 def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    print(summary(result))
-    from figures.width_convergence import write as draw
-
-    folder = write_result(result, config.output_dir, figures=draw, overwrite=config.overwrite)
-    print(f"gaps relative to K_F of the hidden layers; intervals: {config.confidence:.0%}, over networks")
-    print(f"result and figures in {folder}")
+    """Run, print, write the result folder, draw the figures."""
+    about = f"gaps relative to K_F of the hidden layers; intervals: {config.confidence:.0%}, over networks"
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
 
 
 if __name__ == "__main__":
