@@ -110,6 +110,8 @@ def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path 
     one, comparison, rates = in_all(first), rated(first), rates_of(first)
     models = () if language_model is None else ("--models", language_model.as_posix())
     small = words("--steps 60 --n-train 960 --n-validation 400")
+    # Scales on few layers learn nothing in runs so short, at the rate that suits scales on all.
+    sizes = {"positions": words("--steps 150 --n-train 2400 --n-validation 400 --rate-multiplier 2") + GROUPED}
     plan = [
         Run("parameter_count"),
         Run("theorem1", of(first)),
@@ -132,7 +134,7 @@ def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path 
         *(Run(f"linearized_prediction/{task}", in_all(task) + words("--sizes 32 128 512 --n-test 128") + rates_of(task),
               rated(task))
           for task in tasks if get_labelled_task(task).num_labels == 2),
-        *(Run(f"ablation/{factor}", (*one, "--factor", factor, *small))
+        *(Run(f"ablation/{factor}", (*one, "--factor", factor, *sizes.get(factor, small)))
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value", "layers")),
     ]  # fmt: skip
     if language_model is not None:
