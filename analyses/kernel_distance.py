@@ -11,6 +11,7 @@ With ``--seeds 0 1 2`` each seed has its own rows, head, order and null models; 
 killed run goes on with the seed it was at.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -329,12 +330,13 @@ def _drift(stages: Sequence[Sequence[Mapping[str, Tensor]]]) -> list[dict[str, A
 
 
 def _mean_scores(each: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The scores of every model, as means over seeds."""
+    """The scores of every model, as means over seeds; not-a-number where one is undefined."""
+
+    def mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+        return statistics.mean(math.nan if row[name] is None else row[name] for row in rows)
+
     return [
-        {
-            name: value if name == "model" else statistics.mean(row[name] for row in rows)
-            for name, value in rows[0].items()
-        }
+        {name: value if name == "model" else mean(rows, name) for name, value in rows[0].items()}
         for rows in zip(*each, strict=True)
     ]
 
