@@ -87,7 +87,7 @@ def training_run(
         data: The rows.
         method: The method.
         seed: Of the head, the data order, dropout and what the method draws itself.
-        rate_multiplier: Factor on the default learning rates.
+        rate_multiplier: Factor on the learning rates, beside that of the configuration.
         callbacks: Told of every step.
         keep_model: Return the trained model.
         keep_logits: Return the logits of the validation rows, ``(n, c)``.
@@ -107,6 +107,7 @@ def training_run(
     else:
         model, tokenizer = load()
     model = apply_method(model, method.with_defaults(degree=degree), task_type=task_type, seed=seed)
+    rate_multiplier *= config.training.rate_multiplier
     training = dataclasses.replace(config.training, seed=seed, rate_multiplier=rate_multiplier)
     clock = StepClock()
     result = train(model, tokenizer, data, training, callbacks=[clock, *callbacks])

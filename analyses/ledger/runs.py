@@ -154,7 +154,7 @@ COMPARISONS = {
     "sst2": words("--steps 150 --tuning-steps 150 --rate-extensions 4 --n-train 2400"),
     "stsb": words("--steps 250 --tuning-steps 100 --rate-extensions 4 --n-train 2000 --n-validation 500"),
     "cola": words("--steps 400 --batch-size 32 --n-train 8551 --n-validation 1043"),
-    "rte": words("--steps 450 --schedule constant_with_warmup --n-train 2489"),
+    "rte": words("--steps 350 --schedule constant_with_warmup --rate-multiplier 0.3333 --n-train 2489"),
 }
 COMPARISON = words("--steps 250 --tuning-steps 100 --n-train 2000 --n-validation 500")
 RATED_ELSEWHERE = ("cola", "rte")

@@ -22,11 +22,12 @@ from analyses import (
     training_tables,
 )
 from analyses.results import load_result
-from analyses.training_run import RunConfig, chance_score, mean_loss, tuning_split
+from analyses.training_run import RunConfig, chance_score, mean_loss, training_run, tuning_split
 from propulsion import PropulsionConfig
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
 from propulsion.instructions import Exchange
+from propulsion.methods import Method
 from propulsion.optim import SCALE_RATE, WEIGHT_RATE
 from propulsion.tasks import get_task
 from propulsion.training import TrainingConfig
@@ -93,6 +94,12 @@ def test_learning_rates_of_an_earlier_result(compared, tmp_path):
     assert result.tables["tuning"] == []
     with pytest.raises(UserError, match="holds no learning rate of ia3"):
         method_comparison.run(replace(other, methods=("ia3",)))
+
+
+def test_a_factor_on_all_learning_rates_multiplies_each_methods_own(runs):
+    config = replace(runs, training=replace(runs.training, rate_multiplier=0.5))
+    found = training_run(config, runs.load("demo"), Method("full"), seed=0, rate_multiplier=3.0)
+    assert found["learning_rates"]["weight"] == pytest.approx(1.5 * WEIGHT_RATE)
 
 
 def test_a_rate_that_diverges_is_not_chosen():
