@@ -5,7 +5,7 @@ dotted grey ones the nulls. Middle, how often a network and its kernel's regress
 line of the same colour is what independent errors at the same accuracy would give, black a network trained again with
 another data order. Right, correlation of the logits, initial ones subtracted, for the tangent kernel (dashed) and the
 sign-gradient kernel (dash-dotted). Bars are 95 % Student intervals over seeds, shifted sideways to be told apart; with
-few seeds they are wide, and cut where a panel ends.
+few seeds they are wide, and cut where a panel ends. Everything has a marker, since a result may be of one size.
 """
 
 import math
@@ -30,6 +30,7 @@ _NULLS: dict[str, tuple[Literal[":"], str]] = {
     "null: majority class": (":", "x"),
     "null: permuted labels": (":", "s"),
 }
+_TRAINED, _REGRESSION, _SIGN, _CHANCE, _AGAIN = "o", "D", "^", "_", "*"
 _MARGIN = 0.08
 _SHIFT = 0.06  # Of the distance between sizes, as a share of a factor of e.
 
@@ -45,18 +46,19 @@ def draw(result: Result) -> Figure:
         score, agreement, correlation = figure.subplots(1, 3)
         for place, (method, color) in enumerate(colors.items()):
             shift = place - (len(methods) - 1) / 2
-            lines.draw(score, "score", f"trained: {method}", "", shift, color=color, marker="o")
-            lines.draw(score, "score", f"kernel: {method}", "", shift, color=color, linestyle="--")
-            lines.draw(agreement, "prediction_agreement", method, REGRESSION, shift, color=color, linestyle="--")
+            lines.draw(score, "score", f"trained: {method}", "", shift, color=color, marker=_TRAINED)
+            kernel = {"color": color, "linestyle": "--", "marker": _REGRESSION}
+            lines.draw(score, "score", f"kernel: {method}", "", shift, **kernel)
+            lines.draw(agreement, "prediction_agreement", method, REGRESSION, shift, **kernel)
             lines.draw(agreement, "independent_errors_agreement", method, REGRESSION, shift, bars=False, color=color,
-                       linestyle=":", linewidth=0.9)  # fmt: skip
-            lines.draw(correlation, "logit_correlation", method, REGRESSION, shift, color=color, linestyle="--")
-            lines.draw(correlation, "logit_correlation", method, SIGN, shift, color=color, linestyle="-.", marker="^")
+                       linestyle=":", linewidth=0.9, marker=_CHANCE, markersize=6)  # fmt: skip
+            lines.draw(correlation, "logit_correlation", method, REGRESSION, shift, **kernel)
+            lines.draw(correlation, "logit_correlation", method, SIGN, shift, color=color, linestyle="-.", marker=_SIGN)
         for name, (linestyle, marker) in _NULLS.items():
             lines.draw(score, "score", name, "", 0, bars=False, color="0.5", linestyle=linestyle, marker=marker)
         for panel, prefix in ((agreement, "trained_agreement"), (correlation, "trained_logit_correlation")):
             for method in methods:
-                lines.draw(panel, prefix, method, AGAIN, 0, color="black", linestyle="-", linewidth=0.9)
+                lines.draw(panel, prefix, method, AGAIN, 0, color="black", linestyle="-", linewidth=0.9, marker=_AGAIN)
         for panel, title in (
             (score, f"{result.dataset['metric']}, held-out rows"),
             (agreement, "agreement of network and kernel"),
@@ -65,6 +67,8 @@ def draw(result: Result) -> Figure:
             panel.set(xscale="log", title=title, xlabel="training rows")
             panel.set_xticks(sizes, [str(size) for size in sizes])
             panel.minorticks_off()
+            if len(sizes) == 1:
+                panel.set_xlim(sizes[0] / 1.5, sizes[0] * 1.5)
             panel.grid(color="0.9", linewidth=0.5)
             # By the values: Student's intervals of two or three seeds may reach beyond what the quantity can be.
             if values := lines.values.get(panel):  # Without trained networks there is no agreement with them.
@@ -108,17 +112,19 @@ def _legend(colors: dict[str, str], result: Result) -> list[Line2D]:
     handles = [Line2D([], [], color=color, label=short(method)) for method, color in colors.items()]
     gray = {"color": "0.35", "markersize": 3}
     handles += [
-        Line2D([], [], linestyle="-", marker="o", label="trained network", **gray),
-        Line2D([], [], linestyle="--", label="kernel regression", **gray),
-        Line2D([], [], linestyle="-.", marker="^", label="sign-gradient kernel", **gray),
-        Line2D([], [], linestyle=":", label="independent errors", linewidth=0.9, color="0.35"),
+        Line2D([], [], linestyle="-", marker=_TRAINED, label="trained network", **gray),
+        Line2D([], [], linestyle="--", marker=_REGRESSION, label="kernel regression", **gray),
+        Line2D([], [], linestyle="-.", marker=_SIGN, label="sign-gradient kernel", **gray),
+        Line2D([], [], linestyle=":", marker=_CHANCE, label="independent errors", linewidth=0.9, color="0.35"),
     ]
     handles += [
         Line2D([], [], color="0.5", linestyle=linestyle, marker=marker, markersize=3, label=name.removeprefix("null: "))
         for name, (linestyle, marker) in _NULLS.items()
     ]
     if any(m.right == AGAIN for m in result.metrics):
-        handles.append(Line2D([], [], color="black", linewidth=0.9, label="network trained again"))
+        handles.append(
+            Line2D([], [], color="black", linewidth=0.9, marker=_AGAIN, markersize=3, label="network trained again")
+        )
     return handles
 
 
