@@ -10,7 +10,7 @@ few seeds they are wide, and cut where a panel ends. Everything has a marker, si
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -47,7 +47,7 @@ def draw(result: Result) -> Figure:
         for place, (method, color) in enumerate(colors.items()):
             shift = place - (len(methods) - 1) / 2
             lines.draw(score, "score", f"trained: {method}", "", shift, color=color, marker=_TRAINED)
-            kernel = {"color": color, "linestyle": "--", "marker": _REGRESSION}
+            kernel: dict[str, Any] = {"color": color, "linestyle": "--", "marker": _REGRESSION}
             lines.draw(score, "score", f"kernel: {method}", "", shift, **kernel)
             lines.draw(agreement, "prediction_agreement", method, REGRESSION, shift, **kernel)
             lines.draw(agreement, "independent_errors_agreement", method, REGRESSION, shift, bars=False, color=color,
