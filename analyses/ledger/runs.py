@@ -163,7 +163,9 @@ RATED_ELSEWHERE = ("cola", "rte")
 
 def _comparison(task: str, tasks: Sequence[str], every: tuple[str, ...]) -> Run:
     """Methods against each other on a task."""
-    options = ("--tasks", task, *every, *COMPARISONS.get(task, COMPARISON), *GROUPED)
+    # On STS-B, where length tells the source, batches of similar lengths slow the learning down.
+    grouped = () if task == "stsb" else GROUPED
+    options = ("--tasks", task, *every, *COMPARISONS.get(task, COMPARISON), *grouped)
     if task in RATED_ELSEWHERE and "sst2" in tasks:
         rated = "method_comparison/sst2"
         return Run(f"method_comparison/{task}", (*options, "--rates-from", f"{ROOT}/{rated}"), (rated,))
