@@ -32,7 +32,8 @@ class Config:
     """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6, or SmolLM2 for label words."""
     readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)
     """What the outputs are read from."""
-    methods: tuple[str, ...] = ("full", "propulsion:positions=all", "lora")
+    # A factory, for the sake of the site, which takes words with a colon in a signature for a reference.
+    methods: tuple[str, ...] = field(default_factory=lambda: ("full", "propulsion:positions=all", "lora"))
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE; the first is what the others are compared with."""
     again: tuple[str, ...] = ("full",)
     """Methods whose networks are trained once more, with another data order and dropout."""
