@@ -27,10 +27,10 @@ import tyro
 from torch import Tensor
 
 import ntk
-from analyses.comparison import null_kernels
+from analyses.comparison import model_nulls
 from analyses.grid import Grid
 from analyses.kernel_distance_tables import summary
-from analyses.model_kernels import PAIRS, ModelKernels, full_kernels, is_backbone, is_scale, propulsion_kernels
+from analyses.model_kernels import PAIRS, ModelKernels, full_kernels, is_scale, propulsion_kernels
 from analyses.publish import publish
 from analyses.results import STAGES, Metric, Result, environment
 from analyses.seed_comparison import SeedComparison, draw_name
@@ -239,7 +239,10 @@ def _measure(config: Config) -> dict[str, Any]:
         with _timed(seconds, f"kernels, {stage}"):
             kernels = _kernels(setting)
         with _timed(seconds, f"null models, {stage}"):
-            drawn = _null_models(setting, kernels)
+            drawn = model_nulls(
+                setting.full, setting.inputs, kernels.whole[FULL], kernels.traced[ADAPTER], setting.number_of_scales,
+                draws=config.null_draws, seed=config.seed,
+            )  # fmt: skip
         arrays |= _arrays(kernels, stage) | {
             f"{stage}.{draw_name(null, i)}": kernel.numpy()
             for null, draws in drawn.items()
@@ -275,26 +278,6 @@ def _kernels(setting: Setting) -> ModelKernels:
         coverage=full.coverage | propulsion.coverage,
         shares=full.shares + propulsion.shares,
     )
-
-
-def _null_models(setting: Setting, kernels: ModelKernels) -> dict[str, list[Tensor]]:
-    """The draws of each null model at one stage, traced over the outputs."""
-    config, m = setting.config, setting.number_of_scales
-    generator = torch.Generator().manual_seed(config.seed)
-    nulls = null_kernels(kernels.whole[FULL], kernels.traced[ADAPTER], m, draws=config.null_draws, generator=generator)
-    subsets = ntk.random_subset_ntk(
-        setting.full,
-        setting.inputs,
-        m,
-        generator=generator,
-        params=lambda name, p: is_backbone(setting.full, name),
-        reduce="trace",
-        draws=config.null_draws,
-        progress=True,
-    )
-    nulls[f"random subset of {m:,} weights"] = [kernel.cpu() for kernel in subsets]
-    nulls["last hidden states"] = [ntk.hidden_state_kernel(setting.full, setting.inputs).cpu()]
-    return nulls
 
 
 def _metrics(comparison: SeedComparison, nulls: dict[str, int], degree: float) -> list[Metric]:

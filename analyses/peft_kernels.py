@@ -29,10 +29,9 @@ from torch import Tensor
 
 import ntk
 from analyses.common_component import mean_inputs, split_methods
-from analyses.comparison import null_kernels
+from analyses.comparison import model_nulls
 from analyses.grid import Grid
 from analyses.layer_agreement import Place, agreement, place_methods, places_of
-from analyses.model_kernels import is_backbone
 from analyses.peft_comparison import (
     LABELS,
     angle_table,
@@ -212,7 +211,10 @@ def _measure(config: Config, data: TaskData, seed: int) -> dict[str, Any]:
     del whole
     seconds["kernels"] = time.time() - started
     scales = sum(_outputs(module, reads) for (_, reads), (_, module) in layers_of(model).items())
-    nulls = _null_models(config, network, full, kernels[REFERENCE], scales, seed)
+    nulls = model_nulls(
+        model, network.inputs, full, kernels[REFERENCE], scales, draws=config.null_draws, seed=seed,
+        output=network.output,
+    )  # fmt: skip
     for null, draws in nulls.items():
         kernels |= {draw_name(null, i): kernel for i, kernel in enumerate(draws)}
     seconds["with null models"] = time.time() - started
@@ -247,22 +249,6 @@ def _network(config: Config, data: TaskData, seed: int) -> Network:
     output = ntk.outputs.margin() if config.readout.in_words else None
     on_device = {name: value.to(config.device) for name, value in inputs.items()}
     return Network(model, on_device, output, np.asarray(drawn["label"]))
-
-
-def _null_models(
-    config: Config, network: Network, full: Tensor, adapter: Tensor, m: int, seed: int
-) -> dict[str, list[Tensor]]:
-    """Kernels that know nothing of any method, with as many parameters as Propulsion has."""
-    model, inputs = network.model, network.inputs
-    generator = torch.Generator().manual_seed(seed)
-    nulls = null_kernels(full, adapter, m, draws=config.null_draws, generator=generator)
-    subsets = ntk.random_subset_ntk(
-        model, inputs, m, generator=generator, params=lambda name, p: is_backbone(model, name), output=network.output,
-        reduce="trace", draws=config.null_draws, progress=True,
-    )  # fmt: skip
-    nulls[f"random subset of {m:,} weights"] = [kernel.cpu() for kernel in subsets]
-    nulls["last hidden states"] = [ntk.hidden_state_kernel(model, inputs).cpu()]
-    return nulls
 
 
 def _outputs(module: Any, reads: bool) -> int:
