@@ -48,6 +48,8 @@ class TrainingConfig:
     """Gradients longer than this, all parameters together, are shortened to it; 0 for no limit."""
     train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     """Order of the rows: random, or group_by_length, random but for batches of similar lengths, which saves padding."""
+    bf16: bool = False
+    """Train in mixed precision, bfloat16: faster where the processor multiplies such matrices, as recent ones do."""
     max_length: int | None = None
     """Cut examples to this many tokens; without it, longer ones than the model takes are an error."""
     seed: int = 0
@@ -158,6 +160,8 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    # The trainer leaves the model's forward in mixed precision; only training is.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     trainer.check_finite()
     model.zero_grad(set_to_none=True)
     model.train(mode)
@@ -203,6 +207,7 @@ def _arguments(model: PreTrainedModel | PeftModel, config: TrainingConfig, folde
         seed=config.seed,
         data_seed=config.seed,
         train_sampling_strategy=config.train_sampling_strategy,
+        bf16=config.bf16,
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=model.device.type != "cpu",
         save_strategy="no",

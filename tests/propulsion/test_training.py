@@ -1,6 +1,7 @@
 """Training: reproducible to the bit, moving what it should and nothing else, stopping at the first infinite loss."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,25 @@ def test_loss_falls(tiny_model, data):
     model, tokenizer = load(tiny_model, propulsion=False)
     result = train(model, tokenizer, data, TrainingConfig(steps=40, batch_size=12, learning_rate=1e-2), progress=False)
     assert np.mean(result.losses[-5:]) < 0.5 * np.mean(result.losses[:5])
+
+
+@pytest.mark.parametrize("propulsion", [True, False])
+def test_mixed_precision_trains_in_bfloat16_and_leaves_nothing_of_it(tiny_model, data, propulsion):
+    outcomes = {}
+    for run, bf16 in (("before", False), ("mixed", True), ("after", False)):
+        model, tokenizer = load(tiny_model, propulsion=propulsion)
+        result = train(model, tokenizer, data, replace(CONFIG, bf16=bf16), progress=False)
+        outcomes[run] = (result.losses, snapshot(model), predict(model, tokenizer, data))
+    mixed, (losses, weights, _) = outcomes["mixed"], outcomes["before"]
+    assert mixed[0] != losses
+    np.testing.assert_allclose(mixed[0], losses, rtol=0.05)
+    assert all(p.dtype == torch.float32 for p in mixed[1].values())
+    # Later training, and every later use of the model, is in full precision.
+    assert outcomes["after"][0] == losses
+    assert all(torch.equal(p, weights[name]) for name, p in outcomes["after"][1].items())
+    fresh, tokenizer = load(tiny_model, propulsion=propulsion)
+    fresh.load_state_dict(mixed[1], strict=False)
+    assert torch.equal(predict(fresh, tokenizer, data), mixed[2])
 
 
 def test_regression(tiny_model, tmp_path):
