@@ -25,7 +25,7 @@ import tyro
 from analyses.grid import Grid
 from analyses.publish import publish
 from analyses.results import Metric, Result, environment
-from analyses.seeds import check_seeds, tuned_factors
+from analyses.seeds import check_seeds, trained_factor, tuned_factors
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, scores, training_run, tuning_split
 from propulsion.data import TaskData
@@ -310,7 +310,7 @@ def _cells(result: Result, row: dict[str, Any], names: Sequence[str]) -> list[st
         *(interval(m.value, m.low, m.high) for m in found),
         interval(paired[0].value, paired[0].low, paired[0].high) if paired else "-",
         f"{row['trained_parameters']:,}",
-        f"{row['rate_factor']:.3g}{' (edge)' if row['rate_at_edge'] else ''}",
+        f"{trained_factor(result, row):.3g}{' (edge)' if row['rate_at_edge'] else ''}",
         number(row["seconds_per_step"]),
         number(row["peak_bytes"] / 2**20),
         number(row["last_losses"]),

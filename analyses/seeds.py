@@ -1,13 +1,14 @@
 """Runs that differ by their seed: means with intervals, and the learning rates another analysis chose."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from analyses.results import load_result
+from analyses.results import Result, load_result
 from propulsion.errors import UserError
 
 
@@ -38,7 +39,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 
 def tuned_factors(comparison: Path | None, task: str | None = None) -> dict[str, float]:
-    """Factor on its default learning rate that `analyses.method_comparison` chose for every method on a task.
+    """Factor on its default learning rate that every method of `analyses.method_comparison` trained at on a task.
 
     Args:
         comparison: Its result; without one there are no factors.
@@ -49,6 +50,17 @@ def tuned_factors(comparison: Path | None, task: str | None = None) -> dict[str,
     """
     if comparison is None:
         return {}
-    rows = load_result(comparison, analysis="method_comparison").tables["summary"]
+    result = load_result(comparison, analysis="method_comparison")
+    rows = result.tables["summary"]
     chosen = rows[0]["task"] if task is None else task
-    return {row["method"]: row["rate_factor"] for row in rows if row["task"] == chosen}
+    return {row["method"]: trained_factor(result, row) for row in rows if row["task"] == chosen}
+
+
+def trained_factor(comparison: Result, row: Mapping[str, Any]) -> float:
+    """Factor on its default learning rate that a method of a comparison trained at: the chosen one times that of all.
+
+    Args:
+        comparison: Result of `analyses.method_comparison`.
+        row: The method's row in its summary.
+    """
+    return row["rate_factor"] * comparison.config["run"]["training"].get("rate_multiplier", 1.0)

@@ -22,6 +22,7 @@ from analyses import (
     training_tables,
 )
 from analyses.results import load_result
+from analyses.seeds import tuned_factors
 from analyses.training_run import RunConfig, chance_score, mean_loss, training_run, tuning_split
 from propulsion import PropulsionConfig
 from propulsion.data import load_task_data
@@ -92,6 +93,12 @@ def test_learning_rates_of_an_earlier_result(compared, tmp_path):
         m: before[m] for m in METHODS[:2]
     }
     assert result.tables["tuning"] == []
+    # What all rates of a comparison were multiplied by goes with them.
+    training = replace(compared.run.training, rate_multiplier=0.5)
+    halved = replace(other, run=replace(compared.run, training=training), output_dir=tmp_path / "halved")
+    method_comparison.main(halved)
+    assert tuned_factors(halved.output_dir) == {m: before[m] / 2 for m in METHODS[:2]}
+    assert f"{before['full'] / 2:.3g}" in method_comparison.summary(load_result(halved.output_dir))
     with pytest.raises(UserError, match="holds no learning rate of ia3"):
         method_comparison.run(replace(other, methods=("ia3",)))
 
