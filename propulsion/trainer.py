@@ -41,6 +41,7 @@ class TaskTrainer(Trainer):
         on_loss: Callable[[float], object] | None = None,
         keep: int | None = None,
         loss_by_token: bool = False,
+        autocast: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         """Make a trainer.
@@ -52,6 +53,8 @@ class TaskTrainer(Trainer):
             on_loss: Told the loss of every batch.
             keep: Checkpoints to keep, the newest ones, and the best beside them; all if None.
             loss_by_token: Whether the model itself divides its loss by the tokens of all accumulated batches.
+            autocast: Mixed precision of the training loss alone: whatever else the model is called for, by callbacks
+                and afterwards, stays in full precision, as with the trainer's own `bf16` it would not.
             **kwargs: As for `transformers.Trainer`.
         """
         super().__init__(*args, **kwargs)
@@ -60,6 +63,7 @@ class TaskTrainer(Trainer):
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and loss_by_token
         self.losses: list[float] = []
         self._rates, self._score, self._on_loss, self._keep = rates, score, on_loss, keep
+        self._autocast = autocast
         self._staging: str | None = None
         self.add_callback(_RankUpdates())
 
@@ -79,6 +83,12 @@ class TaskTrainer(Trainer):
             # One kernel for the whole step: a fifth less time in full fine-tuning of a small encoder on a CPU.
             self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon, fused=True)
         return self.optimizer
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
+        """What the training loss is computed in."""
+        if self._autocast is None:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return torch.autocast(self.args.device.type, self._autocast)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One batch; its loss must be finite.

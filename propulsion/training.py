@@ -156,12 +156,11 @@ def train(
             data_collator=kind_of(data.task).collator(tokenizer, model),
             rates=rates,
             on_loss=show,
+            autocast=torch.bfloat16 if config.bf16 else None,
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    # The trainer leaves the model's forward in mixed precision; only training is.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     trainer.check_finite()
     model.zero_grad(set_to_none=True)
     model.train(mode)
@@ -207,7 +206,6 @@ def _arguments(model: PreTrainedModel | PeftModel, config: TrainingConfig, folde
         seed=config.seed,
         data_seed=config.seed,
         train_sampling_strategy=config.train_sampling_strategy,
-        bf16=config.bf16,
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=model.device.type != "cpu",
         save_strategy="no",

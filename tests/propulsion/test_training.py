@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
@@ -71,13 +72,31 @@ def test_loss_falls(tiny_model, data):
     assert np.mean(result.losses[-5:]) < 0.5 * np.mean(result.losses[:5])
 
 
+class Watch(TrainerCallback):
+    """Calls the model after every step, as the analyses do that measure along training."""
+
+    def __init__(self, model):
+        self.model, self.dtypes = model, set()
+
+    def on_step_end(self, *args, **kwargs):
+        inner = []
+        layer = next(m for name, m in self.model.named_modules() if name.endswith("query"))
+        hook = layer.register_forward_hook(lambda _module, _inputs, output: inner.append(output.dtype))
+        with torch.no_grad():
+            self.model(input_ids=torch.ones(1, 3, dtype=torch.long))
+        hook.remove()
+        self.dtypes |= set(inner)
+
+
 @pytest.mark.parametrize("propulsion", [True, False])
 def test_mixed_precision_trains_in_bfloat16_and_leaves_nothing_of_it(tiny_model, data, propulsion):
     outcomes = {}
     for run, bf16 in (("before", False), ("mixed", True), ("after", False)):
         model, tokenizer = load(tiny_model, propulsion=propulsion)
-        result = train(model, tokenizer, data, replace(CONFIG, bf16=bf16), progress=False)
+        watch = Watch(model)
+        result = train(model, tokenizer, data, replace(CONFIG, bf16=bf16), progress=False, callbacks=[watch])
         outcomes[run] = (result.losses, snapshot(model), predict(model, tokenizer, data))
+        assert watch.dtypes == {torch.float32}
     mixed, (losses, weights, _) = outcomes["mixed"], outcomes["before"]
     assert mixed[0] != losses
     np.testing.assert_allclose(mixed[0], losses, rtol=0.05)
