@@ -1,14 +1,12 @@
 """One choice in Propulsion varied: score of every seed and their mean, by value."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from matplotlib.figure import Figure
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.style import COLUMN_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 
 def draw(result: Result) -> Figure:
@@ -40,19 +38,5 @@ def write(result: Result, folder: Path | str) -> list[Path]:
     return save(draw(result), folder, "ablation")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Draw the figure of a result of analyses.ablation again."""
-
-    result: tyro.conf.Positional[Path]
-    """Result folder."""
-
-
-def main(config: Config) -> None:
-    """Read, draw, write."""
-    for path in write(load_result(config.result, analysis="ablation"), config.result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.ablation", description=__doc__)))
+    command("ablation", write)

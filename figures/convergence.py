@@ -1,16 +1,14 @@
 """Learning curves: loss and validation score by step, one line a method, mean over seeds."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.method_comparison import short
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 _SMOOTHED = 10  # Steps of the moving mean of losses.
 
@@ -50,19 +48,5 @@ def write(result: Result, folder: Path | str) -> list[Path]:
     return save(draw(result), folder, "convergence")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Draw the figure of a result of analyses.convergence again."""
-
-    result: tyro.conf.Positional[Path]
-    """Result folder."""
-
-
-def main(config: Config) -> None:
-    """Read, draw, write."""
-    for path in write(load_result(config.result, analysis="convergence"), config.result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.convergence", description=__doc__)))
+    command("convergence", write)

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 PAPER_BEST = (25, 75)
 
@@ -95,16 +94,5 @@ def write(result: Result, folder: Path) -> list[Path]:
     return save(draw(result), folder, "degree_scale")
 
 
-def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
-    """Draw a degree_scale result again, as PNG and PDF.
-
-    Args:
-        result: Result folder, as written by python -m analyses.degree_scale.
-        output_dir: Where to write the figure; the result folder if not given.
-    """
-    for path in write(load_result(result, analysis="degree_scale"), output_dir or result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main, prog="python -m figures.degree_scale"))
+    command("degree_scale", write)

@@ -1,16 +1,14 @@
 """What each method changes: size and effective rank of its change of every matrix, and where Propulsion's z went."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.method_comparison import short
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 
 def draw(result: Result) -> Figure:
@@ -53,19 +51,5 @@ def write(result: Result, folder: Path | str) -> list[Path]:
     return save(draw(result), folder, "delta_weights")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Draw the figure of a result of analyses.delta_weights again."""
-
-    result: tyro.conf.Positional[Path]
-    """Result folder."""
-
-
-def main(config: Config) -> None:
-    """Read, draw, write."""
-    for path in write(load_result(config.result, analysis="delta_weights"), config.result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.delta_weights", description=__doc__)))
+    command("delta_weights", write)

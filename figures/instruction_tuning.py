@@ -1,15 +1,13 @@
 """A language model tuned by instruction: accuracy of every method with its interval, beside the share that answers."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from matplotlib.figure import Figure
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.method_comparison import short
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 UNTUNED = "none"
 _ROW_HEIGHT = 0.22
@@ -61,19 +59,5 @@ def write(result: Result, folder: Path | str) -> list[Path]:
     return save(draw(result), folder, "instruction_tuning")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Draw the figure of a result of analyses.instruction_tuning again."""
-
-    result: tyro.conf.Positional[Path]
-    """Result folder."""
-
-
-def main(config: Config) -> None:
-    """Read, draw, write."""
-    for path in write(load_result(config.result, analysis="instruction_tuning"), config.result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.instruction_tuning", description=__doc__)))
+    command("instruction_tuning", write)

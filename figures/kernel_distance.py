@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from analyses.results import STAGES, Metric, Result, load_result
+from analyses.results import STAGES, Metric, Result
+from figures.command import redraw
 from figures.style import DIVERGING, PAGE_WIDTH, PALETTE, SEQUENTIAL, save, style
 from propulsion.errors import UserError, run_command
 
@@ -308,10 +310,7 @@ def main(
         full: Kernel drawn as K_F; an unknown name lists those in the result.
         adapter: Kernel compared with it.
     """
-    loaded = load_result(result, analysis="kernel_distance")
-    folder = result.parent if output_dir is None and result.is_file() else output_dir or result
-    for path in write(loaded, folder, full=full, adapter=adapter):
-        print(path)
+    redraw("kernel_distance", partial(write, full=full, adapter=adapter), result, output_dir)
 
 
 if __name__ == "__main__":

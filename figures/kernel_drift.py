@@ -10,21 +10,19 @@ units of the root mean square of the former: equal colours are equal sizes. Drif
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.method_comparison import short
 from figures.style import PAGE_WIDTH, PALETTE, SEQUENTIAL, save, style
-from propulsion.errors import run_command
 
 _MARKERS = "os^Dv"
 _LOGARITHMIC = ("relative_kernel_drift", "relative_jacobian_drift")
@@ -167,22 +165,5 @@ def _block_name(text: str) -> str:
     return ".".join(parts[-6:])
 
 
-@dataclass(frozen=True)
-class Config:
-    """Draw the figure of a result of analyses.kernel_drift again."""
-
-    result: tyro.conf.Positional[Path]
-    """Result folder."""
-    output_dir: Path | None = None
-    """Where to write; by default the result folder."""
-
-
-def main(config: Config) -> None:
-    """Read, draw, write."""
-    result = load_result(config.result, analysis="kernel_drift")
-    for path in write(result, config.output_dir or config.result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.kernel_drift", description=__doc__)))
+    command("kernel_drift", write)

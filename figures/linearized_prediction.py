@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analyses.linearized_prediction_tables import AGAIN, REGRESSION, SIGN
-from analyses.results import Metric, Result, load_result
+from analyses.results import Metric, Result
+from figures.command import command
 from figures.method_comparison import short
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 _HEIGHT = 2.9
 _NULLS: dict[str, tuple[Literal[":"], str]] = {
@@ -137,16 +136,5 @@ def write(result: Result, folder: Path | str) -> list[Path]:
     return save(draw(result), folder, "linearized_prediction")
 
 
-def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
-    """Draw a linearized_prediction result again, as PNG and PDF.
-
-    Args:
-        result: Result folder, as written by python -m analyses.linearized_prediction.
-        output_dir: Where to write the figure; the result folder if not given.
-    """
-    for path in write(load_result(result, analysis="linearized_prediction"), output_dir or result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main, prog="python -m figures.linearized_prediction"))
+    command("linearized_prediction", write)

@@ -1,15 +1,13 @@
 """Peak memory and time of a training step, one bar a method."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from matplotlib.figure import Figure
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.method_comparison import short
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 
 def draw(result: Result) -> Figure:
@@ -40,19 +38,5 @@ def write(result: Result, folder: Path | str) -> list[Path]:
     return save(draw(result), folder, "memory")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Draw the figure of a result of analyses.memory again."""
-
-    result: tyro.conf.Positional[Path]
-    """Result folder."""
-
-
-def main(config: Config) -> None:
-    """Read, draw, write."""
-    for path in write(load_result(config.result, analysis="memory"), config.result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.memory", description=__doc__)))
+    command("memory", write)

@@ -1,14 +1,13 @@
 """Methods against each other: score with its interval, beside the number of parameters trained, one panel a task."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from matplotlib.figure import Figure
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 
 _ROW_HEIGHT = 0.19
 
@@ -68,22 +67,5 @@ def write(result: Result, folder: Path | str) -> list[Path]:
     return save(draw(result), folder, "method_comparison")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Draw the figure of a result of analyses.method_comparison again."""
-
-    result: tyro.conf.Positional[Path]
-    """Result folder."""
-    output_dir: Path | None = None
-    """Where to write; by default the result folder."""
-
-
-def main(config: Config) -> None:
-    """Read, draw, write."""
-    result = load_result(config.result, analysis="method_comparison")
-    for path in write(result, config.output_dir or config.result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.method_comparison", description=__doc__)))
+    command("method_comparison", write)

@@ -1,14 +1,12 @@
 """Trained parameters of Propulsion beside the whole model, one row a model, on a logarithmic axis."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from matplotlib.figure import Figure
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 _SHOWN = {"attn": "query, key, value", "blocks": "block Linears", "everything": "every Linear and Embedding",
           "total": "whole model"}  # fmt: skip
@@ -42,19 +40,5 @@ def write(result: Result, folder: Path | str) -> list[Path]:
     return save(draw(result), folder, "parameter_count")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Draw the figure of a result of analyses.parameter_count again."""
-
-    result: tyro.conf.Positional[Path]
-    """Result folder."""
-
-
-def main(config: Config) -> None:
-    """Read, draw, write."""
-    for path in write(load_result(config.result, analysis="parameter_count"), config.result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.parameter_count", description=__doc__)))
+    command("parameter_count", write)

@@ -12,14 +12,13 @@ import re
 from pathlib import Path
 
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses.results import STAGES, Metric, Result, load_result
+from analyses.results import STAGES, Metric, Result
 from figures import peft_layers, peft_map
+from figures.command import command
 from figures.style import COLUMN_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 _STAGE = STAGES[0]
 _ROW = 0.135
@@ -77,16 +76,5 @@ def _short(name: str) -> str:
     return re.sub(r" of (size )?[\d,]+( weights)?$", "", name).replace("examples ", "").replace("_", " ")
 
 
-def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
-    """Draw a peft_kernels result again, as PNG and PDF.
-
-    Args:
-        result: Result folder, as written by python -m analyses.peft_kernels.
-        output_dir: Where to write the figures; the result folder if not given.
-    """
-    for path in write(load_result(result, analysis="peft_kernels"), output_dir or result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main, prog="python -m figures.peft_kernels"))
+    command("peft_kernels", write)

@@ -7,14 +7,13 @@ Lines are means over seeds, bands reach from the lowest to the highest seed. The
 from pathlib import Path
 
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.method_comparison import short
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 _HEIGHT = 4.4
 _FLOOR = 1e-7  # Of the trace: eigenvalues of float32 kernels are rounding below this.
@@ -71,16 +70,5 @@ def write(result: Result, folder: Path | str) -> list[Path]:
     return save(draw(result), folder, "spectrum")
 
 
-def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
-    """Draw a spectrum result again, as PNG and PDF.
-
-    Args:
-        result: Result folder, as written by python -m analyses.spectrum.
-        output_dir: Where to write the figure; the result folder if not given.
-    """
-    for path in write(load_result(result, analysis="spectrum"), output_dir or result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main, prog="python -m figures.spectrum"))
+    command("spectrum", write)

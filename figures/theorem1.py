@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 EXACT = 1e-12
 LOOKS = {
@@ -86,16 +85,5 @@ def write(result: Result, folder: Path) -> list[Path]:
     return save(draw(result), folder, "theorem1")
 
 
-def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
-    """Draw a theorem1 result again, as PNG and PDF.
-
-    Args:
-        result: Result folder, as written by python -m analyses.theorem1.
-        output_dir: Where to write the figure; the result folder if not given.
-    """
-    for path in write(load_result(result, analysis="theorem1"), output_dir or result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main, prog="python -m figures.theorem1"))
+    command("theorem1", write)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
-from analyses.results import Result, load_result
+from analyses.results import Result
+from figures.command import command
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import run_command
 
 MARKERS = "osD^v<>"
 SHOWN = ("linear", "relu", "erf", "gelu")
@@ -62,16 +61,5 @@ def write(result: Result, folder: Path) -> list[Path]:
     return save(draw(result), folder, "width_convergence")
 
 
-def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
-    """Draw a width_convergence result again, as PNG and PDF.
-
-    Args:
-        result: Result folder, as written by python -m analyses.width_convergence.
-        output_dir: Where to write the figure; the result folder if not given.
-    """
-    for path in write(load_result(result, analysis="width_convergence"), output_dir or result):
-        print(path)
-
-
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main, prog="python -m figures.width_convergence"))
+    command("width_convergence", write)

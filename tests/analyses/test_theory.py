@@ -11,6 +11,7 @@ from peft import get_peft_model
 
 from analyses import degree_scale, johnson_lindenstrauss, theorem1, width_convergence
 from analyses.results import load_result
+from figures.command import redraw
 from propulsion import PropulsionConfig
 from propulsion.errors import UserError
 
@@ -31,7 +32,7 @@ def test_every_test_that_the_page_names_exists():
 
 def assert_draws_again(analysis: str, folder: Path) -> None:
     """The figure left beside the result is what the result alone draws."""
-    importlib.import_module(f"figures.{analysis}").main(folder / "out", folder / "again")
+    redraw(analysis, importlib.import_module(f"figures.{analysis}").write, folder / "out", folder / "again")
     for suffix in ("png", "pdf"):
         first, again = (folder / where / f"{analysis}.{suffix}" for where in ("out", "again"))
         assert first.read_bytes() == again.read_bytes()
