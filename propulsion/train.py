@@ -13,12 +13,11 @@ several devices. The output folder holds:
 """
 
 import dataclasses
-import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import torch
@@ -39,153 +38,10 @@ from propulsion.pretrained import fingerprint, load_model
 from propulsion.reporting import check_reporting
 from propulsion.run_folder import claim, finish, result_of, save_model
 from propulsion.sharding import check_sharding, prepare_sharding
-from propulsion.task_kinds import Limits, kind_of
+from propulsion.task_kinds import kind_of
 from propulsion.tasks import get_task
+from propulsion.train_config import TrainConfig, identity
 from propulsion.trainer import TaskTrainer, isolated_randomness, latest_checkpoint
-
-Strategy = Literal["no", "steps", "epoch"]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run."""
-
-    task: str = "demo"
-    """Task; an unknown name lists them all."""
-    data_dir: Path | None = None
-    """Folder with train and validation files in the hub's columns; without it, the Hugging Face hub."""
-    model: str | None = None
-    """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
-    method: str = "propulsion"
-    """full, bitfit, head, none, or any peft method in lower case."""
-    method_options: tuple[str, ...] = ()
-    """Fields of the method's peft configuration, each as NAME=VALUE, such as r=8 target_modules=query+value."""
-    degree: float | None = None
-    """Propulsion's degree k; by default the paper's for the task."""
-    positions: tuple[str, ...] = ("all",)
-    """Layers that Propulsion scales: all, attn, query, key, value, attention_output, mlp, embedding, norm."""
-    vectors: int = 1
-    """Propulsion's vectors a layer, pooled."""
-    pooling: str = "mean"
-    """How several vectors are pooled: mean, max, min or l2."""
-    adapter: Path | None = None
-    """Start from this saved adapter, which must be of the same base model; the method's options are its own."""
-    output_dir: Path = Path("results/train")
-    """Folder of the run."""
-    overwrite_output_dir: bool = False
-    """Start anew, and remove what is in the folder."""
-    max_steps: int = -1
-    """Optimizer steps; -1 goes by epochs, 0 evaluates only."""
-    num_train_epochs: float = 3.0
-    """Passes over the training rows."""
-    per_device_train_batch_size: int = 16
-    """Rows of a batch."""
-    per_device_eval_batch_size: int = 64
-    """Rows of a batch in evaluation."""
-    gradient_accumulation_steps: int = 1
-    """Batches of an optimizer step."""
-    learning_rate: float | None = None
-    """Learning rate of what the method trains, as it is; by default the rule that is printed at the start."""
-    head_learning_rate: float | None = None
-    """Learning rate of the head; by default the rule's."""
-    lr_scheduler_type: str = "linear"
-    """Schedule after the warm-up."""
-    warmup_steps: float = 0.06
-    """Steps over which the learning rate rises from 0; below 1, their share."""
-    weight_decay: float = 0.01
-    """Weight decay of matrices; biases, norms and Propulsion's scales have none."""
-    max_grad_norm: float = 1.0
-    """Longer gradients are shortened to this; 0 for no limit."""
-    max_length: int | None = None
-    """Cut inputs to this many tokens."""
-    max_target_length: int = 64
-    """Cut summaries to this many tokens; generate no more."""
-    generation_max_length: int | None = None
-    """Generate no more tokens than this; by default max_target_length."""
-    generation_num_beams: int = 1
-    """Beams of the search for generated text; 1 is greedy."""
-    max_train_samples: int | None = None
-    """Training rows, drawn by the seed."""
-    max_eval_samples: int | None = None
-    """Validation rows, drawn by the seed."""
-    streaming: bool = False
-    """Read training rows as they are needed, and hold none; needs max_steps."""
-    eval_strategy: Strategy = "no"
-    """When to evaluate before the end."""
-    eval_steps: int = 500
-    """Steps between evaluations."""
-    save_strategy: Strategy = "steps"
-    """When to write checkpoints."""
-    save_steps: int = 500
-    """Steps between checkpoints."""
-    save_total_limit: int | None = 2
-    """Checkpoints to keep, the best beside them."""
-    load_best_model_at_end: bool = False
-    """End with the checkpoint of the best evaluation."""
-    metric_for_best_model: str | None = None
-    """What is best; by default the task's first metric."""
-    early_stopping_patience: int | None = None
-    """Stop after this many evaluations without a better one."""
-    gradient_checkpointing: bool = False
-    """Less memory, more time."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the pre-trained weights; Propulsion's scales are float32 over either."""
-    bf16: bool = False
-    """Train in mixed precision, bfloat16."""
-    torch_compile: bool = False
-    """Compile the model."""
-    use_cpu: bool = False
-    """Use no accelerator."""
-    logging_steps: int = 50
-    """Steps between reports of the loss."""
-    report_to: tuple[str, ...] = ("none",)
-    """Where losses and metrics are reported: tensorboard, wandb, ...; event files of TensorBoard are in runs."""
-    disable_tqdm: bool = False
-    """No progress bar."""
-    seed: int = 0
-    """Seed of every random draw: the head, the rows drawn, the data order, dropout."""
-    training_options: tuple[str, ...] = ()
-    """Any other fields of transformers.TrainingArguments, each as NAME=VALUE."""
-
-    def __post_init__(self) -> None:
-        least = {"max_steps": -1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "eval_steps": 1,
-                 "gradient_accumulation_steps": 1, "save_steps": 1, "logging_steps": 1, "seed": 0, "warmup_steps": 0,
-                 "weight_decay": 0, "max_grad_norm": 0, "max_target_length": 1,
-                 "generation_num_beams": 1}  # fmt: skip
-        for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise UserError(f"{name} is {getattr(self, name)}, expected at least {low}")
-        for name in ("learning_rate", "head_learning_rate", "num_train_epochs", "early_stopping_patience"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"{name} is {value}, expected a number above 0")
-        for name in ("save_total_limit", "generation_max_length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}, expected at least 1")
-        if self.streaming and self.max_steps < 0:
-            raise UserError("streamed rows have no end that is known: give max_steps")
-        if "epoch" in (self.eval_strategy, self.save_strategy) and self.eval_strategy != self.save_strategy != "no":
-            # An evaluation between a checkpoint and the next step would be lost to a run resumed from there.
-            raise UserError("eval_strategy and save_strategy must be the same where one of them is epoch")
-        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
-            raise UserError("early_stopping_patience needs load_best_model_at_end")
-        if self.load_best_model_at_end and (self.eval_strategy == "no" or self.eval_strategy != self.save_strategy):
-            raise UserError("load_best_model_at_end needs the same eval_strategy and save_strategy, steps or epoch")
-        if self.load_best_model_at_end and self.eval_strategy == "steps" and self.save_steps % self.eval_steps:
-            raise UserError("load_best_model_at_end needs save_steps to be a multiple of eval_steps")
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether this machine's run uses no accelerator."""
-        return self.use_cpu or not torch.accelerator.is_available()
-
-    @property
-    def limits(self) -> Limits:
-        """Lengths and batch size of evaluation."""
-        return Limits(
-            self.max_length, self.max_target_length, self.per_device_eval_batch_size, self.generation_max_length,
-            self.generation_num_beams,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -218,15 +74,6 @@ _FIXED = frozenset(
      "remove_unused_columns"}
 )  # fmt: skip
 
-# Fields that older records do not have: recorded where they are used, so that older runs go on.
-_YOUNGER = ("generation_max_length", "generation_num_beams")
-
-# Fields that may differ when a run is resumed: they change no weight.
-_FREE = frozenset(
-    {"output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "disable_tqdm", "logging_steps", "data_dir",
-     "per_device_eval_batch_size"}
-)  # fmt: skip
-
 
 def run(config: TrainConfig) -> TrainResult:
     """Train as configured, from the last checkpoint where there is one, and evaluate.
@@ -253,10 +100,10 @@ def run(config: TrainConfig) -> TrainResult:
     )  # fmt: skip
     base = fingerprint(model)
     model = _adapted(config, model, kind.task_type)
-    identity = _identity(config, data, base)
+    same = identity(config, data, base)
     with state.main_process_first():
         if state.is_main_process:
-            claim(output, identity, overwrite=config.overwrite_output_dir)
+            claim(output, same, overwrite=config.overwrite_output_dir)
     if (finished := result_of(output)) is not None:
         return TrainResult(**finished)
     groups = parameter_groups(model, rates=_rates(config), weight_decay=config.weight_decay)
@@ -371,14 +218,6 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # Else the trainer would split over all devices; several are a launcher's business.
     return arguments
-
-
-def _identity(config: TrainConfig, data: TaskData, base: str) -> dict[str, Any]:
-    """What two runs must have in common for one to go on where the other stopped."""
-    unused = {name for name in _YOUNGER if getattr(config, name) == getattr(TrainConfig, name)}
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE | unused}
-    fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
-    return json.loads(json.dumps(fields | {"rows": data.fingerprint, "base_model": base}))
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
