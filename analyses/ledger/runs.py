@@ -121,8 +121,8 @@ def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path 
         Run("degree_scale", ("--tasks", *tasks, *every, "--n-examples", "16", *models)),
         Run("memory", one),
         *(Run(f"peft_kernels/{task}", of(task) + words("--n-examples 128 --memory-budget-gb 5")) for task in tasks),
-        *(Run(f"kernel_distance/{task}", of(task) + words("--n-examples 128 --seeds 0 1 2 --steps 200 "
-                                                          "--memory-budget-gb 8")) for task in tasks),
+        *(Run(f"kernel_distance/{task}", of(task) + words("--n-examples 128 --seeds 0 1 2 --memory-budget-gb 8")
+              + DISTANCES.get(task, DISTANCE)) for task in tasks),
         # SST-2 first, whose learning rates others take.
         *(_comparison(task, tasks, every) for task in sorted(tasks, key=lambda task: task != "sst2")),
         Run("convergence", one + words("--steps 100 --every 20 --n-train 1600 --n-validation 300") + GROUPED + rates,
@@ -159,6 +159,12 @@ COMPARISONS = {
                  "--n-validation 277"),
 }  # fmt: skip
 COMPARISON = words("--steps 250 --tuning-steps 100 --n-train 2000 --n-validation 500")
+DISTANCES = {
+    "cola": words("--steps 600 --batch-size 32 --bf16") + GROUPED,  # Fewer, and both models give one answer.
+    "rte": words("--steps 200 --bf16") + GROUPED,
+    "stsb": words("--steps 200 --bf16"),
+}
+DISTANCE = words("--steps 200")
 DRIFTS = {
     "sst2": words("--steps 100 --n-train 1600 --n-validation 400"),
     "stsb": words("--steps 250 --n-train 2000 --n-validation 500 --bf16"),
