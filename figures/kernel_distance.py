@@ -281,7 +281,9 @@ def _number(value: float) -> str:
 
 def _subject(result: Result, n: int) -> str:
     named = [str(part["name"]) for part in (result.model, result.dataset) if part.get("name")]
-    return ", ".join([*named, f"{n} examples ordered by label", f"seed {result.seed}"])
+    seeds = result.config.get("seeds") or [result.seed]
+    means = "" if len(seeds) == 1 else f" (numbers: means over {len(seeds)} seeds)"
+    return ", ".join([*named, f"{n} examples ordered by label", f"seed {result.seed}{means}"])
 
 
 def _words(kernel: str) -> str:

@@ -88,6 +88,22 @@ def test_a_published_result_names_its_commit_and_no_machine(name, stored):
         subprocess.run([*git, "cat-file", "-e", environment["commit"]], check=True)
 
 
+def test_the_full_plan_is_what_is_published(stored):
+    plan = runs.full_plan(("sst2", "rte", "cola", "stsb"), Path("glue"), Path("model.gguf"))
+    assert {run.name for run in plan} == set(stored)
+    places = {"data_dir", "model", "models", "comparison", "rates_from", "memory_budget_gb"}
+    for run in plan:
+        words = run.command(Path("results"))
+        module = importlib.import_module(words[2])
+        planned = dict(commands._leaves(plain(tyro.cli(module.Config, args=words[3:]))))
+        # Options that came after a result was published were at their defaults.
+        found = dict(commands._leaves(commands._defaults(module.Config)))
+        found |= dict(commands._leaves(stored[run.name].config))
+        for option in planned.keys() - commands._NOT_THE_EXPERIMENT - places:
+            resolved = option == "degree" and planned[option] is None  # The task's, which the result names.
+            assert resolved or planned[option] == found[option], (run.name, option)
+
+
 # --- forms ----------------------------------------------------------------------------------------------------------
 
 

@@ -115,6 +115,13 @@ def test_each_row_states_distance_and_alignment_with_intervals():
         assert "CKA 0.943 [0.920, 0.960]" in heading
 
 
+@pytest.mark.parametrize(
+    ("seeds", "words"), [((), "seed 0"), ((4,), "seed 0"), ((0, 1, 2), "seed 0 (numbers: means over 3 seeds)")]
+)
+def test_the_maps_are_of_one_seed_and_the_numbers_of_all(seeds, words):
+    assert draw(dataclasses.replace(planted(), config={"seeds": list(seeds)})).get_suptitle().endswith(f", {words}")
+
+
 def test_classes_are_named_at_the_middle_of_their_block_and_parted():
     result = planted()
     ones = int(result.arrays["labels"].sum())
