@@ -153,7 +153,7 @@ def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path 
 GROUPED = words("--train-sampling-strategy group_by_length")
 COMPARISONS = {
     "sst2": words("--steps 150 --tuning-steps 150 --rate-extensions 4 --n-train 2400"),
-    "stsb": words("--steps 250 --tuning-steps 100 --rate-extensions 4 --n-train 2000 --n-validation 500"),
+    "stsb": words("--steps 250 --tuning-steps 250 --rate-extensions 4 --n-train 2000 --n-validation 500 --bf16"),
     "cola": words("--steps 800 --tuning-steps 400 --batch-size 32 --n-train 8551 --n-validation 1043 --bf16"),
     "rte": words("--steps 350 --schedule constant_with_warmup --rate-multiplier 0.3333 --n-train 2489 "
                  "--n-validation 277"),
