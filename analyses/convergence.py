@@ -162,7 +162,7 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     names = list(dict.fromkeys(m.name for m in result.metrics))
     rows = [
         [row["method"], *(_cell(result.metric(name, stage="trained", left=row["method"])) for name in names),
-         f"{row['rate_factor']:.2g}", f"{row['trained_parameters']:,}"]
+         f"{row['rate_factor']:.3g}", f"{row['trained_parameters']:,}"]
         for row in result.tables["methods"]
     ]  # fmt: skip
     return format_table([result.dataset["name"], *names, "rate x", "trained"], rows, markdown=markdown)
