@@ -21,6 +21,7 @@ import tyro
 from transformers import TrainerCallback
 
 from analyses.method_comparison import Config as ComparisonConfig
+from analyses.ledger.commands import option
 from analyses.publish import publish
 from analyses.results import Metric, Result, environment
 from analyses.tables import format_table, number
@@ -133,8 +134,7 @@ def _words(run: RunConfig) -> list[str]:
     """A run's configuration as options."""
     training = {name: value for name, value in asdict(run.training).items() if name != "seed"}
     fields = {name: value for name, value in vars(run).items() if name != "training"} | training
-    return [word for name, value in fields.items() if value is not None
-            for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+    return [word for name, value in fields.items() if value is not None for word in option(name, value)]
 
 
 def summary(result: Result, *, markdown: bool = False) -> str:

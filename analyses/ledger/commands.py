@@ -21,7 +21,7 @@ def arguments(result: Result) -> list[str]:
     for name, value in _leaves(result.config):
         if name in _NOT_THE_EXPERIMENT or value == defaults.get(name) or value == "":
             continue
-        words += _option(name, value)
+        words += option(name, value)
     return words
 
 
@@ -31,7 +31,8 @@ def command(result: Result, output_dir: PurePosixPath | str) -> str:
     return shlex.join(words)
 
 
-def _option(name: str, value: Any) -> list[str]:
+def option(name: str, value: Any) -> list[str]:
+    """An option and its value as words of a command line."""
     flag = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return [flag if value else f"--no-{name.replace('_', '-')}"]
