@@ -20,8 +20,8 @@ from typing import Any
 import tyro
 from transformers import TrainerCallback
 
-from analyses.method_comparison import Config as ComparisonConfig
 from analyses.ledger.commands import option
+from analyses.method_comparison import Config as ComparisonConfig
 from analyses.publish import publish
 from analyses.results import Metric, Result, environment
 from analyses.tables import format_table, number
