@@ -30,6 +30,7 @@ def around(value: float, half: float = 0.001) -> Value:
 
 SMALL = around(0.05)
 NEARLY_ALL = around(0.95)
+PARTLY_ALIKE = around(0.6)
 CHANCE = around(0.7)
 NOTHING = around(0.0)
 WORSE = around(-0.1)
@@ -101,14 +102,16 @@ def drifts(name: str, full: Value, propulsion: Value, task: str = "sst2") -> Fol
     return {f"kernel_drift/{task}": planted("kernel_drift", metrics)}
 
 
-def predictions(*, kernels: Value = NEARLY_ALL, networks: Value = NEARLY_ALL, own: Value = NEARLY_ALL) -> Folders:
+def predictions(
+    *, kernels: Value = NEARLY_ALL, networks: Value = NEARLY_ALL, own: Value = NEARLY_ALL, chance: Value = PARTLY_ALIKE
+) -> Folders:
     metrics = [metric("kernel_agreement", around(0.1), "n=16", "full", ALL)]
     pairs = {("kernel_", "full", ALL): kernels, ("trained_", "full", ALL): networks,
              ("", "full", "gradient flow"): own, ("", ALL, "gradient flow"): own,
              ("", "lora", "gradient flow"): around(0.1)}  # fmt: skip
     for (prefix, left, right), value in pairs.items():
         metrics.append(metric(f"{prefix or 'prediction_'}agreement", value, "n=32", left, right))
-        metrics.append(metric(f"{prefix}independent_errors_agreement", around(0.6), "n=32", left, right))
+        metrics.append(metric(f"{prefix}independent_errors_agreement", chance, "n=32", left, right))
     sizes = {"sizes": [{"size": 16}, {"size": 32}]}
     return {"linearized_prediction/sst2": planted("linearized_prediction", metrics, tables=sizes)}
 

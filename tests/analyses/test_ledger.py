@@ -94,6 +94,8 @@ PLANTED = [
     ("kernel-predicts", predictions(own=around(0.6)), FAILS),
     ("kernel-predicts", predictions(own=(0.8, 0.5, 1.1)), UNTESTABLE),
     ("kernel-predicts", predictions(own=0.95), UNTESTABLE),
+    # One answer throughout, of network and kernel alike.
+    ("kernel-predicts", predictions(own=(1.0, 1.0, 1.0), chance=(1.0, 1.0, 1.0)), UNTESTABLE),
     ("same-predictions", predictions(), HOLDS),
     ("same-predictions", predictions(networks=around(0.5)), CONDITIONS),
     ("same-predictions", predictions(kernels=around(0.4), networks=around(0.5)), FAILS),
