@@ -145,7 +145,7 @@ def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path 
         plan += [
             Run("peft_kernels/sst2-label_words", of("sst2") + in_words + words("--n-examples 64 --memory-budget-gb 4")),
             Run("linearized_prediction/sst2-label_words", in_all("sst2") + in_words + words(
-                "--sizes 32 --n-test 64 --again --steps 20 --batch-size 8 --sign-limit 32")),
+                "--sizes 32 --n-test 64 --seeds 0 --again --steps 20 --batch-size 8 --sign-limit 32")),
         ]  # fmt: skip
     return plan
 
