@@ -20,7 +20,7 @@ from typing import Any
 import tyro
 from transformers import TrainerCallback
 
-from analyses.ledger.commands import option
+from analyses.command_line import option
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.publish import publish
 from analyses.results import Metric, Result, environment

@@ -39,4 +39,4 @@ def write(result: Result, folder: Path | str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("ablation", write)
+    command("ablation", write, __doc__)

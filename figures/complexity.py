@@ -39,4 +39,4 @@ def write(result: Result, folder: Path | str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("complexity", write)
+    command("complexity", write, __doc__)

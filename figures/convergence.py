@@ -49,4 +49,4 @@ def write(result: Result, folder: Path | str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("convergence", write)
+    command("convergence", write, __doc__)

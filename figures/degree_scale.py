@@ -95,4 +95,4 @@ def write(result: Result, folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("degree_scale", write)
+    command("degree_scale", write, __doc__)

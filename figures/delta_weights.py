@@ -52,4 +52,4 @@ def write(result: Result, folder: Path | str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("delta_weights", write)
+    command("delta_weights", write, __doc__)

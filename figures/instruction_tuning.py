@@ -60,4 +60,4 @@ def write(result: Result, folder: Path | str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("instruction_tuning", write)
+    command("instruction_tuning", write, __doc__)

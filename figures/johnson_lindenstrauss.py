@@ -54,4 +54,4 @@ def write(result: Result, folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("johnson_lindenstrauss", write)
+    command("johnson_lindenstrauss", write, __doc__)

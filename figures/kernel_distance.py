@@ -122,7 +122,7 @@ def _stages(result: Result, full: str, adapter: str) -> list[str]:
 
 
 def _row(result: Result, stage: str, full: str, adapter: str) -> Row:
-    scale = result.metric("best_scale", stage=stage, left=full, right=adapter).value
+    scale = _best_scale(result, stage, full, adapter)
     return Row(
         stage=stage,
         full=_array(result, f"{stage}.{full}"),
@@ -131,6 +131,15 @@ def _row(result: Result, stage: str, full: str, adapter: str) -> Row:
         scaled_spectrum=scale * _array(result, f"spectrum.{stage}.{adapter}"),
         scale=scale,
     )
+
+
+def _best_scale(result: Result, stage: str, full: str, adapter: str) -> float:
+    """That of the kernels drawn, which are one seed's, and not the mean over seeds."""
+    pair = {"stage": stage, "seed": result.seed, "metric": "best_scale", "left": full, "right": adapter}
+    for row in result.tables.get("seed_values", ()):
+        if pair.items() <= row.items():
+            return row["value"]
+    return result.metric("best_scale", stage=stage, left=full, right=adapter).value
 
 
 def _array(result: Result, name: str) -> np.ndarray:
@@ -282,8 +291,10 @@ def _number(value: float) -> str:
 def _subject(result: Result, n: int) -> str:
     named = [str(part["name"]) for part in (result.model, result.dataset) if part.get("name")]
     seeds = result.config.get("seeds") or [result.seed]
-    means = "" if len(seeds) == 1 else f" (numbers: means over {len(seeds)} seeds)"
-    return ", ".join([*named, f"{n} examples ordered by label", f"seed {result.seed}{means}"])
+    drawn = f"seed {result.seed}"
+    if len(seeds) > 1:
+        drawn = f"maps, spectra and s of {drawn}; other numbers are means over {len(seeds)} seeds"
+    return ", ".join([*named, f"{n} examples ordered by label", drawn])
 
 
 def _words(kernel: str) -> str:

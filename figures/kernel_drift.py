@@ -166,4 +166,4 @@ def _block_name(text: str) -> str:
 
 
 if __name__ == "__main__":
-    command("kernel_drift", write)
+    command("kernel_drift", write, __doc__)

@@ -137,4 +137,4 @@ def write(result: Result, folder: Path | str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("linearized_prediction", write)
+    command("linearized_prediction", write, __doc__)

@@ -68,4 +68,4 @@ def write(result: Result, folder: Path | str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("method_comparison", write)
+    command("method_comparison", write, __doc__)

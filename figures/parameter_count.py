@@ -41,4 +41,4 @@ def write(result: Result, folder: Path | str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("parameter_count", write)
+    command("parameter_count", write, __doc__)

@@ -77,4 +77,4 @@ def _short(name: str) -> str:
 
 
 if __name__ == "__main__":
-    command("peft_kernels", write)
+    command("peft_kernels", write, __doc__)

@@ -71,4 +71,4 @@ def write(result: Result, folder: Path | str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("spectrum", write)
+    command("spectrum", write, __doc__)

@@ -86,4 +86,4 @@ def write(result: Result, folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("theorem1", write)
+    command("theorem1", write, __doc__)

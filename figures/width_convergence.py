@@ -62,4 +62,4 @@ def write(result: Result, folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    command("width_convergence", write)
+    command("width_convergence", write, __doc__)

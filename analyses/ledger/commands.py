@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from analyses.command_line import option
 from analyses.results import Result, plain
 
 # Where a run writes and how it was cut in pieces: no part of what was computed.
@@ -29,20 +30,6 @@ def command(result: Result, output_dir: PurePosixPath | str) -> str:
     """The same as one line for a shell, writing to a folder."""
     words = ["python", "-m", f"analyses.{result.analysis}", *arguments(result), "--output-dir", str(output_dir)]
     return shlex.join(words)
-
-
-def option(name: str, value: Any) -> list[str]:
-    """An option and its value as words of a command line."""
-    flag = f"--{name.replace('_', '-')}"
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{name.replace('_', '-')}"]
-    if isinstance(value, list | tuple):
-        return [flag, *map(_word, value)]
-    return [flag, _word(value)]
-
-
-def _word(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def _defaults(config: Any) -> dict[str, Any]:

@@ -248,9 +248,12 @@ def _agreement(result: Result, label: str, name: str, left: str, right: str) -> 
     null = quantity("independent errors", result.metric(chance, stage=stage, left=left, right=right))
     if not q.has_interval:
         return Evidence(q, Outcome.OPEN, null)
-    met, above = at_least(q, AGREEING) == Outcome.MET, q.lower > null.upper
-    # Two that give one answer throughout agree perfectly, as independent errors would: that says nothing.
-    outcome = (Outcome.MET if above else Outcome.OPEN) if met else Outcome.PARTLY if above else at_least(q, AGREEING)
+    outcome = at_least(q, AGREEING)
+    if q.lower > null.upper:
+        outcome = Outcome.MET if outcome == Outcome.MET else Outcome.PARTLY
+    elif outcome == Outcome.MET:
+        # Two that give one answer throughout agree perfectly, as independent errors would: that says nothing.
+        outcome = Outcome.OPEN
     return Evidence(q, outcome, null)
 
 

@@ -102,6 +102,8 @@ def test_the_full_plan_is_what_is_published(stored):
         for option in planned.keys() - commands._NOT_THE_EXPERIMENT - places:
             resolved = option == "degree" and planned[option] is None  # The task's, which the result names.
             assert resolved or planned[option] == found[option], (run.name, option)
+        for option in planned.keys() & {"comparison", "rates_from"}:
+            assert (planned[option] is None) == (found[option] is None), (run.name, option)
 
 
 # --- forms ----------------------------------------------------------------------------------------------------------

@@ -116,10 +116,24 @@ def test_each_row_states_distance_and_alignment_with_intervals():
 
 
 @pytest.mark.parametrize(
-    ("seeds", "words"), [((), "seed 0"), ((4,), "seed 0"), ((0, 1, 2), "seed 0 (numbers: means over 3 seeds)")]
+    ("seeds", "words"),
+    [((), "seed 0"), ((4,), "seed 0"), ((0, 1), "maps, spectra and s of seed 0; other numbers are means over 2 seeds")],
 )
-def test_the_maps_are_of_one_seed_and_the_numbers_of_all(seeds, words):
+def test_the_subject_says_what_is_of_one_seed(seeds, words):
     assert draw(dataclasses.replace(planted(), config={"seeds": list(seeds)})).get_suptitle().endswith(f", {words}")
+
+
+def test_of_several_seeds_the_kernels_drawn_are_scaled_by_their_own_best_scale():
+    values = [
+        {"stage": stage, "seed": seed, "metric": "best_scale", "left": PAIR[0], "right": PAIR[1], "value": 2.0 + seed}
+        for stage in STAGES
+        for seed in (1, 0)
+    ]
+    result = dataclasses.replace(planted(n=2), config={"seeds": [0, 1]}, tables={"seed_values": values})
+    for row, stage in zip(draw(result).subfigs, STAGES, strict=True):
+        drawn = np.sort(image(row.axes[1]).ravel())
+        np.testing.assert_array_equal(drawn, np.sort(2.0 * result.arrays[f"{stage}.{PAIR[1]}"].ravel()))
+        assert "best scale s = 2.00" in row.get_suptitle()
 
 
 def test_classes_are_named_at_the_middle_of_their_block_and_parted():

@@ -99,7 +99,8 @@ def test_mixed_precision_trains_in_bfloat16_and_leaves_nothing_of_it(tiny_model,
         assert watch.dtypes == {torch.float32}
     mixed, (losses, weights, _) = outcomes["mixed"], outcomes["before"]
     assert mixed[0] != losses
-    np.testing.assert_allclose(mixed[0], losses, rtol=0.05)
+    # An operation in bfloat16 rounds by 2**-9, relatively; this leaves room for 32 of them one way.
+    np.testing.assert_allclose(mixed[0], losses, rtol=2**-4)
     assert all(p.dtype == torch.float32 for p in mixed[1].values())
     # Later training, and every later use of the model, is in full precision.
     assert outcomes["after"][0] == losses

@@ -1,0 +1,17 @@
+"""Options of an analysis as words of its command line."""
+
+from typing import Any
+
+
+def option(name: str, value: Any) -> list[str]:
+    """An option by its field's name: a switch for a truth value, a word for each item of a list."""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{name.replace('_', '-')}"]
+    if isinstance(value, list | tuple):
+        return [flag, *map(_word, value)]
+    return [flag, _word(value)]
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
