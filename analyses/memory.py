@@ -66,8 +66,9 @@ class _Before(TrainerCallback):
         self.bytes = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        reset_peak()
-        self.bytes = peak_bytes()
+        device = kwargs["model"].device
+        reset_peak(device)
+        self.bytes = peak_bytes(device)
 
 
 def measure(config: Config, method: str) -> dict[str, Any]:

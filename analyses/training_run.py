@@ -99,7 +99,7 @@ def training_run(
         `seconds_per_step` (the median), `peak_bytes` of the process during the run (of the accelerator, on one), and,
         if kept, `model` and `tokenizer`, and `logits`.
     """
-    reset_peak()
+    reset_peak(config.device)
     degree = data.task.degree if config.degree is None else config.degree
     if load is None:
         options = {"num_labels": data.task.num_labels, "seed": seed, "device": config.device}
@@ -121,7 +121,7 @@ def training_run(
         "trained_parameters": trainable_parameters(model),
         "learning_rates": result.learning_rates,
         "seconds_per_step": clock.median(),
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_bytes(config.device),
     }
     if keep_logits:
         found["logits"] = outputs
@@ -173,20 +173,21 @@ class StepClock(TrainerCallback):
         return statistics.median(self.seconds[_SKIPPED_STEPS:] or self.seconds)
 
 
-def reset_peak() -> None:
+def reset_peak(device: torch.device | str) -> None:
     """Let `peak_bytes` start anew, where the system can: on an accelerator and on Linux."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if torch.device(device).type == "cuda":
+        torch.cuda.init()  # Else there is nothing yet to reset, which is an error.
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return
 
 
-def peak_bytes() -> int:
-    """Largest memory since `reset_peak`: resident memory of the process, or memory allocated on the accelerator."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_bytes(device: torch.device | str) -> int:
+    """Largest memory since `reset_peak`: resident memory of the process, or memory allocated on an accelerator."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,18 @@ class Model:
     shape: tuple[int, int]
 
 
-def llama(device: str) -> Any:
-    """A Llama of 135M parameters (the sizes of SmolLM2-135M) with random weights."""
-    config = hf.LlamaConfig(
-        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
-        vocab_size=49152, max_position_embeddings=2048, num_labels=2, pad_token_id=0,
-    )  # fmt: skip
+SMALL_LLAMA = hf.LlamaConfig(  # The sizes of SmolLM2-135M.
+    hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
+    vocab_size=49152, max_position_embeddings=2048, num_labels=2, pad_token_id=0,
+)  # fmt: skip
+LLAMA = hf.LlamaConfig(  # The sizes of Llama-3.2-1B.
+    hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, intermediate_size=8192,
+    vocab_size=128256, max_position_embeddings=2048, num_labels=2, pad_token_id=0,
+)  # fmt: skip
+
+
+def llama(config: hf.LlamaConfig, device: str) -> Any:
+    """A classifier of these sizes with random weights."""
     with torch.device(device):
         torch.manual_seed(0)
         return hf.LlamaForSequenceClassification(config)
@@ -71,7 +78,10 @@ MODELS = {
         (32, 64),
     ),
     "llama-135m": Model(
-        "Llama of 135M, 4 x 128 tokens", llama, r".*layers\.\d+\..*_proj", (4, 128)
+        "Llama of 135M, 4 x 128 tokens", partial(llama, SMALL_LLAMA), r".*layers\.\d+\..*_proj", (4, 128)
+    ),
+    "llama-1b": Model(
+        "Llama of 1.2B, 8 x 512 tokens", partial(llama, LLAMA), r".*layers\.\d+\..*_proj", (8, 512)
     ),
 }  # fmt: skip
 
@@ -101,8 +111,8 @@ METHODS: dict[str, Callable[[Any, str], Any]] = {
 class Config:
     """Measure the cost of training steps."""
 
-    models: list[str] = field(default_factory=lambda: list(MODELS))
-    """Any of minilm, llama-135m."""
+    models: list[str] = field(default_factory=lambda: ["minilm", "llama-135m"])
+    """Any of minilm, llama-135m and, for a GPU, llama-1b."""
     turns: int = 12
     """Steps of each method that are timed."""
     device: str = "cpu"
