@@ -1,10 +1,11 @@
 """Methods of fine-tuning against each other: tasks x methods x seeds, each method at its own best learning rate.
 
 All methods train the same pre-trained model with the same head on the same rows in the same order. The learning rate of
-a method on a task is its default (`propulsion.optim`) times a factor, chosen by the loss on a part of the training rows
-held out from it (a score such as accuracy ties where little is learnt, and would choose by noise): three factors first,
-then further ones as long as the best is the smallest or the largest, up to a limit that is the same for all. The
-validation rows play no part in it.
+a method on a task is its default (`propulsion.optim`) times a factor, chosen on a part of the training rows held out
+from it: three factors first, then further ones as long as the best is the smallest or the largest, up to a limit that
+is the same for all. It is chosen by the held-out loss, since a score such as accuracy ties where little is learnt, and
+would choose by noise; or by the score, where whatever fits its rows makes the held-out loss worse than that of no
+answer, and the loss would choose what learns nothing. The validation rows play no part in it.
 
     python -m analyses.method_comparison --data-dir glue --tasks sst2 rte cola stsb --output-dir results/comparison
 
@@ -14,17 +15,17 @@ A killed grid goes on where it was; ``--max-runs 10`` computes ten more cells an
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
 
 from analyses.grid import Grid
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
+from analyses.results import Metric, Result, environment, load_result
 from analyses.seeds import check_seeds, trained_factor, tuned_factors
 from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, scores, training_run, tuning_split
@@ -51,7 +52,9 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     """What each run is."""
     rates_from: Path | None = None
-    """Take the learning rates that an earlier result chose for the same methods, on its first task, and choose none."""
+    """Take the learning rates that an earlier result chose for the same methods, on its first task, and try none."""
+    chosen_by: Literal["loss", "score"] = "loss"
+    """What held-out rows choose a learning rate by; with rates_from and "score", among those that result tried."""
     tuning_steps: int = 50
     """Optimizer steps of the runs that learning rates are chosen by, the same for all methods."""
     rate_extensions: int = 3
@@ -105,7 +108,7 @@ def run(config: Config) -> Result | None:
     settings = {
         "run": asdict(config.run) | {"data_dir": None},
         "tuning_steps": config.tuning_steps,
-        "chosen_by": "loss",
+        "chosen_by": config.chosen_by,
     }
     grid = Grid(folder, settings, config.max_runs)
     compared, sources = [], {}
@@ -151,13 +154,40 @@ def _chosen(
     config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]
 ) -> tuple[dict[str, float], dict[str, dict[float, Trial]]]:
     """Factor of every method whose tuning is complete, and what was tried."""
-    if config.rates_from is not None:
+    if config.rates_from is None:
+        tried = {text: _tune(config, grid, data, text, method) for text, method in methods.items()}
+    elif config.chosen_by == "loss":
         factors = tuned_factors(config.rates_from)
-        if absent := [text for text in methods if text not in factors]:
-            raise UserError(f"{config.rates_from} holds no learning rate of {', '.join(absent)}")
+        _check_present(methods, factors, config.rates_from)
         return {text: factors[text] for text in methods}, {text: {} for text in methods}
-    tried = {text: _tune(config, grid, data, text, method) for text, method in methods.items()}
-    return {text: lowest_loss(found) for text, found in tried.items() if found}, tried
+    else:
+        earlier = tried_rates(config.rates_from)
+        _check_present(methods, earlier, config.rates_from)
+        tried = {text: earlier[text] for text in methods}
+    return {text: best_factor(found, config.chosen_by) for text, found in tried.items() if found}, tried
+
+
+def _check_present(methods: Iterable[str], found: Collection[str], source: Path) -> None:
+    if absent := [text for text in methods if text not in found]:
+        raise UserError(f"{source} holds no learning rate of {', '.join(absent)}")
+
+
+def tried_rates(comparison: Path) -> dict[str, dict[float, Trial]]:
+    """What an earlier result tried on its first task: held-out rows of every method by its factor on its default rate.
+
+    Raises:
+        UserError: The folder holds no such result, or one that took its rates from another.
+    """
+    result = load_result(comparison, analysis="method_comparison")
+    rows = result.tables["tuning"]
+    if not rows:
+        raise UserError(f"{comparison} tried no learning rates itself: name the result it took them from")
+    common = result.config["run"]["training"].get("rate_multiplier", 1.0)
+    tried: dict[str, dict[float, Trial]] = {}
+    for row in rows:
+        if row["task"] == rows[0]["task"]:
+            tried.setdefault(row["method"], {})[row["factor"] * common] = Trial(row["loss"], row["score"])
+    return tried
 
 
 def _tune(config: Config, grid: Grid, data: TaskData, text: str, method: Method) -> dict[float, Trial]:
@@ -184,7 +214,7 @@ def _tune(config: Config, grid: Grid, data: TaskData, text: str, method: Method)
             if result is None:
                 return {}
             found[factor] = result
-        best = lowest_loss(found)
+        best = best_factor(found, config.chosen_by)
         edges = {min(found): min(found) / FACTOR, max(found): max(found) * FACTOR}
         if best not in edges or extension == config.rate_extensions:
             break
@@ -192,14 +222,17 @@ def _tune(config: Config, grid: Grid, data: TaskData, text: str, method: Method)
     return found
 
 
-def lowest_loss(tried: dict[float, Trial]) -> float:
-    """The factor of the lowest held-out loss; that of a run that diverged is above any."""
+def best_factor(tried: dict[float, Trial], chosen_by: str) -> float:
+    """The factor of the lowest held-out loss, or of the highest score and then the lowest loss.
 
-    def loss(factor: float) -> float:
-        found = tried[factor].loss
-        return math.inf if found is None else found
+    A run that diverged, or whose score is undefined, is worse than any other.
+    """
 
-    return min(tried, key=loss)
+    def badness(factor: float) -> tuple[float, ...]:
+        loss, score = (math.inf if value is None else value for value in (tried[factor].loss, tried[factor].score))
+        return (loss,) if chosen_by == "loss" else (-score if math.isfinite(score) else math.inf, loss)
+
+    return min(tried, key=badness)
 
 
 # --- summary --------------------------------------------------------------------------------------------------------

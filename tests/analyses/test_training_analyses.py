@@ -109,10 +109,29 @@ def test_a_factor_on_all_learning_rates_multiplies_each_methods_own(runs):
     assert found["learning_rates"]["weight"] == pytest.approx(1.5 * WEIGHT_RATE)
 
 
-def test_a_rate_that_diverges_is_not_chosen():
-    trials = {1.0: (None, None), 3.0: (0.7, 0.5), 9.0: (0.69, 0.5)}
+@pytest.mark.parametrize(("chosen_by", "best"), [("loss", 9.0), ("score", 27.0)])
+def test_a_rate_that_diverges_is_not_chosen(chosen_by, best):
+    trials = {1.0: (None, None), 3.0: (0.7, 0.5), 9.0: (0.69, 0.5), 27.0: (0.9, 0.6), 81.0: (0.6, float("nan")),
+              243.0: (0.95, 0.6)}  # fmt: skip
     found = {factor: method_comparison.Trial(*trial) for factor, trial in trials.items()}
-    assert method_comparison.lowest_loss(found) == 9.0
+    if chosen_by == "loss":
+        del found[81.0]
+    assert method_comparison.best_factor(found, chosen_by) == best
+
+
+def test_learning_rates_by_the_score_among_those_tried(compared, tmp_path):
+    tried = load_result(compared.output_dir).tables["tuning"]
+    config = replace(compared, rates_from=compared.output_dir, chosen_by="score", seeds=(0,), output_dir=tmp_path / "s")
+    method_comparison.main(config)
+    result = load_result(config.output_dir)
+    assert result.tables["tuning"] == tried
+    for row in result.tables["summary"]:
+        scores = {t["factor"]: t["score"] for t in tried if t["method"] == row["method"]}
+        assert scores[row["rate_factor"]] == max(scores.values())
+    by_loss = replace(compared, rates_from=compared.output_dir, seeds=(0,), output_dir=tmp_path / "l")
+    method_comparison.main(by_loss)
+    with pytest.raises(UserError, match="tried no learning rates itself"):
+        method_comparison.run(replace(config, rates_from=by_loss.output_dir))
 
 
 def test_mean_loss_is_that_of_torch():
