@@ -129,7 +129,7 @@ def adapter_kernels(
         raise TypeError(f"methods must map names to methods such as ntk.adapters.LoRA(rank=8); got {methods!r}")
     _check_reduction(reduce)
     wanted = method_kernels(model, methods)
-    with evaluation(model):
+    with evaluation(model, inputs, inputs2):
         kernels, left = structured.kernels(
             model, inputs, inputs2, wanted=wanted, output=output, memory_budget=memory_budget, progress=progress
         )
@@ -156,7 +156,7 @@ def _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budg
     if compute is None:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}; got {method!r}")
     chosen = select_parameters(model, params)
-    with evaluation(model):
+    with evaluation(model, inputs, inputs2):
         kernels = compute(
             model,
             inputs,

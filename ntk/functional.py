@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from ntk import outputs
-from ntk.inputs import Inputs
+from ntk.inputs import Inputs, check_devices
 
 Parameters = dict[str, Tensor]
 ParameterChoice = str | Callable[[str, nn.Parameter], bool]
@@ -99,13 +99,14 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
     """Evaluation mode without autograd's own graph; every module's mode is restored, whatever happens.
 
     Raises:
-        ValueError: the block drew random numbers or changed a parameter or buffer, so that the outputs are not a
+        ValueError: a batch is on another device than the model; the block drew random numbers or changed a parameter or buffer, so that the outputs are not a
             function of parameters and inputs.
     """
+    check_devices(model, batches)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     before, versions = _random_state(), _versions(model)

@@ -7,13 +7,13 @@ attention mask. Examples are therefore grouped by shape and by mask, and a group
 batched one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Inputs = Mapping[str, Any] | Tensor
 
@@ -74,6 +74,25 @@ def batch_size(inputs: Inputs) -> int:
     if n == 0 or wrong:
         raise ValueError(f"the tensors of inputs must share their first dimension (or have 1); got {lengths}")
     return n
+
+
+def check_devices(model: nn.Module, batches: Iterable[Inputs | None]) -> None:
+    """Make sure that batches are where the model is; of a model spread over several devices nothing is asked.
+
+    Raises:
+        ValueError: a tensor is on another device than all parameters.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type == "meta":  # Weights that are offloaded are on "meta".
+        return
+    (device,) = devices
+    for batch in batches:
+        for name, value in (batch if isinstance(batch, Mapping) else {"inputs": batch}).items():
+            if isinstance(value, Tensor) and value.device != device:
+                raise ValueError(
+                    f"expected inputs on the model's device, {device}; {name} is on {value.device}: "
+                    f"move it there by .to({str(device)!r})"
+                )
 
 
 def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Group]:

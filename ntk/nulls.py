@@ -46,7 +46,7 @@ def random_subset_ntk(
     ]
     union = torch.cat(subsets).unique()
     features: dict[int, Tensor] = {}
-    with evaluation(model):
+    with evaluation(model, inputs):
         for rows, block in selected_jacobian_rows(
             model, inputs, chosen, output, _by_parameter(union, chosen), progress
         ):
@@ -109,7 +109,7 @@ def hidden_state_kernel(model: nn.Module, inputs: Inputs) -> Float[Tensor, "n n"
         ValueError: the model does not return hidden states (it is no Hugging Face model).
     """
     states: dict[int, Tensor] = {}
-    with evaluation(model):
+    with evaluation(model, inputs):
         for group in group_examples(inputs):
             for position, index in enumerate(group.indices):
                 example: dict[str, Any] = group.example(position)

@@ -55,7 +55,7 @@ def sign_gradient_kernels(
     for name, shares in wanted.shares.items():
         if weighed := [key for key, share in shares.items() if share != 1]:
             raise ValueError(f"method {weighed[0]!r} weighs {name}: a sign has no weight, and no mean over draws")
-    with evaluation(model):
+    with evaluation(model, inputs, inputs2):
         kernels, left = structured.kernels(
             model, inputs, inputs2, wanted=wanted, output=output, memory_budget=memory_budget, progress=progress,
             signed=True,

@@ -1,10 +1,12 @@
 """Batches taken apart into examples."""
 
+import pytest
 import torch
-from cases import batch
+from cases import batch, classifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ntk
 from ntk.inputs import group_examples, tiles
 
 
@@ -56,3 +58,12 @@ def test_decoder_entries_follow_the_decoder_mask_and_pixels_none():
     assert second.batched["decoder_input_ids"].tolist() == [[7, 8]]
     assert first.batched["labels"].shape == second.batched["labels"].shape == (1, 4)
     assert first.batched["pixel_values"].shape == (1, 4, 4, 4)
+
+
+@pytest.mark.parametrize("method", ["structured", "jacobian", "auto"])
+def test_inputs_on_another_device_are_named(method):
+    elsewhere = {name: value.to("meta") for name, value in batch().items()}
+    with pytest.raises(ValueError, match=r"expected inputs on the model's device, cpu; input_ids is on meta"):
+        ntk.empirical_ntk(classifier("bert"), elsewhere, method=method)
+    with pytest.raises(ValueError, match=r"inputs is on meta: move it there by .to\('cpu'\)"):
+        ntk.empirical_ntk(torch.nn.Linear(2, 1), torch.zeros(3, 2), torch.zeros(3, 2, device="meta"), method=method)
