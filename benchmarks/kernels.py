@@ -49,12 +49,14 @@ def main(config: Config) -> None:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     for name in config.jobs:
         file = config.output_dir / f"{name}{'' if config.device == 'cpu' else '-' + config.device}.json"
-        errors = agreement(name, config)
+        errors = {"relative_errors": agreement(name, config)}
         if config.keep_timings:
-            result = json.loads(file.read_text(encoding="utf-8")) | {"profiles": profiles(name, config)}
+            result = json.loads(file.read_text(encoding="utf-8")) | errors
         else:
-            result = measure_job(name, JOBS[name], config)
-        file.write_text(json.dumps(result | {"relative_errors": errors}, indent=1) + "\n", encoding="utf-8")
+            result = measure_job(name, JOBS[name], config) | errors
+            write(file, result)  # What took longest is not lost with a process that is killed.
+        result["profiles"] = profiles(name, config)
+        write(file, result)
         print(format_table(HEADER, list(rows(result))), flush=True)
     write_tables(config.output_dir)
 
@@ -75,14 +77,25 @@ def profiles(name: str, config: Config) -> dict[str, dict[str, float]]:
 
 
 def measure_job(name: str, job: Job, config: Config) -> dict[str, Any]:
-    """All rounds of all measures, then where the time goes."""
+    """All rounds of all measures."""
     found: dict[str, list[dict]] = {measure: [] for measure in job.measures}
     for _ in range(job.rounds):
         for measure in job.measures:
             found[measure].append(child(name, measure, config))
             print(f"  {measure}: {found[measure][-1]}", flush=True)
-    return {"job": name, "title": job.title, "device": config.device, "measures": found,
-            "profiles": profiles(name, config), "environment": environment()}  # fmt: skip
+    return {"job": name, "title": job.title, "device": config.device, "measures": found, "profiles": {},
+            "environment": environment()}  # fmt: skip
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    """A job's file."""
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def title(result: dict[str, Any]) -> str:
+    """What tables call a job, with the accelerator if it ran on one."""
+    accelerator = result["environment"]["accelerator"]
+    return result["title"] + ("" if result["device"] == "cpu" else f", {accelerator}")
 
 
 def child(name: str, measure: str, config: Config, *flags: str) -> dict[str, Any]:
@@ -101,7 +114,7 @@ HEADER = ("job and measure", "first call, s", "later calls, s", "peak, GB", "ove
 def rows(result: dict[str, Any]) -> Iterator[list[str]]:
     """One row a measure; ratios are medians over the rounds, of later calls."""
     measures = result["measures"]
-    yield [f"**{result['title']}**", *[""] * (len(HEADER) - 1)]
+    yield [f"**{title(result)}**", *[""] * (len(HEADER) - 1)]
     for name, runs in measures.items():
         peak = max(run["peak_bytes"] for run in runs) / GIGABYTE
         times = [number(statistics.median(run[key] for run in runs)) for key in ("first_seconds", "seconds")]
@@ -127,7 +140,7 @@ def targets(result: dict[str, Any]) -> Iterator[list[str]]:
         if target.peak is not None and fast != (peak <= target.peak):
             verdict = "time missed, memory reached" if not fast else "time reached, memory missed"
         limit = "" if target.peak is None else f"{target.peak / GIGABYTE:.1f}"
-        yield [f"{result['title']}: {target.measure} over {target.against}", number(target.ratio),
+        yield [f"{title(result)}: {target.measure} over {target.against}", number(target.ratio),
                number(found["first_seconds"]), number(found["seconds"]), limit, f"{peak / GIGABYTE:.2f}",
                verdict]  # fmt: skip
 
@@ -153,16 +166,17 @@ def write_tables(folder: Path) -> None:
         "",
         "Each measure runs in processes of its own, which warm up on two examples. The first call finds no memory to "
         "reuse; later calls are the median of those after it. Ratios are taken between processes of one round, "
-        "medians over rounds. Peaks are of the whole process, model and libraries included.", "",
+        "medians over rounds. Peaks are of the whole process, model and libraries included; on an accelerator, of what "
+        "was allocated there.", "",
         costs, "", "## Targets", "",
         "Set before the measurements.", "", verdicts, "", "## Agreement", "",
         "Relative errors (Frobenius) in float64 on a few of the examples, measured before anything is timed: of the "
         "full kernel against torch.func, and of Propulsion's against the Jacobian of a peft model. *In float32* is the "
         "rounding of the kernels timed.", "",
-        *[f"- {r['title']}: " + ", ".join(f"{k} {e:.1e}" for k, e in r["relative_errors"].items()) for r in results],
+        *[f"- {title(r)}: " + ", ".join(f"{k} {e:.1e}" for k, e in r["relative_errors"].items()) for r in results],
         "", "## Where the time goes", "",
         "Share of processor time by operation, of the larger ones, on at most 16 examples:", "",
-        *[f"- {r['title']}, {name}: {shares(p)}" for r in results for name, p in r["profiles"].items()],
+        *[f"- {title(r)}, {name}: {shares(p)}" for r in results for name, p in r["profiles"].items()],
     ]  # fmt: skip
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

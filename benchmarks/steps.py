@@ -115,6 +115,8 @@ class Config:
     """Any of minilm, llama-135m and, for a GPU, llama-1b."""
     turns: int = 12
     """Steps of each method that are timed."""
+    times: bool = True
+    """Time steps; else memory alone is measured."""
     device: str = "cpu"
     """Where models run."""
     output_dir: Path = Path("docs/benchmarks")
@@ -138,7 +140,7 @@ def main(config: Config) -> None:
     found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for model in config.models:
         found[model] = {
-            "seconds": child(model, "times", config),
+            "seconds": child(model, "times", config) if config.times else {},
             "memory": {method: child(model, method, config) for method in METHODS},
             "device": config.device,
             "environment": environment(),
@@ -146,10 +148,13 @@ def main(config: Config) -> None:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(format_table(HEADER, rows(model, found[model])), flush=True)
     table = format_table(HEADER, [row for m in MODELS if m in found for row in rows(m, found[m])], markdown=True)
-    path.with_suffix(".md").write_text(TEXT.format(table=table, json=path.name), encoding="utf-8")
+    path.with_suffix(".md").write_text(
+        TEXT.format(on="" if config.device == "cpu" else f", {config.device}", table=table, json=path.name),
+        encoding="utf-8",
+    )
 
 
-TEXT = """# Cost of a training step
+TEXT = """# Cost of a training step{on}
 
 Written by `python -m benchmarks.steps`; `{json}` holds all runs and their environment.
 
@@ -157,7 +162,7 @@ One step of AdamW in float32, every method on the same linear layers of the bloc
 between the forward and the backward pass, parameters aside, tensor by tensor; *peak* is that of a process for each
 method, which loads the model and takes two steps. Times are those of one process that takes a step of each method in
 turn: medians, and of the ratios within a turn also the quartiles. Where a machine is shared with other work,
-the ratios hold and the seconds do not.
+the ratios hold and the seconds do not. On an accelerator, *peak* is what was allocated there.
 
 {table}
 
@@ -248,6 +253,16 @@ def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     return total
 
 
+def time_cells(found: dict[str, list[float]], method: str) -> tuple[str, str]:
+    """Median of a step, and median and quartiles of its ratio to the baseline's; dashes where nothing was timed."""
+    if not found:
+        return "-", "-"
+    ratios = [a / b for a, b in zip(found[method], found[BASELINE], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    spread = "" if method == BASELINE else f" ({low:.2f} to {high:.2f})"
+    return number(statistics.median(found[method])), f"{middle:.2f}{spread}"
+
+
 HEADER = ("model and method", "parameters", "step, s", "over (IA)3", "kept, MB", "over (IA)3", "peak, MB")
 
 
@@ -255,12 +270,8 @@ def rows(model: str, found: dict[str, Any]) -> list[list[str]]:
     """One row a method."""
     lines = [[f"**{MODELS[model].title}**", *[""] * (len(HEADER) - 1)]]
     for method, of_method in found["memory"].items():
-        times, baseline = found["seconds"][method], found["seconds"][BASELINE]
-        ratios = [a / b for a, b in zip(times, baseline, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        spread = "" if method == BASELINE else f" ({low:.2f} to {high:.2f})"
         lines.append([
-            method, f"{of_method['parameters']:,}", number(statistics.median(times)), f"{middle:.2f}{spread}",
+            method, f"{of_method['parameters']:,}", *time_cells(found["seconds"], method),
             number(of_method["kept"] / MEGABYTE), f"{of_method['kept'] / found['memory'][BASELINE]['kept']:.2f}",
             number(of_method["peak_bytes"] / MEGABYTE),
         ])  # fmt: skip

@@ -103,8 +103,8 @@ def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
     """Evaluation mode without autograd's own graph; every module's mode is restored, whatever happens.
 
     Raises:
-        ValueError: a batch is on another device than the model; the block drew random numbers or changed a parameter or buffer, so that the outputs are not a
-            function of parameters and inputs.
+        ValueError: a batch is on another device than the model; the block drew random numbers or changed a parameter or
+            buffer, so that the outputs are not a function of parameters and inputs.
     """
     check_devices(model, batches)
     modes = {module: module.training for module in model.modules()}

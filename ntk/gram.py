@@ -4,6 +4,7 @@
 2022, "ghost"). :func:`gram` takes whichever needs less time.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from ntk.features import Dense, Feature, Lookup, Outer
 
 # Elements of the largest temporary: 64 MB in float32, which stays in reach of the caches' prefetching.
 CHUNK = 1 << 24
-# Tokens in a block of a ghost contraction: its matrices of c tokens squared stay in the caches.
+# Tokens in a block of a ghost contraction on a processor: its matrices of c tokens squared stay in the caches.
 _BLOCK = 256
 # Rows from which a product of halves is faster than a whole one.
 _HALF = 128
@@ -164,13 +165,22 @@ def _ghost(groups: Sequence[Sequence[Feature]], split: int | None) -> Tensor:
     return full if split is None else full[: split * c, split * c :]
 
 
+def _block_size(g: Tensor) -> int:
+    """Tokens in a block: an accelerator waits for launches rather than for memory, and takes as few as `CHUNK` allows.
+
+    Args:
+        g: ``(c, N, r)``, on the device that multiplies.
+    """
+    return _BLOCK if g.device.type == "cpu" else max(_BLOCK, math.isqrt(CHUNK) // len(g))
+
+
 def _blocks(groups: Sequence[Sequence[Feature]], split: int | None) -> list[_Block]:
-    """The tokens of all groups, cut between examples into blocks of about `_BLOCK`, and between two batches."""
+    """The tokens of all groups, cut between examples into blocks, and between two batches."""
     merged = [_merged(features) for features in groups]
     counts = [count for _, _, owned in merged for count in owned]
-    starts = [0]
+    size, starts = _block_size(merged[0][1]), [0]
     for number in range(1, len(counts)):
-        if number == split or sum(counts[starts[-1] : number + 1]) > _BLOCK:
+        if number == split or sum(counts[starts[-1] : number + 1]) > size:
             starts.append(number)
     x = torch.cat([x for x, _, _ in merged]) if len(merged) > 1 else merged[0][0]
     blocks: list[_Block] = []

@@ -33,6 +33,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 EXACT = 1e-10
 # Orders of summation differ, and here alone: matrix products of float32 must not be rounded to TF32.
 FLOAT32 = 1e-4
+# What a processor and a GPU make of a float64 model that computes its softmax, norms or rotary angles in float32.
+ROUNDED = 1e-5
+FLOAT64 = ("bert", "roberta", "gpt2", "distilbert", "electra", "albert", "deberta-v2", "bart")
+"""Families that compute in float64 throughout."""
 METHODS = ("full", "propulsion:positions=all", "lora", "ia3", "bitfit", "head")
 
 
@@ -43,15 +47,20 @@ def moved(inputs):
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
+def across(family):
+    """How near the results of two devices are."""
+    return EXACT if family in FLOAT64 else ROUNDED
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_of_every_family(family):
     model, inputs = classifier(family).eval(), batch_for(family)
     expected = ntk.empirical_ntk(model, inputs, method="jacobian")
     model = model.cuda()
-    for method in ("structured", "jacobian"):
-        found = ntk.empirical_ntk(model, moved(inputs), method=method)
-        assert found.is_cuda
-        assert relative_error(found.cpu(), expected) <= EXACT
+    reference, fast = (ntk.empirical_ntk(model, moved(inputs), method=m) for m in ("jacobian", "structured"))
+    assert fast.is_cuda
+    assert relative_error(fast, reference) <= EXACT
+    assert relative_error(reference.cpu(), expected) <= across(family)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
@@ -66,7 +75,7 @@ def test_kernels_of_all_methods(family):
     expected = ntk.adapter_kernels(model, inputs, methods)
     found = ntk.adapter_kernels(model.cuda(), moved(inputs), methods)
     for name in methods:
-        assert relative_error(found[name].cpu(), expected[name]) <= EXACT, name
+        assert relative_error(found[name].cpu(), expected[name]) <= across(family), name
 
 
 def test_float32_is_not_rounded_further():
@@ -77,10 +86,9 @@ def test_float32_is_not_rounded_further():
     assert relative_error(found.cpu().double(), expected) <= FLOAT32
 
 
-@pytest.mark.parametrize("method", ["structured", "jacobian", "auto"])
-def test_inputs_left_on_the_processor_are_named(method):
-    with pytest.raises(ValueError, match=r"(?s)cpu.*cuda|cuda.*cpu"):
-        ntk.empirical_ntk(classifier("bert").cuda(), batch_for("bert"), method=method)
+def test_inputs_left_on_the_processor_are_named():
+    with pytest.raises(ValueError, match="expected inputs on the model's device, cuda:0; input_ids is on cpu"):
+        ntk.empirical_ntk(classifier("bert").cuda(), batch_for("bert"))
 
 
 # --- scale vectors ----------------------------------------------------------------------------------------------------
@@ -98,8 +106,9 @@ def test_outputs_gradients_and_merging(family, lean):
         gradients = [p.grad.cpu() for p in twin.parameters() if p.grad is not None]
         merged = twin.merge_and_unload()(**{name: value.to(on) for name, value in inputs.items()}).logits
         found.append([logits.cpu(), merged.cpu(), *gradients])
+    rtol = 10 * across(family)
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=0.1 * rtol)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -174,14 +183,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(config, bf16, monkeypatch):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
 
 
-def test_compiled(config):
-    result = train_run(dataclasses.replace(config, torch_compile=True))
-    assert result.steps == 12
-
-
-def test_two_commands_in_processes_of_their_own(config):
+@pytest.mark.parametrize("option", ["--bf16", "--torch-compile"])
+def test_the_command(config, option):
     words = ["--model", config.model, "--max-steps", "4", "--max-train-samples", "16", "--max-eval-samples", "10",
-             "--output-dir", str(config.output_dir), "--bf16", "--disable-tqdm"]  # fmt: skip
+             "--output-dir", str(config.output_dir), "--disable-tqdm", option]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "propulsion.train", *words], capture_output=True, text=True,
                           cwd=Path(__file__).parents[1], check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

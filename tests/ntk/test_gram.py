@@ -69,3 +69,10 @@ def test_both_contractions_of_an_embedding_agree(n, c, t, rows, block, uses, dat
             torch.testing.assert_close(gram._ghost(groups, split), expected, rtol=1e-10, atol=1e-10)
         found = gram._direct(groups, torch.Size((rows, 3)), split)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_on_an_accelerator_hold_as_many_pairs_as_a_temporary_may():
+    on_cpu, elsewhere = torch.empty(3, 5, 2), torch.empty(3, 5, 2, device="meta")
+    assert gram._block_size(on_cpu) == gram._BLOCK
+    assert gram.CHUNK / 2 < (3 * gram._block_size(elsewhere)) ** 2 <= gram.CHUNK
+    assert gram._block_size(torch.empty(1000, 5, 2, device="meta")) == gram._BLOCK
