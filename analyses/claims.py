@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 
 from analyses.ledger import report, runs
@@ -114,7 +115,7 @@ def _plan(config: Config) -> list[runs.Run]:
         return runs.quick_plan()
     if not config.tasks:
         raise UserError("name one task at least")
-    return runs.full_plan(config.tasks, config.data_dir, config.language_model)
+    return runs.full_plan(config.tasks, config.data_dir, config.language_model, gpu=torch.cuda.is_available())
 
 
 def _as_given(root: Path) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analyses.ledger.rows import matching
-from analyses.ledger.verdicts import Claim
+from analyses.ledger.verdicts import TRIED_RATES, Claim
 from analyses.results import RESULT_FILE
 from propulsion.errors import UserError
 from propulsion.tasks import get_labelled_task
@@ -84,13 +84,16 @@ def quick_plan() -> list[Run]:
     ]  # fmt: skip
 
 
-def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path | None) -> list[Run]:
+def full_plan(
+    tasks: Sequence[str], data_dir: Path | None, language_model: Path | None, *, gpu: bool = False
+) -> list[Run]:
     """The runs that docs/results publishes, the cheap ones first.
 
     Args:
         tasks: GLUE tasks; analyses of one task take the first.
         data_dir: Folder with a folder of each task's data; else the Hugging Face hub.
         language_model: Causal language model for what is generated; without it that is left out.
+        gpu: Whether there is a GPU, for the runs that measure one.
     """
     first = tasks[0]
     every = () if data_dir is None else ("--data-dir", data_dir.as_posix())
@@ -123,8 +126,7 @@ def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path 
         *(Run(f"peft_kernels/{task}", of(task) + words("--n-examples 128 --memory-budget-gb 5")) for task in tasks),
         *(Run(f"kernel_distance/{task}", of(task) + words("--n-examples 128 --seeds 0 1 2 --memory-budget-gb 8")
               + DISTANCES.get(task, DISTANCE)) for task in tasks),
-        # SST-2 first, whose learning rates others take.
-        *(_comparison(task, tasks, every) for task in sorted(tasks, key=lambda task: task != "sst2")),
+        *(run for task in tasks for run in _comparisons(task, every)),
         Run("convergence", one + words("--steps 100 --every 20 --n-train 1600 --n-validation 300") + GROUPED + rates,
             comparison),
         Run("delta_weights", one + words("--n-validation 400") + GROUPED + rates, comparison),
@@ -147,6 +149,13 @@ def full_plan(tasks: Sequence[str], data_dir: Path | None, language_model: Path 
             Run("linearized_prediction/sst2-label_words", in_all("sst2") + in_words + words(
                 "--sizes 32 --n-test 64 --seeds 0 --again --steps 20 --batch-size 8 --sign-limit 32")),
         ]  # fmt: skip
+    if gpu:
+        on_gpu, every_row = words("--device cuda"), words("--n-train 9600 --n-validation 872")
+        plan += [
+            Run("memory/gpu", in_all("rte") + words("--rounds 1 --batch-size 128 --max-length 128") + on_gpu),
+            Run("convergence/gpu", one + words("--steps 600 --every 60") + every_row + GROUPED + rates + on_gpu,
+                comparison),
+        ]  # fmt: skip
     return plan
 
 
@@ -155,8 +164,7 @@ COMPARISONS = {
     "sst2": words("--steps 150 --tuning-steps 150 --rate-extensions 4 --n-train 2400"),
     "stsb": words("--steps 250 --tuning-steps 250 --rate-extensions 4 --n-train 2000 --n-validation 500 --bf16"),
     "cola": words("--steps 800 --tuning-steps 400 --batch-size 32 --n-train 8551 --n-validation 1043 --bf16"),
-    "rte": words("--steps 350 --schedule constant_with_warmup --rate-multiplier 0.3333 --n-train 2489 "
-                 "--n-validation 277"),
+    "rte": words("--steps 700 --max-length 128 --n-train 2489 --n-validation 277 --bf16"),
 }  # fmt: skip
 COMPARISON = words("--steps 250 --tuning-steps 100 --n-train 2000 --n-validation 500")
 DISTANCES = {
@@ -173,19 +181,24 @@ DRIFTS = {
 }
 """How each task is trained while drift is measured, nearly as in its comparison; by default `DRIFT`."""
 DRIFT = words("--steps 100 --n-train 1600 --n-validation 400")
-RATED_ELSEWHERE = ("rte",)
-"""Tasks on which little is learnt in runs short enough to choose learning rates by: they take those of SST-2."""
+RATES = {"rte": words("--steps 1000 --tuning-steps 1000 --max-length 128 --n-train 2489 --n-validation 277")}
+"""Comparisons that try learning rates for that of the same task, which chooses by the score: what fits RTE's rows makes
+the held-out loss worse, so that by the loss the rate is chosen at which least is learnt."""
 
 
-def _comparison(task: str, tasks: Sequence[str], every: tuple[str, ...]) -> Run:
+def _comparisons(task: str, every: tuple[str, ...]) -> list[Run]:
     """Methods against each other on a task."""
     # On STS-B, where length tells the source, batches of similar lengths slow the learning down.
     grouped = () if task == "stsb" else GROUPED
-    options = ("--tasks", task, *every, *COMPARISONS.get(task, COMPARISON), *grouped)
-    if task in RATED_ELSEWHERE and "sst2" in tasks:
-        rated = "method_comparison/sst2"
-        return Run(f"method_comparison/{task}", (*options, "--rates-from", f"{ROOT}/{rated}"), (rated,))
-    return Run(f"method_comparison/{task}", options)
+    name, options = f"method_comparison/{task}", ("--tasks", task, *every)
+    own = (*options, *COMPARISONS.get(task, COMPARISON), *grouped)
+    if task not in RATES:
+        return [Run(name, own)]
+    rated = name + TRIED_RATES
+    return [
+        Run(rated, (*options, *RATES[task], *grouped)),
+        Run(name, (*own, "--rates-from", f"{ROOT}/{rated}", "--chosen-by", "score"), (rated,)),
+    ]
 
 
 def needed(plan: Iterable[Run], claims: Sequence[Claim], everything: bool) -> list[Run]:

@@ -178,6 +178,10 @@ def all_of(*outcomes: Outcome) -> Outcome:
     return Outcome.MET
 
 
+TRIED_RATES = "-rates"
+"""Ends the name of a comparison of methods whose learning rates another of the same task chooses from."""
+
+
 def by_task(results: Results, analysis: str) -> dict[str, Result]:
     """The results of an analysis that has a folder a task, by the name of that folder."""
     prefix = f"{analysis}/"

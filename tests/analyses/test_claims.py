@@ -89,9 +89,9 @@ def test_a_published_result_names_its_commit_and_no_machine(name, stored):
 
 
 def test_the_full_plan_is_what_is_published(stored):
-    plan = runs.full_plan(("sst2", "rte", "cola", "stsb"), Path("glue"), Path("model.gguf"))
+    plan = runs.full_plan(("sst2", "rte", "cola", "stsb"), Path("glue"), Path("model.gguf"), gpu=True)
     assert set(stored) == {run.name for run in plan}
-    places = {"data_dir", "model", "models", "comparison", "rates_from", "memory_budget_gb"}
+    places = {"data_dir", "model", "models", "device", "comparison", "rates_from", "memory_budget_gb"}
     for run in plan:
         words = run.command(Path("results"))
         module = importlib.import_module(words[2])
@@ -299,7 +299,8 @@ def test_the_exit_code_of_a_call_with_a_failed_run(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "plan", [runs.quick_plan(), runs.full_plan(("sst2", "rte", "cola", "stsb"), Path("glue"), Path("model.gguf"))]
+    "plan",
+    [runs.quick_plan(), runs.full_plan(("sst2", "rte", "cola", "stsb"), Path("glue"), Path("model.gguf"), gpu=True)],
 )
 def test_every_command_of_a_plan_is_one_that_its_analysis_takes(plan):
     assert len({run.name for run in plan}) == len(plan)
