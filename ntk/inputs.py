@@ -112,7 +112,9 @@ def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Gro
     n = batch_size(inputs)
     if isinstance(inputs, Tensor):
         return [Group(list(range(n)), {"": inputs}, {})]
-    examples = [_example(inputs, i, n, encoder_decoder) for i in range(n)]
+    # On the processor, since each example's padding is looked at, and every look waits for an accelerator.
+    masks = {key: value.cpu() for key in (ENCODER_MASK, DECODER_MASK) if isinstance(value := inputs.get(key), Tensor)}
+    examples = [_example(inputs, masks, i, n, encoder_decoder) for i in range(n)]
     together: dict[tuple, list[int]] = {}
     for index, (batched, constant) in enumerate(examples):
         together.setdefault(_signature(batched, constant), []).append(index)
@@ -126,10 +128,12 @@ def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Gro
     ]
 
 
-def _example(inputs: Mapping[str, Any], i: int, n: int, encoder_decoder: bool) -> tuple[dict, dict]:
+def _example(
+    inputs: Mapping[str, Any], masks: Mapping[str, Tensor], i: int, n: int, encoder_decoder: bool
+) -> tuple[dict, dict]:
     """Entries of example ``i`` without its padding, split into (batched, constant)."""
     batched, constant = {}, {}
-    spans = {key: _real_span(inputs, key, i) for key in (ENCODER_MASK, DECODER_MASK)}
+    spans = {key: _real_span(inputs, masks.get(key), key, i) for key in (ENCODER_MASK, DECODER_MASK)}
     for key, value in inputs.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             constant[key] = value
@@ -143,10 +147,9 @@ def _example(inputs: Mapping[str, Any], i: int, n: int, encoder_decoder: bool) -
     return batched, constant
 
 
-def _real_span(inputs: Mapping[str, Any], key: str, i: int) -> tuple[int, int, int] | None:
-    """(first real token, one past the last, padded length) of example ``i``; None without a 2-D mask ``key``."""
-    mask = inputs.get(key)
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+def _real_span(inputs: Mapping[str, Any], mask: Tensor | None, key: str, i: int) -> tuple[int, int, int] | None:
+    """(first real token, one past the last, padded length) of example ``i``; None where mask ``key`` is not 2-D."""
+    if mask is None or mask.ndim != 2:
         return None
     tokens = inputs.get("decoder_input_ids" if key == DECODER_MASK else "input_ids")
     if isinstance(tokens, Tensor) and tokens.shape[1:2] != mask.shape[1:2]:

@@ -32,8 +32,9 @@ from ntk.wanted import Wanted, parameter_kernels
 
 logger = logging.getLogger(__name__)
 
-# A batch costs about as much before its first token as these many tokens do.
-_OVERHEAD = 48
+# A batch costs about as much before its first token as these many tokens do: on a processor, and on an accelerator,
+# which waits for a small batch's launches.
+_OVERHEAD, _OVERHEAD_OF_LAUNCHES = 48, 2048
 # Elements of the largest parameter whose features are put together with others'.
 _VECTOR = 1 << 16
 # Share of a small budget for the temporaries of contractions.
@@ -327,7 +328,8 @@ class _Job:
     def _batches(self, groups: list[Group], most_tokens: int) -> list[Group]:
         """Groups of similar length run together, cut to what fits in memory."""
         if self.plan.padding is not None:
-            groups = _inputs.pad_together(groups, self.plan.padding, overhead=_OVERHEAD)
+            overhead = _OVERHEAD if self.plan.device.type == "cpu" else _OVERHEAD_OF_LAUNCHES
+            groups = _inputs.pad_together(groups, self.plan.padding, overhead=overhead)
         result = []
         for group in groups:
             size = max(1, most_tokens // length(group))
