@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from analyses.ledger import theory, training
-from analyses.ledger.verdicts import Claim, Evidence, Outcome, Results, Verdict
+from analyses.ledger.verdicts import TRIED_RATES, Claim, Evidence, Outcome, Results, Verdict
 from analyses.results import RESULT_FILE, Result, load_result
 from propulsion.errors import UserError, one_line
 
@@ -94,8 +94,9 @@ def judge(claims: Iterable[Claim], results: Results) -> list[Row]:
 
 def judge_claim(claim: Claim, results: Results) -> Row:
     """The verdict on one claim, from the results it names and no other."""
-    missing = tuple(need for need in claim.needs if not matching([need], results))
-    folders = matching([*claim.needs, *claim.also], results)
+    names = [name for name in results if not (name.endswith(TRIED_RATES) and name.removesuffix(TRIED_RATES) in results)]
+    missing = tuple(need for need in claim.needs if not matching([need], names))
+    folders = matching([*claim.needs, *claim.also], names)
     if missing:
         return Row(claim, Verdict.MISSING, (), tuple(folders), missing)
     try:

@@ -9,7 +9,6 @@ import numpy as np
 from analyses.ledger.verdicts import (
     EVERYWHERE,
     SOMEWHERE,
-    TRIED_RATES,
     Claim,
     Evidence,
     Outcome,
@@ -240,11 +239,8 @@ def peft_methods(methods: Iterable[str]) -> list[str]:
 
 
 def _compared(results: Results) -> Iterator[tuple[str, Result, str]]:
-    """Task, result and headline metric of every comparison, one that tried rates for another of the task aside."""
-    found = by_task(results, "method_comparison")
-    for name, result in found.items():
-        if name.endswith(TRIED_RATES) and name.removesuffix(TRIED_RATES) in found:
-            continue
+    """Task, result and headline metric of every comparison."""
+    for result in by_task(results, "method_comparison").values():
         for task in dict.fromkeys(row["task"] for row in result.tables["summary"]):
             yield task, result, next(m.name for m in result.metrics if m.stage == task)
 

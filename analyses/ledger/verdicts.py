@@ -179,7 +179,8 @@ def all_of(*outcomes: Outcome) -> Outcome:
 
 
 TRIED_RATES = "-rates"
-"""Ends the name of a comparison of methods whose learning rates another of the same task chooses from."""
+"""Ends the name of a comparison of methods whose learning rates another of the same task chooses from, and which is no
+evidence beside it."""
 
 
 def by_task(results: Results, analysis: str) -> dict[str, Result]:

@@ -210,6 +210,15 @@ def test_a_claim_sees_only_its_own_results():
         assert {name.split("/")[0] for name in row.folders} <= prefixes
 
 
+def test_a_comparison_that_tried_rates_for_another_is_no_evidence_beside_it():
+    (claim,) = choose(["on-par"])
+    judged, alone = compared("rte"), judge_claim(claim, compared("rte"))
+    (result,) = compared("rte", own=around(-0.1)).values()
+    row = judge_claim(claim, judged | {"method_comparison/rte-rates": result})
+    assert (row.folders, row.evidence) == (alone.folders, alone.evidence)
+    assert judge_claim(claim, {"method_comparison/rte-rates": result}).evidence
+
+
 def test_a_result_that_lacks_what_a_claim_reads_gives_the_reason():
     results = compared()
     results["method_comparison/sst2"].metrics[:] = [
