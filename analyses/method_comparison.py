@@ -15,7 +15,7 @@ A killed grid goes on where it was; ``--max-runs 10`` computes ten more cells an
 import math
 import statistics
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -332,6 +332,32 @@ def summary(result: Result, *, markdown: bool = False) -> str:
         rows = [_cells(result, row, names) for row in result.tables["summary"] if row["task"] == task]
         blocks.append(format_table(header, rows, markdown=markdown))
     return "\n\n".join(blocks)
+
+
+def trials(result: Result) -> str:
+    """One table a task, in Markdown: held-out loss and score of every factor that was tried, the chosen one in bold."""
+    blocks = []
+    for task in dict.fromkeys(row["task"] for row in result.tables["tuning"]):
+        tried = {(row["method"], row["factor"]): row for row in result.tables["tuning"] if row["task"] == task}
+        factors = sorted({factor for _, factor in tried})
+        rows = []
+        for row in result.tables["summary"]:
+            if row["task"] != task:
+                continue
+            cells = [_trial(tried.get((row["method"], factor)), factor == row["rate_factor"]) for factor in factors]
+            rows.append([row["method"], *cells])
+        header = [f"{task}: held-out loss, score", *(f"x {factor:.3g}" for factor in factors)]
+        blocks.append(format_table(header, rows, markdown=True))
+    return "\n\n".join(blocks)
+
+
+def _trial(row: Mapping[str, Any] | None, chosen: bool) -> str:
+    if row is None:
+        return ""
+    if row["loss"] is None:
+        return "diverged"
+    words = f"{row['loss']:.3f}, {'-' if row['score'] is None else format(row['score'], '.3f')}"
+    return f"**{words}**" if chosen else words
 
 
 def _cells(result: Result, row: dict[str, Any], names: Sequence[str]) -> list[str]:

@@ -43,14 +43,20 @@ class Config:
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Result folders."""
+    trials: bool = False
+    """What comparisons of methods chose learning rates by, in place of what came of them."""
 
 
-def table(result: Result) -> str:
-    """The tables of one result.
+def table(result: Result, *, trials: bool = False) -> str:
+    """The tables of one result, or, of a comparison of methods, of the trials that chose its learning rates.
 
     Raises:
-        UserError: It comes from another analysis.
+        UserError: It comes from another analysis, or holds no trials.
     """
+    if trials:
+        if result.analysis != "method_comparison" or not result.tables["tuning"]:
+            raise UserError(f"this result of {result.analysis} tried no learning rates")
+        return method_comparison.trials(result)
     if result.analysis not in SUMMARIES:
         raise UserError(f"a result of {result.analysis} is not one of {', '.join(SUMMARIES)}")
     return SUMMARIES[result.analysis](result, markdown=True)
@@ -61,7 +67,7 @@ def main(config: Config) -> None:
     if not config.results:
         raise UserError("name one or more result folders")
     for folder in config.results:
-        print(f"## {folder.name}\n\n{table(load_result(folder))}\n")
+        print(f"## {folder.name}\n\n{table(load_result(folder), trials=config.trials)}\n")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,10 @@ def test_methods_are_compared_in_pieces(compared, capsys):
     capsys.readouterr()
     training_tables.main(training_tables.Config((compared.output_dir,)))
     assert "| head  " in capsys.readouterr().out
+    training_tables.main(training_tables.Config((compared.output_dir,), trials=True))
+    (chosen,) = (row for row in result.tables["summary"] if row["method"] == "full")
+    (best,) = (t for t in result.tables["tuning"] if t["method"] == "full" and t["factor"] == chosen["rate_factor"])
+    assert f"**{best['loss']:.3f}, {best['score']:.3f}**" in capsys.readouterr().out
 
 
 def test_learning_rates_of_an_earlier_result(compared, tmp_path):
@@ -93,6 +97,8 @@ def test_learning_rates_of_an_earlier_result(compared, tmp_path):
         m: before[m] for m in METHODS[:2]
     }
     assert result.tables["tuning"] == []
+    with pytest.raises(UserError, match="tried no learning rates"):
+        training_tables.table(result, trials=True)
     # What all rates of a comparison were multiplied by goes with them.
     training = replace(compared.run.training, rate_multiplier=0.5)
     halved = replace(other, run=replace(compared.run, training=training), output_dir=tmp_path / "halved")
