@@ -63,7 +63,8 @@ def empirical_ntk(
         ``(n1, n2, c, c)`` or its reduction, on the model's device, in the widest parameter dtype (at least float32).
 
     Raises:
-        ValueError: unusable arguments; no output of shape (n, c); NaN or infinite values, with their cause.
+        ValueError: unusable arguments; inputs on another device than the model; no output of shape (n, c); NaN or
+            infinite values, with their cause.
         MemoryError: more memory is needed than ``memory_budget``, with the size needed.
 
     Example:

@@ -35,7 +35,8 @@ def random_subset_ntk(
     The kernel of fine-tuning a random sparse mask. One Jacobian an example serves all draws; memory n c m ``draws``.
 
     Raises:
-        ValueError: m is not between 1 and the number of selected parameters.
+        ValueError: m is not between 1 and the number of selected parameters; inputs on another device than
+            the model.
     """
     chosen = select_parameters(model, params)
     total = sum(p.numel() for p in chosen.values())
@@ -106,7 +107,8 @@ def hidden_state_kernel(model: nn.Module, inputs: Inputs) -> Float[Tensor, "n n"
     """Inner products of the examples' last hidden states, averaged over their real tokens: what the inputs alone say.
 
     Raises:
-        ValueError: the model does not return hidden states (it is no Hugging Face model).
+        ValueError: the model does not return hidden states (it is no Hugging Face model); inputs on another device than
+            the model.
     """
     states: dict[int, Tensor] = {}
     with evaluation(model, inputs):

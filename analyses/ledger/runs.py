@@ -150,10 +150,10 @@ def full_plan(
                 "--sizes 32 --n-test 64 --seeds 0 --again --steps 20 --batch-size 8 --sign-limit 32")),
         ]  # fmt: skip
     if gpu:
-        on_gpu, every_row = words("--device cuda"), words("--n-train 9600 --n-validation 872")
+        on_gpu, rows = words("--device cuda"), words("--n-train 9600 --n-validation 872")
         plan += [
             Run("memory/gpu", in_all("rte") + words("--rounds 1 --batch-size 128 --max-length 128") + on_gpu),
-            Run("convergence/gpu", one + words("--steps 600 --every 60") + every_row + GROUPED + rates + on_gpu,
+            Run("convergence/gpu", one + words("--steps 600 --every 60") + rows + GROUPED + rates + on_gpu,
                 comparison),
         ]  # fmt: skip
     return plan
