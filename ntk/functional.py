@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk import outputs
-from ntk.inputs import Inputs, check_devices
+from ntk.inputs import Inputs, check_devices, check_finite
 
 Parameters = dict[str, Tensor]
 ParameterChoice = str | Callable[[str, nn.Parameter], bool]
@@ -60,7 +61,7 @@ def output_function(
     """
 
     def f(params: Parameters, example: dict[str, Tensor], constant: Mapping[str, Any]) -> Tensor:
-        inputs: Any = {key: value.unsqueeze(0) for key, value in example.items()} | dict(constant)
+        inputs: Any = fresh({key: value.unsqueeze(0) for key, value in example.items()} | dict(constant))
         return call(model, output, inputs, 1, params).reshape(-1)
 
     return f
@@ -93,6 +94,20 @@ def call(
     return value.reshape(n, -1)
 
 
+def fresh(inputs: Any) -> Any:
+    """Copies of all tensors and arrays, for a model may write into its inputs; they take gradients where those do."""
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return value.copy()
+        if not isinstance(value, Tensor):
+            return value
+        copied = value.detach().clone()
+        return copied.requires_grad_() if value.requires_grad else copied
+
+    return tree_map(copy, inputs)
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a Hugging Face configuration says that the model has an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -103,10 +118,11 @@ def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
     """Evaluation mode without autograd's own graph; every module's mode is restored, whatever happens.
 
     Raises:
-        ValueError: a batch is on another device than the model; the block drew random numbers or changed a parameter or
-            buffer, so that the outputs are not a function of parameters and inputs.
+        ValueError: a batch is on another device than the model, or not finite; the block drew random numbers or changed
+            a parameter or buffer, so that the outputs are not a function of parameters and inputs.
     """
     check_devices(model, batches)
+    check_finite(batches)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     before, versions = _random_state(), _versions(model)
@@ -217,7 +233,8 @@ def _outputs_of_modules(model: nn.Module, inputs: Inputs) -> list[tuple[str, Ten
     modules = [(name, m) for name, m in model.named_modules() if name and not list(m.children())]
     hooks = [m.register_forward_hook(look(name)) for name, m in modules]
     try:
-        result = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+        copied = fresh(inputs)
+        result = model(copied) if isinstance(copied, Tensor) else model(**copied)
     finally:
         for hook in hooks:
             hook.remove()

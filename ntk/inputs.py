@@ -7,13 +7,15 @@ attention mask. Examples are therefore grouped by shape and by mask, and a group
 batched one.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 Inputs = Mapping[str, Any] | Tensor
 
@@ -31,11 +33,14 @@ class Group:
         indices: positions of the examples in the batch.
         batched: entries that differ from example to example, ``(g, ...)`` for g examples.
         constant: entries shared by the group as the model takes them (masks of batch 1, flags).
+        listed: names of the constant entries that are lists, tuples or arrays of one element an example; of length 1,
+            since the group's examples have the same.
     """
 
     indices: list[int]
     batched: dict[str, Tensor]
     constant: dict[str, Any]
+    listed: frozenset[str] = frozenset()
 
     def example(self, position: int) -> dict[str, Any]:
         """The ``position``-th example as the model takes it: a batch of one."""
@@ -44,7 +49,18 @@ class Group:
     def take(self, positions: slice) -> "Group":
         """The part of the group at ``positions``."""
         batched = {key: value[positions] for key, value in self.batched.items()}
-        return Group(self.indices[positions], batched, self.constant)
+        return replace(self, indices=self.indices[positions], batched=batched)
+
+    def repeated(self) -> dict[str, Any]:
+        """The constant entries for the whole group: masks and lists with one row, or element, an example."""
+        n, found = len(self.indices), {}
+        for key, value in self.constant.items():
+            if isinstance(value, Tensor) and value.ndim and len(value) == 1:
+                value = value.expand(n, *value.shape[1:])
+            elif key in self.listed:
+                value = np.repeat(value, n, axis=0) if isinstance(value, np.ndarray) else value * n
+            found[key] = value
+        return found
 
 
 def batch_size(inputs: Inputs) -> int:
@@ -95,6 +111,37 @@ def check_devices(model: nn.Module, batches: Iterable[Inputs | None]) -> None:
                 )
 
 
+def check_finite(batches: Iterable[Inputs | None]) -> None:
+    """Make sure that every example's numbers are finite. A mask that is added may hold minus infinity beside zeros.
+
+    Raises:
+        ValueError: NaN, or infinite values; names the entry and the first row that holds one.
+    """
+    for batch in batches:
+        for name, value in (batch if isinstance(batch, Mapping) else {"": batch}).items():
+            numbers = _numbers(value)
+            if numbers is None or bool((good := torch.isfinite(numbers)).all()):
+                continue
+            if not numbers.is_complex() and bool(((numbers == 0) | (numbers == -torch.inf)).all()):
+                continue
+            first = int((~good.reshape(len(good), -1) if good.ndim else ~good.reshape(1, 1)).any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"the inputs{f' ({name})' if name else ''} hold NaN or infinite values, first in row {first}"
+            )
+
+
+def _numbers(value: Any) -> Tensor | None:
+    """Floating-point numbers of a tensor, an array or a list; None for what else there is."""
+    if isinstance(value, list | tuple | np.ndarray):
+        try:
+            value = torch.as_tensor(np.asarray(value, dtype=np.float64))
+        except (TypeError, ValueError):  # words, or lists of different lengths
+            return None
+    if not isinstance(value, Tensor) or value.is_meta or not (value.is_floating_point() or value.is_complex()):
+        return None
+    return value.detach() if value.layout == torch.strided else value.detach().to_dense()
+
+
 def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Group]:
     """Cut the padding off every example and group the examples that can run together.
 
@@ -102,19 +149,24 @@ def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Gro
         inputs: one tensor ``(n, ...)``, or a mapping with an optional 2-D ``attention_mask`` of zeros and ones.
         encoder_decoder: the labels belong to the decoder's tokens, not to the encoder's.
 
+    Lists, tuples and arrays of length n hold one element an example; what else is no tensor is the same for all.
+
     Returns:
         Groups that cover 0..n-1 once, in order of first appearance.
 
     Raises:
         ValueError: as :func:`batch_size`; a mask without any real token, with values other than 0 and 1, or of another
-            shape than its tokens.
+            shape than its tokens; a container that cannot be split into examples.
     """
     n = batch_size(inputs)
     if isinstance(inputs, Tensor):
         return [Group(list(range(n)), {"": inputs}, {})]
     # On the processor, since each example's padding is looked at, and every look waits for an accelerator.
     masks = {key: value.cpu() for key in (ENCODER_MASK, DECODER_MASK) if isinstance(value := inputs.get(key), Tensor)}
-    examples = [_example(inputs, masks, i, n, encoder_decoder) for i in range(n)]
+    listed = frozenset(
+        key for key, value in inputs.items() if not isinstance(value, Tensor) and _by_example(key, value, n)
+    )
+    examples = [_example(inputs, masks, i, n, encoder_decoder, listed) for i in range(n)]
     together: dict[tuple, list[int]] = {}
     for index, (batched, constant) in enumerate(examples):
         together.setdefault(_signature(batched, constant), []).append(index)
@@ -123,20 +175,66 @@ def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Gro
             indices,
             {key: torch.cat([examples[i][0][key] for i in indices]) for key in examples[indices[0]][0]},
             examples[indices[0]][1],
+            listed,
         )
         for indices in together.values()
     ]
 
 
+def _by_example(key: str, value: Any, n: int) -> bool:
+    """Whether an entry that is no tensor holds one element an example: a list, tuple or array of length n.
+
+    Raises:
+        ValueError: it cannot be told, or cannot be split: an array of another length, a table, a set, tensors or arrays
+            of n rows inside of a list or mapping.
+    """
+    if (
+        isinstance(value, str | bytes)
+        or not isinstance(value, Sized)
+        or (isinstance(value, np.ndarray) and not value.ndim)
+    ):
+        return False
+    inner = [t for t in tree_leaves(value) if isinstance(t, Tensor | np.ndarray) and t.ndim and t is not value]
+    rows = len(value) == n and isinstance(value, list | tuple | range | np.ndarray)
+    if any(len(t) == n > 1 for t in inner) or (inner and not rows):
+        raise ValueError(
+            f"inputs[{key!r}] holds tensors or arrays inside of a {type(value).__name__}, and it is not known what "
+            "belongs to which example: give each as an entry of its own"
+        )
+    if isinstance(value, np.ndarray) and len(value) not in (1, n):
+        raise ValueError(
+            f"inputs[{key!r}] is an array of {len(value)} rows, and there are {n} examples: give one row an example, "
+            "or a list for what is the same for all"
+        )
+    plain = isinstance(value, list | tuple | range | np.ndarray) or (isinstance(value, Mapping) and _plain(value, n))
+    if not plain:
+        raise ValueError(
+            f"inputs[{key!r}] is a {type(value).__name__}, which cannot be split into examples: give a tensor, an array"
+            " or a list"
+        )
+    return rows
+
+
+def _plain(value: Mapping[Any, Any], n: int) -> bool:
+    """Whether a mapping holds settings alone, and nothing that could be one element an example."""
+    return not any(isinstance(v, Sized) and not isinstance(v, str | bytes) and len(v) == n for v in value.values())
+
+
 def _example(
-    inputs: Mapping[str, Any], masks: Mapping[str, Tensor], i: int, n: int, encoder_decoder: bool
+    inputs: Mapping[str, Any],
+    masks: Mapping[str, Tensor],
+    i: int,
+    n: int,
+    encoder_decoder: bool,
+    listed: frozenset[str] = frozenset(),
 ) -> tuple[dict, dict]:
     """Entries of example ``i`` without its padding, split into (batched, constant)."""
     batched, constant = {}, {}
     spans = {key: _real_span(inputs, masks.get(key), key, i) for key in (ENCODER_MASK, DECODER_MASK)}
     for key, value in inputs.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
-            constant[key] = value
+            own = value[i : i + 1] if key in listed else value
+            constant[key] = list(own) if isinstance(own, range) else own
             continue
         row = value[i : i + 1] if len(value) == n else value
         decoder_side = key.startswith("decoder_") or (encoder_decoder and key == "labels")
@@ -166,14 +264,18 @@ def _real_span(inputs: Mapping[str, Any], mask: Tensor | None, key: str, i: int)
 def _signature(batched: Mapping[str, Tensor], constant: Mapping[str, Any]) -> tuple:
     """Equal for examples that may share a group: same shapes, same constants (masks by value, holes included)."""
     shapes = tuple((key, value.dtype, value.shape[1:]) for key, value in batched.items())
-    constants = tuple(
-        (
-            key,
-            (value.dtype, value.shape, tuple(value.flatten().tolist())) if isinstance(value, Tensor) else id(value),
-        )
-        for key, value in constant.items()
-    )
-    return shapes, constants
+    return shapes, tuple((key, _content(value)) for key, value in constant.items())
+
+
+def _content(value: Any) -> Any:
+    """What tells a constant from another: the content of tensors, arrays, lists and numbers, or the object itself."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, tuple(value.flatten().tolist())
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, tuple(map(_content, value.flatten().tolist()))
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(_content, value))
+    return (type(value), value) if isinstance(value, str | bytes | int | float | complex) else id(value)
 
 
 def tiles(groups: Sequence[Group], size: int) -> list[list[Group]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ntk.capture import Capture, Captured, Place, SegmentEnd, collect
-from ntk.functional import call
+from ntk.functional import call, fresh
 from ntk.inputs import Group
 from ntk.outputs import Output
 
@@ -118,14 +118,11 @@ class Pass:
 
 
 def batch_of(group: Group) -> dict[str, Any]:
-    """The group as one batch; masks of the group, which are the same for all, get a row for each example."""
-    n = len(group.indices)
-    constant = {
-        key: value.expand(n, *value.shape[1:]) if isinstance(value, Tensor) and len(value) == 1 else value
-        for key, value in group.constant.items()
-    }
-    # Fresh tensors: what is marked on them must not outlive the pass.
-    return {key: value.clone() for key, value in group.batched.items()} | constant
+    """The group as one batch, of fresh tensors: what is marked on them, or written to them, must not outlive the pass.
+
+    Masks of the group, which are the same for all, get a row for each example.
+    """
+    return fresh(group.batched | group.repeated())
 
 
 def length(group: Group) -> int:

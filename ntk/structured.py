@@ -12,7 +12,7 @@ What :mod:`ntk.plan` refuses is tried once more with one example at a time, and 
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -384,7 +384,5 @@ def _halves(groups: list[Group], n: int) -> list[list[Group]]:
 def _renumbered(groups: list[Group]) -> tuple[list[Group], Tensor]:
     """The groups with their examples numbered from 0 in their order, and the numbers that they had."""
     starts = [0, *itertools.accumulate(len(g.indices) for g in groups)]
-    local = [
-        Group(list(range(a, b)), g.batched, g.constant) for g, a, b in zip(groups, starts, starts[1:], strict=False)
-    ]
+    local = [replace(g, indices=list(range(a, b))) for g, a, b in zip(groups, starts, starts[1:], strict=False)]
     return local, torch.tensor([i for g in groups for i in g.indices])

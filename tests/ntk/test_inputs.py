@@ -1,5 +1,6 @@
 """Batches taken apart into examples."""
 
+import numpy as np
 import pytest
 import torch
 from cases import batch, classifier
@@ -67,3 +68,96 @@ def test_inputs_on_another_device_are_named(method):
         ntk.empirical_ntk(classifier("bert"), elsewhere, method=method)
     with pytest.raises(ValueError, match=r"inputs is on meta: move it there by .to\('cpu'\)"):
         ntk.empirical_ntk(torch.nn.Linear(2, 1), torch.zeros(3, 2), torch.zeros(3, 2, device="meta"), method=method)
+
+
+class Pooled(torch.nn.Module):
+    """A mean over each example's first ``lengths`` tokens; what the lengths are given as does not matter."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(4, 5), torch.nn.Linear(5, 2)
+
+    def forward(self, x, lengths, pairs=None, names=None, layers=(0, 1, 2), **settings):
+        lengths = torch.as_tensor([int(length) for length in lengths])
+        assert len(lengths) == len(x)
+        assert names is None or len(names) == len(x)
+        assert tuple(layers) == (0, 1, 2)
+        hidden = self.first(x)
+        if pairs is not None:
+            hidden = hidden * torch.as_tensor([[a + 2.0 * b] for a, b in pairs], dtype=x.dtype)[:, :, None]
+        keep = torch.arange(x.shape[1])[None] < lengths[:, None]
+        return self.second(((hidden * keep[:, :, None]).sum(1) / lengths[:, None]).tanh())
+
+
+LENGTHS, PAIRS = [3, 1, 2, 3, 1], [[1, 2], [3, 4], [1, 2], [0, 1], [3, 4]]
+
+
+@pytest.mark.parametrize("method", ["jacobian", "auto"])
+@pytest.mark.parametrize(
+    ("more", "tensors"),
+    [
+        ({"lengths": LENGTHS}, {}),
+        ({"lengths": tuple(LENGTHS)}, {}),
+        ({"lengths": np.array(LENGTHS)}, {}),
+        ({"lengths": [np.int64(length) for length in LENGTHS]}, {}),
+        ({"lengths": LENGTHS, "pairs": PAIRS}, {"pairs": torch.tensor(PAIRS)}),
+        ({"lengths": np.array(LENGTHS), "pairs": np.array(PAIRS)}, {"pairs": torch.tensor(PAIRS)}),
+        (
+            {
+                "lengths": LENGTHS,
+                "names": ["a", "b", "c", "d", "e"],
+                "layers": [0, 1, 2],
+                "flag": True,
+                "more": {"a": 1},
+            },
+            {},
+        ),
+    ],
+    ids=["list", "tuple", "array", "numbers", "nested list", "nested array", "words and settings"],
+)
+def test_lists_and_arrays_are_split_like_tensors(method, more, tensors):
+    model, x = Pooled().double(), torch.randn(5, 3, 4, dtype=torch.float64)
+    expected = ntk.empirical_ntk(model, {"x": x, "lengths": torch.tensor(LENGTHS)} | tensors, method="jacobian")
+    found = ntk.empirical_ntk(model, {"x": x} | more, method=method)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    found = ntk.empirical_ntk(model, {"x": x[1:3]} | {k: v[1:3] if _long(v) else v for k, v in more.items()},
+                              {"x": x} | more, method=method)  # fmt: skip
+    torch.testing.assert_close(found, expected[1:3], rtol=1e-12, atol=0)
+
+
+def _long(value) -> bool:
+    return hasattr(value, "__len__") and len(value) == 5
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        (np.array([3, 1]), "an array of 2 rows, and there are 5 examples"),
+        ({"all": LENGTHS}, "a dict, which cannot be split into examples"),
+        ({"all": torch.tensor(LENGTHS)}, "tensors or arrays inside of a dict"),
+        ([torch.tensor(LENGTHS), torch.tensor(LENGTHS)], "tensors or arrays inside of a list"),
+        ({3, 1, 2}, "a set, which cannot be split"),
+    ],
+)
+def test_containers_that_cannot_be_split_are_refused(lengths, message):
+    inputs = {"x": torch.randn(5, 3, 4, dtype=torch.float64), "lengths": lengths}
+    for method in ("auto", "jacobian"):
+        with pytest.raises(ValueError, match=message):
+            ntk.empirical_ntk(Pooled().double(), inputs, method=method)
+
+
+@pytest.mark.parametrize("method", ["jacobian", "auto"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_inputs_that_are_not_finite_are_refused_in_every_row(method, value):
+    """A saturated activation has no gradient there, and hides them."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    for row in range(4):
+        x = torch.randn(4, 3, dtype=torch.float64)
+        x[row, 1] = value
+        with pytest.raises(ValueError, match=rf"the inputs hold NaN or infinite values, first in row {row}"):
+            ntk.empirical_ntk(model, x, method=method)
+        with pytest.raises(ValueError, match="the inputs hold NaN"):
+            ntk.empirical_ntk(model, torch.zeros(2, 3, dtype=torch.float64), x, method=method)
+    with pytest.raises(ValueError, match=r"the inputs \(lengths\) hold NaN"):
+        ntk.empirical_ntk(Pooled(), {"x": torch.zeros(2, 3, 4), "lengths": [1, value]}, method=method)
