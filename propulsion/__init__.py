@@ -8,8 +8,9 @@
 from propulsion.config import PropulsionConfig
 from propulsion.hotswap import hotswap_adapter
 from propulsion.model import PropulsionModel
+from propulsion.pooled import PooledClassifier, PooledConfig
 from propulsion.registration import register
 
-__all__ = ["PropulsionConfig", "PropulsionModel", "hotswap_adapter"]
+__all__ = ["PooledClassifier", "PooledConfig", "PropulsionConfig", "PropulsionModel", "hotswap_adapter"]
 
 register(PropulsionConfig, PropulsionModel)

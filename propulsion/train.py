@@ -95,8 +95,8 @@ def run(config: TrainConfig) -> TrainResult:
     device = torch.device("cpu") if config.on_cpu or sharded else torch.device(str(state.device))
     kind = kind_of(task)
     model, tokenizer = load_model(
-        config.model, task_type=kind.task_type, num_labels=task.num_labels, seed=config.seed, device=device,
-        dtype=getattr(torch, config.dtype),
+        config.model, task_type=kind.task_type, num_labels=task.num_labels, pooling=config.pooling, seed=config.seed,
+        device=device, dtype=getattr(torch, config.dtype),
     )  # fmt: skip
     base = fingerprint(model)
     model = _adapted(config, model, kind.task_type)
@@ -148,7 +148,7 @@ def _adapted(config: TrainConfig, model: Any, task_type: str) -> Any:
     if config.method == "propulsion":
         degree = get_task(config.task).degree if config.degree is None else config.degree
         layers = {} if "target_modules" in options else {"positions": list(config.positions)}
-        own = {"degree": degree, **layers, "vectors": config.vectors, "pooling": config.pooling}
+        own = {"degree": degree, **layers, "vectors": config.vectors, "pooling": config.vector_pooling}
         options = own | options
     if config.method == "adalora" and config.max_steps > 0:
         options = {"total_step": config.max_steps} | options

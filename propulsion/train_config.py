@@ -10,6 +10,7 @@ import torch
 
 from propulsion.data import TaskData
 from propulsion.errors import UserError
+from propulsion.pretrained import Pooling
 from propulsion.task_kinds import Limits
 
 Strategy = Literal["no", "steps", "epoch"]
@@ -25,6 +26,9 @@ class TrainConfig:
     """Folder with train and validation files in the hub's columns; without it, the Hugging Face hub."""
     model: str | None = None
     """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    pooling: Pooling = "auto"
+    """What a classifier reads: auto, what the checkpoint declares; the mean or the first of the tokens; or as
+    transformers' own classifier does, BERT's through its pooler."""
     method: str = "propulsion"
     """full, bitfit, head, none, or any peft method in lower case."""
     method_options: tuple[str, ...] = ()
@@ -35,7 +39,7 @@ class TrainConfig:
     """Layers that Propulsion scales: all, attn, query, key, value, attention_output, mlp, embedding, norm."""
     vectors: int = 1
     """Propulsion's vectors a layer, pooled."""
-    pooling: str = "mean"
+    vector_pooling: str = "mean"
     """How several vectors are pooled: mean, max, min or l2."""
     adapter: Path | None = None
     """Start from this saved adapter, which must be of the same base model; the method's options are its own."""

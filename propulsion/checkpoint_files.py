@@ -1,0 +1,70 @@
+"""Single weights out of a checkpoint's files, without the model that they are of."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+
+class CheckpointWeights(Mapping[str, Tensor]):
+    """Chosen weights of a checkpoint, each read when it is asked for.
+
+    Names that no file has are left out: a model's names of weights are not always those in its files.
+    """
+
+    def __init__(self, source: str, names: set[str], **options: Any):
+        """Look where the weights are.
+
+        Args:
+            source: Local folder or hub name.
+            names: The weights.
+            **options: As for `transformers.utils.cached_file`, such as ``subfolder``.
+        """
+        self._files = {name: file for name, file in _files_by_weight(source, options).items() if name in names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _read(self._files[name], name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._files))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _files_by_weight(source: str, options: dict[str, Any]) -> dict[str, Path]:
+    def find(name: str) -> Path | None:
+        found = cached_file(
+            source, name, **options, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        return None if found is None else Path(found)
+
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (file := find(single)) is not None:
+            return dict.fromkeys(_names(file), file)
+        if (listed := find(index)) is not None:
+            shards = json.loads(listed.read_text(encoding="utf-8"))["weight_map"]
+            # The shards lie beside their list, since the model has been loaded from them.
+            return {name: listed.parent / shard for name, shard in shards.items()}
+    return {}
+
+
+def _names(file: Path) -> list[str]:
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as weights:
+            return list(weights.keys())
+    return list(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+
+
+def _read(file: Path, name: str) -> Tensor:
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as weights:
+            return weights.get_tensor(name)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)[name]

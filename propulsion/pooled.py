@@ -1,0 +1,264 @@
+"""A classifier that pools its body's hidden states itself: body, pooling, dropout, linear head, for any architecture.
+
+transformers' own classifiers read a body in the way of their family, BERT's through a pooler, whatever the checkpoint
+was trained for. This one reads the mean, or the first, of the tokens.
+
+This file is copied beside the models that it saves, so that transformers alone can load them
+(``trust_remote_code=True``). It therefore imports nothing of this package. Where `propulsion` is imported,
+`AutoModelForSequenceClassification` knows the class, and no such flag is needed.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+POOLED = ("mean", "first")
+"""The poolings that `PooledClassifier` has."""
+
+_LABELS = ("id2label", "label2id", "problem_type")
+# What families call the dropout before a classifier's last layer, the most particular first.
+_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "cls_dropout",
+             "hidden_dropout_prob")  # fmt: skip
+
+
+class PooledConfig(PreTrainedConfig):
+    """What is saved of a `PooledClassifier`: the configuration of its body, and the pooling.
+
+    It has a model type of its own: what loads it cannot take it for a plain model of the body's family, whose outputs
+    would be others. Labels, given here or in the body's configuration, hold for both.
+
+    Args:
+        body_config: Configuration of the body, or its values with its ``model_type``.
+        pooling: "mean" or "first".
+        **kwargs: As for `PreTrainedConfig`; ``num_labels`` and labels replace those of the body's configuration.
+
+    Raises:
+        ValueError: There is no such pooling, or the body is of an unknown type.
+    """
+
+    model_type = "pooled-classifier"
+
+    def __init__(self, body_config: PreTrainedConfig | dict | None = None, pooling: str = "mean", **kwargs: Any):
+        if pooling not in POOLED:
+            raise ValueError(f"pooling is {pooling!r}, expected one of {', '.join(POOLED)}")
+        if isinstance(body_config, dict):
+            values = dict(body_config)
+            family = values.pop("model_type", None)
+            if family not in CONFIG_MAPPING:
+                raise ValueError(f"body_config is of model_type {family!r}, which transformers does not have")
+            body_config = CONFIG_MAPPING[family].from_dict(values)
+        body = CONFIG_MAPPING["bert"]() if body_config is None else body_config
+        given = {name for name in (*_LABELS, "num_labels") if kwargs.get(name) is not None}
+        if not given & {"num_labels", "id2label"}:
+            kwargs |= {name: getattr(body, name) for name in ("id2label", "label2id")}
+        if "problem_type" not in given:
+            kwargs["problem_type"] = body.problem_type
+        super().__init__(**kwargs)
+        for name in _LABELS:
+            setattr(body, name, getattr(self, name))
+        self.body_config, self.pooling = body, pooling
+
+
+class PooledHead(nn.Module):
+    """Dropout and a linear layer.
+
+    Its weight is not called as the weight of the families' one-layer heads is: an adapter trained with this head does
+    not fit their models without a warning.
+    """
+
+    def __init__(self, width: int, num_labels: int, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(width, num_labels)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Outputs of vectors."""
+        return self.out_proj(self.dropout(pooled))
+
+
+class PooledClassifier(PreTrainedModel):
+    """A classifier or regressor on the mean, or the first, of the last hidden states of a body.
+
+    The body stands under the name that its family gives it ("bert", "distilbert", ...), without its pooler, and
+    `config` is the body's: for adapters and other tools this is a model of the family with another head. Padding does
+    not enter.
+
+    Args:
+        config: Of the body and the pooling.
+        body: The body, of that configuration, if there is one already; its pooler is removed. Made anew otherwise.
+
+    Raises:
+        ValueError: The body is an encoder-decoder without an encoder class of its own.
+    """
+
+    config_class = PooledConfig
+    supports_gradient_checkpointing = True
+    # The body, which is made first, has checked and chosen its implementation of attention.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: PooledConfig, body: PreTrainedModel | None = None):
+        body_config = config.body_config
+        if body is None:
+            # An implementation asked for when loading is set on the configuration of the whole.
+            if (attention := getattr(config, "_attn_implementation_internal", None)) is not None:
+                body_config._attn_implementation = attention
+            body = body_class(body_config).from_config(body_config)
+            assert body is not None
+        else:
+            for module in body.modules():
+                module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]  # Its weights are not drawn anew.
+        super().__init__(body.config)
+        self.pooling = config.pooling
+        self.num_labels = int(body.config.num_labels or 0)
+        self.supports_gradient_checkpointing = body.supports_gradient_checkpointing
+        self.base_model_prefix = body.base_model_prefix or "body"
+        _remove_pooler(body)
+        setattr(self, self.base_model_prefix, body)
+        self.classifier = PooledHead(_width(body.config), self.num_labels, _dropout(body.config))
+        inputs = inspect.signature(body.forward).parameters
+        self._takes_past, self._takes_cache = "past_key_values" in inputs, "use_cache" in inputs
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Any = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | tuple:
+        """Outputs ``(n, c)`` of examples, and the loss where there are labels, as transformers' classifiers.
+
+        Raises:
+            ValueError: The mask is not one number a token, or the body's states are not one a token.
+        """
+        if past_key_values is not None:
+            if not self._takes_past:
+                raise ValueError(f"{self.base_model_prefix} takes no past_key_values")
+            kwargs["past_key_values"] = past_key_values
+        if self._takes_cache:
+            kwargs.setdefault("use_cache", False)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        found = self.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
+        states = found.last_hidden_state
+        if attention_mask is not None and past_key_values is not None:
+            attention_mask = attention_mask[:, -states.shape[1] :]  # The mask covers the past, the states do not.
+        logits = self.classifier(pool(states, attention_mask, self.pooling))
+        loss = None
+        if labels is not None:
+            loss = ForSequenceClassificationLoss(labels=labels, pooled_logits=logits, config=self.config)
+        output = SequenceClassifierOutput(
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            logits=logits,
+            hidden_states=found.get("hidden_states"),
+            attentions=found.get("attentions"),
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The body's."""
+        return self._body().get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the body's."""
+        self._body().set_input_embeddings(value)
+
+    def _body(self) -> Any:
+        return getattr(self, self.base_model_prefix)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with a `PooledConfig` and this file."""
+        body_config = self.config
+        self.config = PooledConfig(body_config=body_config, pooling=self.pooling)
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config = body_config
+
+
+def pool(states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
+    """The mean, or the first, of each example's real tokens.
+
+    Args:
+        states: ``(n, t, h)``.
+        attention_mask: ``(n, t)``, 1 for real tokens; all are real without it.
+        pooling: "mean" or "first".
+
+    Returns:
+        ``(n, h)``; 0 for an example without a real token.
+
+    Raises:
+        ValueError: The shapes do not agree.
+    """
+    if states.ndim != 3 or (attention_mask is not None and attention_mask.shape != states.shape[:2]):
+        mask = "" if attention_mask is None else f" and a mask of shape {tuple(attention_mask.shape)}"
+        raise ValueError(
+            f"expected hidden states (n, t, h) and a mask (n, t), got states of shape {tuple(states.shape)}{mask}"
+        )
+    # Half precision cannot sum many tokens.
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    if attention_mask is None:
+        real = torch.ones(states.shape[:2], dtype=dtype, device=states.device)
+    else:
+        real = (attention_mask != 0).to(dtype)
+    if pooling == "first":
+        real = real * (real.cumsum(dim=1) == 1)
+    weights = real / real.sum(dim=1, keepdim=True).clamp(min=1)
+    return (states * weights.unsqueeze(-1)).sum(dim=1).to(states.dtype)
+
+
+def body_class(config: PreTrainedConfig) -> Any:
+    """Which of transformers' Auto classes makes a body that reads a text and gives a hidden state for every token.
+
+    Raises:
+        ValueError: None does: an encoder-decoder whose encoder is no model of its own.
+    """
+    if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return AutoModelForTextEncoding
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"models of type {config.model_type!r} are encoder-decoders, whose states belong to no token of the text"
+        )
+    return AutoModel
+
+
+def _remove_pooler(body: Any) -> None:
+    """Take out what reads the hidden states and is not read: its weights would be counted, and trained by nothing."""
+    if getattr(body, "pooler", None) is None:
+        return
+    # Bodies that can be made without one skip it where it is None; others call it in any case.
+    optional = "add_pooling_layer" in inspect.signature(type(body).__init__).parameters
+    body.pooler = None if optional else nn.Identity()
+
+
+def _width(config: PreTrainedConfig) -> int:
+    return config.hidden_size  # pyright: ignore[reportAttributeAccessIssue]  # Families with other names map this one.
+
+
+def _dropout(config: PreTrainedConfig) -> float:
+    values = (getattr(config, name, None) for name in _DROPOUTS)
+    return float(next((value for value in values if value is not None), 0.0))
+
+
+PooledConfig.register_for_auto_class()
+PooledClassifier.register_for_auto_class("AutoModelForSequenceClassification")
+AutoConfig.register(PooledConfig.model_type, PooledConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(PooledConfig, PooledClassifier, exist_ok=True)

@@ -1,0 +1,73 @@
+"""Which layers of a checkpoint look as they did before training, by their values alone."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Fewer values tell little about their distribution.
+_FEWEST = 100
+# A Gaussian sample is beyond this many standard errors less than once in a million.
+_ERRORS = 5.0
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """A matrix that looks drawn and never trained.
+
+    Attributes:
+        name: Of the weight.
+        std: Standard deviation of its values.
+        excess_kurtosis: Of its values; 0 for a Gaussian.
+    """
+
+    name: str
+    std: float
+    excess_kurtosis: float
+
+    def __str__(self) -> str:
+        return f"{self.name} (Gaussian of std {self.std:.2g}, excess kurtosis {self.excess_kurtosis:.2f}, zero bias)"
+
+
+def looks_untrained(name: str, weight: Float[Tensor, "out inputs"], bias: Float[Tensor, " out"]) -> Untrained | None:
+    """Whether a layer looks untrained: a Gaussian matrix beside a bias of zeros. None if it does not.
+
+    Initialisation draws entries independently and sets biases to exactly 0; training leaves neither. So the bias must
+    be 0, mean, skewness and excess kurtosis must be a Gaussian sample's within five standard errors (1/sqrt(n),
+    sqrt(6/n), sqrt(24/n) for n values), and the largest singular value must be at most that of independent Gaussian
+    entries, sqrt(out) + sqrt(inputs) + 5 standard deviations, which those exceed with a probability below exp(-25/2)
+    (Davidson and Szarek 2001, theorem II.13): directions that training has learnt stand out there.
+
+    Matrices of fewer than 100 values tell too little. The singular value, of cost O(out inputs min(out, inputs)), is
+    computed only where all else is as in a Gaussian.
+    """
+    if weight.numel() < _FEWEST or bias.any():
+        return None
+    values = weight.detach().float()
+    count, mean, std = values.numel(), float(values.mean()), float(values.std())
+    if not std > 0:
+        return None
+    standard = (values - mean) / std
+    skewness, excess = float((standard**3).mean()), float((standard**4).mean()) - 3
+    gaussian = (
+        abs(mean) <= _ERRORS * std / math.sqrt(count)
+        and abs(skewness) <= _ERRORS * math.sqrt(6 / count)
+        and abs(excess) <= _ERRORS * math.sqrt(24 / count)
+    )
+    edge = math.sqrt(values.shape[0]) + math.sqrt(values.shape[1]) + _ERRORS
+    if gaussian and float(torch.linalg.matrix_norm(standard, ord=2)) <= edge:
+        return Untrained(name, std, excess)
+    return None
+
+
+def untrained_layers(weights: Mapping[str, Tensor]) -> Iterator[Untrained]:
+    """The layers of a mapping that look untrained: each matrix ``X.weight`` with its bias ``X.bias``."""
+    for name in weights:
+        bias = f"{name.removesuffix('weight')}bias"
+        if not name.endswith("weight") or bias not in weights or weights[bias].any():
+            continue  # The bias first: it tells most layers, and costs nothing.
+        if (weight := weights[name]).ndim == 2 and (layer := looks_untrained(name, weight, weights[bias])) is not None:
+            yield layer
