@@ -11,11 +11,11 @@ from ntk import jacobian, structured
 from ntk.adapters import Method
 from ntk.functional import ParameterChoice, evaluation, nonfinite_cause, select_parameters
 from ntk.inputs import Inputs
-from ntk.kernels import REDUCTIONS, reduce_outputs
-from ntk.outputs import Output
+from ntk.kernels import layout_of
+from ntk.outputs import Output, summed_outputs
 from ntk.wanted import method_kernels
 
-# name -> function(model, inputs, inputs2, *, params, output, memory_budget, progress, summed) -> {name: kernel}
+# name -> function(model, inputs, inputs2, *, params, output, layout, memory_budget, progress, summed) -> {name: kernel}
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "jacobian": jacobian.layer_kernels,
     "structured": structured.layer_kernels,
@@ -50,7 +50,8 @@ def empirical_ntk(
         inputs2: n2 examples for the columns; None for the symmetric kernel.
         params: ``"all"``, ``"trainable"`` or a predicate ``(name, parameter) -> bool``. Tied parameters count once.
         output: ``(model_output, inputs) -> (n, c)``; a classifier's logits if None. See :mod:`ntk.outputs`.
-        reduce: None, ``"trace"``, ``"diagonal"`` or ``"sum"``: see :func:`ntk.kernels.reduce_outputs`.
+        reduce: None, ``"trace"``, ``"diagonal"`` or ``"sum"``: see :func:`ntk.kernels.reduce_outputs`. What is reduced
+            is formed as such: nothing has the c^2 entries of each pair; ``"sum"`` takes one backward pass instead of c.
         method: ``"jacobian"`` is the reference (:mod:`ntk.jacobian`), ``"structured"`` the fast way
             (:mod:`ntk.structured`; costs there). ``"auto"`` takes the fast way for every parameter for which a check on
             one or two examples finds it exact, and the reference for the others; the logger ``ntk`` says at level INFO
@@ -128,12 +129,16 @@ def adapter_kernels(
     """
     if not isinstance(methods, Mapping) or not all(isinstance(method, Method) for method in methods.values()):
         raise TypeError(f"methods must map names to methods such as ntk.adapters.LoRA(rank=8); got {methods!r}")
-    _check_reduction(reduce)
+    layout = layout_of(reduce)
+    options = {
+        "output": summed_outputs(output) if layout.summed else output,
+        "layout": layout,
+        "memory_budget": memory_budget,
+        "progress": progress,
+    }
     wanted = method_kernels(model, methods)
     with evaluation(model, inputs, inputs2):
-        kernels, left = structured.kernels(
-            model, inputs, inputs2, wanted=wanted, output=output, memory_budget=memory_budget, progress=progress
-        )
+        kernels, left = structured.kernels(model, inputs, inputs2, wanted=wanted, **options)
         if lost := [name for name, _ in wanted.layers if name in left]:
             raise NotImplementedError(
                 f"the kernels of adapters beside {lost[0]} cannot be captured ({left[lost[0]]}); "
@@ -141,18 +146,16 @@ def adapter_kernels(
             )
         if left:
             params = {name: p for name, p in select_parameters(model).items() if name in left}
-            rest = jacobian.layer_kernels(
-                model, inputs, inputs2, params=params, output=output, memory_budget=memory_budget, progress=progress
-            )
+            rest = jacobian.layer_kernels(model, inputs, inputs2, params=params, **options)
             for name, kernel in rest.items():
                 for key, share in wanted.shares[name].items():
                     kernels[key] = kernels.get(key, torch.zeros_like(kernel)) + share * kernel
     _check_finite(model, kernels, inputs, inputs2)
-    return {key: reduce_outputs(kernels[key], reduce) for key in methods}
+    return {key: kernels[key] for key in methods}
 
 
 def _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, *, summed):
-    _check_reduction(reduce)
+    layout = layout_of(reduce)
     compute = METHODS.get(method)
     if compute is None:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}; got {method!r}")
@@ -163,18 +166,14 @@ def _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budg
             inputs,
             inputs2,
             params=chosen,
-            output=output,
+            output=summed_outputs(output) if layout.summed else output,
+            layout=layout,
             memory_budget=memory_budget,
             progress=progress,
             summed=summed,
         )
     _check_finite(model, kernels, inputs, inputs2)
-    return {name: reduce_outputs(kernel, reduce) for name, kernel in kernels.items()}
-
-
-def _check_reduction(reduce: str | None) -> None:
-    if reduce is not None and reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be None, {', '.join(map(repr, REDUCTIONS))}; got {reduce!r}")
+    return kernels
 
 
 def _check_finite(model: nn.Module, kernels: dict[str, Tensor], *batches: Inputs | None) -> None:

@@ -39,6 +39,10 @@ class Outer:
         """The feature of another matrix (r, s') that multiplies x ``(N, s')``, with the same gradients."""
         return Outer(x, self.g, self.tokens, False, self.padded)
 
+    def of(self, outputs: slice) -> "Outer":
+        """The feature of some of the outputs."""
+        return Outer(self.x, self.g[outputs], self.tokens, self.transposed, [g[outputs] for g in self.padded])
+
     @property
     def shape(self) -> tuple[int, int]:
         """(n, c)."""
@@ -88,6 +92,10 @@ class Lookup:
     g: Tensor
     tokens: Tokens
 
+    def of(self, outputs: slice) -> "Lookup":
+        """The feature of some of the outputs."""
+        return Lookup(self.ids, self.g[outputs], self.tokens)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(n, c)."""
@@ -124,6 +132,10 @@ class Dense:
     """
 
     value: Tensor
+
+    def of(self, outputs: slice) -> "Dense":
+        """The feature of some of the outputs."""
+        return Dense(self.value[:, outputs])
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,10 +1,13 @@
 """Kernels from features: one parameter's Gram matrix, forming its features slice by slice or not at all.
 
 `_direct` forms features and multiplies them; `_ghost` works on pairs of tokens (Novak et al. 2022, sec. 3; Li et al.
-2022, "ghost"). :func:`gram` takes whichever needs less time.
+2022, "ghost"). :func:`gram` takes whichever needs less time. Outputs are contracted as the kernel's layout says
+(:class:`ntk.kernels.Layout`); k, m and d are its numbers of matrices, of rows, and of outputs in a sum.
 """
 
+import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ntk.features import Dense, Feature, Lookup, Outer
+from ntk.kernels import Layout
 
 # Elements of the largest temporary: 64 MB in float32, which stays in reach of the caches' prefetching.
 CHUNK = 1 << 24
@@ -25,17 +29,19 @@ def gram(
     groups: Sequence[Sequence[Feature]],
     shape: torch.Size,
     split: int | None,
+    layout: Layout,
     chunk: int = CHUNK,
     *,
     signed: bool = False,
 ) -> Tensor:
-    """Kernel of one parameter, over all examples of all groups in their order: ``(n c, n c)``, outputs fast.
+    """Kernel of one parameter, over all examples of all groups in their order: ``(k, n m, n m)``, outputs fast.
 
     Args:
         groups: for each group of examples, the features of every use of the parameter, which add up.
         shape: of the parameter.
         split: with two batches, the number of examples of the first; only its block against the second is computed
             then.
+        layout: what becomes of the outputs.
         chunk: elements of the largest temporary.
         signed: put the sign of each column's feature in place of the feature, which leaves no way but to form it.
     """
@@ -43,59 +49,100 @@ def gram(
     if kinds == {Lookup}:
         groups, count = _renumbered(groups)
         shape = torch.Size((count, shape[-1]))
-    if not signed and len(kinds) == 1 and kinds != {Dense} and _ghost_is_cheaper(groups, shape):
-        return _ghost(groups, split)
-    return _direct(groups, shape, split, chunk, signed=signed)
+    if not signed and len(kinds) == 1 and kinds != {Dense} and _ghost_is_cheaper(groups, shape, layout):
+        return _ghost(groups, split, layout, chunk)
+    return _direct(groups, shape, split, layout, chunk, signed=signed)
 
 
-def signed_product(left: Tensor, split: int | None) -> Tensor:
-    """left sign(left)^T, or its block between two batches."""
-    return left @ left.sign().T if split is None else left[:split] @ left[split:].sign().T
+def product(left: Tensor, split: int | None, *, signed: bool = False) -> Tensor:
+    """left left^T for each of k matrices ``(k, rows, d p)``, or its block between two batches.
+
+    A large symmetric product goes by halves, at 9/16 of the work. With ``signed``, left sign(left)^T.
+    """
+    if split is not None or signed:
+        rows, columns = (left, left) if split is None else (left[:, :split], left[:, split:])
+        return _times(rows, columns.sign() if signed else columns)
+    if left.shape[1] < 2 * _HALF:
+        return _times(left, left)
+    result = left.new_empty(len(left), left.shape[1], left.shape[1])
+    for matrix, out in zip(left, result, strict=True):
+        _symmetric(matrix, out)
+    return result
 
 
-def product(left: Tensor, split: int | None) -> Tensor:
-    """left left^T, or its block between two batches; a large symmetric product by halves, at 9/16 of the work."""
-    if split is not None:
-        return left[:split] @ left[split:].T
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T for each of k matrices."""
+    return torch.mm(left[0], right[0].T)[None] if len(left) == 1 else torch.bmm(left, right.mT)
+
+
+def _symmetric(left: Tensor, out: Tensor) -> None:
     half = len(left) // 2
     if half < _HALF:
-        return left @ left.T
-    result = left.new_empty(len(left), len(left))
-    result[:half, :half] = product(left[:half], None)
-    result[half:, half:] = product(left[half:], None)
-    torch.mm(left[half:], left[:half].T, out=result[half:, :half])
-    result[:half, half:] = result[half:, :half].T
-    return result
+        torch.mm(left, left.T, out=out)
+        return
+    _symmetric(left[:half], out[:half, :half])
+    _symmetric(left[half:], out[half:, half:])
+    torch.mm(left[half:], left[:half].T, out=out[half:, :half])
+    out[:half, half:] = out[half:, :half].T
 
 
 def _direct(
     groups: Sequence[Sequence[Feature]],
     shape: torch.Size,
     split: int | None,
+    layout: Layout,
     chunk: int = CHUNK,
     *,
     signed: bool = False,
 ) -> Tensor:
-    """Feature by feature, a slice of the parameter's rows at a time, skipping rows that are zero for everyone."""
+    """Feature by feature: some outputs at a time, where they do not meet one another, and a slice of rows of those."""
+    width = shape[1:].numel() if shape else 1
+    n, c = sum(features[0].shape[0] for features in groups), groups[0][0].shape[1]
+    k, m, _ = layout.places(c)
+    step = c if m > 1 else max(1, chunk // max(1, n * width))
+    if step >= c:
+        return _formed(groups, shape, split, layout, chunk, signed=signed)
+    found: list[Tensor] = []
+    for first in range(0, c, step):
+        some = [[feature.of(slice(first, first + step)) for feature in features] for features in groups]
+        value = _formed(some, shape, split, layout, chunk, signed=signed)
+        if k > 1 or not found:
+            found.append(value)
+        else:
+            found[0].add_(value)
+    return torch.cat(found) if k > 1 else found[0]
+
+
+def _formed(
+    groups: Sequence[Sequence[Feature]],
+    shape: torch.Size,
+    split: int | None,
+    layout: Layout,
+    chunk: int,
+    *,
+    signed: bool,
+) -> Tensor:
+    """A slice of the parameter's rows at a time, skipping rows that are zero for everyone."""
     rows, width = (shape[0], shape[1:].numel()) if shape else (1, 1)
     sizes = [features[0].shape[0] for features in groups]
     like = groups[0][0].values
     n, c = sum(sizes), groups[0][0].shape[1]
-    count, first = n * c, None if split is None else split * c
-    most = min(rows, max(1, chunk // max(1, count * width)))
-    buffer = like.new_empty(count * most * width)
+    k, m, _ = layout.places(c)
+    first = None if split is None else split * m
+    most = min(rows, max(1, chunk // max(1, n * c * width)))
+    buffer = like.new_empty(n * c * most * width)
     total: Tensor | None = None
     for part in _slices(groups, rows, most):
         inside = part.stop - part.start
-        formed = buffer[: count * inside * width].view(n, c, inside, width)
+        formed = buffer[: n * c * inside * width].view(n, c, inside, width)
         for features, block in zip(groups, formed.split(sizes), strict=True):
             features[0].write(part, block)
             for feature in features[1:]:
                 feature.write(part, block, add=True)
-        value = (signed_product if signed else product)(formed.view(count, inside * width), first)
+        value = product(layout.arrange(formed), first, signed=signed)
         total = value if total is None else total.add_(value)
     if total is None:
-        return like.new_zeros(count, count) if first is None else like.new_zeros(first, count - first)
+        return like.new_zeros(k, n * m, n * m) if split is None else like.new_zeros(k, split * m, (n - split) * m)
     return total
 
 
@@ -115,11 +162,11 @@ def _slices(groups: Sequence[Sequence[Feature]], rows: int, size: int) -> Iterat
 
 @dataclass(frozen=True)
 class _Block:
-    """All tokens of some examples.
+    """Some tokens, one after another.
 
     Attributes:
         x: ``(N, s)``, what a matrix multiplied, or ``(N,)``, which row was read.
-        g: ``(c, N, r)``.
+        g: ``(k, m N, d r)``.
         owner: ``(n, N)``, 1 where a token belongs to an example.
         start: number of the first example.
     """
@@ -130,9 +177,9 @@ class _Block:
     start: int
 
     @property
-    def stop(self) -> int:
-        """One past the number of the last example."""
-        return self.start + len(self.owner)
+    def examples(self) -> slice:
+        """Those that have a token here."""
+        return slice(self.start, self.start + len(self.owner))
 
     def inner(self, other: "_Block") -> Tensor:
         """x . x' for each pair of tokens: ``(N, N')``; of rows of an embedding, 1 where they are the same."""
@@ -141,60 +188,67 @@ class _Block:
         return ((self.x[:, None] == other.x) & (self.x >= 0)[:, None]).to(self.g.dtype)
 
 
-def _ghost(groups: Sequence[Sequence[Feature]], split: int | None) -> Tensor:
+def _ghost(groups: Sequence[Sequence[Feature]], split: int | None, layout: Layout, chunk: int = CHUNK) -> Tensor:
     """sum_ts (g_t . g_s)(x_t . x_s), without forming a feature.
 
     Block by block, small enough to stay in cache; of a symmetric kernel only the upper blocks.
     """
-    blocks = _blocks(groups, split)
-    n, c = blocks[-1].stop, len(blocks[0].g)
-    full = blocks[0].g.new_zeros(n, c, n, c)
-    for i, left in enumerate(blocks):
-        for right in blocks[i:]:
-            if split is not None and not (left.stop <= split <= right.start):
-                continue
-            pairs = left.g.flatten(0, 1) @ right.g.flatten(0, 1).T
-            pairs = pairs.view(c, len(left.x), c, len(right.x))
-            pairs *= left.inner(right)[:, None, :]
-            value = (left.owner @ pairs.flatten(2)).view(c, len(left.owner), c, len(right.x)) @ right.owner.T
-            value = value.permute(1, 0, 3, 2)
-            full[left.start : left.stop, :, right.start : right.stop] = value
-            if split is None and left is not right:
-                full[right.start : right.stop, :, left.start : left.stop] = value.permute(2, 3, 0, 1)
-    full = full.view(n * c, n * c)
-    return full if split is None else full[: split * c, split * c :]
-
-
-def _block_size(g: Tensor) -> int:
-    """Tokens in a block: an accelerator waits for launches rather than for memory, and takes as few as `CHUNK` allows.
-
-    Args:
-        g: ``(c, N, r)``, on the device that multiplies.
-    """
-    return _BLOCK if g.device.type == "cpu" else max(_BLOCK, math.isqrt(CHUNK) // len(g))
-
-
-def _blocks(groups: Sequence[Sequence[Feature]], split: int | None) -> list[_Block]:
-    """The tokens of all groups, cut between examples into blocks, and between two batches."""
     merged = [_merged(features) for features in groups]
     counts = [count for _, _, owned in merged for count in owned]
-    size, starts = _block_size(merged[0][1]), [0]
-    for number in range(1, len(counts)):
-        if number == split or sum(counts[starts[-1] : number + 1]) > size:
-            starts.append(number)
-    x = torch.cat([x for x, _, _ in merged]) if len(merged) > 1 else merged[0][0]
-    blocks: list[_Block] = []
-    offset = 0
-    for start, stop in zip(starts, [*starts[1:], len(counts)], strict=True):
-        mine = torch.tensor(counts[start:stop], device=x.device)
-        count = sum(counts[start:stop])
-        parts = list(_parts(merged, offset, offset + count)) or [merged[0][1][:, :0]]
-        g = torch.cat(parts, dim=1).contiguous()
-        owner = torch.repeat_interleave(torch.eye(len(mine), dtype=g.dtype, device=g.device), mine, dim=1)
-        part = x[offset : offset + count]
-        blocks.append(_Block(part.to(g.dtype) if part.ndim == 2 else part, g, owner, start))
-        offset += count
-    return blocks
+    n, c = len(counts), len(merged[0][1])
+    k, m, _ = layout.places(c)
+    size = _block_size(merged[0][1].device, chunk, k * m**2)
+    before = sum(counts[:split])  # tokens of the first batch
+    left = list(_cut(0, before, size))
+    right = left if split is None else list(_cut(before, sum(counts), size))
+    first = 0 if split is None else split  # example that the first column is of
+    full = merged[0][1].new_zeros(k, n if split is None else split, m, n - first, m)
+    for i, place in enumerate(left):
+        rows = _block(merged, counts, place, layout)
+        for other in right[i if split is None else 0 :]:
+            columns = rows if other == place else _block(merged, counts, other, layout)
+            pairs = _times(rows.g, columns.g).view(k, m, len(rows.x), m, len(columns.x))
+            pairs *= rows.inner(columns)[:, None, :]
+            value = (rows.owner @ pairs.flatten(3)).view(k, m, -1, m, len(columns.x)) @ columns.owner.T
+            value = value.transpose(1, 2).transpose(3, 4)
+            _shifted(full, rows.examples, columns.examples, first).add_(value)
+            if split is None and other != place:
+                _shifted(full, columns.examples, rows.examples, 0).add_(value.permute(0, 3, 4, 1, 2))
+    return full.view(k, full.shape[1] * m, -1)
+
+
+def _shifted(full: Tensor, rows: slice, columns: slice, first: int) -> Tensor:
+    return full[:, rows, :, columns.start - first : columns.stop - first]
+
+
+def _block_size(device: torch.device, chunk: int, size: int) -> int:
+    """Tokens in a block, of whose pairs a temporary has so many elements each.
+
+    An accelerator waits for launches rather than for memory, and takes as few blocks as ``chunk`` allows.
+    """
+    most = max(1, math.isqrt(chunk // size))
+    return min(_BLOCK, most) if device.type == "cpu" else most
+
+
+def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    yield from ((first, min(first + size, stop)) for first in range(start, stop, size))
+
+
+def _block(merged: Sequence["_Merged"], counts: list[int], place: tuple[int, int], layout: Layout) -> _Block:
+    """The tokens from one number to another, which may be a part of an example's."""
+    start, stop = place
+    x, g = ([part[i] for part in _parts(merged, start, stop)] for i in (0, 1))
+    x, g = torch.cat(x), torch.cat(g, dim=1)
+    c, tokens, r = g.shape
+    k, m, d = layout.places(c)
+    g = g.view(k, m, d, tokens, r).transpose(2, 3).reshape(k, m * tokens, d * r)
+    ends = list(itertools.accumulate(counts))
+    first, last = bisect_right(ends, start), bisect_right(ends, stop - 1)
+    inside = [min(stop, ends[i]) - max(start, ends[i] - counts[i]) for i in range(first, last + 1)]
+    owner = torch.repeat_interleave(
+        torch.eye(len(inside), dtype=g.dtype, device=g.device), torch.tensor(inside, device=g.device), dim=1
+    )
+    return _Block(x.to(g.dtype) if x.ndim == 2 else x, g, owner, first)
 
 
 _Merged = tuple[Tensor, Tensor, list[int]]  # x, g and how many tokens each example has
@@ -218,15 +272,15 @@ def _inputs(feature: Feature) -> Tensor:
     return feature.x if isinstance(feature, Outer) else feature.ids
 
 
-def _parts(merged: Sequence[_Merged], start: int, stop: int) -> Iterator[Tensor]:
-    """Gradients of tokens start..stop-1, as slices of the groups that hold them."""
-    for _, g, _ in merged:
-        if start < g.shape[1] and stop > 0:
-            yield g[:, max(0, start) : stop]
-        start, stop = start - g.shape[1], stop - g.shape[1]
+def _parts(merged: Sequence[_Merged], start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and gradients of tokens start..stop-1, as slices of the groups that hold them."""
+    for x, g, _ in merged:
+        if start < len(x) and stop > 0:
+            yield x[max(0, start) : stop], g[:, max(0, start) : stop]
+        start, stop = start - len(x), stop - len(x)
 
 
-def _ghost_is_cheaper(groups: Sequence[Sequence[Feature]], shape: torch.Size) -> bool:
+def _ghost_is_cheaper(groups: Sequence[Sequence[Feature]], shape: torch.Size, layout: Layout) -> bool:
     """Compare the multiplications of the two contractions, weighted by the share of the peak rate that each reaches."""
     tokens, n, c, r, s = 0, 0, 1, 1, 1
     for features in groups:
@@ -237,8 +291,9 @@ def _ghost_is_cheaper(groups: Sequence[Sequence[Feature]], shape: torch.Size) ->
             s = feature.x.shape[-1] if isinstance(feature, Outer) else 0
         n += features[0].shape[0]
     forming = 1.4 * tokens * c * r * s
-    direct = forming + (1 if n * c < 2 * _HALF else 0.75) * (n * c) ** 2 * shape.numel()
-    ghost = 0.65 * tokens**2 * (s + c**2 * r + 20 * c**2)
+    k, m, d = layout.places(c)
+    direct = forming + (1 if n * m < 2 * _HALF else 0.75) * k * (n * m) ** 2 * d * shape.numel()
+    ghost = 0.65 * tokens**2 * (s + k * m**2 * (d * r + 20))
     return ghost < direct
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ntk import inputs as _inputs
 from ntk.functional import Parameters, is_encoder_decoder, output_function
 from ntk.inputs import Group, Inputs
+from ntk.kernels import Layout, mirrored
 from ntk.outputs import Output
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,14 @@ def layer_kernels(
     *,
     params: Parameters,
     output: Output | None,
+    layout: Layout,
     memory_budget: int | float | None,
     progress: bool,
     summed: bool = False,
 ) -> dict[str, Tensor]:
-    """Kernel of each parameter, ``{name: (n1, n2, c, c)}``; with ``summed`` only their sum, under the name ``""``.
+    """Kernel of each parameter, ``{name: (n1, n2, ...)}``; with ``summed`` only their sum, under the name ``""``.
+
+    The output axes are those of ``layout``.
 
     Raises:
         MemoryError: the kernels, or the Jacobians of two single examples, exceed ``memory_budget``; says which.
@@ -53,10 +57,9 @@ def layer_kernels(
     c = _number_of_outputs(model, groups1[0], output, params)
     names = [""] if summed else list(params)
     dtype = _accumulation_dtype(params)
-    size = _tile_size(params, n1, n2, c, len(names), dtype, memory_budget)
+    size = _tile_size(params, n1, n2, c, layout, len(names), dtype, memory_budget)
     device = next(iter(params.values())).device
-    # Examples before outputs on both sides, so that a tile is a contiguous block of rows of a matrix.
-    kernels = {name: torch.zeros(n1, c, n2, c, dtype=dtype, device=device) for name in names}
+    kernels = {name: torch.zeros(n1, n2, *layout.shape(c), dtype=dtype, device=device) for name in names}
 
     tiles1 = _inputs.tiles(groups1, size)
     tiles2 = tiles1 if symmetric else _inputs.tiles(groups2, size)
@@ -68,20 +71,13 @@ def layer_kernels(
                 diagonal = symmetric and i == j
                 columns, jacobian2 = (rows, jacobian1) if diagonal else jacobian(params, tiles2[j])
                 for name in params:
-                    block = _contract(jacobian1[name], jacobian2[name], dtype)
+                    block = layout.contract(jacobian1[name].to(dtype), jacobian2[name].to(dtype))
                     kernel = kernels["" if summed else name]
-                    kernel[rows[:, None], :, columns[None, :], :] += block
+                    kernel[rows[:, None], columns[None, :]] += block
                     if symmetric and not diagonal:
-                        kernel[columns[:, None], :, rows[None, :], :] += block.permute(1, 0, 3, 2)
+                        kernel[columns[:, None], rows[None, :]] += mirrored(block)
                 bar.update()
-    return {name: kernel.transpose(1, 2).contiguous() for name, kernel in kernels.items()}
-
-
-def _contract(jacobian1: Tensor, jacobian2: Tensor, dtype: torch.dtype) -> Tensor:
-    """(b1, c, ...), (b2, c, ...) -> (b1, b2, c, c): the inner product over one parameter."""
-    (b1, c), b2 = jacobian1.shape[:2], jacobian2.shape[0]
-    left, right = (j.reshape(j.shape[0] * c, -1).to(dtype) for j in (jacobian1, jacobian2))
-    return (left @ right.T).reshape(b1, c, b2, c).transpose(1, 2)
+    return kernels
 
 
 def jacobian_function(
@@ -167,13 +163,14 @@ def _accumulation_dtype(params: Parameters) -> torch.dtype:
 
 
 def _tile_size(
-    params: Parameters, n1: int, n2: int, c: int, kernels: int, dtype: torch.dtype, memory_budget: int | float | None
-) -> int:
+    params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels: int, dtype: torch.dtype,
+    memory_budget: int | float | None,
+) -> int:  # fmt: skip
     """Examples a tile, b, so that two tiles of Jacobians and the kernels fit the budget."""
     device = next(iter(params.values())).device
     budget = memory_budget if memory_budget is not None else default_memory_budget(device)
-    # Twice: the result leaves in another order of axes than it is accumulated in.
-    kernel_bytes = 2 * kernels * n1 * n2 * c * c * dtype.itemsize
+    # Twice: what is added to the kernels may be as large as they are.
+    kernel_bytes = 2 * kernels * n1 * n2 * layout.size(c) * dtype.itemsize
     # One example's Jacobian, plus the copy that joining groups or changing dtype makes of the largest parameter.
     example_bytes = c * (
         sum(p.numel() * p.element_size() for p in params.values())
@@ -183,7 +180,9 @@ def _tile_size(
     if budget < minimum:
         total = sum(p.numel() for p in params.values())
         reduce_by = (
-            "fewer examples or outputs" if kernel_bytes > 2 * example_bytes else "fewer parameters (params=) or outputs"
+            f"fewer examples or outputs{smaller_layout(layout, c)}"
+            if kernel_bytes > 2 * example_bytes
+            else "fewer parameters (params=) or outputs"
         )
         raise MemoryError(
             f"the kernel of {n1} x {n2} examples, {c} outputs and {total:,} parameters "
@@ -192,6 +191,11 @@ def _tile_size(
             f"use {reduce_by}, or raise memory_budget"
         )
     return min(max(n1, n2), int((budget - kernel_bytes) // (2 * example_bytes)))
+
+
+def smaller_layout(layout: Layout, c: int) -> str:
+    """What to ask for instead, in words, if a kernel of c outputs is larger than it must be."""
+    return ", or reduce='trace'" if layout.size(c) > 1 else ""
 
 
 def default_memory_budget(device: torch.device) -> int:

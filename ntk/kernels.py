@@ -1,5 +1,8 @@
 """The layout of a kernel: reductions over its output axes and its flattened matrix."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -7,11 +10,73 @@ from torch import Tensor
 Kernel = Float[Tensor, "_ _ ..."]
 """``(n1, n2)`` or ``(n1, n2, c, c)``; functions check the shapes they need themselves, to say what came instead."""
 
-REDUCTIONS = ("trace", "diagonal", "sum")
+
+@dataclass(frozen=True)
+class Layout:
+    """What becomes of the c outputs of two examples' features ``(n, c, p)`` where these are contracted to a kernel.
+
+    Each output has one of three places, c = k m d: a matrix of its own (k), a row of its own, which meets all rows of
+    the other side (m), or a part of the sum that runs over the parameters (d). So every kernel is k products of
+    matrices ``(n m, d p)``, and no more entries are computed than it has.
+
+    Attributes:
+        places: c -> (k, m, d).
+        shape: c -> the output axes that the kernel has behind (n1, n2).
+        summed: the outputs are summed before they are differentiated, so that c is 1 for all that follows.
+    """
+
+    places: Callable[[int], tuple[int, int, int]]
+    shape: Callable[[int], tuple[int, ...]]
+    summed: bool = False
+
+    def size(self, c: int) -> int:
+        """Entries for each pair of examples."""
+        k, m, _ = self.places(c)
+        return k * m**2
+
+    def arrange(self, features: Float[Tensor, "n c ..."]) -> Float[Tensor, "k nm dp"]:
+        """The matrices that are multiplied, examples slow and outputs fast."""
+        n, c, *rest = features.shape
+        k, m, d = self.places(c)
+        return features.reshape(n, k, m, d, *rest).movedim(1, 0).reshape(k, n * m, d * torch.Size(rest).numel())
+
+    def kernel(self, products: Float[Tensor, "k n1m n2m"], c: int) -> Float[Tensor, "n1 n2 ..."]:
+        """The kernel that the products are."""
+        k, m, _ = self.places(c)
+        n1, n2 = (rows // m for rows in products.shape[1:])
+        return products.reshape(k, n1, m, n2, m).permute(1, 3, 0, 2, 4).reshape(n1, n2, *self.shape(c))
+
+    def contract(
+        self, features1: Float[Tensor, "n1 c ..."], features2: Float[Tensor, "n2 c ..."]
+    ) -> Float[Tensor, "n1 n2 ..."]:
+        """The kernel of features; with ``summed``, of the one output that is left."""
+        return self.kernel(self.arrange(features1) @ self.arrange(features2).mT, features1.shape[1])
+
+
+# The argument ``reduce`` of every function that computes kernels; what each gives is in `reduce_outputs`.
+LAYOUTS: dict[str | None, Layout] = {
+    None: Layout(lambda c: (1, c, 1), lambda c: (c, c)),
+    "trace": Layout(lambda c: (1, 1, c), lambda c: ()),
+    "diagonal": Layout(lambda c: (c, 1, 1), lambda c: (c,)),
+    "sum": Layout(lambda c: (1, 1, c), lambda c: (), summed=True),
+}
+
+
+def layout_of(reduce: str | None) -> Layout:
+    """The layout of a reduction.
+
+    Raises:
+        ValueError: there is no such reduction.
+    """
+    if reduce is not None and not (isinstance(reduce, str) and reduce in LAYOUTS):
+        raise ValueError(f"reduce must be {', '.join(map(repr, LAYOUTS))}; got {reduce!r}")
+    return LAYOUTS[reduce]
 
 
 def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: str | None) -> Float[Tensor, "..."]:
-    """Contract the two output axes of a kernel.
+    """Contract the two output axes of a kernel that was computed whole.
+
+    The slow truth of what ``reduce=`` of :func:`ntk.empirical_ntk` forms without the c^2 entries of each pair.
 
     | ``reduce``     | result                    | shape          |
     |----------------|---------------------------|----------------|
@@ -23,16 +88,20 @@ def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: str | None) -> Fl
     ``"sum"`` is the kernel of the summed outputs, the pNTK of Mohamadi, Bae and Sutherland (2023, eq. 3) without
     their 1/c.
     """
+    layout_of(reduce)
     match reduce:
-        case None:
-            return kernel
         case "trace":
             return torch.einsum("ijaa->ij", kernel)
         case "diagonal":
             return torch.einsum("ijaa->ija", kernel).contiguous()
         case "sum":
             return kernel.sum(dim=(2, 3))
-    raise ValueError(f"unknown reduction {reduce!r}")
+    return kernel
+
+
+def mirrored(kernel: Float[Tensor, "n1 n2 ..."]) -> Float[Tensor, "n2 n1 ..."]:
+    """The other half of a symmetric kernel, K[j, i, b, a] = K[i, j, a, b], in any layout."""
+    return kernel.permute(1, 0, 3, 2) if kernel.ndim == 4 else kernel.transpose(0, 1)
 
 
 def flatten(kernel: Kernel) -> Float[Tensor, "rows columns"]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ntk.functional import ParameterChoice, evaluation, select_parameters
 from ntk.inputs import Inputs, batch_size, group_examples
 from ntk.jacobian import selected_jacobian_rows
-from ntk.kernels import Kernel, flatten, reduce_outputs
-from ntk.outputs import Output
+from ntk.kernels import Kernel, flatten, layout_of
+from ntk.outputs import Output, summed_outputs
 
 
 def random_subset_ntk(
@@ -38,6 +38,7 @@ def random_subset_ntk(
         ValueError: m is not between 1 and the number of selected parameters; inputs on another device than
             the model.
     """
+    layout = layout_of(reduce)
     chosen = select_parameters(model, params)
     total = sum(p.numel() for p in chosen.values())
     if not 1 <= m <= total:
@@ -49,14 +50,15 @@ def random_subset_ntk(
     features: dict[int, Tensor] = {}
     with evaluation(model, inputs):
         for rows, block in selected_jacobian_rows(
-            model, inputs, chosen, output, _by_parameter(union, chosen), progress
-        ):
+            model, inputs, chosen, summed_outputs(output) if layout.summed else output, _by_parameter(union, chosen),
+            progress,
+        ):  # fmt: skip
             features.update(zip(rows.tolist(), block, strict=True))
     jacobian = torch.stack([features[i] for i in range(len(features))])  # (n, c, |union|)
     kernels = []
     for subset in subsets:
         J = jacobian[:, :, torch.searchsorted(union, subset).to(jacobian.device)]
-        kernels.append(reduce_outputs(torch.einsum("iap,jbp->ijab", J, J), reduce))
+        kernels.append(layout.contract(J, J))
     return kernels
 
 

@@ -94,6 +94,17 @@ def sum_of_logits(model_output: Any, inputs: Any = None) -> Float[Tensor, "n 1"]
     return values.sum(dim=1, keepdim=True)
 
 
+def summed_outputs(output: Output | None) -> Output:
+    """The sum over the c outputs of another function, or of :func:`logits` if None: ``(n, 1)``."""
+
+    def summed(model_output: Any, inputs: Any) -> Any:
+        value = (output or logits)(model_output, inputs)
+        # Whatever is no (n, c) is left to the caller, who says what was expected.
+        return value.sum(dim=1, keepdim=True) if isinstance(value, Tensor) and value.ndim == 2 else value
+
+    return summed
+
+
 def loss(model_output: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "n 1"]:
     """Each example's loss against ``inputs["labels"]``, ``(n, 1)``.
 

@@ -19,6 +19,7 @@ from ntk import structured
 from ntk.adapters import Method
 from ntk.functional import evaluation, nonfinite_cause
 from ntk.inputs import Inputs
+from ntk.kernels import layout_of
 from ntk.outputs import Output
 from ntk.wanted import method_kernels
 
@@ -57,8 +58,8 @@ def sign_gradient_kernels(
             raise ValueError(f"method {weighed[0]!r} weighs {name}: a sign has no weight, and no mean over draws")
     with evaluation(model, inputs, inputs2):
         kernels, left = structured.kernels(
-            model, inputs, inputs2, wanted=wanted, output=output, memory_budget=memory_budget, progress=progress,
-            signed=True,
+            model, inputs, inputs2, wanted=wanted, output=output, layout=layout_of(None), memory_budget=memory_budget,
+            progress=progress, signed=True,
         )  # fmt: skip
     if left:
         name, why = next(iter(left.items()))

@@ -25,6 +25,7 @@ from ntk.features import Dense, Feature
 from ntk.functional import Parameters, is_encoder_decoder
 from ntk.gram import CHUNK, gram
 from ntk.inputs import Group, Inputs
+from ntk.kernels import Layout, mirrored
 from ntk.outputs import Output
 from ntk.passes import Leaves, Pass, Segment, length, requiring_gradients
 from ntk.plan import IN_PROGRESS, Plan, check_alone, check_together, compare, cut, least_room, weight
@@ -48,6 +49,7 @@ def layer_kernels(
     *,
     params: Parameters,
     output: Output | None,
+    layout: Layout,
     memory_budget: int | float | None,
     progress: bool,
     summed: bool = False,
@@ -56,10 +58,8 @@ def layer_kernels(
 
     Cost and memory as :func:`kernels`.
     """
-    options = {"memory_budget": memory_budget, "progress": progress}
-    found, left = kernels(
-        model, inputs, inputs2, wanted=parameter_kernels(params, summed=summed), output=output, **options
-    )
+    options = {"output": output, "layout": layout, "memory_budget": memory_budget, "progress": progress}
+    found, left = kernels(model, inputs, inputs2, wanted=parameter_kernels(params, summed=summed), **options)
     if left:
         logger.info("by the reference instead: %s", ", ".join(left))
         rest = jacobian.layer_kernels(
@@ -67,7 +67,6 @@ def layer_kernels(
             inputs,
             inputs2,
             params={name: params[name] for name in left},
-            output=output,
             summed=summed,
             **options,
         )
@@ -82,6 +81,7 @@ def kernels(
     *,
     wanted: Wanted,
     output: Output | None,
+    layout: Layout,
     memory_budget: int | float | None,
     progress: bool,
     signed: bool = False,
@@ -111,7 +111,9 @@ def kernels(
         captured = [name for name in left if name not in plan.refused]
         if captured:
             with requiring_gradients(model, captured) as leaves:
-                job = _Job(model, output, leaves, plan, wanted, groups1, groups2, memory_budget, progress, signed)
+                job = _Job(
+                    model, output, leaves, plan, wanted, layout, groups1, groups2, memory_budget, progress, signed
+                )
                 try:
                     _merge(found, job.run())
                 except NotImplementedError as error:
@@ -184,18 +186,18 @@ class _Job:
     """The kernels of all captured parameters, over all examples or a tile of them."""
 
     def __init__(
-        self, model: nn.Module, output: Output | None, leaves: Leaves, plan: Plan, wanted: Wanted,
+        self, model: nn.Module, output: Output | None, leaves: Leaves, plan: Plan, wanted: Wanted, layout: Layout,
         groups1: list[Group], groups2: list[Group], memory_budget: int | float | None, progress: bool,
         signed: bool = False,
     ):  # fmt: skip
         self.model, self.output, self.leaves, self.plan, self.wanted = model, output, leaves, plan, wanted
-        self.groups1, self.groups2 = groups1, groups2
+        self.layout, self.groups1, self.groups2 = layout, groups1, groups2
         self.n1, self.n2 = (sum(len(g.indices) for g in groups) for groups in (groups1, groups2))
         self.progress, self.signed = progress, signed
         self.shared = len(wanted.keys) < len(leaves)  # several parameters' kernels are summed
         self.budget = memory_budget if memory_budget is not None else jacobian.default_memory_budget(plan.device)
         self.chunk = int(min(CHUNK, _TEMPORARY / 3 * self.budget / plan.dtype.itemsize))
-        self.totals: dict[str, Tensor] = {}  # kernel (n1 c, n2 c), the examples in the batches' order
+        self.totals: dict[str, Tensor] = {}  # kernel (k, n1 m, n2 m), the examples in the batches' order
         self.vectors = _Vectors(self.chunk)
         self.longest = max(length(g) for g in (*groups1, *groups2))
         self.spent = 0.0  # of the caller's budget, on kernels of which this job computes a tile
@@ -273,9 +275,8 @@ class _Job:
         Raises:
             MemoryError: two examples are too many.
         """
-        c, width = self.plan.outputs, self.plan.dtype.itemsize
         n2 = self.n2 or self.n1
-        kept = len(self.wanted.keys) * self.n1 * n2 * c**2 * width
+        kept = len(self.wanted.keys) * self._kernel_bytes()
         if self.signed:
             raise MemoryError(
                 f"the features of one layer on all {self.n1 + self.n2} examples do not fit memory_budget, "
@@ -293,8 +294,8 @@ class _Job:
         for left, right in tiles:
             (local1, rows), (local2, columns) = _renumbered(left), _renumbered(right)
             job = _Job(
-                self.model, self.output, self.leaves, self.plan, self.wanted, local1, local2, self.budget - kept,
-                self.progress,
+                self.model, self.output, self.leaves, self.plan, self.wanted, self.layout, local1, local2,
+                self.budget - kept, self.progress,
             )  # fmt: skip
             job.longest, job.spent = self.longest, self.spent + kept
             part = job.run()
@@ -302,7 +303,7 @@ class _Job:
                 whole = kernels[key] if key in kernels else kernels.setdefault(key, self._zeros())
                 whole[rows[:, None], (columns if right else rows)[None, :]] = kernel
                 if right and self.n2 == 0:
-                    whole[columns[:, None], rows[None, :]] = kernel.permute(1, 0, 3, 2)
+                    whole[columns[:, None], rows[None, :]] = mirrored(kernel)
         if wrong := self.plan.refused.keys() & self.leaves.keys():
             raise NotImplementedError(f"some examples use {min(wrong)} in a way that others do not")
         return kernels
@@ -310,20 +311,28 @@ class _Job:
     def _too_little(self) -> MemoryError:
         room = least_room(self.plan.costs, 2 * self.longest, 2)
         kernels = self.budget * (1 - _TEMPORARY) - self._room()
-        least = self.spent + (kernels + room / (1 - IN_PROGRESS)) / (1 - _TEMPORARY)
+        kept = self.spent + kernels / (1 - _TEMPORARY)
+        least = kept + room / (1 - IN_PROGRESS) / (1 - _TEMPORARY)
+        use = (
+            f"fewer examples or outputs{jacobian.smaller_layout(self.layout, self.plan.outputs)}"
+            if 2 * kept > least
+            else "shorter examples, fewer outputs or fewer parameters"
+        )
         return MemoryError(
             f"two examples need at least {jacobian.gigabytes(least)} but memory_budget is "
-            f"{jacobian.gigabytes(self.budget + self.spent)}: raise memory_budget, or use shorter examples or fewer "
-            "parameters"
+            f"{jacobian.gigabytes(self.budget + self.spent)} (kernels {jacobian.gigabytes(kept)}): use {use}, or raise "
+            "memory_budget"
         )
 
     def _room(self) -> float:
         """Bytes left for features and activations beside kernels and temporaries."""
-        width = self.plan.dtype.itemsize
         # The running sum or all of them, one more in the making, and its Gram matrix.
-        kept = 2 + len(self.wanted.keys)
-        kernels = kept * self.n1 * (self.n2 or self.n1) * self.plan.outputs**2 * width
-        return self.budget - kernels - 3 * self.chunk * width
+        kernels = (2 + len(self.wanted.keys)) * self._kernel_bytes()
+        return self.budget - kernels - 3 * self.chunk * self.plan.dtype.itemsize
+
+    def _kernel_bytes(self) -> int:
+        entries = self.n1 * (self.n2 or self.n1) * self.layout.size(self.plan.outputs)
+        return entries * self.plan.dtype.itemsize
 
     def _batches(self, groups: list[Group], most_tokens: int) -> list[Group]:
         """Groups of similar length run together, cut to what fits in memory."""
@@ -346,14 +355,14 @@ class _Job:
         count = sum(sizes[i] for i in used)
         if split == 0 or split == count:
             return
-        matrix = gram([slot.features[i] for i in used], slot.shape, split, self.chunk, signed=self.signed)
-        matrix = matrix.to(self.plan.dtype)
+        features = [slot.features[i] for i in used]
+        matrix = gram(features, slot.shape, split, self.layout, self.chunk, signed=self.signed).to(self.plan.dtype)
         if len(used) < len(batches):
-            c = self.plan.outputs
-            places = torch.cat([torch.arange(starts[i] * c, starts[i + 1] * c) for i in used]).to(self.plan.device)
-            rows, columns = (places, places) if split is None else (places[: split * c], places[split * c :])
-            whole = matrix.new_zeros(self.n1 * c, (self.n2 or self.n1) * c)
-            whole[rows[:, None], (columns - (self.n1 * c if self.n2 else 0))[None, :]] = matrix
+            k, m, _ = self.layout.places(self.plan.outputs)
+            places = torch.cat([torch.arange(starts[i] * m, starts[i + 1] * m) for i in used]).to(self.plan.device)
+            rows, columns = (places, places) if split is None else (places[: split * m], places[split * m :])
+            whole = matrix.new_zeros(k, self.n1 * m, (self.n2 or self.n1) * m)
+            whole[:, rows[:, None], (columns - (self.n1 * m if self.n2 else 0))[None, :]] = matrix
             matrix = whole
         for key, share in slot.shares.items():
             if key in self.totals:
@@ -362,19 +371,17 @@ class _Job:
                 self.totals[key] = matrix * share
 
     def _in_order(self, total: Tensor, left: list[Group], right: list[Group]) -> Tensor:
-        """The kernel (n1, n2, c, c), the examples in their own order."""
-        c = self.plan.outputs
+        """The kernel ``(n1, n2, ...)``, the examples in their own order."""
         rows, columns = (
             torch.tensor([i for g in side for i in g.indices], device=total.device) for side in (left, right or left)
         )
         kernel = self._zeros()
-        blocks = total.view(len(rows), c, len(columns), c)
-        kernel[rows[:, None], columns[None, :]] = blocks.transpose(1, 2)
+        kernel[rows[:, None], columns[None, :]] = self.layout.kernel(total, self.plan.outputs)
         return kernel
 
     def _zeros(self) -> Tensor:
-        c = self.plan.outputs
-        return torch.zeros(self.n1, self.n2 or self.n1, c, c, dtype=self.plan.dtype, device=self.plan.device)
+        shape = self.n1, self.n2 or self.n1, *self.layout.shape(self.plan.outputs)
+        return torch.zeros(shape, dtype=self.plan.dtype, device=self.plan.device)
 
 
 def _halves(groups: list[Group], n: int) -> list[list[Group]]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ntk import gram
 from ntk.features import Lookup, Outer
+from ntk.kernels import LAYOUTS, reduce_outputs
 from ntk.tokens import Gradients, Packing
 
 
@@ -33,11 +34,14 @@ def test_both_contractions_agree(n, c, t, r, s, transposed, uses, data):
         groups.append(group)
         dense.append(whole)
     shape = torch.Size((s, r) if transposed else (r, s))
-    dense = torch.cat(dense).flatten(2).flatten(0, 1)
-    for split in (None, n):
-        expected = dense @ dense.T if split is None else dense[: n * c] @ dense[n * c :].T
-        for contract in (gram._ghost, lambda g, k: gram._direct(g, shape, k)):
-            torch.testing.assert_close(contract(groups, split), expected, rtol=1e-10, atol=1e-10)
+    for split, reduce, expected in expectations(torch.cat(dense), n):
+        layout = LAYOUTS[reduce]
+        for chunk in (gram.CHUNK, 20):  # The smaller one takes some rows, outputs, or tokens of an example at a time.
+            for found in (
+                gram._ghost(groups, split, layout, chunk),
+                gram._direct(groups, shape, split, layout, chunk),
+            ):
+                torch.testing.assert_close(layout.kernel(found, c), expected, rtol=1e-10, atol=1e-10)
 
 
 @settings(max_examples=25, deadline=None)
@@ -62,17 +66,36 @@ def test_both_contractions_of_an_embedding_agree(n, c, t, rows, block, uses, dat
             whole += torch.einsum("nctr,ntv->ncvr", g, (ids[..., None] == torch.arange(rows)).double())
         groups.append(group)
         dense.append(whole)
-    dense = torch.cat(dense).flatten(2).flatten(0, 1)
-    for split in (None, n):
-        expected = dense @ dense.T if split is None else dense[: n * c] @ dense[n * c :].T
+    for split, reduce, expected in expectations(torch.cat(dense), n):
+        layout = LAYOUTS[reduce]
         with mock.patch.object(gram, "_BLOCK", block):
-            torch.testing.assert_close(gram._ghost(groups, split), expected, rtol=1e-10, atol=1e-10)
-        found = gram._direct(groups, torch.Size((rows, 3)), split)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+            found = layout.kernel(gram._ghost(groups, split, layout), c)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        for chunk in (gram.CHUNK, 10):
+            found = layout.kernel(gram._direct(groups, torch.Size((rows, 3)), split, layout, chunk), c)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_blocks_on_an_accelerator_hold_as_many_pairs_as_a_temporary_may():
-    on_cpu, elsewhere = torch.empty(3, 5, 2), torch.empty(3, 5, 2, device="meta")
-    assert gram._block_size(on_cpu) == gram._BLOCK
-    assert gram.CHUNK / 2 < (3 * gram._block_size(elsewhere)) ** 2 <= gram.CHUNK
-    assert gram._block_size(torch.empty(1000, 5, 2, device="meta")) == gram._BLOCK
+def expectations(dense, n):
+    """(examples of the first batch, reduction, its kernel) of features ``(n, c, ...)``, by the kernel's definition."""
+    flat = dense.flatten(2)
+    for split, left, right in ((None, flat, flat), (n, flat[:n], flat[n:])):
+        whole = torch.einsum("iap,jbp->ijab", left, right)
+        for reduce in (None, "trace", "diagonal"):
+            yield split, reduce, reduce_outputs(whole, reduce)
+
+
+def test_large_symmetric_products_by_halves():
+    generator = torch.Generator().manual_seed(0)
+    for k, rows in ((1, 2 * gram._HALF + 3), (2, 2 * gram._HALF), (3, 5)):
+        left = torch.randn(k, rows, 7, generator=generator, dtype=torch.float64)
+        torch.testing.assert_close(gram.product(left, None), left @ left.mT, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_hold_no_more_pairs_than_a_temporary_may():
+    cpu, elsewhere = torch.device("cpu"), torch.device("meta")
+    assert gram._block_size(cpu, gram.CHUNK, 3**2) == gram._BLOCK
+    assert gram.CHUNK / 2 < (3 * gram._block_size(elsewhere, gram.CHUNK, 3**2)) ** 2 <= gram.CHUNK
+    for device in (cpu, elsewhere):
+        assert (100 * gram._block_size(device, gram.CHUNK, 100**2)) ** 2 <= gram.CHUNK
+        assert gram._block_size(device, 10, 100**2) == 1
