@@ -1,4 +1,4 @@
-"""A look at the first forward pass and the first optimizer step of training, for what would fail in silence."""
+"""A look at the first forward pass and the first optimizer steps of training, for what would fail in silence."""
 
 import warnings
 import weakref
@@ -9,11 +9,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from propulsion.layer import PropulsionLayer
-from propulsion.optim import SCALE_NAME, warn_of_traps
+from propulsion.optim import SCALE_NAME, largest_rate, warn_of_traps
 
 
 def watch(model: nn.Module) -> None:
-    """Have the next forward pass in training mode looked at, and the first step of an optimizer of its scales."""
+    """Have the next forward pass in training mode looked at, and the steps of an optimizer of its scales."""
     if not is_watched(model):
         model.register_forward_pre_hook(_look)
 
@@ -37,41 +37,71 @@ def _look(model: nn.Module, args: Any) -> None:
     unwatched(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PropulsionLayer) and _is_active(m)}
     called: set[nn.Module] = set()
+    for layer in layers.values():
+        layer._was_read = False
     handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers.values()]
+
+    dead: list[str] = []
 
     def finish(model: nn.Module, args: Any, output: Any) -> None:
         for handle in handles:
             handle.remove()
-        dead = [name for name, layer in layers.items() if layer not in called]
+        dead.extend(name for name, layer in layers.items() if layer not in called and not layer._was_read)
         if dead and output is not None:
-            warnings.warn(
-                f"the model did not call {dead[0]!r}{f' and {len(dead) - 1} others' if dead[1:] else ''} in this pass: "
-                "the scales there have no effect. Leave such modules out with exclude_modules",
-                stacklevel=2,
-            )
+            _warn_of_dead(f"the model did not call {_several(dead)} in this pass, nor read its weight")
 
     handles.append(model.register_forward_hook(finish, always_call=True))
-    _watch_first_step(model)
+    _watch_steps(model, dead)
 
 
 def _is_active(layer: PropulsionLayer) -> bool:
     return not (layer.disable_adapters or layer.merged) and any(n in layer.propulsion_z for n in layer.active_adapters)
 
 
-def _watch_first_step(model: nn.Module) -> None:
-    """Have `warn_of_traps` look at the first optimizer that steps on a scale of this model, once."""
+def _rates_are_elsewhere(optimizer: torch.optim.Optimizer) -> bool:
+    rates = (group["lr"] for group in optimizer.param_groups)
+    return any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates)
+
+
+def _several(names: list[str]) -> str:
+    return f"{names[0]!r}{f' and {len(names) - 1} others' if names[1:] else ''}"
+
+
+def _warn_of_dead(what: str) -> None:
+    warnings.warn(f"{what}: the scales there have no effect. Leave such modules out with exclude_modules", stacklevel=3)
+
+
+def _watch_steps(model: nn.Module, known: list[str]) -> None:
+    """Look at the first optimizer that steps on a scale of this model, and again whenever its rate rises.
+
+    Args:
+        model: the model.
+        known: modules whose scales are known to have no effect.
+    """
     watched = weakref.ref(model)
-    done = False
+    first: weakref.ref[torch.optim.Optimizer] | None = None
+    judged = 0.0
 
     def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal done
-        model = None if done else watched()
-        if model is None:
+        nonlocal first, judged
+        model = watched()
+        if model is None or (first is not None and first() is not optimizer):
             return
-        scales = {id(p) for name, p in model.named_parameters() if SCALE_NAME in name}
-        if any(id(p) in scales for group in optimizer.param_groups for p in group["params"]):
-            done = True
-            warn_of_traps(model, optimizer)
+        # Later steps are looked at where that waits for no accelerator.
+        if first is not None and (_rates_are_elsewhere(optimizer) or largest_rate(optimizer) <= judged):
+            return
+        scales = {id(p): name for name, p in model.named_parameters() if SCALE_NAME in name}
+        stepped = [p for group in optimizer.param_groups for p in group["params"] if id(p) in scales]
+        if not stepped:
+            return
+        # An optimizer that is given the loss to compute has no gradients before it does.
+        if first is None and not any(callable(given) for given in (*args, *kwargs.values())):
+            without = [scales[id(p)] for p in stepped if p.requires_grad and p.grad is None]
+            names = [name.partition(f".{SCALE_NAME}")[0] for name in without]
+            if unknown := [name for name in names if name not in known]:
+                _warn_of_dead(f"no gradient has reached the scales of {_several(unknown)} in this step")
+        first = weakref.ref(optimizer)
+        judged = float("inf") if warn_of_traps(model, optimizer) else largest_rate(optimizer)
 
     # A hook cannot remove itself while hooks run.
     weakref.finalize(model, register_optimizer_step_pre_hook(look).remove)

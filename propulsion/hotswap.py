@@ -5,19 +5,20 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.utils.save_and_load import load_peft_weights
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
 from propulsion.config import PropulsionConfig
 from propulsion.layer import PropulsionLayer
-from propulsion.registration import PREFIX
 
 # What a compiled model has as constants.
 _FIXED = ("degree", "degree_pattern", "vectors", "pooling")
 
 
 def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "default") -> None:
-    """Overwrite an adapter's z by those that `save_pretrained` wrote, in place, as `peft.utils.hotswap` does for LoRA.
+    """Overwrite an adapter by one that `save_pretrained` wrote, in place, as `peft.utils.hotswap` does for LoRA.
+
+    What was trained in full beside the scales, as a head, is overwritten too.
 
     Args:
         model: a PeftModel with the adapter, compiled or not.
@@ -25,8 +26,8 @@ def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "d
         adapter_name: the loaded adapter's.
 
     Raises:
-        ValueError: there is no such adapter, the adapters differ in degree, vectors, pooling, modules or shapes, the
-            adapter is merged, or heads were trained beside it; nothing has changed then.
+        ValueError: there is no such adapter, the adapters differ in degree, vectors, pooling, modules, what is trained
+            beside the scales or shapes, or the adapter is merged; nothing has changed then.
     """
     network: Any = getattr(model, "_orig_mod", model)
     if adapter_name not in network.peft_config:
@@ -42,17 +43,17 @@ def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "d
             )
     if any(adapter_name in m.merged_adapters for m in network.modules() if isinstance(m, PropulsionLayer)):
         raise ValueError(f"expected an unmerged adapter {adapter_name!r}: call unmerge_adapter() first")
-    own = {
-        name.removesuffix(f".{adapter_name}"): p
-        for name, p in network.named_parameters()
-        if f".{PREFIX}" in name and name.endswith(f".{adapter_name}")
-    }
+    own = get_peft_model_state_dict(network, adapter_name=adapter_name, save_embedding_layers=False)
     values = load_peft_weights(str(folder), device="cpu")
     if different := sorted(own.keys() ^ values.keys()):
-        raise ValueError(f"expected an adapter of the same modules, got one that differs in {different[0]}")
+        where = "this model's" if different[0] in own else f"the one in {folder}"
+        raise ValueError(
+            f"expected adapters of the same modules and heads, but only {where} has {different[0]}: load it with "
+            "load_adapter instead"
+        )
     for name, p in own.items():
         if p.shape != values[name].shape:
             raise ValueError(f"expected {name} of shape {tuple(p.shape)}, got {tuple(values[name].shape)}")
     with torch.no_grad():
-        for name, p in own.items():
+        for name, p in own.items():  # The parameters' own memory, without the history of their gradients.
             p.copy_(values[name])

@@ -22,15 +22,15 @@ class PropulsionLinear(PropulsionLayer):
         return base.in_features, base.out_features
 
     @property
-    def weight(self) -> Tensor:
-        """Of the layer beneath; of backends that have none, what they keep in its place."""
+    def base_weight(self) -> Tensor:
+        """Weight of the layer beneath; of backends that have none, what they keep in its place."""
         base: Any = self.get_base_layer()
         found = next((w for name in ("weight", "qweight", "W_q") if (w := getattr(base, name, None)) is not None), None)
         return next(t for t in (*base.parameters(), *base.buffers())) if found is None else found
 
     def probe(self) -> Tensor | None:
         """Two inputs."""
-        x = torch.linspace(-1, 1, 2 * self.in_features, device=self.weight.device, dtype=self.weight.dtype)
+        x = torch.linspace(-1, 1, 2 * self.in_features, device=self.base_weight.device, dtype=self.base_weight.dtype)
         return x.reshape(2, -1)
 
 
@@ -55,7 +55,7 @@ class PropulsionEmbedding(PropulsionLayer):
 
     def probe(self) -> Tensor | None:
         """Some of the vocabulary."""
-        return torch.arange(min(4, len(self.weight)), device=self.weight.device)[None]
+        return torch.arange(min(4, len(self.base_weight)), device=self.base_weight.device)[None]
 
 
 class PropulsionConvolution(PropulsionLayer):
@@ -71,7 +71,7 @@ class PropulsionConvolution(PropulsionLayer):
     @property
     def kernel_axes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """One, two or three."""
-        return self.weight.ndim - 2
+        return self.base_weight.ndim - 2
 
 
 class PropulsionNorm(PropulsionLayer):
@@ -81,44 +81,71 @@ class PropulsionNorm(PropulsionLayer):
     """
 
     weight_axis = 0
+    _added: int | None = None
 
     def features(self) -> tuple[int, int]:
         """The normalised axis."""
-        return self.weight.numel(), self.weight.numel()
+        return self.base_weight.numel(), self.base_weight.numel()
+
+    def _times(self, name: str, value: Tensor, scale: Tensor) -> Tensor:
+        if name == "bias":
+            return super()._times(name, value, scale)
+        shift = self._shift()
+        return ((value.to(scale.dtype) + shift) * scale.to(value.device) - shift).to(value.dtype)
 
     @torch.no_grad()
-    def _scaled(self, parameters: dict[str, nn.Parameter], adapter_names: list[str]) -> dict[str, nn.Parameter]:
-        scale = self.scale(adapter_names)
-        assert scale is not None
-        base, weight = self.get_base_layer(), parameters["weight"]
-        current = {name: getattr(base, name) for name in parameters}
-        x = torch.linspace(-1, 1, self.out_features, device=weight.device, dtype=weight.dtype)
-        x = torch.stack([x, x.roll(1).cos()])
-        # Many norms compute in float32, whatever the dtype of their weight.
-        tolerance = 8 * max(torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32))
-        try:
-            self._put(base, parameters)
-            expected = (base(x) * scale).to(weight.dtype)
-            found = []
-            for shift in (0, 1):
-                values = {name: p * scale for name, p in parameters.items()}
-                values["weight"] = (weight.to(scale.dtype) + shift) * scale - shift
-                merged = {
-                    name: nn.Parameter(value.to(parameters[name].dtype), requires_grad=parameters[name].requires_grad)
-                    for name, value in values.items()
-                }
-                self._put(base, merged)
-                found.append((float((base(x) - expected).abs().max()), merged))
-        finally:
-            self._put(base, current)
-        error, merged = min(found, key=lambda pair: pair[0])
-        size = float(expected.abs().max() + (1 + weight.abs().max()) * scale.abs().max())
-        if error <= tolerance * size or not expected.isfinite().all():
-            return merged
-        raise ValueError(
-            f"expected a norm that multiplies by its weight, or by one plus it, to merge into; {type(base).__name__} "
-            "does neither: keep the adapter unmerged"
-        )
+    def _shift(self) -> int:
+        """What the norm adds to its weight before it multiplies by it, 0 or 1; found by trying, once.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        base: Any = self.get_base_layer()
+        if base.weight.is_meta or (isinstance(base, (nn.LayerNorm, nn.RMSNorm)) and _has_forward_of_torch(base)):
+            return 0
+        if self._added is None:
+            found = {shift: _error_of(base, shift) for shift in (0, 1)}
+            shift = min(found, key=lambda shift: found[shift])
+            if found[shift] > 1:
+                raise ValueError(
+                    f"expected a norm that multiplies by its weight, or by one plus it, to merge into or to be read; "
+                    f"{type(base).__name__} does neither: keep the adapter unmerged, or leave the norm out"
+                )
+            self._added = shift
+        return self._added
+
+
+def _has_forward_of_torch(base: nn.Module) -> bool:
+    return type(base).forward.__module__.startswith("torch.nn.")
+
+
+def _error_of(base: Any, shift: int) -> float:
+    """How far a norm is from one that multiplies by its weight plus `shift`: in units of rounding, below 1 if it is."""
+    parameters = {name: p for name in ("weight", "bias") if (p := getattr(base, name, None)) is not None}
+    weight = parameters["weight"]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    x = torch.linspace(-1, 1, weight.numel(), device=weight.device, dtype=weight.dtype)
+    x = torch.stack([x, x.roll(1).cos()])
+    # A weight and a scale of several sizes; the norm's own weight may be of zeros.
+    scale = 1.5 + torch.linspace(-3, 3, weight.numel(), device=weight.device, dtype=wide).sin()
+    first = {name: torch.ones_like(p) + 0.5 * x[0] for name, p in parameters.items()}
+    second = {name: p * scale for name, p in first.items()}
+    second["weight"] = (first["weight"] + shift) * scale - shift
+    outputs = []
+    try:
+        for values in (first, second):
+            for name, value in values.items():
+                setattr(base, name, nn.Parameter(value.to(weight.dtype), requires_grad=False))
+            outputs.append(base(x).to(wide))
+    except (TypeError, IndexError, RuntimeError):
+        return float("inf")  # Called in a way of its own.
+    finally:
+        for name, p in parameters.items():
+            setattr(base, name, p)
+    # Many norms compute in float32, whatever the dtype of their weight.
+    precision = 32 * max(torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32))
+    error = (outputs[1] - outputs[0] * scale).abs().max() / (precision * outputs[1].abs().max())
+    return float(error)
 
 
 LAYERS: dict[type[nn.Module], type[PropulsionLayer]] = {

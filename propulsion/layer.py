@@ -1,5 +1,6 @@
 """The layer of Propulsion: y = z^k * v (Kowsher et al. 2024, Eq. 1-3)."""
 
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from propulsion import quantised
 from propulsion.config import PropulsionConfig
 from propulsion.lean import SMALLEST, multiply, transforms_active
+from propulsion.outside_reads import OfSeveralAdapters
 from propulsion.scale import initial_vectors, scale_of
 
 _NOISE = 0.02
@@ -45,6 +47,10 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     the scales alone. A quantised weight merges into its own scales where it has one for each output
     (`propulsion.quantised`).
 
+    A model that reads the layer's `weight` and `bias`, and does not call it, as fused kernels, Mamba and tied readouts
+    do, finds z^k in them: it computes what it would with the merged layer, and gradients reach z. The other attributes
+    are those of the layer beneath.
+
     Abstract: a subclass says along which axis of the weight the outputs lie, and how many axes follow them in the
     output.
     """
@@ -65,8 +71,6 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         lean: bool | None = None,
     ):
         super().__init__()
-        self.base_layer = base_layer
-        self.propulsion_z = Scales()
         self.degree: dict[str, int | float] = {}
         self.pooling: dict[str, str] = {}
         self.merged_adapters: list[str] = []
@@ -76,13 +80,97 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self._lean = False
         self._far: tuple[tuple, bool] = ((), False)
         self._together: list[PropulsionLayer] = []
-        self.in_features, self.out_features = self.features()
+        self._key = name
+        self._was_read = False
+        self._of_examples: list[str] | None = None
+        # After all others, as a layer beneath takes the attributes that it has.
+        self.base_layer = base_layer
+        self.propulsion_z = Scales()
         self.update_layer(adapter_name, config, name, lean=lean)
 
     def features(self) -> tuple[int, int]:
         """(d_in, d_out) of the layer beneath."""
-        shape = self.weight.shape
+        shape = self.base_weight.shape
         return shape[1 - self.weight_axis], shape[self.weight_axis]
+
+    @property
+    def in_features(self) -> int:
+        """d_in."""
+        return self.features()[0]
+
+    @property
+    def out_features(self) -> int:
+        """d_out."""
+        return self.features()[1]
+
+    @property
+    def base_weight(self) -> Tensor:
+        """Weight of the layer beneath."""
+        return self.get_base_layer().weight  # pyright: ignore[reportReturnType]
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The weight with which the layer beneath would do what this layer does: diag(z^k) W, formed at each read.
+
+        That of the layer beneath itself where no adapter acts, where it is merged, and where it is quantised.
+
+        Raises:
+            ValueError: the layer beneath is a norm that does not multiply by its weight, nor by one plus it.
+        """
+        return self._as_read("weight")
+
+    @property
+    def bias(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `weight`: z^k * b."""
+        return self._as_read("bias")
+
+    def _as_read(self, name: str) -> Any:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        value: Any = self.base_weight if name == "weight" else self.get_base_layer().bias
+        if value is None or self.disable_adapters or self.merged or quantised.is_quantised(value):
+            return value
+        names = self.active_adapters if self._of_examples is None else self._of_examples
+        if self._of_examples is not None and len(set(names)) > 1 and set(names) & set(self.propulsion_z):
+            return OfSeveralAdapters.of(value, self._key)
+        scale = self.scale(list(dict.fromkeys(names)))
+        if scale is None:
+            return value
+        if not torch.compiler.is_compiling():
+            self._was_read = True
+        return self._times(name, value, scale)
+
+    def _times(self, name: str, value: Tensor, scale: Tensor) -> Tensor:
+        """The weight or bias times the scale, computed in the wider dtype of the two and rounded once."""
+        shape = [1] * value.ndim
+        shape[self.weight_axis if name == "weight" else 0] = -1
+        return (value * scale.view(shape).to(value.device)).to(value.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the layer beneath answers: `eps`, `num_embeddings`, `kernel_size`, methods of a class of its own.
+
+        Such methods and properties find this layer as their `self`, and so the scaled weight. Names that begin with an
+        underscore are not looked up there: by those, libraries mark the module itself.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # A copy is asked before it has modules; and an error within `weight` must not end with the unscaled one.
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name.startswith("_") or isinstance(getattr(type(self), name, None), property):
+                raise
+        owner = next((cls for cls in type(base).__mro__ if name in vars(cls)), None)
+        found = None if owner is None or owner.__module__.startswith("torch.nn.") else vars(owner)[name]
+        return found.__get__(self) if isinstance(found, (types.FunctionType, property)) else getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute where it is: on the layer beneath, if only that has it."""
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        own = name.startswith("_") or base is None or hasattr(type(self), name) or name in self.__dict__
+        if own or name in self._modules or name in self._parameters or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
 
     def update_layer(
         self, adapter_name: str, config: PropulsionConfig, name: str = "", *, lean: bool | None = None
@@ -95,7 +183,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             name: of the module, which `degree_pattern` may single out.
             lean: what to keep for the backward pass where the configuration leaves it open.
         """
-        weight = self.weight
+        weight = self.base_weight
         degree = config.degree_pattern.get(get_pattern_key(list(config.degree_pattern), name), config.degree)
         z = initial_vectors(
             config.vectors,
@@ -115,9 +203,9 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move z: peft would cast it to the layer's dtype as well, and round what it has just loaded."""
         z: Any = self.propulsion_z.get(adapter_name)
-        if z is not None and "meta" not in (z.device.type, self.weight.device.type):
-            dtype = torch.float64 if self.weight.dtype == torch.float64 else z.dtype
-            z.data = z.data.to(self.weight.device if device is None else device, dtype)
+        if z is not None and "meta" not in (z.device.type, self.base_weight.device.type):
+            dtype = torch.float64 if self.base_weight.dtype == torch.float64 else z.dtype
+            z.data = z.data.to(self.base_weight.device if device is None else device, dtype)
 
     def scale(self, adapter_names: Sequence[str]) -> Float[Tensor, "d_out"] | None:
         """The product of the scales of those of the named adapters that this layer has; None if it has none."""
@@ -198,7 +286,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         `z.data` goes unnoticed there, and exactly z = 0 then gives a gradient that is not a number.
         """
         scales = {layer: layer.scale(layer.active_adapters) for layer in self._together or [self] if layer._lean}
-        smallest = [scale.abs().amin().to(self.weight.device) for scale in scales.values() if scale is not None]
+        smallest = [scale.abs().amin().to(self.base_weight.device) for scale in scales.values() if scale is not None]
         values = iter(torch.stack(smallest).tolist())
         for layer, scale in scales.items():
             layer._far = (layer._state(), scale is not None and next(values) >= SMALLEST)
@@ -263,16 +351,13 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _scaled(self, parameters: dict[str, nn.Parameter], adapter_names: list[str]) -> dict[str, nn.Parameter]:
-        """The weight and bias times the scale, computed in the wider dtype of the two and rounded once."""
+        """The weight and bias times the scale, as new parameters."""
         scale = self.scale(adapter_names)
         assert scale is not None
-        shape = [1] * parameters["weight"].ndim
-        shape[self.weight_axis] = -1
-        along = {"weight": scale.view(shape), "bias": scale}
         return {
             name: quantised.scaled(p, scale)
             if quantised.is_quantised(p)
-            else nn.Parameter((p * along[name].to(p.device)).to(p.dtype), requires_grad=p.requires_grad)
+            else nn.Parameter(self._times(name, p, scale), requires_grad=p.requires_grad)
             for name, p in parameters.items()
         }
 
@@ -282,7 +367,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _check_mergeable(self, base: nn.Module, adapter_names: list[str]) -> None:
-        weight, scale = self.weight, self.scale(adapter_names)
+        weight, scale = self.base_weight, self.scale(adapter_names)
         assert scale is not None
         if quantised.is_quantised(weight) and (reason := quantised.obstacle(weight, scale, self.weight_axis)):
             raise ValueError(
@@ -307,7 +392,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _check_follows(self, base: nn.Module, merged: dict[str, nn.Parameter], adapter_names: list[str]) -> None:
         """Try the merged weight on layers with a forward of their own, which may do more than multiply by it."""
-        x = None if _is_torchs_own(base) or quantised.is_quantised(self.weight) else self.probe()
+        x = None if _is_torchs_own(base) or quantised.is_quantised(self.base_weight) else self.probe()
         if x is None:
             return
         names = [name for name in adapter_names if name not in self.merged_adapters]
@@ -323,7 +408,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         finally:
             self._put(base, current)
             base.train(training)
-        precision = torch.finfo(self.weight.dtype).eps * 64
+        precision = torch.finfo(self.base_weight.dtype).eps * 64
         if bool(error > precision * (expected.abs().max() + 1)):
             raise ValueError(
                 f"expected a layer that multiplies by its weight to merge into; {type(base).__name__} does more in its "

@@ -11,12 +11,14 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from propulsion.config import PropulsionConfig
 from propulsion.first_pass import is_watched, unwatched, watch
+from propulsion.heads import check_merged_with_head, of_each_example, trained_modules
+from propulsion.heads import combined as combined_heads
 from propulsion.kinds import LAYERS, layer_class
 from propulsion.layer import BASE, PropulsionLayer
 from propulsion.positions import base_modules, bypass, leaves_outputs_alone, resolve, shared_by_all_examples
@@ -124,6 +126,12 @@ class PropulsionModel(BaseTuner):
         watch(model)
         return result
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """As in peft, which asks adapted layers for the biases that are to be trained: those beneath, unscaled."""
+        layers = [module for module in model.modules() if isinstance(module, PropulsionLayer)]
+        with _read_as(layers, []):
+            super()._mark_only_adapters_as_trainable(model)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own."""
         return self.model(*args, **kwargs) if is_watched(self.model) else self.model.forward(*args, **kwargs)
@@ -134,9 +142,17 @@ class PropulsionModel(BaseTuner):
             self.unmerge_adapter()
         return unwatched(super().unload())
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Return the base model with the adapters merged into it."""
-        return unwatched(super().merge_and_unload(*args, **kwargs))
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in peft, after a look at whether the trained heads are those of the adapters to merge."""
+        check_merged_with_head(self.model, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Return the base model with the adapters merged into it, and with their trained heads."""
+        check_merged_with_head(self.model, adapter_names)
+        return unwatched(super().merge_and_unload(progressbar, safe_merge, adapter_names))
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """Nothing to warn of: a tied embedding and head have one weight and each a z of its own."""
@@ -159,30 +175,36 @@ class PropulsionModel(BaseTuner):
         beams = kwargs.get("num_beams")
         repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
 
-        def hand_over(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            return args, {**kwargs, "adapter_names": repeated}
-
-        handles = []
         # A decoder by itself may call itself its encoder.
         two_sided = beams and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         encoder: Any = self.model.get_encoder() if two_sided else None
         inside = {id(module) for module in encoder.modules()} if isinstance(encoder, nn.Module) else set()
 
-        def hand_over_once(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            return args, {**kwargs, "adapter_names": names}  # an encoder runs before the beams part
+        def of(module: nn.Module) -> list[str]:
+            return names if id(module) in inside else repeated  # an encoder runs before the beams part
 
-        for name, module in self.model.named_modules():
-            if isinstance(module, PropulsionLayer) and shared_by_all_examples(self.model, name):
-                if set(names) & set(module.propulsion_z):
-                    raise ValueError(
-                        f"the output of {name!r} is shared by all examples of a batch, and cannot be scaled by each "
-                        "one's own adapter: leave it out of the adapters (exclude_modules) to mix them"
-                    )
-            elif isinstance(module, (PropulsionLayer, AuxiliaryTrainingWrapper)):
-                hook = hand_over_once if id(module) in inside else hand_over
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        def hand_over(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return args, {**kwargs, "adapter_names": of(module)}
+
+        def by_own_copies(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            return of_each_example(module, of(module), args, kwargs)
+
+        layers = [module for module in self.model.modules() if isinstance(module, PropulsionLayer)]
+        handles = []
         try:
-            yield
+            for name, module in self.model.named_modules():
+                if isinstance(module, PropulsionLayer) and shared_by_all_examples(self.model, name):
+                    if set(names) & set(module.propulsion_z):
+                        raise ValueError(
+                            f"the output of {name!r} is shared by all examples of a batch, and cannot be scaled by "
+                            "each one's own adapter: leave it out of the adapters (exclude_modules) to mix them"
+                        )
+                elif isinstance(module, ModulesToSaveWrapper):
+                    handles.append(module.register_forward_hook(by_own_copies, with_kwargs=True))
+                elif isinstance(module, (PropulsionLayer, AuxiliaryTrainingWrapper)):
+                    handles.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
+            with _read_as(layers, names):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -201,7 +223,8 @@ class PropulsionModel(BaseTuner):
         """Add an adapter whose scale is the geometric combination of others': s = prod_i sign(s_i) |s_i|^w_i.
 
         Scales multiply, so that weights of 1 compose the adapters, as merging them one after another would, and weights
-        of 1/m take their geometric mean. Several vectors of one module combine by their pooled scale.
+        of 1/m take their geometric mean. Several vectors of one module combine by their pooled scale. Modules that were
+        trained in full, as heads, take their weighted mean (`propulsion.heads`).
 
         Args:
             adapters: names of those to combine; each layer combines those that it has.
@@ -210,7 +233,8 @@ class PropulsionModel(BaseTuner):
 
         Raises:
             ValueError: an adapter does not exist, the name is taken, the numbers differ, a weight is not finite, they
-                choose modules differently, or the combined scale is negative and the degree even.
+                choose modules differently, the combined scale is negative and the degree even, one trains biases, or
+                the weights of those with a head do not sum to 1; nothing has changed then.
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"expected a new name for the combined adapter, got {adapter_name!r}, which exists")
@@ -221,6 +245,12 @@ class PropulsionModel(BaseTuner):
         numeric = all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights)
         if not adapters or len(adapters) != len(weights) or not numeric:
             raise ValueError(f"expected one finite weight for each of {adapters}, got {weights}")
+        if trains_biases := [name for name in adapters if getattr(self.peft_config[name], "bias", "none") != "none"]:
+            raise ValueError(
+                f"expected adapters that train no biases, got {trains_biases}: those are the model's own, and a "
+                "combined adapter would be saved without them"
+            )
+        heads = combined_heads(self.model, adapters, weights)
         combined: dict[PropulsionLayer, Any] = {}
         layers = [module for module in self.modules() if isinstance(module, PropulsionLayer)]
         for layer in layers:
@@ -237,13 +267,36 @@ class PropulsionModel(BaseTuner):
             names = {name for name, module in self.model.named_modules() if module in combined}
             config.positions, config.target_modules, config.exclude_modules = None, names, None
             config.layers_to_transform = config.layers_pattern = None
+            vars(config).pop("resolved", None)
+        saved = [name for other in adapters for name in getattr(self.peft_config[other], "modules_to_save", None) or ()]
+        config.modules_to_save = list(dict.fromkeys(saved)) or None
+        config.task_type = next((t for name in adapters if (t := self.peft_config[name].task_type)), None)
         self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            self.peft_config.pop(adapter_name)
+            raise
+        trained = trained_modules(self.model)
+        for name, head in heads.items():
+            trained[name].modules_to_save[adapter_name].load_state_dict(head)
         for layer, z in values.items():
             new = layer.propulsion_z[adapter_name]
             layer.degree[adapter_name] = degrees[layer]
             new.data.copy_(z)
             new.requires_grad_(False)
+
+
+@contextmanager
+def _read_as(layers: list[PropulsionLayer], adapter_names: list[str]) -> Iterator[None]:
+    """Let reads of layers' weights find these adapters in them, and not the active ones."""
+    for layer in layers:
+        layer._of_examples = adapter_names
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._of_examples = None
 
 
 def _weighed(scale: Any, weight: float) -> Any:

@@ -126,30 +126,50 @@ def _trains_biases_only(body: nn.Module) -> bool:
     return bool(trained) and all(name.endswith("bias") for name in trained)
 
 
-def warn_of_traps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def warn_of_traps(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     """Warn of settings that are known to spoil the training of scales.
 
     Weight decay on z, which pulls the scales to 0 and the network with them; a learning rate with which one step of
-    Adam or sign descent can move a scale z^k, near 1, by more than `LARGEST_STEP`.
+    Adam or sign descent can move a scale z^k, near 1, by more than `LARGEST_STEP`. Under a schedule, that is the
+    largest rate that the optimizer knows of (`largest_rate`).
+
+    Returns:
+        Whether there was something to warn of.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     degrees = _degrees(model)
+    warned = False
     for group in optimizer.param_groups:
         scales = [names[id(p)] for p in group["params"] if SCALE_NAME in names.get(id(p), "")]
-        if scales and group.get("weight_decay", 0.0) > 0:
+        if not scales:
+            continue
+        if group.get("weight_decay", 0.0) > 0:
+            warned = True
             warnings.warn(
                 f"weight decay {group['weight_decay']} acts on z ({scales[0]} and others): it pulls every scale to "
                 "0. Put z in a group without decay, as propulsion.optim.parameter_groups does",
                 stacklevel=2,
             )
-        k = max((degrees.get(name, 1.0) for name in scales), default=0.0)
+        k, rate = max(degrees.get(name, 1.0) for name in scales), _rate_of(group)
         # A step of plain SGD is as large as its gradient, which is not known here.
-        if k * float(group["lr"]) > LARGEST_STEP and not isinstance(optimizer, torch.optim.SGD):
+        if k * rate > LARGEST_STEP and not isinstance(optimizer, torch.optim.SGD):
+            warned = True
             warnings.warn(
-                f"learning rate {group['lr']:g} at degree {k:g}: one step may move a scale by {k * group['lr']:.0%}. "
+                f"learning rate {rate:g} at degree {k:g}: one step may move a scale by {k * rate:.0%}. "
                 f"Divide the rate by the degree; {SCALE_RATE / k:.2g} is the default of propulsion.optim",
                 stacklevel=2,
             )
+    return warned
+
+
+def largest_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The largest learning rate of any group: now, or as far as a schedule has noted there what it leads to."""
+    return max((_rate_of(group) for group in optimizer.param_groups), default=0.0)
+
+
+def _rate_of(group: dict[str, Any]) -> float:
+    # torch's schedules note the rate that they multiply as "initial_lr", and those in cycles their peak as "max_lr".
+    return max(float(group[name]) for name in ("lr", "initial_lr", "max_lr") if group.get(name) is not None)
 
 
 class TrapWarnings(TrainerCallback):

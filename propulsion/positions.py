@@ -58,14 +58,9 @@ FAMILIES: dict[str, _Names] = {
     **dict.fromkeys(("opt", "bart"), _BART),
 }
 
-# Modules whose forward is never called, because the model reads their weight itself or not at all: a z on them would
-# be dead, counted and saved but without effect until merged.
-_BYPASSED = {
-    "deberta": r"encoder\.rel_embeddings",
-    "deberta-v2": r"encoder\.rel_embeddings",
-    "t5": "shared",
-    "bart": "shared",
-}
+# Modules that are neither called nor read: a z on them would be dead. In other models, the first pass of training finds
+# them (`propulsion.first_pass`).
+_UNUSED = {"t5": "shared", "bart": "shared"}
 
 
 # Families that write into what their layers return, so that the output of a layer is no safe thing to keep.
@@ -125,13 +120,8 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def bypass(model: nn.Module, name: str) -> str | None:
     """Return why scaling the output of this module would not reach the model's output; None if it would."""
-    pattern = _BYPASSED.get(_model_type(model))
-    if pattern and _ends_with(pattern, name):
-        return f"{type(model).__name__} does not call it"
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return "torch.nn.MultiheadAttention reads its weight and does not call it"
-    return None
+    pattern = _UNUSED.get(_model_type(model))
+    return f"{type(model).__name__} does not call it" if pattern and _ends_with(pattern, name) else None
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -149,14 +149,14 @@ def test_merging_a_tied_embedding_leaves_the_head_alone():
     model, batch = adapted("gpt2", positions="embedding"), inputs("gpt2")
     base = model.get_base_model()
     head, before = base.lm_head.weight, base.lm_head.weight.detach().clone()
-    assert base.transformer.wte.weight is head
+    assert base.transformer.wte.base_layer.weight is head
     output = logits(model, batch)
     model.merge_adapter()
     assert torch.equal(base.lm_head.weight, before)
     assert not torch.equal(base.transformer.wte.weight, before)
     torch.testing.assert_close(logits(model, batch), output, rtol=1e-12, atol=1e-12)
     model.unmerge_adapter()
-    assert base.transformer.wte.weight is base.lm_head.weight is head
+    assert base.transformer.wte.base_layer.weight is base.lm_head.weight is head
     with pytest.warns(UserWarning, match="no longer tied"):
         merged = model.merge_and_unload()
     assert torch.equal(merged.lm_head.weight, before)
@@ -234,23 +234,42 @@ def test_autocast_scales_in_float32(dtype):
 
 
 class Silent(nn.Module):
-    """Reads the weight of one of its layers and never calls it."""
+    """Neither calls one of its layers nor reads its weight."""
 
     def __init__(self):
         super().__init__()
         self.table, self.out = nn.Embedding(3, 4), nn.Linear(4, 2)
 
     def forward(self, x):
-        return self.out(x @ self.table.weight.T @ self.table.weight)
+        return self.out(x)
+
+
+class Detached(Silent):
+    """Calls one of its layers where no gradient comes back."""
+
+    def forward(self, x):
+        return self.out(x + self.table.weight.detach().sum())
 
 
 def test_a_scale_without_effect_is_pointed_out(recwarn):
     model, x = get_peft_model(Silent(), PropulsionConfig(degree=3)).train(), torch.randn(5, 4)
-    with pytest.warns(UserWarning, match=r"did not call 'table' in this pass: the scales there have no effect"):
+    with pytest.warns(UserWarning, match=r"did not call 'table' in this pass, nor read .* have no effect"):
         model(x)
     recwarn.clear()
     model(x)
     get_peft_model(Silent(), PropulsionConfig(exclude_modules=["table"])).train()(x)
+    assert not recwarn.list
+
+
+def test_a_scale_without_gradient_is_pointed_out(recwarn):
+    model, x = get_peft_model(Detached(), PropulsionConfig(degree=3)).train(), torch.randn(5, 4)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model(x).sum().backward()
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"no gradient has reached the scales of 'table' in this step"):
+        optimizer.step()
+    recwarn.clear()
+    optimizer.step()
     assert not recwarn.list
 
 
@@ -342,7 +361,8 @@ def test_wrapping_copies_no_weight():
     model = get_peft_model(base, PropulsionConfig(degree=3))
     frozen = [p for name, p in model.named_parameters() if "propulsion_z" not in name]
     assert {id(p): p.data_ptr() for p in frozen} == before
-    assert model.get_base_model().lm_head.weight is model.get_base_model().transformer.wte.weight
+    network = model.get_base_model()
+    assert network.lm_head.base_layer.weight is network.transformer.wte.base_layer.weight
     model.train()(**inputs("gpt2")).logits.sum().backward()
     assert all(p.grad is None for p in frozen)
 
@@ -369,7 +389,7 @@ def test_a_copy_is_a_model_of_its_own():
     twin.unmerge_adapter()
     assert torch.equal(logits(twin, batch), output)
     base = twin.get_base_model()
-    assert base.lm_head.weight is base.transformer.wte.weight
+    assert base.lm_head.base_layer.weight is base.transformer.wte.base_layer.weight
 
 
 def test_all_linear_leaves_the_head_and_the_embeddings_out():

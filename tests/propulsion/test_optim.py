@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from architectures import build, inputs
 from peft import IA3Config, get_peft_model
 
@@ -76,6 +77,44 @@ def test_known_traps_are_pointed_out(options, message, recwarn):
     found = [str(w.message) for w in recwarn]
     assert len(found) == (message is not None)
     assert message is None or re.search(message, found[0])
+
+
+def warm_up(name: str, optimizer):
+    schedulers = torch.optim.lr_scheduler
+    return {
+        "lambda": lambda: schedulers.LambdaLR(optimizer, lambda step: step / 10),
+        "linear": lambda: schedulers.LinearLR(optimizer, start_factor=1e-3, total_iters=10),
+        "one cycle": lambda: schedulers.OneCycleLR(optimizer, max_lr=0.05, total_steps=10),
+        "transformers": lambda: transformers.get_cosine_schedule_with_warmup(optimizer, 5, 10),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["lambda", "linear", "one cycle", "transformers"])
+def test_the_largest_rate_of_a_schedule_is_looked_at(name, recwarn):
+    """Its first step has a rate near 0."""
+    model = get_peft_model(build("bert"), PropulsionConfig(degree=15, positions="attn")).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    warm_up(name, optimizer)
+    assert optimizer.param_groups[0]["lr"] < 0.01
+    recwarn.clear()
+    TrapWarnings().on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    model(**inputs("bert")).logits.square().sum().backward()
+    optimizer.step()
+    found = [str(w.message) for w in recwarn if "scale" in str(w.message)]
+    assert [text[:29] for text in found] == ["learning rate 0.05 at degree "] * 2
+
+
+def test_a_rate_that_rises_by_hand_is_looked_at_when_it_is_too_large(recwarn):
+    model = get_peft_model(build("bert"), PropulsionConfig(degree=15, positions="attn")).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    found = []
+    for step in range(6):
+        optimizer.param_groups[0]["lr"] = step * 0.005
+        model(**inputs("bert")).logits.square().sum().backward()
+        recwarn.clear()
+        optimizer.step()
+        found.append(len(recwarn))
+    assert found == [0, 0, 0, 0, 1, 0]  # 15 * 0.02 is the first above a quarter, and once is enough
 
 
 @pytest.mark.parametrize(

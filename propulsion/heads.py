@@ -1,0 +1,109 @@
+"""Modules that an adapter trains in full beside its scales, as a task's head: combined, mixed in a batch, merged.
+
+peft keeps a copy of such a module for each adapter (`ModulesToSaveWrapper`), and the original for adapters without one.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+
+def trained_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """Every module that some adapter trains in full, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+
+
+def combined(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, dict[str, Tensor]]:
+    """The weighted means of what adapters have trained in full, by the names of the modules.
+
+    Of linear heads it is the head whose outputs are the mean of theirs. Weights of another sum than 1 would leave open
+    what the rest of the head is: scales start at 1, a head at random.
+
+    Args:
+        model: the model with the adapters.
+        adapters: their names; those that have not trained a module do not enter its mean.
+        weights: one for each.
+
+    Returns:
+        State of each module that one of them has trained.
+
+    Raises:
+        ValueError: the weights of those that have trained a module do not sum to 1, or their buffers, such as running
+            statistics, differ.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        present = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in module._adapters]
+        if not present:
+            continue
+        if not isinstance(module, ModulesToSaveWrapper):
+            raise ValueError(f"expected modules trained in full to combine, got {name!r} of {type(module).__name__}")
+        total = sum(weight for _, weight in present)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(
+                f"expected weights that sum to 1 over the adapters that have trained {name!r} "
+                f"({', '.join(dict.fromkeys(a for a, _ in present))}), got {total:g}: heads have no other combination. "
+                "Give such weights, or combine adapters without heads"
+            )
+        found[name] = _mean(name, [(module.modules_to_save[a], w) for a, w in present])
+    return found
+
+
+@torch.no_grad()
+def _mean(name: str, modules: list[tuple[nn.Module, float]]) -> dict[str, Tensor]:
+    (first, _), *others = modules
+    buffers = dict(first.named_buffers())
+    state = {}
+    for key, value in first.state_dict().items():
+        if key in buffers:
+            if any(not torch.equal(value, other.state_dict()[key]) for other, _ in others):
+                raise ValueError(f"expected equal buffers {key!r} in {name!r}, got several: they have no combination")
+            state[key] = value.clone()
+            continue
+        wide = torch.promote_types(value.dtype, torch.float32)
+        terms = [module.state_dict()[key].to(wide) * weight for module, weight in modules]
+        state[key] = torch.stack(terms).sum(dim=0).to(value.dtype)
+    return state
+
+
+def of_each_example(wrapper: ModulesToSaveWrapper, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The output of a module, each example's by its own adapter's copy, or by the original where it has none.
+
+    Every copy sees the whole batch, so that the module may be of any kind that treats examples alone.
+
+    Raises:
+        ValueError: the output is no tensor with one row for each example.
+    """
+    modules: dict[str, Any] = {name: wrapper.original_module for name in names} | dict(wrapper.modules_to_save.items())
+    outputs = {name: modules[name](*args, **kwargs) for name in dict.fromkeys(names)}
+    for output in outputs.values():
+        if not isinstance(output, Tensor) or output.ndim == 0 or len(output) not in (1, len(names)):
+            kind = f"{len(output)} rows" if isinstance(output, Tensor) and output.ndim else type(output).__name__
+            raise ValueError(
+                f"expected one row of output for each of {len(names)} adapter names from a module trained in full "
+                f"({type(wrapper.original_module).__name__}), got {kind}: run each adapter's examples by themselves"
+            )
+    return torch.stack([outputs[name][i if len(outputs[name]) > 1 else 0] for i, name in enumerate(names)])
+
+
+def check_merged_with_head(model: nn.Module, adapters: Iterable[str] | None) -> None:
+    """Make sure that adapters to merge go with the copies that the model uses.
+
+    Raises:
+        ValueError: they have others, or several of them have some.
+    """
+    if adapters is None:
+        return
+    for name, module in trained_modules(model).items():
+        own = [adapter for adapter in adapters if adapter in module._adapters]
+        used = module.active_adapters
+        if own != list(used):
+            raise ValueError(
+                f"expected to merge adapters with their own {name!r}, which the model now uses of "
+                f"{', '.join(used) or 'none'}, and would need of {', '.join(own) or 'none'}: call set_adapter first"
+            )

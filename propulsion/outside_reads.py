@@ -1,0 +1,45 @@
+"""A weight that has no one value: that of a layer in a batch whose examples have different adapters there."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What may be asked of it all the same, as models look at a weight's dtype before they call its layer.
+_ANSWERED = frozenset(
+    {
+        *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_meta", "layout", "ndim", "requires_grad")),
+        *(getattr(Tensor, name) for name in ("dim", "is_floating_point", "numel", "size", "__len__")),
+        Tensor.shape.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    }
+)
+
+
+class OfSeveralAdapters(Tensor):
+    """The shape, dtype and device of a weight; whatever would compute with its values raises."""
+
+    layer: str
+
+    @classmethod
+    def of(cls, weight: Tensor, layer: str) -> "OfSeveralAdapters":
+        """That of a layer of this name."""
+        made = weight.detach().as_subclass(cls)
+        made.layer = layer
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer questions about the tensor, and raise otherwise.
+
+        Raises:
+            ValueError: a value is needed.
+        """
+        if func in _ANSWERED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        names = (t.layer for t in (*args, *(kwargs or {}).values()) if isinstance(t, cls))
+        raise ValueError(
+            f"the model reads the weight of {next(names, 'a layer')!r} and does not call it, so that no example can "
+            "have an adapter of its own there: run each adapter's examples by themselves, or leave the layer out of "
+            "the adapters (exclude_modules)"
+        )
