@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from datasets import Dataset, IterableDataset
 from datasets import config as datasets_config
 from transformers import PreTrainedTokenizerBase
 
-from propulsion.errors import UserError, first_line
-from propulsion.files import SUFFIXES, Columns, read_table, stream_table
+from propulsion.errors import Problems, Unusable, UserError, first_line, listed, together
+from propulsion.files import SUFFIXES, Columns, Row, read_rows, rows_of_batches, suffix_of
+from propulsion.row_values import NoText
 from propulsion.task_kinds import Limits, kind_of
 from propulsion.task_kinds.base import columns_of
 from propulsion.task_kinds.classification import check_variety
@@ -26,6 +28,21 @@ from propulsion.tasks import Task, get_task
 LABEL = "label"
 SPLITS = ("train", "validation")
 _STREAMED_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where rows come from, for messages.
+
+    Attributes:
+        rows: The rows.
+        name: The file, or the split of a dataset on the hub.
+        numbers: Where each row stands there.
+    """
+
+    rows: Dataset
+    name: str
+    numbers: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class TaskData:
         fingerprint: SHA-256 of the rows, so that two runs can be known to have used the same; of streamed training
             rows, of their source alone.
         stream: Training rows, read as they are needed, where that was asked for.
+        places: Where the rows come from, of those that were loaded.
     """
 
     task: Task
@@ -48,6 +66,7 @@ class TaskData:
     source: str
     fingerprint: str
     stream: IterableDataset | None = None
+    places: tuple[Places, ...] = ()
 
 
 def load_task_data(
@@ -65,47 +84,99 @@ def load_task_data(
 
     Args:
         task: Name of the task.
-        data_dir: Folder with one `train` and one `validation` file (.jsonl, .json, .csv, .tsv or .parquet) in the
-            column names of the hub. Labels are numbers, or the task's label names.
+        data_dir: Folder with one `train` and one `validation` file in the column names of the hub: .jsonl, .json, .csv
+            or .tsv, as they are or compressed (.gz, .bz2, .xz), or .parquet. Labels are numbers, or the task's label
+            names in any case. Other columns are not read.
         n_train: Rows to draw at random for training; all if None. Of streamed rows, the first.
         n_validation: Rows to draw at random for validation; all if None.
         seed: Seed of the draws. Draws are stratified: classes keep their proportions, each with one row at least.
         streaming: Read training rows as they are needed, and hold none; they are checked as they come.
 
     Raises:
-        UserError: If the task is unknown, the data cannot be found or read, or a row cannot be used.
+        UserError: If the task is unknown, the data cannot be found or read, or rows cannot be used; all such rows of
+            both splits are counted, and the first of them named.
     """
     entry = get_task(task)
     source = _source(entry, data_dir, streaming)
-    notes, rows = [], {}
-    for split, n in zip(SPLITS, (n_train, n_validation)):
-        if streaming and split == "train":
-            notes.append(f"train rows streamed{'' if n is None else f', the first {n}'}")
-            continue
-        name, columns = source.read(split)
-        checked = kind_of(entry).check(entry, name, columns)
-        label = _label_column(entry)
-        if label is not None:
-            check_variety(name, checked[label])
-        rows[split] = _subsample(entry, name, checked, n, seed)
-        total, used = (len(next(iter(table.values()))) for table in (checked, rows[split]))
-        drawn = "" if used == total else f" drawn with seed {seed}"
-        notes.append(f"{used} of {total} {split} rows{drawn}")
+    sizes = {split: n for split, n in zip(SPLITS, (n_train, n_validation)) if not (streaming and split == "train")}
+    found = together(*(partial(_read_split, entry, source, split, n, seed) for split, n in sizes.items()))
+    rows, notes = {split: columns for split, (columns, _, _, _) in zip(sizes, found)}, [note for *_, note in found]
     if streaming:
+        notes.insert(0, f"train rows streamed{'' if n_train is None else f', the first {n_train}'}")
         rows["train"] = {name: [] for name in kind_of(entry).features(entry)}
+    sets = {split: to_dataset(entry, columns) for split, columns in rows.items()}
     return TaskData(
         task=entry,
-        train=to_dataset(entry, rows["train"]),
-        validation=to_dataset(entry, rows["validation"]),
+        train=sets["train"],
+        validation=sets["validation"],
         source=f"{source.origin}; {', '.join(notes)}",
         fingerprint=_fingerprint(rows | ({"streamed": source.origin} if streaming else {})),
         stream=_stream(entry, source, n_train) if streaming else None,
+        places=tuple(Places(sets[split], name, numbers) for split, (_, name, numbers, _) in zip(sizes, found)),
     )
+
+
+def _read_split(
+    task: Task, source: "_Source", split: str, n: int | None, seed: int
+) -> tuple[Columns, str, list[str], str]:
+    """The rows of a split that are used, its name, their places in it, and how they were chosen, in words."""
+    name, rows = source.read(split)
+    columns, numbers, left_out = _checked(task, name, rows, leave_out=source.leaves_out_blank)
+    if (label := _label_column(task)) is not None:
+        check_variety(name, columns[label])
+    chosen = _drawn(task, name, columns, n, seed)
+    note = f"{len(chosen)} of {len(numbers)} {split} rows"
+    note += "" if len(chosen) == len(numbers) else f" drawn with seed {seed}"
+    note += f" ({left_out} without text left out)" if left_out else ""
+    return _select(columns, chosen), name, [numbers[place] for place in chosen], note
+
+
+def _checked(task: Task, name: str, rows: Iterable[Row], *, leave_out: bool) -> tuple[Columns, list[str], int]:
+    """Rows as the task's columns, their places, and the number of those left out for want of text.
+
+    Raises:
+        UserError: Rows cannot be used, or there are none; all are read before the first few are named.
+    """
+    columns: Columns = {column: [] for column in kind_of(task).features(task)}
+    numbers, problems, seen, left_out, unread = [], [], {}, 0, 0
+    for row in rows:
+        seen |= dict.fromkeys(row.values)
+        unread += row.problem is not None
+        try:
+            read = _read_row(task, row)
+        except UserError as error:
+            if leave_out and isinstance(error, NoText):
+                left_out += 1
+            else:
+                problems.append(f"{row.place}: {error}")
+        else:
+            numbers.append(row.place)
+            for column, values in columns.items():
+                values.append(read[column])
+    total = len(numbers) + len(problems)
+    if not total:
+        raise UserError(f"{name} has no rows")
+    if not unread and (missing := [column for column in (*task.text_columns, task.label_column) if column not in seen]):
+        raise UserError(
+            f"{name} lacks the column {', '.join(missing)} of task {task.name}; its columns are: {', '.join(seen)}"
+        )
+    if len(problems) == 1:
+        raise UserError(f"{name}, {problems[0]}")
+    if problems:
+        raise UserError(f"{name}: {len(problems)} of {total} rows cannot be used: {listed(problems, '; ')}")
+    return columns, numbers, left_out
+
+
+def _read_row(task: Task, row: Row) -> dict[str, Any]:
+    if row.problem is not None:
+        raise UserError(row.problem)
+    return kind_of(task).read(task, row.values)
 
 
 def draw_rows(data: Dataset, task: Task, n: int, seed: int) -> Dataset:
     """Draw n rows at random, keeping the classes' proportions as `load_task_data` does."""
-    return to_dataset(task, _subsample(task, "the validation rows", columns_of(data), n, seed))
+    columns = columns_of(data)
+    return to_dataset(task, _select(columns, _drawn(task, "the validation rows", columns, n, seed)))
 
 
 def to_dataset(task: Task, columns: Columns) -> Dataset:
@@ -130,6 +201,55 @@ def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_
     return Dataset.from_dict(kind_of(task).encode(columns_of(data), tokenizer, task, Limits(max_length)))
 
 
+def check_inputs(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits, *, cached: bool = False, streamed: int = 0
+) -> Dataset | IterableDataset:
+    """Training rows as model inputs, after every row of both splits was found to fit the model.
+
+    Of streamed training rows, those that will be needed are read once for this, and not kept.
+
+    Args:
+        data: The task's data.
+        tokenizer: The tokenizer.
+        limits: Lengths.
+        cached: Whether training rows come from an earlier run's file where there is one (`tokenize_cached`): only of
+            data as they were loaded, which their fingerprint stands for.
+        streamed: How many streamed training rows to look at.
+
+    Raises:
+        UserError: As `tokenize` does, of rows of both splits together.
+    """
+    kind, task = kind_of(data.task), data.task
+
+    def train() -> Dataset | IterableDataset:
+        if cached or data.stream is not None:
+            encoded = tokenize_cached(data, tokenizer, limits)
+            if isinstance(encoded, IterableDataset):
+                for _ in encoded.take(streamed):
+                    pass
+            return encoded
+        return Dataset.from_dict(kind.encode(columns_of(data.train), tokenizer, task, limits))
+
+    def validation() -> object:
+        return kind.inputs(columns_of(data.validation), tokenizer, task, limits)
+
+    each = together(partial(_located, data, data.train, train), partial(_located, data, data.validation, validation))
+    return each[0]
+
+
+def _located(data: TaskData, rows: Dataset, call: Callable[[], Any]) -> Any:
+    """Call, and name the rows that cannot be used by their places."""
+    try:
+        return call()
+    except Unusable as error:
+        split = "training rows" if rows is data.train else "validation rows"
+        known = [places for places in data.places if places.rows is rows]
+        name = known[0].name if known else split
+        numbers = known[0].numbers if known else [f"example {place + 1}" for place in range(len(rows))]
+        which = listed([numbers[place] for place in error.examples])
+        raise Problems([f"{name}: {error.what}: {which}"], [error.remedy]) from error
+
+
 def tokenize_cached(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits, cache_dir: Path | None = None
 ) -> Dataset | IterableDataset:
@@ -148,8 +268,9 @@ def tokenize_cached(
     kind = kind_of(data.task)
     if data.stream is not None:
         return data.stream.map(
-            lambda batch: kind.encode(batch, tokenizer, data.task, limits),
-            batched=True, batch_size=_STREAMED_AT_ONCE, remove_columns=list(kind.features(data.task)),
+            partial(_encode_streamed, tokenizer=tokenizer, task=data.task, limits=limits),
+            with_indices=True, batched=True, batch_size=_STREAMED_AT_ONCE,
+            remove_columns=list(kind.features(data.task)),
         )  # fmt: skip
     folder = cache_dir or Path(datasets_config.HF_DATASETS_CACHE) / "propulsion-tokenized"
     path = folder / _tokens_key(data, tokenizer, limits)
@@ -158,14 +279,24 @@ def tokenize_cached(
     except (OSError, ValueError, KeyError):
         pass  # Not there, or of another version: made again.
     encoded = Dataset.from_dict(kind.encode(columns_of(data.train), tokenizer, data.task, limits))
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        encoded.save_to_disk(str(partial))
-        os.rename(partial, path)
+        encoded.save_to_disk(str(unfinished))
+        os.rename(unfinished, path)
     except OSError:  # A cache that cannot be written, or was written by another process meanwhile, costs time alone.
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return encoded
+
+
+def _encode_streamed(
+    batch: Columns, places: list[int], tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits
+) -> Columns:
+    try:
+        return kind_of(task).encode(batch, tokenizer, task, limits)
+    except Unusable as error:
+        which = listed([f"example {places[place] + 1}" for place in error.examples])
+        raise Problems([f"streamed training rows: {error.what}: {which}"], [error.remedy]) from error
 
 
 def _tokens_key(data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> str:
@@ -190,19 +321,22 @@ class _Source:
     def __init__(self, task: Task, origin: str) -> None:
         self.task, self.origin = task, origin
 
-    def read(self, split: str) -> tuple[str, Columns]:
-        """A split's name in messages, and all of its columns."""
+    leaves_out_blank = False
+    """Whether rows without text are left out: in what somebody made by hand they are mistakes."""
+
+    def read(self, split: str) -> tuple[str, Iterable[Row]]:
+        """A split's name in messages, and its rows."""
         raise NotImplementedError
 
-    def stream(self, split: str) -> tuple[str, Iterator[Columns]]:
-        """A split's name in messages, and its columns by the batch."""
+    def stream(self, split: str) -> tuple[str, Iterable[Row]]:
+        """The same of rows that are not held."""
         raise UserError(f"{self.origin} cannot be streamed: leave streaming out")
 
 
 class _Embedded(_Source):
-    def read(self, split: str) -> tuple[str, Columns]:
+    def read(self, split: str) -> tuple[str, Iterable[Row]]:
         with resources.as_file(resources.files("propulsion") / "demo_data") as folder:
-            return split, read_table(folder / f"{split}.jsonl")
+            return split, list(read_rows(folder / f"{split}.jsonl"))
 
 
 class _Folder(_Source):
@@ -213,11 +347,16 @@ class _Folder(_Source):
         stems = {"train": ("train",), "validation": tuple(dict.fromkeys(("validation", task.validation_split)))}
         self.paths = {split: _find_file(folder, names) for split, names in stems.items()}
 
-    def read(self, split: str) -> tuple[str, Columns]:
-        return str(self.paths[split]), read_table(self.paths[split])
+    def read(self, split: str) -> tuple[str, Iterable[Row]]:
+        return str(self.paths[split]), read_rows(self.paths[split])
 
-    def stream(self, split: str) -> tuple[str, Iterator[Columns]]:
-        return str(self.paths[split]), stream_table(self.paths[split], _STREAMED_AT_ONCE)
+    def stream(self, split: str) -> tuple[str, Iterable[Row]]:
+        path = self.paths[split]
+        if suffix_of(path).split(".")[1] == "json":
+            raise UserError(
+                f"{path} cannot be streamed, since JSON may be one array: name it .jsonl, one object a line"
+            )
+        return str(path), read_rows(path)
 
 
 class _Hub(_Source):
@@ -241,15 +380,21 @@ class _Hub(_Source):
             ) from error
         return f"{self.name} {hub_split}", rows
 
-    def read(self, split: str) -> tuple[str, Columns]:
-        name, rows = self._load(split)
-        if self.task.name == "snli":  # Some pairs have no label that people agreed on.
-            rows = rows.filter(lambda row: row[LABEL] >= 0)
-        return name, rows[:]
+    leaves_out_blank = True
 
-    def stream(self, split: str) -> tuple[str, Iterator[Columns]]:
+    def read(self, split: str) -> tuple[str, Iterable[Row]]:
+        name, rows = self._load(split)
+        return name, self._labelled(rows)
+
+    def stream(self, split: str) -> tuple[str, Iterable[Row]]:
         name, rows = self._load(split, streaming=True)
-        return name, rows.iter(batch_size=_STREAMED_AT_ONCE)
+        return name, self._labelled(rows)
+
+    def _labelled(self, rows: Any) -> Iterator[Row]:
+        """Rows that have a label: of SNLI's pairs, some have none that people agreed on."""
+        for row in rows_of_batches(rows.iter(batch_size=_STREAMED_AT_ONCE)):
+            if self.task.name != "snli" or row.values[LABEL] >= 0:
+                yield row
 
 
 def _source(task: Task, data_dir: Path | str | None, streaming: bool) -> _Source:
@@ -263,31 +408,42 @@ def _source(task: Task, data_dir: Path | str | None, streaming: bool) -> _Source
 
 
 def _find_file(folder: Path, stems: Sequence[str]) -> Path:
-    found = [path for stem in stems for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+    named = sorted(
+        path for path in folder.iterdir() if path.is_file() and "." in path.name and path.name.split(".")[0] in stems
+    )
+    found = [path for path in named if path.name[path.name.index(".") :].lower() in SUFFIXES]
+    found.sort(key=lambda path: SUFFIXES.index(suffix_of(path)))
     if not found:
-        raise UserError(f"no {stems[0]} file in {folder}: looked for {' or '.join(stems)} with {', '.join(SUFFIXES)}")
+        there = f"; there is {', '.join(path.name for path in named)}" if named else ""
+        suffixes = ", ".join(suffix for suffix in SUFFIXES if suffix.count(".") == 1)
+        raise UserError(
+            f"no {stems[0]} file in {folder}: looked for {' or '.join(stems)} with {suffixes}, compressed or not{there}"
+        )
     if len(found) > 1:
         raise UserError(f"ambiguous {stems[0]} file in {folder}: keep one of {', '.join(path.name for path in found)}")
     return found[0]
 
 
 def _stream(task: Task, source: _Source, n: int | None) -> IterableDataset:
-    kind = kind_of(task)
-    columns = kind.features(task)
-
     def rows() -> Iterator[dict[str, Any]]:
         seen = 0
         name, found = source.stream("train")
-        for batch in found:
-            checked = kind.check(task, f"{name}, after row {seen}", batch)
-            for values in zip(*checked.values()):
-                if n is not None and seen >= n:
-                    return
-                seen += 1
-                yield dict(zip(checked, values))
+        for row in found:
+            if n is not None and seen >= n:
+                return
+            try:
+                read = _read_row(task, row)
+            except UserError as error:
+                if source.leaves_out_blank and isinstance(error, NoText):
+                    continue
+                raise UserError(f"{name}, {row.place}: {error}") from error
+            seen += 1
+            yield read
+        if not seen:
+            raise UserError(f"{name} has no rows")
 
     source.stream("train")  # What cannot be opened is said now.
-    return IterableDataset.from_generator(rows, features=columns)
+    return IterableDataset.from_generator(rows, features=kind_of(task).features(task))
 
 
 # --- drawing rows ---------------------------------------------------------------------------------------------------
@@ -298,19 +454,25 @@ def _label_column(task: Task) -> str | None:
     return task.label_column if task.kind in ("classification", "regression") else None
 
 
-def _subsample(task: Task, name: str, columns: Columns, n: int | None, seed: int) -> Columns:
+def _drawn(task: Task, name: str, columns: Columns, n: int | None, seed: int) -> list[int]:
+    """Which rows are used, in file order: a draw decides which rows are used, never their order."""
+    total = len(columns[next(iter(columns))])
     if n is None:
-        return columns
-    total = len(next(iter(columns.values())))
+        return list(range(total))
     if not 1 <= n <= total:
-        raise UserError(f"cannot draw {n} rows from {name}: it has {total}")
+        raise UserError(
+            f"cannot draw {n} rows from {name}: it has {total}; ask for 1 to {total}, or leave it out for all"
+        )
     generator = np.random.default_rng(seed)
     if task.kind == "classification":
         chosen = _stratified(np.asarray(columns[task.label_column]), n, generator, name)
     else:
         chosen = generator.choice(total, n, replace=False)
-    # In file order: the draw decides which rows are used, never their order.
-    return {column: [values[i] for i in sorted(chosen.tolist())] for column, values in columns.items()}
+    return sorted(chosen.tolist())
+
+
+def _select(columns: Columns, chosen: Sequence[int]) -> Columns:
+    return {column: [values[place] for place in chosen] for column, values in columns.items()}
 
 
 def _stratified(labels: np.ndarray, n: int, generator: np.random.Generator, name: str) -> np.ndarray:

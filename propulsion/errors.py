@@ -2,11 +2,39 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class UserError(ValueError):
     """A mistake the user can mend: its message says in one line what is wrong and what to do."""
+
+
+class Problems(UserError):
+    """Several mistakes, told together on one line, and what to do about them.
+
+    Attributes:
+        findings: What is wrong, each with where it is.
+        remedies: What to do, each once.
+    """
+
+    def __init__(self, findings: Sequence[str], remedies: Sequence[str] = ()) -> None:
+        self.findings, self.remedies = tuple(findings), tuple(dict.fromkeys(remedies))
+        super().__init__("; ".join((*self.findings, *self.remedies)))
+
+
+class Unusable(UserError):
+    """Examples that cannot be used.
+
+    Attributes:
+        what: What is wrong with them.
+        examples: Which they are, from 0.
+        remedy: What to do.
+    """
+
+    def __init__(self, what: str, examples: Sequence[int], remedy: str) -> None:
+        self.what, self.examples, self.remedy = what, tuple(examples), remedy
+        super().__init__(f"{what}: {listed([f'example {place + 1}' for place in examples])}; {remedy}")
 
 
 class Diverged(UserError):
@@ -29,6 +57,35 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+_SHOWN = 3  # Of many mistakes of one kind in one file.
+
+
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """The first few of many items, and how many more there are."""
+    rest = len(items) - _SHOWN
+    return separator.join((*items[:_SHOWN], *([f"and {rest:,} more"] if rest > 0 else [])))
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """Make all calls, and return what they return, or raise the mistakes of all of them as one.
+
+    Raises:
+        UserError: A call raised it.
+    """
+    results, errors = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except UserError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        findings = [f for e in errors for f in (e.findings if isinstance(e, Problems) else [str(e)])]
+        raise Problems(findings, [r for e in errors if isinstance(e, Problems) for r in e.remedies])
+    return results
 
 
 def one_line(error: BaseException) -> str:

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from propulsion.errors import UserError
+from propulsion.row_values import label_number, parallel_lists, shown, text, texts, whole_number
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -54,47 +57,51 @@ def number(text: str) -> str | None:
 
 def boolq(row: Mapping[str, Any]) -> Exchange:
     """BoolQ (Clark et al. 2019): passage, question, answer (a boolean)."""
-    choices = ("yes", "no")
-    asked = f"{row['passage']}\nQuestion: {row['question']}? Reply with yes or no."
-    return _exchange(asked, choices[0] if _index(row["answer"], ("True", "False")) == 0 else choices[1], choices)
+    asked = f"{_text(row, 'passage')}\nQuestion: {_text(row, 'question')}? Reply with yes or no."
+    choices = ("no", "yes")
+    return _exchange(asked, choices[label_number(row["answer"], choices, "answer")], choices[::-1])
 
 
 def piqa(row: Mapping[str, Any]) -> Exchange:
     """PIQA (Bisk et al. 2020): goal, sol1, sol2, label 0 or 1."""
-    return _choose(f"How is this done? {row['goal']}", (row["sol1"], row["sol2"]), int(row["label"]))
+    options = (_option(row, "sol1"), _option(row, "sol2"))
+    return _choose(f"How is this done? {_text(row, 'goal')}", options, whole_number(row["label"], "label"))
 
 
 def siqa(row: Mapping[str, Any]) -> Exchange:
     """Social IQa (Sap et al. 2019): context, question, answerA to answerC, label 1 to 3."""
-    options = tuple(row[f"answer{letter}"] for letter in "ABC")
-    return _choose(f"{row['context']}\n{row['question']}", options, int(row["label"]) - 1)
+    options = tuple(_option(row, f"answer{letter}") for letter in "ABC")
+    return _choose(
+        f"{_text(row, 'context')}\n{_text(row, 'question')}", options, whole_number(row["label"], "label") - 1
+    )
 
 
 def hellaswag(row: Mapping[str, Any]) -> Exchange:
     """HellaSwag (Zellers et al. 2019): ctx, endings, label 0 to 3."""
-    return _choose(f"How does this go on? {row['ctx']}", row["endings"], int(row["label"]))
+    options = texts(row["endings"], "endings", "texts")
+    return _choose(f"How does this go on? {_text(row, 'ctx')}", options, whole_number(row["label"], "label"))
 
 
 def winogrande(row: Mapping[str, Any]) -> Exchange:
     """WinoGrande (Sakaguchi et al. 2020): sentence with a gap, option1, option2, answer 1 or 2."""
-    options = (row["option1"], row["option2"])
-    return _choose(f"What belongs in the gap? {row['sentence']}", options, int(row["answer"]) - 1)
+    options = (_option(row, "option1"), _option(row, "option2"))
+    asked = f"What belongs in the gap? {_text(row, 'sentence')}"
+    return _choose(asked, options, whole_number(row["answer"], "answer") - 1)
 
 
 def arc(row: Mapping[str, Any]) -> Exchange:
     """ARC (Clark et al. 2018): question, choices (text and label), answerKey, one of the labels."""
-    choices = row["choices"]
-    return _choose(row["question"], choices["text"], _index(row["answerKey"], choices["label"]))
+    return _answer_key(row, "question")
 
 
 def openbookqa(row: Mapping[str, Any]) -> Exchange:
     """OpenBookQA (Mihaylov et al. 2018): question_stem, choices, answerKey."""
-    return arc({**row, "question": row["question_stem"]})
+    return _answer_key(row, "question_stem")
 
 
 def arithmetic(row: Mapping[str, Any]) -> Exchange:
     """MultiArith, AddSub, SingleEq: question and its number, in whatever column the answer is."""
-    return _sum(row["question"], next(row[name] for name in ("final_ans", "answer") if name in row))
+    return _sum(_text(row, "question"), next(row[name] for name in ("final_ans", "answer") if name in row))
 
 
 def gsm8k(row: Mapping[str, Any]) -> Exchange:
@@ -102,20 +109,22 @@ def gsm8k(row: Mapping[str, Any]) -> Exchange:
 
     The model is trained on the reasoning too, without the calculator's marks.
     """
-    reasoning = re.sub(r"<<.*?>>", "", str(row["answer"])).replace("####", "The answer is")
-    return _sum(row["question"], " ".join(reasoning.split()))
+    answer = row["answer"]
+    if isinstance(answer, str):
+        answer = " ".join(re.sub(r"<<.*?>>", "", answer).replace("####", "The answer is").split())
+    return _sum(_text(row, "question"), answer)
 
 
 def svamp(row: Mapping[str, Any]) -> Exchange:
     """SVAMP (Patel et al. 2021): Body, Question, Answer."""
-    return _sum(f"{row['Body']} {row['Question']}", row["Answer"])
+    return _sum(f"{_text(row, 'Body')} {_text(row, 'Question')}", row["Answer"])
 
 
 def sentiment(row: Mapping[str, Any]) -> Exchange:
     """SST-2 (Socher et al. 2013): sentence, label 0 (negative) or 1."""
     names = ("negative", "positive")
-    asked = f"Review: {str(row['sentence']).strip()}\nIs the review negative or positive?"
-    return _exchange(asked, names[_index(row["label"], ("0", "1"))], names)
+    asked = f"Review: {_text(row, 'sentence').strip()}\nIs the review negative or positive?"
+    return _exchange(asked, names[label_number(row["label"], names)], names)
 
 
 def _exchange(asked: str, answer: str, choices: tuple[str, ...] = ()) -> Exchange:
@@ -124,20 +133,30 @@ def _exchange(asked: str, answer: str, choices: tuple[str, ...] = ()) -> Exchang
 
 def _choose(asked: str, options: Sequence[str], right: int) -> Exchange:
     if not 0 <= right < len(options):
-        raise ValueError(f"the right answer is number {right + 1} of {len(options)}")
+        raise UserError(f"the right answer is number {right + 1} of {len(options)}")
     tags = tuple(f"answer{place}" for place in range(1, len(options) + 1))
     listed = "\n".join(f"{tag}: {option}" for tag, option in zip(tags, options))
     return _exchange(f"{asked}\n{listed}\nReply with one of {', '.join(tags)}.", tags[right], tags)
 
 
+def _answer_key(row: Mapping[str, Any], question: str) -> Exchange:
+    choices = parallel_lists(row["choices"], ("text", "label"), "choices")
+    options, keys = texts(choices["text"], "text of choices", "texts"), [str(key) for key in choices["label"]]
+    given = str(row["answerKey"]).strip()
+    if given not in keys:
+        raise UserError(f"the answer {shown(row['answerKey'])} is not one of {', '.join(keys)}")
+    return _choose(_text(row, question), options, keys.index(given))
+
+
 def _sum(asked: str, answer: Any) -> Exchange:
-    if number(str(answer)) is None:
-        raise ValueError(f"the answer {answer!r} holds no number")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or number(str(answer)) is None:
+        raise UserError(f"the answer {shown(answer)} holds no number")
     return _exchange(f"{asked} Reply with a number.", str(answer))
 
 
-def _index(value: Any, names: Sequence[Any]) -> int:
-    texts = [str(name) for name in names]
-    if str(value) not in texts:
-        raise ValueError(f"the answer {value!r} is not one of {', '.join(texts)}")
-    return texts.index(str(value))
+def _text(row: Mapping[str, Any], column: str) -> str:
+    return text(row[column], column)
+
+
+def _option(row: Mapping[str, Any], column: str) -> str:
+    return text(row[column], column, blank=True)

@@ -7,6 +7,7 @@ from typing import Any
 from propulsion import instructions
 from propulsion.errors import UserError
 from propulsion.instructions import Exchange
+from propulsion.row_values import as_number
 
 KINDS = (
     "classification", "regression", "token_classification", "question_answering", "summarisation", "instruction",
@@ -50,6 +51,13 @@ class Task:
     hub_revision: str | None = None
     unanswerable: bool = False
     exchange: Callable[[Mapping[str, Any]], Exchange] | None = None
+
+    def __post_init__(self) -> None:
+        for place, name in enumerate(self.label_names):
+            if as_number(name) not in (None, place):
+                raise ValueError(
+                    f"label {place} of task {self.name} has the name {name!r}, which reads as another label"
+                )
 
     @property
     def is_regression(self) -> bool:

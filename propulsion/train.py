@@ -28,7 +28,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from propulsion.adapters import load_adapter
-from propulsion.data import TaskData, load_task_data, tokenize_cached
+from propulsion.data import TaskData, check_inputs, load_task_data
 from propulsion.errors import UserError, one_line, run_command
 from propulsion.evaluation import Evaluation
 from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
@@ -67,6 +67,8 @@ class TrainResult:
     output_dir: str
 
 
+_SHUFFLED = 1000  # Streamed rows that are read ahead of those that are used, and drawn from.
+
 # Fields of transformers.TrainingArguments that would be ignored, or break what a run relies on: the optimizer is AdamW
 # with rates by role, the columns and their order are the task's.
 _FIXED = frozenset(
@@ -98,6 +100,8 @@ def run(config: TrainConfig) -> TrainResult:
         config.model, task_type=kind.task_type, num_labels=task.num_labels, pooling=config.pooling, seed=config.seed,
         device=device, dtype=getattr(torch, config.dtype),
     )  # fmt: skip
+    # Before anything is written.
+    encoded = check_inputs(data, tokenizer, config.limits, cached=True, streamed=_streamed_rows(config, state))
     base = fingerprint(model)
     model = _adapted(config, model, kind.task_type)
     same = identity(config, data, base)
@@ -113,7 +117,7 @@ def run(config: TrainConfig) -> TrainResult:
         print(describe_rates(model, groups), flush=True)
     with isolated_randomness():
         evaluation = Evaluation(model, tokenizer, data, config.limits)
-        trainer = _trainer(config, output, evaluation)
+        trainer = _trainer(config, output, evaluation, encoded)
         note = check_sharding(trainer, model) if sharded else None
         if note is not None and state.is_main_process:
             print(note, flush=True)
@@ -140,6 +144,12 @@ def run(config: TrainConfig) -> TrainResult:
     return result
 
 
+def _streamed_rows(config: TrainConfig, state: PartialState) -> int:
+    """How many streamed rows are read in training, at most."""
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * state.num_processes
+    return config.max_steps * batch + _SHUFFLED if config.max_steps > 0 else 0
+
+
 def _adapted(config: TrainConfig, model: Any, task_type: str) -> Any:
     check_name(config.method)
     if config.adapter is not None:
@@ -159,12 +169,11 @@ def _rates(config: TrainConfig) -> Rates:
     return Rates(config.learning_rate, config.head_learning_rate)
 
 
-def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation) -> TaskTrainer:
+def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation, encoded: Any) -> TaskTrainer:
     model, tokenizer, data = evaluation.model, evaluation.tokenizer, evaluation.data
     kind = kind_of(data.task)
-    encoded = tokenize_cached(data, tokenizer, config.limits)
     if isinstance(encoded, datasets.IterableDataset):
-        encoded = encoded.shuffle(seed=config.seed, buffer_size=1000)
+        encoded = encoded.shuffle(seed=config.seed, buffer_size=_SHUFFLED)
     callbacks: list[Any] = []
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback
 
 from propulsion.config import PropulsionConfig
-from propulsion.data import TaskData, tokenize
+from propulsion.data import TaskData, check_inputs
 from propulsion.errors import UserError, one_line
 from propulsion.optim import Rates, parameter_groups
 from propulsion.task_kinds import Limits, kind_of
@@ -131,7 +131,7 @@ def train(
     Raises:
         UserError: If nothing is trainable, an example is too long, or the loss or a weight stops being finite.
     """
-    examples = tokenize(data.train, tokenizer, data.task, config.max_length)
+    examples = check_inputs(data, tokenizer, Limits(config.max_length))
     rates = Rates(config.learning_rate, config.head_learning_rate, config.rate_multiplier)
     groups = parameter_groups(model, rates=rates, weight_decay=config.weight_decay)
     if not groups:

@@ -4,23 +4,25 @@ A context longer than the input is read in overlapping windows; a question's ans
 windows, or none where the first token, which stands for "no answer", scores higher.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from propulsion.errors import UserError
+from propulsion.errors import Unusable, UserError
 from propulsion.files import Columns
 from propulsion.metrics import answer_scores
-from propulsion.task_kinds.base import Kind, Limits, check_columns, check_texts, input_limit, run_batches
+from propulsion.row_values import parallel_lists, shown, text, value_of, whole_number
+from propulsion.task_kinds.base import Kind, Limits, input_limit, run_batches
 from propulsion.tasks import Task
 
 DEFAULT_LENGTH = 384  # Of a window, in tokens: that of BERT's own SQuAD script.
 STRIDE_SHARE = 3  # Neighbouring windows share a third of their length.
 BEST = 20  # Starts and ends looked at, each.
 LONGEST_ANSWER = 30  # In tokens.
+_ANSWER = ("text", "answer_start")
 
 
 def _features(task: Task) -> datasets.Features:
@@ -31,32 +33,45 @@ def _features(task: Task) -> datasets.Features:
     })  # fmt: skip
 
 
-def check(task: Task, name: str, columns: Columns) -> Columns:
-    """Keep questions, contexts and answers; every answer stands in its context where it says."""
-    check_columns(task, name, columns)
-    check_texts(name, columns, task.text_columns)
-    for row, (context, answers) in enumerate(zip(columns["context"], columns[task.label_column]), start=1):
-        where = f"{name}, row {row}"
-        if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
-            raise UserError(f"{where}: {task.label_column} is {answers!r}, expected the lists text and answer_start")
-        if not answers["text"] and not task.unanswerable:
-            raise UserError(f"{where} has no answer: that is what the task squad_v2 is for")
-        for text, start in zip(answers["text"], answers["answer_start"], strict=True):
-            if context[start : start + len(text)] != text:
-                raise UserError(f"{where}: the context does not hold the answer {text!r} at character {start}")
-    answers = [{key: list(row[key]) for key in ("text", "answer_start")} for row in columns[task.label_column]]
-    return {column: columns[column] for column in task.text_columns} | {task.label_column: answers}
+def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep question, context and answers; every answer stands in its context where it says."""
+    values = {column: text(value_of(row, column), column) for column in task.text_columns}
+    column, context = task.label_column, values["context"]
+    answers = parallel_lists(value_of(row, column), _ANSWER, column)
+    if not answers["text"] and not task.unanswerable:
+        raise UserError("there is no answer: that is what the task squad_v2 is for")
+    starts = []
+    for answer, start in zip(*answers.values()):
+        text(answer, f"text of {column}")
+        starts.append(whole_number(start, f"answer_start of {column}"))
+        if starts[-1] < 0 or not context.startswith(answer, starts[-1]):
+            found = context.find(answer)
+            where = "it is nowhere in it" if found < 0 else f"it stands at {found}"
+            raise UserError(f"the context does not hold the answer {shown(answer)} at character {starts[-1]}: {where}")
+    return values | {column: {"text": answers["text"], "answer_start": starts}}
 
 
-def _windows(columns: Columns, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> tuple[Any, list[int]]:
-    """The encoded windows of all questions, and which question each is of."""
+def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> tuple[Any, list[int]]:
+    """The encoded windows of all questions, and which question each is of.
+
+    Raises:
+        Unusable: A question leaves no room for its context.
+        UserError: The tokenizer is not a fast one, or `max_length` is out of range.
+    """
     if not tokenizer.is_fast:
         raise UserError("answers need a fast tokenizer, which says where in the text a token stands")
     limit = min(input_limit(tokenizer, limits, pair=True), limits.max_length or DEFAULT_LENGTH)
-    longest = max((len(ids) for ids in tokenizer(list(columns["question"]), verbose=False)["input_ids"]), default=0)
-    room = limit - longest - tokenizer.num_special_tokens_to_add(pair=True)
-    if room < 2:
-        raise UserError(f"a question of {longest} tokens leaves no room for its context in {limit}: raise max_length")
+    lengths = [len(ids) for ids in tokenizer(list(columns["question"]), verbose=False)["input_ids"]]
+    most = limit - tokenizer.num_special_tokens_to_add(pair=True) - 2
+    if long := [place for place, length in enumerate(lengths) if length > most]:
+        what = f"a question of {max(lengths)} tokens leaves no room for its context in {limit}"
+        more = (
+            f"raise max_length to {tokenizer.model_max_length} at most, or "
+            if limit < tokenizer.model_max_length
+            else ""
+        )
+        raise Unusable(what, long, f"{more}shorten the question")
+    room = most + 2 - max(lengths, default=0)
     batch = tokenizer(
         [question.strip() for question in columns["question"]], list(columns["context"]), truncation="only_second",
         max_length=limit, stride=room // STRIDE_SHARE, return_overflowing_tokens=True, return_offsets_mapping=True,
@@ -66,7 +81,7 @@ def _windows(columns: Columns, tokenizer: PreTrainedTokenizerBase, limits: Limit
 
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
     """One row a window, with the first answer's first and last token; the first token where it is not in the window."""
-    batch, questions = _windows(columns, tokenizer, limits)
+    batch, questions = inputs(columns, tokenizer, task, limits)
     offsets = batch.pop("offset_mapping")
     encoded = dict(batch)
     if task.label_column not in columns:
@@ -92,7 +107,7 @@ def _span(answers: dict[str, list], places: Sequence[tuple[int, int]], parts: Se
 
 def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits) -> list[str]:
     """The text of the answer to every question; empty where the model says that there is none."""
-    batch, questions = _windows(columns, tokenizer, limits)
+    batch, questions = inputs(columns, tokenizer, task, limits)
     offsets = batch.pop("offset_mapping")
     outputs = run_batches(model, tokenizer, dict(batch), limits.batch_size, ("start_logits", "end_logits"))
     best: dict[int, tuple[float, str]] = {}
@@ -136,4 +151,4 @@ def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorWit
     return DataCollatorWithPadding(tokenizer)
 
 
-KIND = Kind("QUESTION_ANS", _features, check, encode, _collator, predict, measure)
+KIND = Kind("QUESTION_ANS", _features, read, encode, inputs, _collator, predict, measure)

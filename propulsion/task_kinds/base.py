@@ -1,6 +1,6 @@
 """What a kind of task must say, and what several kinds share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from propulsion.errors import UserError
+from propulsion.errors import Unusable, UserError
 from propulsion.files import Columns
 from propulsion.tasks import Task
 
@@ -45,8 +45,10 @@ class Kind:
     Attributes:
         task_type: peft's name of it, which also says with which head a model is loaded.
         features: Types of a task's columns.
-        check: (task, name of the split, columns) -> the task's columns, checked; raises `UserError` naming a row.
+        read: (task, row as it was written) -> its values in the task's columns; raises `UserError` naming a column.
         encode: (columns, tokenizer, task, limits) -> model inputs with labels, unpadded; may give more rows than came.
+            Raises `Unusable` of rows that are too long.
+        inputs: The same without labels: what `predict` runs the model on.
         collator: (tokenizer, model) -> what makes a padded batch of encoded rows.
         predict: (model, tokenizer, task, columns, limits) -> one prediction a row.
         measure: (task, predictions, columns) -> the task's metrics.
@@ -54,37 +56,12 @@ class Kind:
 
     task_type: str
     features: Callable[[Task], datasets.Features]
-    check: Callable[[Task, str, Columns], Columns]
+    read: Callable[[Task, Mapping[str, Any]], dict[str, Any]]
     encode: Callable[[Columns, PreTrainedTokenizerBase, Task, Limits], Columns]
+    inputs: Callable[[Columns, PreTrainedTokenizerBase, Task, Limits], Any]
     collator: Callable[[PreTrainedTokenizerBase, Any], Callable[[list[dict[str, Any]]], Any]]
     predict: Callable[[Any, PreTrainedTokenizerBase, Task, Columns, Limits], list[Any]]
     measure: Callable[[Task, Sequence[Any], Columns], dict[str, float]]
-
-
-def check_columns(task: Task, name: str, columns: Columns) -> None:
-    """Make sure that the task's columns are there and hold rows.
-
-    Raises:
-        UserError: A column is missing, or there is no row.
-    """
-    wanted = (*task.text_columns, task.label_column)
-    if missing := [column for column in wanted if column not in columns]:
-        found = ", ".join(columns) or "none"
-        raise UserError(f"{name} lacks the column {', '.join(missing)} of task {task.name}; its columns are: {found}")
-    if not columns[task.label_column]:
-        raise UserError(f"{name} has no rows")
-
-
-def check_texts(name: str, columns: Columns, names: Sequence[str]) -> None:
-    """Make sure that columns hold text.
-
-    Raises:
-        UserError: A row does not; the message names it.
-    """
-    for column in names:
-        for row, text in enumerate(columns[column], start=1):
-            if not isinstance(text, str):
-                raise UserError(f"{name}, row {row}: {column} is {text!r}, expected text")
 
 
 def input_limit(tokenizer: PreTrainedTokenizerBase, limits: Limits, *, pair: bool = False) -> int:
@@ -103,11 +80,17 @@ def input_limit(tokenizer: PreTrainedTokenizerBase, limits: Limits, *, pair: boo
 
 
 def refuse_longer(lengths: Sequence[int], limit: int) -> None:
-    """Raise `UserError` if an input is longer than the model takes."""
-    if longer := sum(length > limit for length in lengths):
-        raise UserError(
-            f"{longer} of {len(lengths)} examples are longer than the model's limit of {limit} tokens (longest: "
-            f"{max(lengths)}); give max_length ({limit} or less) to truncate them"
+    """Make sure that the model takes inputs of these lengths.
+
+    Raises:
+        Unusable: Some are longer.
+    """
+    if longer := [place for place, length in enumerate(lengths) if length > limit]:
+        raise Unusable(
+            f"{len(longer)} of {len(lengths)} examples are longer than the model's limit of {limit} tokens (longest: "
+            f"{max(lengths)})",
+            longer,
+            f"give max_length ({limit} or less) to truncate them, or shorten them",
         )
 
 

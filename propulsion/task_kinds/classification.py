@@ -1,7 +1,6 @@
 """Classification and regression: one label for a text or a pair of texts."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -11,10 +10,9 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from propulsion.errors import UserError
 from propulsion.files import Columns
 from propulsion.metrics import METRICS
-from propulsion.task_kinds.base import Kind, Limits, check_columns, check_texts, input_limit, refuse_longer, run_batches
+from propulsion.row_values import NoText, label_number, score, text, value_of
+from propulsion.task_kinds.base import Kind, Limits, input_limit, refuse_longer, run_batches
 from propulsion.tasks import Task
-
-UNLABELLED = -1  # What GLUE's test sets hold in place of a label.
 
 
 def _features(task: Task) -> datasets.Features:
@@ -23,14 +21,15 @@ def _features(task: Task) -> datasets.Features:
     return datasets.Features(kinds)
 
 
-def check(task: Task, name: str, columns: Columns) -> Columns:
-    """Keep the task's columns, with texts and labels checked and labels as numbers."""
-    check_columns(task, name, columns)
-    check_texts(name, columns, task.text_columns)
-    read = _score if task.is_regression else _class
-    values = columns[task.label_column]
-    labels = [read(task, value, f"{name}, row {row}") for row, value in enumerate(values, start=1)]
-    return {column: columns[column] for column in task.text_columns} | {task.label_column: labels}
+def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the task's columns; the label as a number. Of two texts, one may be empty."""
+    values = {column: text(value_of(row, column), column, blank=True) for column in task.text_columns}
+    if not any(value.strip() for value in values.values()):
+        raise NoText(f"no text in {' or '.join(task.text_columns)}")
+    label = value_of(row, task.label_column)
+    if task.label_range is not None:
+        return values | {task.label_column: score(label, *task.label_range)}
+    return values | {task.label_column: label_number(label, task.label_names)}
 
 
 def check_variety(name: str, labels: Sequence[Any]) -> None:
@@ -39,43 +38,21 @@ def check_variety(name: str, labels: Sequence[Any]) -> None:
         raise UserError(f"{name} has one label only ({labels[0]}): nothing can be learnt or measured from it")
 
 
-def _class(task: Task, value: Any, where: str) -> int:
-    if value in task.label_names:
-        return task.label_names.index(value)
-    number = _number(value, where)
-    if number not in range(task.num_labels):
-        expected = ", ".join(f"{index} ({label})" for index, label in enumerate(task.label_names))
-        raise UserError(f"{where}: label {value!r} is not one of {expected}")
-    return int(number)
-
-
-def _score(task: Task, value: Any, where: str) -> float:
-    assert task.label_range is not None
-    low, high = task.label_range
-    number = _number(value, where)
-    if not low <= number <= high:
-        raise UserError(f"{where}: label {value!r} is outside {low} to {high}")
-    return number
-
-
-def _number(value: Any, where: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: label {value!r} is not a number") from None
-    if math.isnan(number):
-        raise UserError(f"{where}: the label is missing (NaN)")
-    if number == UNLABELLED:
-        raise UserError(f"{where} is unlabelled (-1, as in GLUE's test sets): use a split with labels")
-    return number
-
-
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
     """Tokens of the texts, unpadded, with labels where there are any.
 
     Raises:
-        UserError: An input is longer than the model takes and `max_length` is None, or `max_length` is out of range.
+        Unusable: An input is longer than the model takes and `max_length` is None.
+        UserError: `max_length` is out of range.
     """
+    encoded = inputs(columns, tokenizer, task, limits)
+    if task.label_column in columns:
+        encoded["labels"] = list(columns[task.label_column])
+    return encoded
+
+
+def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
+    """The same without labels."""
     input_limit(tokenizer, limits, pair=len(task.text_columns) > 1)
     texts = [list(columns[column]) for column in task.text_columns]
     pairs = texts[1] if len(texts) > 1 else None
@@ -86,8 +63,6 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
         )
     )
     refuse_longer([len(ids) for ids in encoded["input_ids"]], tokenizer.model_max_length)
-    if task.label_column in columns:
-        encoded["labels"] = list(columns[task.label_column])
     return encoded
 
 
@@ -95,8 +70,7 @@ def logits(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits
 ) -> list[list[float]]:
     """The model's outputs, one list a row."""
-    encoded = encode(columns, tokenizer, task, limits)
-    encoded.pop("labels", None)
+    encoded = inputs(columns, tokenizer, task, limits)
     return [row[0].tolist() for row in run_batches(model, tokenizer, encoded, limits.batch_size, ("logits",))]
 
 
@@ -118,4 +92,4 @@ def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorWit
     return DataCollatorWithPadding(tokenizer)
 
 
-KIND = Kind("SEQ_CLS", _features, check, encode, _collator, predict, measure)
+KIND = Kind("SEQ_CLS", _features, read, encode, inputs, _collator, predict, measure)

@@ -1,15 +1,16 @@
 """Instructions to a language model: trained on the answer after the prompt, evaluated by generation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from propulsion.errors import UserError
+from propulsion.errors import UserError, one_line
 from propulsion.files import Columns
 from propulsion.instructions import Exchange, extract
-from propulsion.task_kinds.base import Kind, Limits, check_columns, generate, input_limit, refuse_longer, rows_of
+from propulsion.row_values import text, value_of
+from propulsion.task_kinds.base import Kind, Limits, generate, input_limit, refuse_longer, rows_of
 from propulsion.tasks import Task
 
 IGNORED = -100
@@ -21,21 +22,20 @@ def _features(task: Task) -> datasets.Features:
     return datasets.Features({_PROMPT: text, _ANSWER: text, _CHOICES: datasets.List(text)})
 
 
-def check(task: Task, name: str, columns: Columns) -> Columns:
-    """Turn the task's own columns into prompts, answers and choices."""
-    check_columns(task, name, columns)
+def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the task's own columns into prompt, answer and choices."""
     assert task.exchange is not None
-    found: Columns = {_PROMPT: [], _ANSWER: [], _CHOICES: []}
-    wanted = {column: columns[column] for column in (*task.text_columns, task.label_column)}
-    for row, values in enumerate(rows_of(wanted), start=1):
-        try:
-            exchange = task.exchange(values)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise UserError(f"{name}, row {row} is no row of task {task.name}: {error}") from error
-        found[_PROMPT].append(exchange.prompt)
-        found[_ANSWER].append(exchange.answer)
-        found[_CHOICES].append(list(exchange.choices))
-    return found
+    values = {column: value_of(row, column) for column in (*task.text_columns, task.label_column)}
+    for column in task.text_columns:  # A template would write None, or a number, into its text.
+        if not isinstance(values[column], (list, dict)):
+            text(values[column], column, blank=True)
+    try:
+        exchange = task.exchange(values)
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise UserError(f"no row of task {task.name}: {one_line(error)}") from error
+    return {_PROMPT: exchange.prompt, _ANSWER: exchange.answer, _CHOICES: list(exchange.choices)}
 
 
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
@@ -59,12 +59,24 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
     return encoded
 
 
+def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
+    """Tokens of the prompt, which leave room for the new ones: cut at their beginning if `max_length` is given."""
+    limit = input_limit(tokenizer, limits) - limits.max_new_tokens
+    if limit < 1:
+        raise UserError(
+            f"{limits.max_new_tokens} new tokens leave no room for a prompt in {input_limit(tokenizer, limits)}: lower "
+            "max_target_length or generation_max_length"
+        )
+    prompts = tokenizer(list(columns[_PROMPT]), verbose=False)["input_ids"]
+    if limits.max_length is None:
+        refuse_longer([len(ids) + limits.max_new_tokens for ids in prompts], tokenizer.model_max_length)
+    prompts = [ids[-limit:] for ids in prompts]
+    return {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]}
+
+
 def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits) -> list[str]:
     """What the model says after every prompt."""
-    limit = input_limit(tokenizer, limits) - limits.max_new_tokens
-    prompts = [ids[-max(1, limit) :] for ids in tokenizer(list(columns[_PROMPT]), verbose=False)["input_ids"]]
-    encoded: Columns = {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]}
-    return generate(model, tokenizer, encoded, limits)
+    return generate(model, tokenizer, inputs(columns, tokenizer, task, limits), limits)
 
 
 def exchanges_of(columns: Columns) -> list[Exchange]:
@@ -84,4 +96,4 @@ def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorFor
     return DataCollatorForSeq2Seq(tokenizer)
 
 
-KIND = Kind("CAUSAL_LM", _features, check, encode, _collator, predict, measure)
+KIND = Kind("CAUSAL_LM", _features, read, encode, inputs, _collator, predict, measure)

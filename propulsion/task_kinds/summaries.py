@@ -1,14 +1,16 @@
 """Summarisation by an encoder-decoder: a document in, its summary out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from propulsion.errors import UserError
 from propulsion.files import Columns
 from propulsion.metrics import rouge_scores
-from propulsion.task_kinds.base import Kind, Limits, check_columns, check_texts, generate, input_limit
+from propulsion.row_values import text, value_of
+from propulsion.task_kinds.base import Kind, Limits, generate, input_limit
 from propulsion.tasks import Task
 
 
@@ -16,19 +18,14 @@ def _features(task: Task) -> datasets.Features:
     return datasets.Features({name: datasets.Value("string") for name in (*task.text_columns, task.label_column)})
 
 
-def check(task: Task, name: str, columns: Columns) -> Columns:
-    """Keep documents and summaries, which are texts."""
-    wanted = (*task.text_columns, task.label_column)
-    check_columns(task, name, columns)
-    check_texts(name, columns, wanted)
-    return {column: columns[column] for column in wanted}
+def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the document and its summary, which are texts."""
+    return {column: text(value_of(row, column), column) for column in (*task.text_columns, task.label_column)}
 
 
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
     """Tokens of the document, cut to what the model takes, and of the summary, cut to `max_target_length`."""
-    limit = input_limit(tokenizer, limits)
-    documents = tokenizer(list(columns[task.text_columns[0]]), truncation=True, max_length=limit)
-    encoded: Columns = {name: documents[name] for name in ("input_ids", "attention_mask")}
+    encoded = inputs(columns, tokenizer, task, limits)
     if task.label_column in columns:
         targets = list(columns[task.label_column])
         labels = tokenizer(text_target=targets, truncation=True, max_length=limits.max_target_length)
@@ -36,11 +33,19 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
     return encoded
 
 
+def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
+    """Tokens of the document, cut to what the model takes."""
+    limit, longest = input_limit(tokenizer, limits), max(limits.max_target_length, limits.max_new_tokens)
+    if longest > tokenizer.model_max_length:
+        raise UserError(f"summaries of up to {longest} tokens are longer than the model's limit of "
+                        f"{tokenizer.model_max_length}: lower max_target_length or generation_max_length")  # fmt: skip
+    documents = tokenizer(list(columns[task.text_columns[0]]), truncation=True, max_length=limit)
+    return {name: documents[name] for name in ("input_ids", "attention_mask")}
+
+
 def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits) -> list[str]:
     """A summary of every document."""
-    encoded = encode(columns, tokenizer, task, limits)
-    encoded.pop("labels", None)
-    return generate(model, tokenizer, encoded, limits)
+    return generate(model, tokenizer, inputs(columns, tokenizer, task, limits), limits)
 
 
 def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[str, float]:
@@ -54,4 +59,4 @@ def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorFor
     return DataCollatorForSeq2Seq(tokenizer, model=getattr(model, "base_model", model))
 
 
-KIND = Kind("SEQ_2_SEQ_LM", _features, check, encode, _collator, predict, measure)
+KIND = Kind("SEQ_2_SEQ_LM", _features, read, encode, inputs, _collator, predict, measure)

@@ -1,6 +1,6 @@
 """Token classification: one tag for every word."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -9,7 +9,8 @@ from transformers import DataCollatorForTokenClassification, PreTrainedTokenizer
 from propulsion.errors import UserError
 from propulsion.files import Columns
 from propulsion.metrics import entity_scores
-from propulsion.task_kinds.base import Kind, Limits, check_columns, input_limit, refuse_longer, run_batches
+from propulsion.row_values import NoText, label_number, shown, texts, value_of
+from propulsion.task_kinds.base import Kind, Limits, input_limit, refuse_longer, run_batches
 from propulsion.tasks import Task
 
 IGNORED = -100
@@ -21,27 +22,15 @@ def _features(task: Task) -> datasets.Features:
     return datasets.Features({task.text_columns[0]: words, task.label_column: tags})
 
 
-def check(task: Task, name: str, columns: Columns) -> Columns:
+def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
     """Keep words and tags, one tag a word, tags as numbers; they may come as their names."""
-    check_columns(task, name, columns)
     words_column, tags_column = task.text_columns[0], task.label_column
-    numbers = []
-    for row, (words, tags) in enumerate(zip(columns[words_column], columns[tags_column]), start=1):
-        where = f"{name}, row {row}"
-        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-            raise UserError(f"{where}: {words_column} is {words!r}, expected a list of words")
-        if not isinstance(tags, list) or len(tags) != len(words):
-            raise UserError(f"{where}: expected {len(words)} {tags_column}, one a word, found {tags!r}")
-        numbers.append([_tag(task, tag, where) for tag in tags])
-    return {words_column: columns[words_column], tags_column: numbers}
-
-
-def _tag(task: Task, tag: Any, where: str) -> int:
-    if tag in task.label_names:
-        return task.label_names.index(tag)
-    if not isinstance(tag, int) or not 0 <= tag < task.num_labels:
-        raise UserError(f"{where}: tag {tag!r} is not one of {', '.join(task.label_names)}")
-    return tag
+    words, tags = texts(value_of(row, words_column), words_column, "words"), value_of(row, tags_column)
+    if "" in words:
+        raise NoText(f"item {words.index('') + 1} of {words_column} is '', expected a word")
+    if not isinstance(tags, list) or len(tags) != len(words):
+        raise UserError(f"expected {len(words)} {tags_column}, one a word, found {shown(tags)}")
+    return {words_column: words, tags_column: [label_number(tag, task.label_names, "tag") for tag in tags]}
 
 
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
@@ -68,14 +57,19 @@ def _first_tokens(word_ids: Sequence[int | None]) -> list[int | None]:
     return [word if place == 0 or word_ids[place - 1] != word else None for place, word in enumerate(word_ids)]
 
 
+def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
+    """Tokens of the words, with a word's number in the place of its tag: which word starts at each token."""
+    words = columns[task.text_columns[0]]
+    numbered = {task.text_columns[0]: words, task.label_column: [range(len(row)) for row in words]}
+    return encode(numbered, tokenizer, task, limits)
+
+
 def predict(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits
 ) -> list[list[str]]:
     """A tag for every word, by name; words that were cut off are outside any entity."""
-    words_column = task.text_columns[0]
-    marked = {words_column: columns[words_column], task.label_column: [range(len(w)) for w in columns[words_column]]}
-    encoded = encode(marked, tokenizer, task, limits)
-    places = encoded.pop("labels")  # With a word's number as its label: which word starts at each token.
+    encoded, words_column = inputs(columns, tokenizer, task, limits), task.text_columns[0]
+    places = encoded.pop("labels")
     found = []
     outputs = run_batches(model, tokenizer, encoded, limits.batch_size, ("logits",))
     for words, starts, (row,) in zip(columns[words_column], places, outputs, strict=True):
@@ -98,4 +92,4 @@ def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorFor
     return DataCollatorForTokenClassification(tokenizer)
 
 
-KIND = Kind("TOKEN_CLS", _features, check, encode, _collator, predict, measure)
+KIND = Kind("TOKEN_CLS", _features, read, encode, inputs, _collator, predict, measure)

@@ -1,12 +1,16 @@
 """Every task of the table, trained and evaluated on a tiny random model, from a few rows of its own format."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
-from task_rows import ROWS, write_rows
+from task_rows import CONTEXT, ROWS, write_rows
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
+from propulsion.instructions import Exchange
 from propulsion.pretrained import load_model
 from propulsion.task_kinds import Limits, kind_of
 from propulsion.task_kinds.base import columns_of
@@ -155,15 +159,19 @@ def test_generation_does_not_depend_on_the_batch(tiny_models, tmp_path):
     ("task", "change", "message"),
     [
         ("squad", {"answers": {"text": ["Hamburg"], "answer_start": [3]}}, "row 1: the context does not hold"),
-        ("squad", {"answers": {"text": [], "answer_start": []}}, "row 1 has no answer: that is what the task squad_v2"),
+        (
+            "squad",
+            {"answers": {"text": [], "answer_start": []}},
+            "row 1: there is no answer: that is what the task squad_v2",
+        ),
         ("squad", {"answers": "Hamburg"}, "row 1: answers is 'Hamburg'"),
         ("conll2003", {"ner_tags": [0]}, "row 1: expected 5 ner_tags, one a word"),
-        ("conll2003", {"ner_tags": [9, 0, 0, 0, 0]}, "row 1: tag 9 is not one of O, B-PER"),
+        ("conll2003", {"ner_tags": [9, 0, 0, 0, 0]}, r"row 1: tag 9 is not one of 0 \(O\), 1 \(B-PER\)"),
         ("conll2003", {"tokens": "Anna"}, "row 1: tokens is 'Anna', expected a list of words"),
         ("xsum", {"summary": None}, "row 1: summary is None, expected text"),
-        ("siqa", {"label": "4"}, "row 1 is no row of task siqa: the right answer is number 4 of 3"),
-        ("arc_easy", {"answerKey": "E"}, "row 1 is no row of task arc_easy: the answer 'E' is not one of A, B, C, D"),
-        ("svamp", {"Answer": "many"}, "row 1 is no row of task svamp: the answer 'many' holds no number"),
+        ("siqa", {"label": "4"}, "row 1: the right answer is number 4 of 3"),
+        ("arc_easy", {"answerKey": "E"}, "row 1: the answer 'E' is not one of A, B, C, D"),
+        ("svamp", {"Answer": "many"}, "row 1: the answer 'many' holds no number"),
     ],
 )
 def test_unusable_rows_are_named(tmp_path, task, change, message):
@@ -171,6 +179,166 @@ def test_unusable_rows_are_named(tmp_path, task, change, message):
     with pytest.raises(UserError, match=message) as caught:
         load_task_data(task, data_dir=write_rows(tmp_path, task, rows))
     assert "\n" not in str(caught.value)
+
+
+HAMBURG = CONTEXT.index("Hamburg")
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "read"),
+    [
+        ("squad", {"text": "Hamburg", "answer_start": HAMBURG}, {"text": ["Hamburg"], "answer_start": [HAMBURG]}),
+        ("squad", {"text": ["Hamburg"], "answer_start": HAMBURG}, {"text": ["Hamburg"], "answer_start": [HAMBURG]}),
+        (
+            "squad",
+            {"text": "Hamburg", "answer_start": [f"{HAMBURG}"]},
+            {"text": ["Hamburg"], "answer_start": [HAMBURG]},
+        ),
+        ("squad", [{"text": "Elbe", "answer_start": 10.0}] * 2, {"text": ["Elbe"] * 2, "answer_start": [10] * 2}),
+        ("squad_v2", [], {"text": [], "answer_start": []}),
+    ],
+)
+def test_answers_however_they_are_written(tmp_path, task, change, read):
+    rows = [ROWS[task][0] | {"answers": change}, *ROWS[task][1:]]
+    assert load_task_data(task, data_dir=write_rows(tmp_path, task, rows)).train["answers"][0] == read
+
+
+def answers(text, starts):
+    return {"answers": {"text": text, "answer_start": starts}}
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("squad", answers(["Hamburg", "Elbe"], [29]), r"answers differ in length \(2 in text, 1 in answer_start\)"),
+        ("squad", answers(["Hamburg"], []), r"answers differ in length \(1 in text, 0 in answer_start\)"),
+        ("squad", answers(["Hamburg"], None), "answer_start of answers is None, expected a whole number"),
+        ("squad", answers(["Hamburg"], ["here"]), "answer_start of answers is 'here', expected a whole number"),
+        ("squad", answers(["Hamburg"], [True]), "answer_start of answers is True, expected a whole number"),
+        ("squad", answers(["Hamburg"], [HAMBURG + 0.5]), "expected a whole number"),
+        ("squad", answers(["Hamburg"], [HAMBURG - len(CONTEXT)]), "at character -52: it stands at 29"),
+        ("squad", answers(["Hamburg"], [10**30]), "it stands at 29"),
+        ("squad", answers(["Berlin"], [HAMBURG]), "the answer 'Berlin' at character 29: it is nowhere in it"),
+        ("squad", answers([None], [HAMBURG]), "text of answers is None, expected text"),
+        ("squad", answers([""], [HAMBURG]), "text of answers is '', expected text with something in it"),
+        ("squad", answers([["Hamburg"]], [HAMBURG]), r"text of answers is \['Hamburg'\], expected text"),
+        ("squad_v2", {"answers": None}, "answers is None, expected the lists text and answer_start"),
+        ("squad_v2", {"answers": {"text": []}}, "expected the lists text and answer_start"),
+        ("squad", {"answers": "{'text': ['Elbe']}"}, "which .jsonl, .json and .parquet files can hold"),
+        ("squad", {"context": None}, "context is None, expected text"),
+        ("squad", {"question": " "}, "question is ' ', expected text with something in it"),
+        ("xsum", {"document": ""}, "document is '', expected text with something in it"),
+        ("conll2003", {"ner_tags": [True, 0, 0, 0, 0]}, "tag True could be any of"),
+        ("conll2003", {"ner_tags": [0.5, 0, 0, 0, 0]}, "tag 0.5 is not one of"),
+        ("conll2003", {"tokens": ["Anna", None, "a", "b", "c"]}, "item 2 of tokens is None, expected text"),
+        ("conll2003", {"tokens": ["Anna", "", "a", "b", "c"]}, "item 2 of tokens is '', expected a word"),
+        ("boolq", {"answer": None}, "answer None is not a number: expected 0 .no., 1 .yes."),
+        ("boolq", {"passage": None}, "passage is None, expected text"),
+        ("boolq", {"question": ["a"]}, "question is .'a'., expected text"),
+        ("piqa", {"label": 1.7}, "label is 1.7, expected a whole number"),
+        ("piqa", {"label": True}, "label is True, expected a whole number"),
+        ("piqa", {"sol2": 3}, "sol2 is 3, expected text"),
+        ("siqa", {"answerB": None}, "answerB is None, expected text"),
+        ("hellaswag", {"endings": "['a', 'b']"}, "expected a list of texts, which .jsonl"),
+        ("hellaswag", {"endings": ["a", None]}, "item 2 of endings is None, expected text"),
+        ("winogrande", {"answer": ""}, "answer is '', expected a whole number"),
+        ("arc_easy", {"choices": {"text": ["a"], "label": ["A", "B"]}}, "lists of choices differ in length"),
+        ("arc_easy", {"choices": None}, "choices is None"),
+        ("openbookqa", {"question_stem": None}, "question_stem is None, expected text"),
+        ("multiarith", {"final_ans": [3]}, "the answer .3. holds no number"),
+        ("addsub", {"answer": True}, "the answer True holds no number"),
+        ("gsm8k", {"question": 5}, "question is 5, expected text"),
+        ("svamp", {"Body": None}, "Body is None, expected text"),
+        ("sst2_instruction", {"label": 2}, "label 2 is not one of 0 .negative., 1 .positive."),
+    ],
+)  # fmt: skip
+def test_hand_made_rows_that_mean_nothing_are_named(tmp_path, task, change, message):
+    rows = [ROWS[task][0] | change, *ROWS[task][1:]]
+    with pytest.raises(UserError, match=f"train.jsonl, row 1: .*{message}") as caught:
+        load_task_data(task, data_dir=write_rows(tmp_path, task, rows))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "answer"),
+    [
+        ("boolq", {"answer": "TRUE"}, "yes"),
+        ("boolq", {"answer": "no"}, "no"),
+        ("boolq", {"answer": 0.0}, "no"),
+        ("piqa", {"label": "1.0"}, "answer2"),
+        ("siqa", {"label": 3}, "answer3"),
+        ("arc_challenge", {"answerKey": 2}, "answer2"),
+        (
+            "arc_easy",
+            {"choices": [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}], "answerKey": "B"},
+            "answer2",
+        ),
+        ("sst2_instruction", {"label": "Positive"}, "positive"),
+        ("sst2_instruction", {"label": "False"}, "negative"),
+    ],
+)
+def test_answers_of_instructions_however_they_are_written(tmp_path, task, change, answer):
+    rows = [ROWS[task][0] | change, *ROWS[task][1:]]
+    assert load_task_data(task, data_dir=write_rows(tmp_path, task, rows)).train["answer"][0] == answer
+
+
+def test_a_template_is_never_filled_with_what_is_no_text(tmp_path, monkeypatch):
+    """Whatever a template of somebody's own does with its columns."""
+    task = dataclasses.replace(
+        TASKS["sst2_instruction"], name="own", exchange=lambda row: Exchange(f"Review: {row['sentence']}", "yes")
+    )
+    monkeypatch.setitem(TASKS, "own", task)
+    rows = [*ROWS["sst2_instruction"], {"sentence": None, "label": 1}]
+    with pytest.raises(UserError, match=r"row 4: sentence is None, expected text"):
+        load_task_data("own", data_dir=write_rows(tmp_path, "own", rows))
+
+
+LONG = {
+    "sst2": {"sentence": "word " * 80},
+    "rte": {"sentence2": "word " * 80},
+    "conll2003": {"tokens": ["word"] * 80, "ner_tags": [0] * 80},
+    "squad": {"question": "word " * 80},
+    "boolq": {"passage": "word " * 600},
+}
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("task", LONG)
+def test_rows_that_are_too_long_are_found_before_anything_is_written(task, split, tiny_models, tmp_path):
+    """And who follows the advice, or mends the row, calls the same command again."""
+    data_dir = write_rows(tmp_path, task)
+    (data_dir / f"{split}.jsonl").write_text(
+        "".join(f"{json.dumps(row)}\n" for row in [*ROWS[task], ROWS[task][0] | LONG[task]])
+    )
+    config = TrainConfig(
+        task=task, data_dir=data_dir, model=str(tiny_models[kind_of(get_task(task)).task_type]), max_steps=1, degree=3,
+        output_dir=tmp_path / "run", use_cpu=True, max_target_length=6, disable_tqdm=True,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=rf"{split}.jsonl: .*: row {len(ROWS[task]) + 1};") as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    assert not config.output_dir.exists()
+    if task == "squad":  # No length makes room for such a question.
+        write_rows(tmp_path, task)
+    else:
+        config = dataclasses.replace(config, max_length=60)
+    assert run(config).steps == 1
+
+
+def test_new_tokens_leave_room_for_the_prompt(tiny_models, tmp_path):
+    """A prompt is not cut to its last token without a word."""
+    config = TrainConfig(
+        task="boolq", data_dir=write_rows(tmp_path, "boolq"), model=str(tiny_models["CAUSAL_LM"]), max_steps=1,
+        output_dir=tmp_path / "run", use_cpu=True, max_target_length=64, max_length=64, disable_tqdm=True,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="64 new tokens leave no room for a prompt in 64: lower max_target_length"):
+        run(config)
+    with pytest.raises(UserError, match=r"validation.jsonl: 3 of 3 examples are longer than the model's limit of 512"):
+        run(dataclasses.replace(config, max_target_length=500, max_length=None))
+    with pytest.raises(UserError, match="summaries of up to 65 tokens are longer than the model's limit of 64"):
+        run(dataclasses.replace(config, task="xsum", data_dir=write_rows(tmp_path, "xsum"), max_target_length=65,
+                                model=str(tiny_models["SEQ_2_SEQ_LM"])))  # fmt: skip
+    assert not config.output_dir.exists()
 
 
 def test_a_task_without_a_home_asks_for_files():
