@@ -333,8 +333,8 @@ def test_new_tokens_leave_room_for_the_prompt(tiny_models, tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match="64 new tokens leave no room for a prompt in 64: lower max_target_length"):
         run(config)
-    with pytest.raises(UserError, match=r"validation.jsonl: 3 of 3 examples are longer than the model's limit of 512"):
-        run(dataclasses.replace(config, max_target_length=500, max_length=None))
+    with pytest.raises(UserError, match=r"validation.jsonl: 3 of 3 examples are longer than the model's limit of 128"):
+        run(dataclasses.replace(config, max_target_length=120, max_length=None))
     with pytest.raises(UserError, match="summaries of up to 65 tokens are longer than the model's limit of 64"):
         run(dataclasses.replace(config, task="xsum", data_dir=write_rows(tmp_path, "xsum"), max_target_length=65,
                                 model=str(tiny_models["SEQ_2_SEQ_LM"])))  # fmt: skip
