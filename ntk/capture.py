@@ -23,17 +23,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk.features import Dense, Feature, Lookup, Outer
 from ntk.graph import Received, Root, product
+from ntk.independence import Independence
 from ntk.tokens import Gradients, Packing
 
 _STATE = "_ntk_state"
 
 Place = tuple[int, int]  # a tensor's maker in the forward pass: the operation's number, and which of its results
 
-# Operations that put rows of different examples in any order, if an index comes from the data.
-_REORDERING = {
-    torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select, torch.gather, torch.Tensor.gather,
-    torch.masked_select, torch.Tensor.masked_select, torch.take, torch.take_along_dim, torch.Tensor.nonzero,
-    torch.nonzero, torch.where, torch.sort, torch.Tensor.sort, torch.argsort, torch.Tensor.argsort,
+# Functions by which values of a tensor reach Python, or code that torch does not see.
+_LEAVING = {
+    torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr, torch.Tensor.__dlpack__,
+    torch.Tensor.untyped_storage, torch.Tensor.storage,
 }  # fmt: skip
 
 
@@ -42,12 +42,10 @@ class Data:
     """A tensor that depends on the batch.
 
     Attributes:
-        scrambled: rows of different examples may have changed places, so that none can be told whose it is.
         active: it depends on a captured use, so that gradients must pass through it.
         place: where it was made.
     """
 
-    scrambled: bool = False
     active: bool = False
     place: Place = (0, 0)
 
@@ -138,6 +136,7 @@ class Capture(TorchFunctionMode):
         segment: tuple[int, float] = (0, float("inf")),
         keep: frozenset[Place] = frozenset(),
         keep_outputs: bool = False,
+        proof: Independence | None = None,
     ):
         """Prepare a capture.
 
@@ -148,6 +147,7 @@ class Capture(TorchFunctionMode):
             segment: first mixing operation to record, and the first not to.
             keep: places of tensors wanted in ``kept``, the cut of the segment after this one.
             keep_outputs: also hold the outputs of the operations.
+            proof: follows the examples through the same pass.
         """
         super().__init__()
         self.n = n
@@ -164,6 +164,7 @@ class Capture(TorchFunctionMode):
         self._segment = segment
         self._keep = keep
         self._keep_outputs = keep_outputs
+        self._proof = proof
         self._operations = 0
 
     def mark(self, inputs: Any) -> Any:
@@ -188,23 +189,21 @@ class Capture(TorchFunctionMode):
         data = [s for s in states if isinstance(s, Data)]
         if not data or _picks_one(self, func, args):
             return self._derive(func, args, kwargs, states)
+        if self._proof is not None and (func in _LEAVING or func is torch.Tensor.register_hook):
+            self._proof.lose(f"its forward pass calls {_name(func)} on values of the batch")
         self._operations += 1
         mixed = len(data) < len(states) and torch.is_grad_enabled() and not _reads_metadata(func)
         if mixed and self.count >= self._segment[1]:
             raise SegmentEnd
         if self.count > self._segment[0] or (mixed and self.count == self._segment[0]):
             args, kwargs = self._enter(func, args, kwargs)
-        scrambled = any(s.scrambled for s in data) or _reorders(self, func, args, kwargs)
         if mixed:
-            result = self._mix(func, args, kwargs, scrambled)
+            result = self._mix(func, args, kwargs)
             self.count += 1
         else:
             result = func(*args, **kwargs)
         written = args[0] if args and isinstance(args[0], Tensor) and (result is None or result is args[0]) else None
-        if written is not None and (before := self.state(written)) is not None and isinstance(before, Data):
-            # Written in place: rows gathered in any order and put back at their places are in order again.
-            scrambled = before.scrambled
-        self._mark(result if written is None else written, scrambled, mixed or any(s.active for s in data))
+        self._mark(result if written is None else written, mixed or any(s.active for s in data))
         return result
 
     def _derive(self, func, args, kwargs, states) -> Any:
@@ -236,7 +235,7 @@ class Capture(TorchFunctionMode):
             args[0].copy_(self.cut[state.place])
         return _map(leaf, args, kwargs)
 
-    def _mix(self, func, args, kwargs, scrambled: bool) -> Any:
+    def _mix(self, func, args, kwargs) -> Any:
         from ntk import rules  # rules are written in terms of this module's tensors
 
         sources = [t for t in _tensors(args, kwargs) if isinstance(self.state(t), Derived)]
@@ -251,10 +250,10 @@ class Capture(TorchFunctionMode):
             pass
         elif result is (args[0] if args else None):
             self._refuse(sources, f"{_name(func)} works in place")
-        elif scrambled and self.n > 1:
-            self._refuse(sources, "its input mixes the rows of the examples")
         elif result.shape[:1].numel() % self.n or result.ndim == 0:
             self._refuse(sources, f"{_name(func)} returns shape {tuple(result.shape)} for {self.n} examples")
+        elif self._proof is not None and self._proof.why is None and not self._proof.in_order(result):
+            self._refuse(sources, f"{_name(func)} returns the examples in another order")
         elif self.count >= self._segment[0]:
             found = rules.features_of(self, func, args, kwargs, result)
             result = self._record(found, sources, func, result, received)
@@ -298,13 +297,13 @@ class Capture(TorchFunctionMode):
             for name in state.names:
                 self.unhandled.setdefault(name, why)
 
-    def _mark(self, result: Any, scrambled: bool, active: bool) -> None:
+    def _mark(self, result: Any, active: bool) -> None:
         for position, t in enumerate((result,) if isinstance(result, Tensor) else tree_leaves(result)):
             if not isinstance(t, Tensor):
                 continue
             place = (self._operations, position)
             if t.is_floating_point():
-                setattr(t, _STATE, Data(scrambled, active, place))
+                setattr(t, _STATE, Data(active, place))
                 self.coarsest = max(self.coarsest, torch.finfo(t.dtype).eps)
                 if place in self._keep:
                     self.kept[place] = t
@@ -362,20 +361,6 @@ def _picks_one(capture: Capture, func, args) -> bool:
     """Whether a call takes one slice of a parameter for all, as a loop over experts does."""
     picks = func is torch.Tensor.__getitem__ and isinstance(capture.state(args[0]), Derived)
     return picks and isinstance(args[1], Tensor) and args[1].ndim == 0
-
-
-def _reorders(capture: Capture, func, args, kwargs) -> bool:
-    """Whether a call picks rows by an index from the data, so that they may come in any order."""
-    if func not in _REORDERING:
-        return False
-    if func is torch.where:
-        return len(args) < 2
-    if func is torch.Tensor.__getitem__:
-        index = tree_leaves(args[1])
-        return any(isinstance(t, Tensor) and t.ndim > 0 and isinstance(capture.state(t), Data) for t in index)
-    # Along any axis but the first, examples keep their rows.
-    dim = _argument(args, kwargs, 1, "dim")
-    return not (isinstance(dim, int) and not isinstance(dim, bool) and dim not in (0, -args[0].ndim))
 
 
 def _special(capture: Capture, func, args, kwargs, result: Tensor, names: frozenset[str]) -> Derived:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ntk.capture import Capture, Captured, Place, SegmentEnd, collect
 from ntk.functional import call, fresh
-from ntk.inputs import Group
+from ntk.independence import Independence, follows_torch
+from ntk.inputs import ENCODER_MASK, Group
 from ntk.outputs import Output
 
 Segment = tuple[int, float]  # first mixing operation, and the first not in it
@@ -34,7 +35,17 @@ def requiring_gradients(model: nn.Module, names: Iterable[str]) -> Iterator[Leav
 
 
 class Pass:
-    """Forward and backward passes of one batch over one segment."""
+    """Forward and backward passes of one batch over one segment.
+
+    Attributes:
+        capture: what was recorded.
+        values: the outputs ``(n, c)``; None for all but the last segment.
+        missed: parameter -> why its features are not all there.
+        below: where the segment's incoming activations were made -> their gradients ``(c, ...)``.
+        mixing: why the examples may have changed one another's outputs or gradients; None if they have not, and for
+            all but the last segment, since the forward pass is the same.
+        reads: the values of attention masks that the forward pass read.
+    """
 
     def __init__(
         self,
@@ -61,16 +72,27 @@ class Pass:
         """
         n = len(group.indices)
         outputs = next(iter(above.values())).shape[0] if above else None
+        proof = Independence(n) if n > 1 and above is None else None
         self.capture = capture = Capture(
-            leaves, n, outputs=outputs, segment=segment, keep=frozenset(above or ()), keep_outputs=keep_outputs
-        )
+            leaves, n, outputs=outputs, segment=segment, keep=frozenset(above or ()), keep_outputs=keep_outputs,
+            proof=proof,
+        )  # fmt: skip
         batch = capture.mark(batch_of(group))
+        if proof is not None:
+            for key in group.batched:
+                proof.mark(batch[key], mask=key.endswith(ENCODER_MASK))
+        self.mixing: str | None = None
+        self.reads: tuple[Any, ...] = ()
         with torch.enable_grad():
-            with nullcontext() if observe is None else observe(capture), capture:
+            with nullcontext() if observe is None else observe(capture), capture, proof or nullcontext():
                 try:
                     values = call(model, output, batch, n)
                 except SegmentEnd:
                     values = None
+            self.values = None if values is None else values.detach()
+            if proof is not None and values is not None:
+                self.reads = tuple(proof.reads)
+                self.mixing = proof.why or _mixed(proof, values)
             self.missed = dict(capture.unhandled)
             kept: dict[Place, Tensor] = {}
             if above is None:
@@ -86,6 +108,7 @@ class Pass:
             # What was made before the segment and is used after it hands its gradient on.
             passing = {} if above is None else {place: g for place, g in above.items() if place not in kept}
             self._backward(leaves, [end for end in ends if end[0]], passing)
+        self.mixing = self.mixing or _leaking(capture, group)
         capture.roots.clear()
         capture.kept.clear()
 
@@ -117,12 +140,47 @@ class Pass:
                 yield found
 
 
+def _mixed(proof: Independence, values: Tensor) -> str | None:
+    """Why the outputs may depend on several examples."""
+    if not proof.in_order(values):
+        return "its forward pass may mix the examples of a batch"
+    if not follows_torch(values):
+        return "its backward pass is partly its own, and may mix the examples of a batch"
+    return None
+
+
+def _leaking(capture: Capture, group: Group) -> str | None:
+    """Why padding may have a part in the outputs: a gradient at a token that is none of the example's own."""
+    mask = group.batched.get(ENCODER_MASK)
+    if mask is None or mask.ndim != 2:
+        return None
+    padding = (mask == 0).flatten()
+    for use in capture.uses:
+        if use.received is not None:
+            for a, gradient in use.received.by_output.items():
+                per_token = gradient.ndim == 3 and gradient.shape[:2] == mask.shape
+                if per_token and bool((use.received.tokens(a) & padding).any()):
+                    return "padding has a part in its outputs"
+    return None
+
+
 def batch_of(group: Group) -> dict[str, Any]:
     """The group as one batch, of fresh tensors: what is marked on them, or written to them, must not outlive the pass.
 
     Masks of the group, which are the same for all, get a row for each example.
     """
     return fresh(group.batched | group.repeated())
+
+
+def alone(group: Group, position: int) -> Group:
+    """One example of a group as a group of its own, without the padding that :func:`ntk.inputs.pad_together` added."""
+    one = group.take(slice(position, position + 1))
+    mask = one.batched.get(ENCODER_MASK)
+    if mask is None:
+        return one
+    real = int(mask.sum())
+    batched = {key: value[:, :real] for key, value in one.batched.items() if key != ENCODER_MASK}
+    return Group(one.indices, batched, one.constant | {ENCODER_MASK: mask[:, :real]})
 
 
 def length(group: Group) -> int:

@@ -21,7 +21,7 @@ from ntk.features import Dense, Feature, Outer, subtract
 from ntk.functional import call
 from ntk.inputs import Group
 from ntk.outputs import Output
-from ntk.passes import WHOLE, Leaves, Pass, Segment, batch_of, length
+from ntk.passes import WHOLE, Leaves, Pass, Segment, alone, batch_of, length
 from ntk.wanted import Wanted
 
 # How far, in units of the machine epsilon, the sum of captured features may be from an ordinary gradient. Both sum the
@@ -64,6 +64,7 @@ class Plan:
             padding would change the outputs, or would show in the rounding of a model of high precision that sums over
             tokens in a lower one.
         largest: most examples that the model takes at once.
+        reads: values of attention masks, as a forward pass of a batch reads them, with which examples were compared.
         refused: parameter name -> why the reference has to take it.
         costs: of each mixing operation, in their order.
         checked: the batch it was found on, and its examples alone.
@@ -75,6 +76,7 @@ class Plan:
     rounding: float = 0.0
     padding: int | None = None
     largest: int | None = None
+    reads: set[tuple] = field(default_factory=lambda: {()})
     refused: dict[str, str] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
     checked: tuple[Group, list[Group]] | None = None
@@ -116,6 +118,21 @@ def check_alone(model: nn.Module, output: Output | None, leaves: Leaves, groups:
     return plan
 
 
+def check_one(model: nn.Module, output: Output | None, group: Group, values: Tensor, plan: Plan) -> None:
+    """Compare the outputs ``(n, c)`` of a batch with those of its shortest example, alone.
+
+    Raises:
+        NotImplementedError: they differ, so that the model's outputs depend on how many examples there are.
+    """
+    single = [alone(group, i) for i in range(len(group.indices))]
+    position = min(range(len(single)), key=lambda i: length(single[i]))
+    expected = call(model, output, batch_of(single[position]), 1)[0]
+    difference = values[position].to(expected) - expected
+    tolerance = min(_ROUNDING * plan.rounding, _COARSE) * max(float(expected.norm()), float(values.norm(dim=1).max()))
+    if not float(difference.norm()) <= tolerance:
+        raise NotImplementedError("its outputs depend on the number of examples")
+
+
 def compare(
     model: nn.Module,
     output: Output | None,
@@ -154,6 +171,10 @@ def compare(
         observe = partial(_measured, leaves=leaves, costs=plan.costs, tokens=tokens)
         done = Pass(model, output, leaves, group, segment, above, bool(wanted.methods), observe)
         above, capture = done.below, done.capture
+        if done.mixing is not None:
+            plan.refused = dict.fromkeys(leaves, done.mixing)
+            return plan
+        plan.reads.add(done.reads)
         plan.refused.update(done.missed)
         plan.rounding = max(plan.rounding, capture.coarsest)
         if not plan.outputs:
@@ -202,7 +223,11 @@ def _ordinary_gradients(
         if not total.requires_grad:
             return {}
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {name: g.coalesce() if g.is_sparse else g for name, g in zip(leaves, found, strict=True) if g is not None}
+    return {
+        name: g.coalesce() if g.is_sparse else g.contiguous()
+        for name, g in zip(leaves, found, strict=True)
+        if g is not None
+    }
 
 
 class _SparseRows(TorchFunctionMode):

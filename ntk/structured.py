@@ -27,8 +27,8 @@ from ntk.gram import CHUNK, gram
 from ntk.inputs import Group, Inputs
 from ntk.kernels import Layout, mirrored
 from ntk.outputs import Output
-from ntk.passes import Leaves, Pass, Segment, length, requiring_gradients
-from ntk.plan import IN_PROGRESS, Plan, check_alone, check_together, compare, cut, least_room, weight
+from ntk.passes import Leaves, Pass, Segment, alone, length, requiring_gradients
+from ntk.plan import IN_PROGRESS, Plan, check_alone, check_one, check_together, compare, cut, least_room, weight
 from ntk.wanted import Wanted, parameter_kernels
 
 logger = logging.getLogger(__name__)
@@ -228,6 +228,7 @@ class _Job:
         above: list[dict[Place, Tensor] | None] = [None] * len(batches)
         pending: dict[str, dict[str, _Pending]] = {}  # parameter -> slot
         finished: set[str] = set()
+        largest = max(batches, key=lambda batch: len(batch.indices))
         disable = None if self.progress else True
         with tqdm(total=len(segments) * len(batches), desc="kernel passes", disable=disable, leave=False) as bar:
             for segment in segments:
@@ -235,6 +236,7 @@ class _Job:
                     done = Pass(
                         self.model, self.output, self.leaves, batch, segment, above[i], bool(self.wanted.methods)
                     )
+                    self._check_batch(done, batch, largest=batch is largest)
                     self.plan.refused.update(done.missed)
                     for found in done.features(self.leaves):
                         slots = pending.setdefault(found.name, {})
@@ -260,6 +262,33 @@ class _Job:
                 raise NotImplementedError(f"some examples use {min(wrong)} in a way that others do not")
             for name in wrong:
                 self.totals.pop(name, None)
+
+    def _check_batch(self, done: Pass, batch: Group, *, largest: bool) -> None:
+        """See that the batch gave each example what the example gives alone.
+
+        Operation by operation the pass has shown that no example depends on another. What is left is how the forward
+        pass depends on the padding, which two examples show for every way that it takes, and on the number of examples,
+        which one example of the largest batch shows.
+        """
+        if done.values is None or len(batch.indices) == 1:
+            return
+        if done.mixing is not None:
+            raise NotImplementedError(done.mixing)
+        if done.reads not in self.plan.reads:
+            self._check_reads(done.reads, batch)
+        if largest:
+            check_one(self.model, self.output, batch, done.values, self.plan)
+
+    def _check_reads(self, reads: tuple, batch: Group) -> None:
+        """Compare two examples with the same examples alone, where a batch's masks were read as never before."""
+        shortest, *_, longest = sorted((alone(batch, i) for i in range(len(batch.indices))), key=length)
+        pair = _inputs.pad_together([shortest, longest], self.plan.padding or 0)
+        if len(pair) == 1:
+            found = compare(self.model, self.output, self.leaves, self.wanted, pair[0], [shortest, longest])
+            if not found.refused.keys() - self.plan.refused.keys():
+                self.plan.reads |= found.reads
+        if reads not in self.plan.reads:
+            raise NotImplementedError("its forward pass reads the padding of the whole batch, and may branch on it")
 
     def _check(self, segments: list[Segment]) -> None:
         """See that the passes can be cut so, which tensors that escape the capture would prevent."""
