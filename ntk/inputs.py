@@ -2,7 +2,11 @@
 
 An example is its real tokens. Leading and trailing padding is cut off before the model sees it and positions count
 from the first real token, so a kernel cannot depend on the amount of padding, on its side, or on who else is in the
-batch. It also settles what breaks Hugging Face models under ``vmap``: their mask code branches on the *values* of the
+batch. What is cut is known by the entry's name to hold one column a token (`TOKENS`); a width proves nothing. Where an
+entry of two or more axes is not known, or none holds tokens, the examples keep the padding that they came with, and
+the model sees it, with its mask, as in a call of its own.
+
+Cutting also settles what breaks Hugging Face models under ``vmap``: their mask code branches on the *values* of the
 attention mask. Examples are therefore grouped by shape and by mask, and a group's mask is an ordinary tensor, never a
 batched one.
 """
@@ -19,10 +23,13 @@ from torch.utils._pytree import tree_leaves
 
 Inputs = Mapping[str, Any] | Tensor
 
-# The entries that say which encoder or decoder tokens are real; every other entry of the same side is cut alongside.
+# The entries that say which encoder or decoder tokens are real.
 ENCODER_MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
-# Entries whose second axis is never the token axis, whatever its length.
-_NOT_TOKENS = ("pixel_values", "input_features", "input_values")
+# Entries with one column a token, beside masks and integer labels, without the "decoder_" of those of the decoder. A
+# sound's samples (``input_values``) are its tokens if they have the shape of the mask.
+TOKENS = ("input_ids", "inputs_embeds", "input_values", "token_type_ids", "position_ids", "special_tokens_mask")
+# Entries that hold no tokens, by how their names begin.
+_NOT_TOKENS = ("pixel_", "input_features")
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,8 @@ def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Gro
     listed = frozenset(
         key for key, value in inputs.items() if not isinstance(value, Tensor) and _by_example(key, value, n)
     )
-    examples = [_example(inputs, masks, i, n, encoder_decoder, listed) for i in range(n)]
+    cut = frozenset(side for side, mask in masks.items() if _can_be_cut(inputs, mask, side, encoder_decoder))
+    examples = [_example(inputs, masks, i, n, encoder_decoder, listed, cut) for i in range(n)]
     together: dict[tuple, list[int]] = {}
     for index, (batched, constant) in enumerate(examples):
         together.setdefault(_signature(batched, constant), []).append(index)
@@ -226,9 +234,10 @@ def _example(
     i: int,
     n: int,
     encoder_decoder: bool,
-    listed: frozenset[str] = frozenset(),
+    listed: frozenset[str],
+    cut: frozenset[str],
 ) -> tuple[dict, dict]:
-    """Entries of example ``i`` without its padding, split into (batched, constant)."""
+    """Entries of example ``i``, without its padding on the sides in ``cut``, split into (batched, constant)."""
     batched, constant = {}, {}
     spans = {key: _real_span(inputs, masks.get(key), key, i) for key in (ENCODER_MASK, DECODER_MASK)}
     for key, value in inputs.items():
@@ -237,12 +246,43 @@ def _example(
             constant[key] = list(own) if isinstance(own, range) else own
             continue
         row = value[i : i + 1] if len(value) == n else value
-        decoder_side = key.startswith("decoder_") or (encoder_decoder and key == "labels")
-        span = spans[DECODER_MASK if decoder_side else ENCODER_MASK]
-        if span is not None and row.ndim >= 2 and row.shape[1] == span[2] and not key.startswith(_NOT_TOKENS):
+        side = _side(key, encoder_decoder)
+        span = spans[side]
+        if span is not None and side in cut and _holds_tokens(key, value, span[2]):
             row = row[:, span[0] : span[1]]
-        (constant if key.endswith("attention_mask") else batched)[key] = row
+        (constant if key.endswith(ENCODER_MASK) else batched)[key] = row
     return batched, constant
+
+
+def _side(key: str, encoder_decoder: bool) -> str:
+    """Which mask an entry goes by."""
+    return DECODER_MASK if key.startswith("decoder_") or (encoder_decoder and key == "labels") else ENCODER_MASK
+
+
+def _holds_tokens(key: str, value: Tensor, width: int) -> bool | None:
+    """Whether an entry has one column for each of ``width`` tokens; None if that is not known."""
+    name = key.removeprefix("decoder_")
+    fits = value.ndim >= 2 and value.shape[1] == width
+    if value.ndim < 2 or name.startswith(_NOT_TOKENS):
+        return False
+    if name.endswith(ENCODER_MASK) or name == "input_values":
+        return fits and value.ndim == 2
+    if name == "labels":
+        return fits and value.ndim == 2 and not value.is_floating_point()
+    return fits if name in TOKENS else None
+
+
+def _can_be_cut(inputs: Mapping[str, Any], mask: Tensor, side: str, encoder_decoder: bool) -> bool:
+    """Whether it is known of all entries on one side which of them have the mask's tokens, and one of them has."""
+    if mask.ndim != 2:
+        return False
+    found = {
+        key: _holds_tokens(key, value, mask.shape[1])
+        for key, value in inputs.items()
+        if isinstance(value, Tensor) and value.ndim and _side(key, encoder_decoder) == side
+    }
+    tokens = [key for key in found if found[key] and not key.endswith(ENCODER_MASK) and key != "labels"]
+    return bool(tokens) and None not in found.values()
 
 
 def _real_span(inputs: Mapping[str, Any], mask: Tensor | None, key: str, i: int) -> tuple[int, int, int] | None:

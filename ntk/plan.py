@@ -252,7 +252,8 @@ def _measured(capture: Capture, leaves: Leaves, costs: list[Cost], tokens: int) 
     seen = {p.untyped_storage().data_ptr() for p in leaves.values()}
 
     def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
+        with torch._C.DisableTorchFunction():  # Called by the forward pass, and no part of it.
+            storage = t.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             _at(costs, max(0, capture.count - 1)).graph += t.numel() * t.element_size() / tokens

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from cases import batch, classifier
+import transformers as hf
+from cases import autograd_kernel, batch, classifier, randomized, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,3 +162,68 @@ def test_inputs_that_are_not_finite_are_refused_in_every_row(method, value):
             ntk.empirical_ntk(model, torch.zeros(2, 3, dtype=torch.float64), x, method=method)
     with pytest.raises(ValueError, match=r"the inputs \(lengths\) hold NaN"):
         ntk.empirical_ntk(Pooled(), {"x": torch.zeros(2, 3, 4), "lengths": [1, value]}, method=method)
+
+
+class Patients(torch.nn.Module):
+    """Words and a second entry, which may be as wide as the padded words."""
+
+    def __init__(self, words_alone: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.other = torch.nn.Embedding(50, 4), torch.nn.Linear(1, 4)
+        self.out, self.words_alone = torch.nn.Linear(4, 2), words_alone
+
+    def forward(self, input_ids, attention_mask, **others):
+        words = (self.embed(input_ids) * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+        if self.words_alone:
+            return self.out(torch.tanh(words))
+        (history,) = others.values()
+        return self.out(torch.tanh(words + self.other(history.flatten(2).mean((1, 2))[:, None] if history.ndim > 2
+                                                      else history.mean(1, keepdim=True))))  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["auto", "jacobian"])
+@pytest.mark.parametrize("name", ["age_hist", "pixel_values", "input_features", "decoder_notes"])
+@pytest.mark.parametrize("shape", [(5,), (6,), (7,), (6, 2)])
+def test_what_is_cut_is_known_to_be_tokens(name, shape, method):
+    """Not what happens to be as wide as the padded tokens."""
+    model, inputs = Patients(words_alone=False).double(), batch((6, 2, 3))
+    inputs[name] = torch.randn(3, *shape, dtype=torch.float64)
+    expected = autograd_kernel(model, inputs)
+    assert relative_error(ntk.empirical_ntk(model, inputs, method=method), expected) <= 1e-10
+
+
+@pytest.mark.parametrize("method", ["auto", "jacobian"])
+@pytest.mark.parametrize("width", [5, 6, 7])
+def test_float_labels_are_no_tokens(width, method):
+    model, inputs = Patients(words_alone=True).double(), batch((6, 2, 3))
+    inputs["labels"] = torch.rand(3, width, dtype=torch.float64)
+
+    def output(values, given):
+        return values * given["labels"].mean(1, keepdim=True)
+
+    expected = autograd_kernel(model, inputs, output=output)
+    assert relative_error(ntk.empirical_ntk(model, inputs, output=output, method=method), expected) <= 1e-10
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_padding_of_sounds_does_not_enter(norm):
+    """Whatever a norm over time would make of it."""
+    config = hf.Wav2Vec2Config(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(6, 6),
+        conv_kernel=(4, 3), conv_stride=(2, 2), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, feat_extract_norm=norm, classifier_proj_size=6, num_labels=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = randomized(hf.Wav2Vec2ForSequenceClassification(config).double()).eval()
+    lengths = (40, 24, 31)
+    sounds = [torch.randn(1, length, dtype=torch.float64) for length in lengths]
+    padded = torch.cat([torch.nn.functional.pad(s, (0, 48 - s.shape[1])) for s in sounds])
+    mask = torch.stack([torch.arange(48) < length for length in lengths]).long()
+    kernel = ntk.empirical_ntk(model, {"input_values": padded, "attention_mask": mask}, reduce="trace")
+    for i, left in enumerate(sounds):
+        for j, right in enumerate(sounds):
+            alone = ntk.empirical_ntk(
+                model, {"input_values": left}, {"input_values": right}, reduce="trace", method="jacobian"
+            )
+            assert torch.allclose(kernel[i, j], alone[0, 0], rtol=1e-10)
