@@ -19,8 +19,9 @@ import ntk
 from ntk import adapters
 from propulsion.data import tokenize
 from propulsion.errors import UserError
+from propulsion.heads import HEADED
 from propulsion.layer import PropulsionLayer
-from propulsion.methods import HEADED, Method, apply_method
+from propulsion.methods import Method, apply_method
 from propulsion.optim import Rates, parameter_groups
 from propulsion.tasks import Task
 

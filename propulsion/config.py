@@ -21,8 +21,8 @@ class PropulsionConfig(PeftConfig):
     """What to adapt with Propulsion and how: y = z^k * v on a layer's output v (Kowsher et al. 2024, Eq. 1-3).
 
     Modules are chosen by `positions` or by `target_modules`, not both; without either, by ``positions="all"``. With
-    ``task_type="SEQ_CLS"`` (and its like) peft adds the task's head to `modules_to_save`: it is trained in full, and
-    not adapted. Without a task type the head is a module like any other.
+    ``task_type="SEQ_CLS"`` (and its like) all of the task's head is added to `modules_to_save`: it is trained in full,
+    and not adapted. Without a task type the head is a module like any other.
 
     Args:
         degree: k > 0. An integer gives z^k; another real gives sign(z) |z|^k, which is finite for every z.

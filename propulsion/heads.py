@@ -1,4 +1,4 @@
-"""Modules that an adapter trains in full beside its scales, as a task's head: combined, mixed in a batch, merged.
+"""Modules that are trained in full, as a task's head: which they are; combined, mixed in a batch, merged.
 
 peft keeps a copy of such a module for each adapter (`ModulesToSaveWrapper`), and the original for adapters without one.
 """
@@ -7,8 +7,56 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from peft import TaskType
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+
+from propulsion.untrained import FEWEST, looks_untrained
+
+HEADED = frozenset({TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS})
+"""Task types whose head is new, and so is trained by every method."""
+
+# transformers' mark on what it has read from a checkpoint.
+_READ = "_is_hf_initialized"
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the modules outside the pre-trained body that have parameters: the task's head.
+
+    Of a model that says of no body where it is, those of whose parameters loading has read none.
+    """
+    children = {name: list(child.parameters()) for name, child in model.named_children()}
+    children = {name: parameters for name, parameters in children.items() if parameters}
+    body = getattr(model, "base_model_prefix", "")
+    if body in children:
+        return [name for name in children if name != body]
+    if not any(hasattr(p, _READ) for p in model.parameters()):
+        return []
+    return [name for name, parameters in children.items() if not any(hasattr(p, _READ) for p in parameters)]
+
+
+def random_in_body(model: nn.Module) -> list[str]:
+    """Names of the layers of the body that the checkpoint did not have, as a pooler: not read from it, and random.
+
+    What the caller has put in later bears no mark of loading either, so that its values must look as drawn: a bias of
+    zeros, and a weight of independent Gaussian numbers, where they are enough to tell. Embeddings are left out, whose
+    new rows for new words stand beside old ones. Empty for a model that was not loaded.
+    """
+    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if not isinstance(body, nn.Module) or not any(hasattr(p, _READ) for p in model.parameters()):
+        return []
+    inside = {id(module) for module in body.modules()}
+    return [name for name, module in model.named_modules() if id(module) in inside and _is_random(module)]
+
+
+def _is_random(module: nn.Module) -> bool:
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if weight is None or weight.ndim != 2 or hasattr(weight, _READ) or isinstance(module, nn.Embedding):
+        return False
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    if weight.is_meta or bias.any():
+        return False
+    return weight.numel() < FEWEST or looks_untrained("", weight, bias) is not None
 
 
 def trained_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:

@@ -20,9 +20,7 @@ from transformers import PreTrainedModel
 
 from propulsion import registration as _registration  # noqa: F401  Importing the package registers Propulsion.
 from propulsion.errors import UserError, one_line
-
-HEADED = frozenset({TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS})
-"""Task types whose head is new, and so is trained by every method."""
+from propulsion.heads import HEADED, head_modules
 
 
 @dataclass(frozen=True)
@@ -149,12 +147,6 @@ def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed
         options = [f"{n}={v}" for n, v in method.options.items()] if isinstance(error, TypeError) else []
         given = f", with {', '.join(options)}," if options else ""
         raise UserError(f"method {method.name}{given} cannot be used here: {one_line(error)}") from error
-
-
-def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules outside the pre-trained body that have parameters: the task's head."""
-    body = model.base_model_prefix
-    return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
 
 
 def trainable_parameters(model: nn.Module) -> int:

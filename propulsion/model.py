@@ -17,7 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from propulsion.config import PropulsionConfig
 from propulsion.first_pass import is_watched, unwatched, watch
-from propulsion.heads import check_merged_with_head, of_each_example, trained_modules
+from propulsion.heads import (
+    HEADED,
+    check_merged_with_head,
+    head_modules,
+    of_each_example,
+    random_in_body,
+    trained_modules,
+)
 from propulsion.heads import combined as combined_heads
 from propulsion.kinds import LAYERS, layer_class
 from propulsion.layer import BASE, PropulsionLayer
@@ -50,6 +57,7 @@ class PropulsionModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """Resolve positions for the model at hand; `target_modules` stays unset, so that a reload resolves again."""
         assert isinstance(peft_config, PropulsionConfig)
+        _train_head(self.model, peft_config)
         if peft_config.positions is not None:
             names = resolve(
                 self.model, peft_config.positions, peft_config.layers_to_transform, peft_config.layers_pattern
@@ -333,6 +341,48 @@ def _check_target(model: nn.Module, name: str, target: nn.Module, names: list[st
             f"expected every module under one name, got one as {' and '.join(map(repr, names))}: only one of its uses "
             "would be scaled. Exclude it with exclude_modules, or give each use a module of its own"
         )
+
+
+def _train_head(model: nn.Module, config: PropulsionConfig) -> None:
+    """Add to `modules_to_save` what of the task's head peft does not know by name, as DeBERTa's pooler and BART's head.
+
+    What the configuration excludes stays frozen.
+    """
+    if config.task_type not in HEADED or config.inference_mode:
+        return
+    excluded = SimpleNamespace(target_modules=config.exclude_modules or [])
+    names, head = [name for name, _ in model.named_modules()], head_modules(model)
+    for module in head:
+        known = any(module.endswith(name) for name in config.modules_to_save or ())
+        if known or check_target_module_exists(excluded, module):
+            continue
+        # peft finds what it trains in full by the end of its name.
+        others = [n for n in names if n.endswith(module) and n.partition(".")[0] not in head]
+        if others:
+            warnings.warn(
+                f"{module!r} is part of the head of {type(model).__name__} and stays frozen: peft would train "
+                f"{others[0]!r} with it, whose name ends alike. If the head is new, and so random, rename it, or train "
+                "both with modules_to_save",
+                stacklevel=2,
+            )
+            continue
+        config.modules_to_save = [*(config.modules_to_save or []), module]
+    saved = config.modules_to_save or []
+    untrained = [
+        name for name in random_in_body(model) if not any(part.endswith(s) for part in _upwards(name) for s in saved)
+    ]
+    if untrained:
+        warnings.warn(
+            f"the checkpoint of {type(model).__name__} lacks {', '.join(untrained)}, whose weights are random and stay "
+            f"so: train them with modules_to_save=[{untrained[0]!r}], or use a checkpoint that has them",
+            stacklevel=2,
+        )
+
+
+def _upwards(name: str) -> list[str]:
+    """A module's name and those of the modules around it."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def _warn_of_head(model: nn.Module, name: str) -> None:

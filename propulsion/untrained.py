@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 # Fewer values tell little about their distribution.
-_FEWEST = 100
+FEWEST = 100
 # A Gaussian sample is beyond this many standard errors less than once in a million.
 _ERRORS = 5.0
 
@@ -44,7 +44,7 @@ def looks_untrained(name: str, weight: Float[Tensor, "out inputs"], bias: Float[
     Matrices of fewer than 100 values tell too little. The singular value, of cost O(out inputs min(out, inputs)), is
     computed only where all else is as in a Gaussian.
     """
-    if weight.numel() < _FEWEST or bias.any():
+    if weight.numel() < FEWEST or bias.any():
         return None
     values = weight.detach().float()
     count, mean, std = values.numel(), float(values.mean()), float(values.std())

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers as hf
 from architectures import build, inputs, logits, randomize, scales
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from propulsion import PropulsionConfig, hotswap_adapter
+from propulsion.heads import head_modules
 
 
 def heads(model: nn.Module, adapter: str) -> list[nn.Parameter]:
@@ -25,12 +27,9 @@ def config(**fields) -> PropulsionConfig:
     return PropulsionConfig(**{"degree": 3, "positions": "attn", "task_type": "SEQ_CLS", **fields})
 
 
-def two(family: str = "bert", *, second_head: bool = True, **fields) -> PeftModel:
-    model = get_peft_model(build(family), config(**fields))
-    model.add_adapter("second", config(**fields) if second_head else PropulsionConfig(degree=3, positions="attn"))
-    if not second_head:
-        peft_config = model.peft_config["second"]
-        assert isinstance(peft_config, PropulsionConfig)
+def two(family: str = "bert") -> PeftModel:
+    model = get_peft_model(build(family), config())
+    model.add_adapter("second", config())
     randomize(model, spread=0.2)
     move(heads(model, "default"), 3)
     move(heads(model, "second"), 4)
@@ -171,3 +170,94 @@ def test_hotswapping_names_what_differs(tmp_path):
     with pytest.raises(ValueError, match=r"modules and heads, but only the one in .* has .*classifier.bias"):
         hotswap_adapter(without, tmp_path / "head")
     assert torch.equal(logits(with_head, inputs("bert")), before)
+
+
+def trained_in_full(model: nn.Module) -> set[str]:
+    names = (name for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in name)
+    return {name.partition(".modules_to_save.")[0].removeprefix("base_model.model.") for name in names}
+
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 30}
+TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "cls_token_id": 3, "sep_token_id": 4}
+SIDES = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")}
+BART = {"d_model": 8, "vocab_size": 30, **SIDES}
+XLNET = {"d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 8, "vocab_size": 30}
+HEADS = {
+    "deberta": (lambda: build("deberta"), "SEQ_CLS", {"pooler", "classifier"}),
+    "deberta-v2": (lambda: build("deberta-v2"), "SEQ_CLS", {"pooler", "classifier"}),
+    "distilbert": (lambda: build("distilbert"), "SEQ_CLS", {"pre_classifier", "classifier"}),
+    "bert": (lambda: build("bert"), "SEQ_CLS", {"classifier"}),
+    "bart": (lambda: hf.BartForSequenceClassification(hf.BartConfig(**BART)), "SEQ_CLS", {"classification_head"}),
+    "bart, spans": (lambda: hf.BartForQuestionAnswering(hf.BartConfig(**BART)), "QUESTION_ANS", {"qa_outputs"}),
+    "xlnet": (
+        lambda: hf.XLNetForSequenceClassification(hf.XLNetConfig(**XLNET)),
+        "SEQ_CLS",
+        {"sequence_summary", "logits_proj"},
+    ),
+    "modernbert, tags": (
+        lambda: hf.ModernBertForTokenClassification(hf.ModernBertConfig(**SIZES, **TOKENS)),
+        "TOKEN_CLS",
+        {"head", "classifier"},
+    ),
+    "bert, tags": (lambda: hf.BertForTokenClassification(hf.BertConfig(**SIZES)), "TOKEN_CLS", {"classifier"}),
+    "bert, spans": (lambda: hf.BertForQuestionAnswering(hf.BertConfig(**SIZES)), "QUESTION_ANS", {"qa_outputs"}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_all_of_a_new_head_is_trained(name, tmp_path):
+    make, task_type, expected = HEADS[name]
+    base = make().double().eval()
+    model = get_peft_model(base, PropulsionConfig(degree=3, task_type=task_type)).eval()
+    assert trained_in_full(model) == expected
+    assert not any("propulsion_z" in key and key.split(".")[2] in expected for key in scales(model))
+    randomize(model, spread=0.2)
+    move(heads(model, "default"), 3)
+    ids = inputs("bert")["input_ids"]
+    batch = {"input_ids": torch.cat([ids, torch.full_like(ids[:, :1], 2)], dim=1)}  # BART reads its end of text, 2
+    output = model(**batch)[0].detach()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path, adapter_name="again").eval()
+    assert torch.equal(loaded(**batch)[0], output)
+
+
+def test_an_excluded_part_of_a_head_stays_frozen():
+    model = get_peft_model(build("deberta"), config(exclude_modules=["pooler"]))
+    assert trained_in_full(model) == {"classifier"}
+
+
+class Normed(hf.BertForSequenceClassification):
+    """With a part of its head that is called as others in its body."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.dense = nn.Linear(8, 8)
+
+
+def test_a_part_of_a_head_that_cannot_be_told_by_name_is_said():
+    with pytest.warns(UserWarning, match=r"'dense' is part of the head of Normed and stays frozen: peft would train"):
+        model = get_peft_model(Normed(hf.BertConfig(**SIZES)), config())
+    assert trained_in_full(model) == {"classifier"}
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_what_a_checkpoint_lacks_in_the_body_is_said(width, tmp_path, recwarn):
+    sizes = hf.BertConfig(**{**SIZES, "hidden_size": width})
+    hf.BertForMaskedLM(sizes).save_pretrained(tmp_path / "language")
+    base = hf.BertForSequenceClassification.from_pretrained(tmp_path / "language")
+    base.save_pretrained(tmp_path / "whole")
+    with pytest.warns(UserWarning, match=r"lacks bert\.pooler\.dense, whose weights are random and stay so"):
+        get_peft_model(base, config()).unload()
+    recwarn.clear()
+    model = get_peft_model(base, config(modules_to_save=["pooler"]))
+    assert trained_in_full(model) == {"bert.pooler", "classifier"}
+    get_peft_model(hf.BertForSequenceClassification.from_pretrained(tmp_path / "whole"), config())
+    get_peft_model(hf.BertForSequenceClassification(sizes), config())  # Random throughout, and meant to be.
+    assert not [str(w.message) for w in recwarn if "random" in str(w.message)]
+
+
+def test_where_no_body_is_named_loading_tells_the_head(tmp_path):
+    sizes = hf.T5Config(d_model=8, d_kv=4, num_layers=1, num_heads=2, d_ff=8, vocab_size=30)
+    hf.T5ForConditionalGeneration(sizes).save_pretrained(tmp_path)
+    assert head_modules(hf.T5ForQuestionAnswering.from_pretrained(tmp_path)) == ["qa_outputs"]
+    assert head_modules(hf.T5ForQuestionAnswering(sizes)) == []
