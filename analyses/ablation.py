@@ -160,7 +160,7 @@ def _result(config: Config, data: TaskData, found: dict[str, list[dict[str, Any]
         })  # fmt: skip
     return Result(
         analysis="ablation", config=asdict(config), seed=config.seeds[0], metrics=metrics, tables={"settings": rows},
-        arrays={}, model={"name": config.run.model or "MiniLM-L6 (packaged)"},
+        arrays={}, model=config.run.model_identity(),
         dataset={"name": config.task, "metric": data.task.metrics[0], "chance": chance_score(data),
                  "fingerprint": data.fingerprint},
         environment=environment(), seconds={"this call": seconds}, coverage={},

@@ -64,7 +64,7 @@ class Curve(TrainerCallback):
 
     def __init__(self, config: RunConfig, data: TaskData, every: int) -> None:
         self._data, self._every, self._max_length = data, every, config.training.max_length
-        self._tokenizer = load_classifier(config.model, num_labels=data.task.num_labels)[1]
+        self._tokenizer = load_classifier(config.model, num_labels=data.task.num_labels, pooling=config.pooling)[1]
         self._since = 0.0
         self.points: list[dict[str, float]] = []
         self.seconds = 0.0
@@ -140,7 +140,7 @@ def _result(config: Config, data: TaskData, cells: dict[str, list[dict[str, Any]
                        "trained_parameters": runs[0]["trained_parameters"]})  # fmt: skip
     return Result(
         analysis="convergence", config=asdict(config), seed=config.seeds[0], metrics=metrics,
-        tables={"methods": curves}, arrays=arrays, model={"name": config.run.model or "MiniLM-L6 (packaged)"},
+        tables={"methods": curves}, arrays=arrays, model=config.run.model_identity(),
         dataset={"name": config.task, "metric": data.task.metrics[0], "fingerprint": data.fingerprint},
         environment=environment(), seconds={"this call": seconds}, coverage={},
     )  # fmt: skip

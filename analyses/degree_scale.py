@@ -29,7 +29,7 @@ from ntk.infinite import mlp_kernels
 from ntk.networks import MLP, Recipe, is_multiplier
 from propulsion.data import draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
-from propulsion.pretrained import load_classifier
+from propulsion.pretrained import Pooling, find_pooling, load_classifier
 from propulsion.tasks import get_labelled_task
 
 # Accuracy over the degree peaks there in the paper's ablation (Kowsher, Prottasha and Bhat 2024, App. E).
@@ -52,6 +52,8 @@ class Config:
     """Tasks whose sentences the pre-trained models read."""
     models: tuple[str, ...] = ()
     """Further pre-trained models beside the packaged encoder, by hub name or folder."""
+    pooling: Pooling = "auto"
+    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
     data_dir: Path | None = None
     """Folder with a folder of each task's data; else embedded or from the hub."""
     seed: int = 0
@@ -128,7 +130,9 @@ def pretrained_rows(config: Config) -> Iterator[dict[str, Any]]:
     for name, task in ((name, task) for name in (None, *config.models) for task in config.tasks):
         data_dir = config.data_dir / task if config.data_dir else None
         data = load_task_data(task, data_dir=data_dir, seed=config.seed)
-        model, tokenizer = load_classifier(name, num_labels=data.task.num_labels, seed=config.seed)
+        model, tokenizer = load_classifier(
+            name, num_labels=data.task.num_labels, pooling=config.pooling, seed=config.seed
+        )
         rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
         columns = {name: rows[name] for name in rows.column_names if name != "labels"}
         inputs = dict(tokenizer.pad(columns, return_tensors="pt"))
@@ -205,7 +209,8 @@ def run(config: Config) -> Result:
         ],
         tables={"ratios": rows},
         arrays={},
-        model={"name": ", ".join(("random networks", "the packaged encoder", *config.models))},
+        model={"name": ", ".join(("random networks", "the packaged encoder", *config.models)),
+               "pooling": [find_pooling(name, config.pooling) for name in (None, *config.models)]},
         dataset={"name": ", ".join(config.tasks)},
         environment=environment(),
         seconds={"all": time.time() - start},

@@ -125,7 +125,9 @@ def run(config: Config) -> Result:
     started = time.time()
     methods = parse_methods(config.methods)
     data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
-    network = load_classifier(config.run.model, num_labels=data.task.num_labels, seed=config.seed)[0]
+    network = load_classifier(
+        config.run.model, num_labels=data.task.num_labels, pooling=config.run.pooling, seed=config.seed
+    )[0]
     base = {name: weight.clone() for name, weight in network.base_model.state_dict().items()}
     layers, rows, metrics, arrays = [], [], [], {}
     for text, method in methods.items():
@@ -149,7 +151,7 @@ def run(config: Config) -> Result:
     return Result(
         analysis="delta_weights", config=asdict(config), seed=config.seed, metrics=metrics,
         tables={"methods": rows, "layers": layers}, arrays=arrays,
-        model={"name": config.run.model or "MiniLM-L6 (packaged)"},
+        model=config.run.model_identity(),
         dataset={"name": config.task, "metric": data.task.metrics[0], "fingerprint": data.fingerprint},
         environment=environment(), seconds={"total": time.time() - started}, coverage={},
     )  # fmt: skip

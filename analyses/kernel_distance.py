@@ -37,7 +37,7 @@ from analyses.seed_comparison import SeedComparison, draw_name
 from analyses.seeds import check_seeds, over_seeds
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
-from propulsion.pretrained import load_classifier
+from propulsion.pretrained import Pooling, load_classifier, pooling_of
 from propulsion.tasks import get_labelled_task
 from propulsion.training import TrainingConfig, apply_propulsion, evaluate, train
 
@@ -56,6 +56,8 @@ class Config:
     """Folder with train and validation files (.jsonl, .csv, .tsv, .parquet) in GLUE's columns; else the hub."""
     model: str | None = None
     """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    pooling: Pooling = "auto"
+    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
     n_examples: int = 24
     """Held-out examples that the kernels are computed on."""
     n_train: int | None = None
@@ -146,6 +148,7 @@ def prepare(config: Config) -> Setting:
         return load_classifier(
             config.model,
             num_labels=data.task.num_labels,
+            pooling=config.pooling,
             seed=config.seed,
             dtype=DTYPES[config.dtype],
             device=config.device,
@@ -352,6 +355,7 @@ def _model_identity(setting: Setting) -> dict[str, Any]:
     return {
         "name": setting.config.model or "MiniLM-L6 (packaged)",
         "architecture": type(model).__name__,
+        "pooling": pooling_of(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "scales": setting.number_of_scales,
     }

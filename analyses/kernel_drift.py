@@ -140,7 +140,7 @@ def _factors(config: Config) -> dict[str, float]:
 
 
 def _held_out(config: Config, data: TaskData) -> HeldOut:
-    tokenizer = load_classifier(config.run.model, num_labels=data.task.num_labels)[1]
+    tokenizer = load_classifier(config.run.model, num_labels=data.task.num_labels, pooling=config.run.pooling)[1]
     drawn = draw_rows(data.validation, data.task, config.n_examples, seed=0)
     rows = tokenize(drawn, tokenizer, data.task, config.run.training.max_length)
     columns = {name: rows[name] for name in rows.column_names if name != "labels"}
@@ -212,7 +212,7 @@ def _result(config: Config, data: TaskData, held_out: HeldOut, cells: Cells, sec
         metrics=stage_metrics(cells, config.resamples, config.null_draws),
         tables={"methods": methods, "checkpoints": checkpoints, "pairs": pairs},
         arrays=arrays,
-        model={"name": config.run.model or "MiniLM-L6 (packaged)"},
+        model=config.run.model_identity(),
         dataset={
             "name": data.task.name,
             "task": data.task.name,

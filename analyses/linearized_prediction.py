@@ -149,7 +149,8 @@ def _result(setting: Setting, outcomes: list[Outcome], seconds: float) -> Result
             "losses": [{"size": o.size, "seed": o.seed, "method": t, "last_loss": v}
                        for o in outcomes for t, v in o.losses.items()],
         },
-        arrays=arrays, model={"name": config.readout.name_of(config.model), "head": config.readout.head},
+        arrays=arrays, model={"name": config.readout.name_of(config.model), "head": config.readout.head,
+               "pooling": config.readout.pooling_of(config.model)},
         dataset={"name": config.task, "task": config.task, "metric": setting.data.task.metrics[0],
                  "source": setting.data.source.rsplit("/", 1)[-1], "fingerprint": setting.data.fingerprint},
         environment=environment(), seconds={"this call": seconds}, coverage=_coverage(setting),

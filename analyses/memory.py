@@ -107,7 +107,7 @@ def run(config: Config) -> Result:
     ]
     return Result(
         analysis="memory", config=asdict(config), seed=0, metrics=metrics, tables={"methods": rows, "runs": runs},
-        arrays={}, model={"name": config.run.model or "MiniLM-L6 (packaged)"}, dataset={"name": config.task},
+        arrays={}, model=config.run.model_identity(), dataset={"name": config.task},
         environment=environment(), seconds={"total": time.time() - started}, coverage={},
     )  # fmt: skip
 

@@ -262,7 +262,7 @@ def _result(config: Config, compared: Iterable[Comparison], sources: dict[str, A
         metrics=metrics,
         tables={"summary": summary, "runs": runs, "tuning": tuning},
         arrays=arrays,
-        model={"name": config.run.model or "MiniLM-L6 (packaged)"},
+        model=config.run.model_identity(),
         dataset={"name": ", ".join(sources), "tasks": sources},
         environment=environment(),
         seconds={"this call": seconds},

@@ -52,7 +52,7 @@ from analyses.seeds import check_seeds, over_seeds
 from ntk.adapters import layers_of
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
-from propulsion.pretrained import fingerprint
+from propulsion.pretrained import fingerprint, pooling_of
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 STAGE = STAGES[0]
@@ -229,6 +229,7 @@ def _measure(config: Config, data: TaskData, seed: int) -> dict[str, Any]:
         "model": {
             "name": config.model_name,
             "architecture": type(model).__name__,
+            "pooling": None if config.readout.in_words else pooling_of(model),
             "parameters": sum(p.numel() for p in model.parameters()),
             "scales": scales,
             "fingerprint": fingerprint(model),

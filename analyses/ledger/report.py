@@ -11,6 +11,7 @@ from analyses.ledger.rows import Row
 from analyses.ledger.verdicts import Evidence, Outcome, Quantity, Verdict
 from analyses.results import RESULT_FILE, Result, plain
 from analyses.tables import format_table
+from analyses.through_pooler import NOTE, through_pooler
 
 WIDTH = 100
 SYMBOLS = {
@@ -87,6 +88,7 @@ def _source(result: Result, folder: str) -> dict[str, Any]:
         "seed": result.seed,
         "config": result.config,
         "command": command(result, folder),
+        "through_pooler": through_pooler(result),
     }
 
 
@@ -98,6 +100,12 @@ def to_json(content: Mapping[str, Any]) -> str:
 def counts_in_words(content: Mapping[str, Any]) -> str:
     """How many claims got which verdict."""
     return ", ".join(f"{n} {verdict}" for verdict, n in content["counts"].items() if n)
+
+
+def note_in_words(content: Mapping[str, Any]) -> str:
+    """What must be said of results that were computed through an untrained pooler; "" if none were."""
+    marked = any(source["through_pooler"] for source in content["sources"].values())
+    return f"Results of MiniLM-L6: {NOTE[0].lower()}{NOTE[1:]}" if marked else ""
 
 
 def number_in_words(row: Mapping[str, Any]) -> str:
@@ -146,6 +154,7 @@ def markdown(content: Mapping[str, Any], root: Path, folder: Path) -> str:
         "# The paper on trial",
         f"{HOW_TO_READ} Symbols: {', '.join(f'{s} {v}' for v, s in SYMBOLS.items())}.",
         *([f"**{QUICK}**"] if content["quick"] else []),
+        *([f"**{note_in_words(content)}**"] if note_in_words(content) else []),
         f"Made by\n\n```sh\n{made}\n```",
         f"**{counts_in_words(content)}.**",
         format_table(
@@ -183,6 +192,7 @@ def _section(row: Mapping[str, Any]) -> str:
 
 def _run(name: str, source: Mapping[str, Any], link: str) -> str:
     made = f"[Configuration and numbers]({link}/{name}/{RESULT_FILE}), {commit_in_words(source)}."
+    made += " Through the untrained pooler." if source["through_pooler"] else ""
     return f"### {name}\n\n{made}\n\n```sh\n{source['command']}\n```"
 
 
