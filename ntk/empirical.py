@@ -53,9 +53,10 @@ def empirical_ntk(
         reduce: None, ``"trace"``, ``"diagonal"`` or ``"sum"``: see :func:`ntk.kernels.reduce_outputs`. What is reduced
             is formed as such: nothing has the c^2 entries of each pair; ``"sum"`` takes one backward pass instead of c.
         method: ``"jacobian"`` is the reference (:mod:`ntk.jacobian`), ``"structured"`` the fast way
-            (:mod:`ntk.structured`; costs there). ``"auto"`` takes the fast way for every parameter for which a check on
-            one or two examples finds it exact, and the reference for the others; the logger ``ntk`` says at level INFO
-            which those are, and why.
+            (:mod:`ntk.structured`; costs there). ``"auto"`` takes the fast way for every parameter whose captured
+            features add up to ordinary gradients, on one or two examples, and the reference for the others. Examples
+            run together where :mod:`ntk.independence` shows that they do not change one another, else one at a time.
+            The logger ``ntk`` says at level INFO what went another way, and why.
         memory_budget: bytes for Jacobians or features, and kernels, beside the model itself; None for half of the free
             memory.
         progress: show a progress bar.

@@ -6,7 +6,8 @@ derivatives"; per-example gradients as in Goodfellow 2015). :func:`ntk.gram.gram
 slice by slice or not at all, whichever takes fewer multiplications. Examples of similar length run together. Where the
 features of all parameters do not fit in memory at once, the passes go segment by segment, from the outputs down.
 
-What :mod:`ntk.plan` refuses is tried once more with one example at a time, and goes to the reference after that.
+Each batch is shown to give every example what it gives alone (:mod:`ntk.independence`). What that or :mod:`ntk.plan`
+refuses is tried once more with one example at a time, and goes to the reference after that.
 """
 
 import itertools
