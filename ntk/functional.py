@@ -1,7 +1,9 @@
 """A model as a pure function of its parameters and one group of examples."""
 
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk import outputs
 from ntk.inputs import Inputs, check_devices, check_finite
+from ntk.own_state import OwnState, parameter_hooks
 
 Parameters = dict[str, Tensor]
 ParameterChoice = str | Callable[[str, nn.Parameter], bool]
@@ -25,7 +28,7 @@ def select_parameters(model: nn.Module, params: ParameterChoice = "all") -> Para
         params: ``"all"``, ``"trainable"`` (``requires_grad``) or a predicate ``(name, parameter) -> bool``.
 
     Raises:
-        ValueError: an unknown choice, no parameter selected, or a selected one that is not floating-point.
+        ValueError: an unknown choice, no parameter selected, or a selected one that is not real and floating-point.
     """
     if params == "all":
         chosen = dict(model.named_parameters())
@@ -40,6 +43,11 @@ def select_parameters(model: nn.Module, params: ParameterChoice = "all") -> Para
             f"params={params!r} selects none of the model's parameters; their names are in model.named_parameters()"
         )
     for name, p in chosen.items():
+        if p.is_complex():
+            raise ValueError(
+                f"parameter {name} is complex ({p.dtype}), and kernels are of real parameters: make "
+                "torch.view_as_real of it the parameter, or select the others with a predicate"
+            )
         if not p.is_floating_point():
             raise ValueError(
                 f"parameter {name} has dtype {p.dtype} and no gradient; "
@@ -85,12 +93,18 @@ def call(
         withheld = () if is_encoder_decoder(model) and "decoder_input_ids" not in inputs else ("labels",)
         named = {key: value for key, value in inputs.items() if key not in withheld}
     result = model(*positional, **named) if params is None else functional_call(model, params, positional, dict(named))
-    value = (output or outputs.logits)(result, given)
+    raw = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    if output is None and n == 1 and isinstance(raw, Tensor) and raw.ndim < 2:
+        value = raw  # a head that squeezes its output loses the axis of a single example
+    else:
+        value = (output or outputs.logits)(result, given)
+    if isinstance(value, Tensor) and n == 1 and value.ndim < 2:
+        value = value.reshape(1, -1)
     if not isinstance(value, Tensor) or value.ndim not in (1, 2) or value.shape[0] != n:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"output must return a tensor (n, c) for n examples; for {n} it returned {got}")
     if not value.is_floating_point():
-        raise ValueError(f"output must be floating-point to have a gradient; got {value.dtype}")
+        raise ValueError(f"output must be real and floating-point to have a gradient; got {value.dtype}")
     return value.reshape(n, -1)
 
 
@@ -113,35 +127,96 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+class RandomNumbers(ValueError):
+    """The model draws random numbers in evaluation mode."""
+
+    def __init__(self, of: str = "the model"):
+        """Say so."""
+        super().__init__(
+            f"{of} draws random numbers in evaluation mode, so it has no tangent kernel; "
+            "switch its noise off (dropout written with training=True is the usual cause)"
+        )
+
+
 @contextmanager
 def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
-    """Evaluation mode without autograd's own graph; every module's mode is restored, whatever happens.
+    """Evaluation mode without autograd's own graph; whatever happens, the model is left as it was found.
+
+    Each pass starts from the model's own state (:mod:`ntk.own_state`). Compiled models run as they were written;
+    attention takes no fused path, of which derivatives are missing; gradients pass no hooks of parameters. It works
+    inside of ``torch.inference_mode`` too. Memory: a copy of the buffers.
 
     Raises:
-        ValueError: a batch is on another device than the model, or not finite; the block drew random numbers or changed
-            a parameter or buffer, so that the outputs are not a function of parameters and inputs.
+        ValueError: a batch is on another device than the model, or not finite; the model was made in inference mode;
+            the block drew random numbers or changed a parameter or buffer, so that the outputs are not a function of
+            parameters and inputs.
     """
     check_devices(model, batches)
     check_finite(batches)
+    _check_made_for_gradients(model)
     modes = {module: module.training for module in model.modules()}
-    model.eval()
-    before, versions = _random_state(), _versions(model)
-    try:
-        with torch.no_grad():
+    hooks = [(table, dict(table)) for table in parameter_hooks(model)]
+    before, others = _random_state(), (random.getstate(), np.random.get_state())  # noqa: NPY002  (others' draws)
+    state, versions = OwnState(model), _versions(model)
+    start = None
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            model.eval()
+            for table, _ in hooks:
+                table.clear()
+            if not isinstance(model, torch.jit.ScriptModule):
+                start = model.register_forward_pre_hook(lambda *_: state.restore())
             yield
-    except RuntimeError as error:
-        _check_unchanged(model, versions, error)  # autograd may have stumbled over it first
-        raise
-    else:
-        _check_unchanged(model, versions)
-        if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
+        except (RuntimeError, ValueError) as error:
+            _check_unchanged(model, versions, error)  # autograd may have stumbled over it first
+            if isinstance(error, RandomNumbers):
+                _check_settings(state, error)
+            raise
+        else:
+            _check_unchanged(model, versions)
+            if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
+                _check_settings(state, None)
+                raise RandomNumbers
+        finally:
+            if start is not None:
+                start.remove()
+            for table, content in hooks:
+                table.update(content)
+            state.restore(finally_=True)
+            for module, mode in modes.items():
+                module.training = mode
+            random.setstate(others[0])
+            np.random.set_state(others[1])  # noqa: NPY002
+            if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
+                torch.set_rng_state(before[0])
+                if before[1:]:
+                    torch.cuda.set_rng_state_all(before[1:])
+
+
+def _check_made_for_gradients(model: nn.Module) -> None:
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if t.is_inference():
             raise ValueError(
-                "the model draws random numbers in evaluation mode, so it has no tangent kernel; "
-                "switch its noise off (dropout written with training=True is the usual cause)"
+                f"the model's {name} was made in torch.inference_mode, and can have no gradient: make the model "
+                "outside of it, or pass copy.deepcopy(model)"
             )
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+
+
+def _check_settings(state: OwnState, cause: Exception | None) -> None:
+    """Of a model that draws numbers since it makes itself anew, say what it changes."""
+    state.restore()
+    if state.changed:
+        name, (old, new) = next(iter(state.changed.items()))
+        raise ValueError(
+            f"the model changes its {name} from {old!r} to {new!r} in its own forward pass, and draws "
+            "random numbers as it does so: set it before"
+        ) from cause
 
 
 def _check_unchanged(model: nn.Module, versions: dict[str, tuple[int, int]], cause: Exception | None = None) -> None:

@@ -3,13 +3,15 @@
     K[i, j, a, b] = sum_theta  d f_a(x_i)/d theta * d f_b(x_j)/d theta
 
 Jacobian contraction as in Novak, Sohl-Dickstein and Schoenholz (2022, sec. 3.1), by ``torch.func``. Slow, large and
-simple: it is what every faster kernel is compared with. For n examples, c outputs, P parameters and tiles of b
-examples: time (n c)^2 P for the contraction and (1 + n/2b) n Jacobians; memory 2 b c P beside the model and kernel.
+simple: it is what every faster kernel is compared with. It is itself compared, example by example, with ordinary
+autograd, and gives way to it where they differ. For n examples, c outputs, P parameters and tiles of b examples: time
+(n c)^2 P for the contraction, (1 + n/2b) n Jacobians and n forward and backward passes for the comparison; memory
+2 b c P beside the model and kernel.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import psutil
 import torch
@@ -19,10 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ntk import inputs as _inputs
-from ntk.functional import Parameters, is_encoder_decoder, output_function
+from ntk.functional import Parameters, RandomNumbers, call, fresh, is_encoder_decoder, output_function
 from ntk.inputs import Group, Inputs
 from ntk.kernels import Layout, mirrored
 from ntk.outputs import Output
+from ntk.passes import Leaves, requiring_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +57,10 @@ def layer_kernels(
     n1, n2 = (sum(len(g.indices) for g in groups) for groups in (groups1, groups2))
     jacobian = jacobian_function(model, output)
 
-    c = _number_of_outputs(model, groups1[0], output, params)
+    c = _number_of_outputs(model, groups1[0], output)
     names = [""] if summed else list(params)
     dtype = _accumulation_dtype(params)
-    size = _tile_size(params, n1, n2, c, layout, len(names), dtype, memory_budget)
+    size = _tile_size(params, n1, n2, c, layout, len(names), memory_budget)
     device = next(iter(params.values())).device
     kernels = {name: torch.zeros(n1, n2, *layout.shape(c), dtype=dtype, device=device) for name in names}
 
@@ -66,10 +69,11 @@ def layer_kernels(
     pairs = [(i, j) for i in range(len(tiles1)) for j in range(i if symmetric else 0, len(tiles2))]
     with tqdm(total=len(pairs), desc="kernel tiles", disable=None if progress else True, leave=False) as bar:
         for i, tile1 in enumerate(tiles1):
-            rows, jacobian1 = jacobian(params, tile1)
+            # Each tile is checked the first time: on a diagonal, from the second row on, for the second time.
+            rows, jacobian1 = jacobian(params, tile1, check=i == 0 or not symmetric)
             for j in range(i if symmetric else 0, len(tiles2)):
                 diagonal = symmetric and i == j
-                columns, jacobian2 = (rows, jacobian1) if diagonal else jacobian(params, tiles2[j])
+                columns, jacobian2 = (rows, jacobian1) if diagonal else jacobian(params, tiles2[j], check=i == 0)
                 for name in params:
                     block = layout.contract(jacobian1[name].to(dtype), jacobian2[name].to(dtype))
                     kernel = kernels["" if summed else name]
@@ -80,43 +84,38 @@ def layer_kernels(
     return kernels
 
 
-def jacobian_function(
-    model: nn.Module, output: Output | None
-) -> Callable[[Parameters, list[Group]], tuple[Tensor, Jacobian]]:
-    """J(params, tile) -> (indices of the tile's examples, their Jacobians ``{name: (b, c, *shape)}``).
+def jacobian_function(model: nn.Module, output: Output | None) -> Callable[..., tuple[Tensor, Jacobian]]:
+    """J(params, tile, check=True) -> (indices of the tile's examples, their Jacobians ``{name: (b, c, *shape)}``).
 
-    Runs ``vmap(jacrev(f))`` on each group of the tile. Some models cannot be traced by ``torch.func`` (an
-    ``autograd.Function`` without its rules in BLOOM, a data-dependent shape in BART): for those each example and output
-    takes its own backward pass, which is slower and just as exact. Which one ran is logged at level INFO.
+    ``params`` are the model's own, detached. Runs ``vmap(jacrev(f))`` on each group of the tile and, with ``check``,
+    compares each example's with ordinary autograd, in a random direction of the outputs: one forward and one backward
+    pass an example. Where they differ, or where ``torch.func`` cannot trace the model (an ``autograd.Function`` without
+    its rules in BLOOM, a data-dependent shape in BART), each example and output takes its own backward pass, which is
+    slower and is what the comparison is with. Which one ran is logged at level INFO.
     """
     f = output_function(model, output)
-    traceable: list[bool] = []  # decided by the first group that settles it
+    looping: list[str] = []  # why the first group was not to be had by torch.func
 
-    def per_group(params: Parameters, group: Group) -> Jacobian:
-        if traceable != [False]:
+    def per_group(params: Parameters, group: Group, check: bool) -> Jacobian:
+        if not looping:
             try:
-                # The fused attention kernels have no batching rule; the plain formula has.
-                with sdpa_kernel(SDPBackend.MATH):
-                    result = vmap(jacrev(lambda p, x: f(p, x, group.constant)), in_dims=(None, 0))(
-                        params, group.batched
-                    )
-                traceable[:] = [True]
-                return result
-            except (RuntimeError, NotImplementedError) as error:
-                # A model that torch.func could trace before fails for a reason of its own, which must be seen; so does
-                # one that fails in the loop as well.
-                if traceable:
-                    raise
-                _check_randomness(error)
-                why = str(error).partition(". ")[0]
-                logger.info("no vmap over %s (%s): one backward pass per output instead", type(model).__name__, why)
-                traceable[:] = [False]
-        return _looped_jacobian(f, params, group)
+                result = _traced_jacobian(model, f, params, group)
+                wrong = check and _mismatch(model, output, params, group, result)
+                if not wrong:
+                    return result
+                looping.append(f"its derivative by {wrong} is not that of autograd")
+            except Exception as error:  # whatever it is, the loop meets it too, or does without
+                if "randomness" in str(error):
+                    raise RandomNumbers from error
+                looping.append(_first_line(error))
+            name = type(model).__name__
+            logger.info("no vmap over %s (%s): one backward pass per output instead", name, looping[0])
+        return _looped_jacobian(model, output, params, group)
 
-    def jacobian(params: Parameters, tile: list[Group]) -> tuple[Tensor, Jacobian]:
+    def jacobian(params: Parameters, tile: list[Group], *, check: bool = True) -> tuple[Tensor, Jacobian]:
         device = next(iter(params.values())).device
         rows = torch.tensor([i for group in tile for i in group.indices], device=device)
-        parts = [per_group(params, group) for group in tile]
+        parts = [per_group(params, group, check) for group in tile]
         if len(parts) == 1:
             return rows, parts[0]
         # Parameter by parameter, freeing the parts, so that the tile is never held twice.
@@ -125,33 +124,98 @@ def jacobian_function(
     return jacobian
 
 
-def _check_randomness(error: Exception) -> None:
-    if "randomness" in str(error):
-        raise ValueError(
-            "the model draws random numbers in evaluation mode, so it has no tangent kernel; switch its noise off"
-        ) from error
+def _traced_jacobian(model: nn.Module, f: Callable[..., Tensor], params: Parameters, group: Group) -> Jacobian:
+    """By ``vmap(jacrev(f))``.
+
+    With gradients enabled, though none is recorded: without, derivatives of solvers and determinants come out wrong.
+    The fused attention kernels have no batching rule; the plain formula has.
+    """
+    with requiring_gradients(model, ()), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        found = vmap(jacrev(lambda p, x: f(p, x, group.constant)), in_dims=(None, 0))(params, group.batched)
+    return {name: value.detach() for name, value in found.items()}
 
 
-def _looped_jacobian(f: Callable[..., Tensor], params: Parameters, group: Group) -> Jacobian:
-    """As ``vmap(jacrev(f))``, by ``torch.autograd.grad`` alone."""
+# How far, in units of the machine epsilon, two ways of summing the same terms may be from one another, and at most.
+_ROUNDING, _COARSE = 2e3, 0.05
+# Share of the whole gradient that counts for a parameter whose own vanishes but for rounding.
+_SHARE = 1e-2
+
+
+def _mismatch(
+    model: nn.Module, output: Output | None, params: Parameters, group: Group, jacobian: Jacobian
+) -> str | None:
+    """The first parameter by which some example's Jacobian is not what autograd finds, in one random direction."""
+    like = next(iter(jacobian.values()))
+    g, c = like.shape[:2]
+    weights = torch.randn(g, c, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like.device)
+    tolerance = min(_COARSE, _ROUNDING * max(torch.finfo(value.dtype).eps for value in params.values()))
+    with requiring_gradients(model, params) as leaves, torch.enable_grad():
+        for position in range(g):
+            values = alone(model, output, group, position)
+            expected = gradients((values * weights[position].to(values)).sum(), leaves)
+            size = sum(float(value.double().norm()) ** 2 for value in expected.values()) ** 0.5
+            for name, value in expected.items():
+                found = torch.tensordot(weights[position].to(value), jacobian[name][position].to(value), dims=1)
+                if not float((found - value).norm()) <= tolerance * (float(value.norm()) + _SHARE * size):
+                    return name
+    return None
+
+
+def _looped_jacobian(model: nn.Module, output: Output | None, params: Parameters, group: Group) -> Jacobian:
+    """As ``vmap(jacrev(f))``, by ``torch.autograd.grad`` alone, of the model itself and its own parameters."""
     rows: dict[str, list[Tensor]] = {name: [] for name in params}
-    with torch.enable_grad():
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with requiring_gradients(model, params) as leaves, torch.enable_grad():
         for position in range(len(group.indices)):
-            values = f(leaves, {key: value[position] for key, value in group.batched.items()}, group.constant)
-            for value in values:
-                gradients = torch.autograd.grad(
-                    value, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                for name, gradient in zip(leaves, gradients, strict=True):
+            for value in alone(model, output, group, position):
+                for name, gradient in gradients(value, leaves).items():
                     rows[name].append(gradient)
     g = len(group.indices)
     return {name: torch.stack(r).unflatten(0, (g, len(r) // g)) for name, r in rows.items()}
 
 
-def _number_of_outputs(model: nn.Module, group: Group, output: Output | None, params: Parameters) -> int:
-    example: dict[str, Any] = {key: value[0] for key, value in group.batched.items()}
-    return len(output_function(model, output)(params, example, group.constant))
+def alone(model: nn.Module, output: Output | None, group: Group, position: int) -> Tensor:
+    """The outputs ``(c,)`` of one example of a group, by itself.
+
+    Raises:
+        ValueError: the model, or ``output``, fails on it; says how.
+    """
+    try:
+        return call(model, output, fresh(group.example(position)), 1)[0]
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the model, or output=, fails on example {group.indices[position]} by itself: {_first_line(error)}"
+        ) from error
+
+
+def gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor]:
+    """d value / d leaf, zero where there is no way, dense.
+
+    Raises:
+        ValueError: autograd fails; says how.
+    """
+    if not value.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in leaves.items()}
+    try:
+        found = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the model cannot be differentiated: {_first_line(error)}") from error
+    dense = [g.to_dense() if g is not None and g.layout != torch.strided else g for g in found]
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), dense, strict=True)}
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception is and says, cut to one short line."""
+    words = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {words}"
+
+
+def _number_of_outputs(model: nn.Module, group: Group, output: Output | None) -> int:
+    with torch.enable_grad(), requiring_gradients(model, ()):
+        return len(alone(model, output, group, 0))
 
 
 def _accumulation_dtype(params: Parameters) -> torch.dtype:
@@ -162,13 +226,9 @@ def _accumulation_dtype(params: Parameters) -> torch.dtype:
     return dtype
 
 
-def _tile_size(
-    params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels: int, dtype: torch.dtype,
-    memory_budget: int | float | None,
-) -> int:  # fmt: skip
-    """Examples a tile, b, so that two tiles of Jacobians and the kernels fit the budget."""
-    device = next(iter(params.values())).device
-    budget = memory_budget if memory_budget is not None else default_memory_budget(device)
+def memory(params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels: int) -> tuple[int, int]:
+    """Bytes for the kernels, and for one example's Jacobian; the least is the former and twice the latter."""
+    dtype = _accumulation_dtype(params)
     # Twice: what is added to the kernels may be as large as they are.
     kernel_bytes = 2 * kernels * n1 * n2 * layout.size(c) * dtype.itemsize
     # One example's Jacobian, plus the copy that joining groups or changing dtype makes of the largest parameter.
@@ -176,6 +236,16 @@ def _tile_size(
         sum(p.numel() * p.element_size() for p in params.values())
         + max(p.numel() for p in params.values()) * dtype.itemsize
     )
+    return kernel_bytes, example_bytes
+
+
+def _tile_size(
+    params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels: int, memory_budget: int | float | None
+) -> int:
+    """Examples a tile, b, so that two tiles of Jacobians and the kernels fit the budget."""
+    device = next(iter(params.values())).device
+    budget = memory_budget if memory_budget is not None else default_memory_budget(device)
+    kernel_bytes, example_bytes = memory(params, n1, n2, c, layout, kernels)
     minimum = kernel_bytes + 2 * example_bytes
     if budget < minimum:
         total = sum(p.numel() for p in params.values())
@@ -186,7 +256,7 @@ def _tile_size(
         )
         raise MemoryError(
             f"the kernel of {n1} x {n2} examples, {c} outputs and {total:,} parameters "
-            f"needs at least {gigabytes(minimum)} but memory_budget is {gigabytes(budget)} "
+            f"needs at least {at_least(minimum)} but memory_budget is {gigabytes(budget)} "
             f"(kernels {gigabytes(kernel_bytes)}, Jacobians of two examples {gigabytes(2 * example_bytes)}): "
             f"use {reduce_by}, or raise memory_budget"
         )
@@ -203,6 +273,12 @@ def default_memory_budget(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     return psutil.virtual_memory().available // 2
+
+
+def at_least(size: int | float) -> str:
+    """A number of bytes in words, none of which is left out by rounding."""
+    unit = 1e7 if size >= 1e7 else 1e3
+    return gigabytes(math.ceil(size / unit) * unit)
 
 
 def gigabytes(size: int | float) -> str:

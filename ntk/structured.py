@@ -60,7 +60,15 @@ def layer_kernels(
     Cost and memory as :func:`kernels`.
     """
     options = {"output": output, "layout": layout, "memory_budget": memory_budget, "progress": progress}
-    found, left = kernels(model, inputs, inputs2, wanted=parameter_kernels(params, summed=summed), **options)
+    found: dict[str, Tensor] = {}
+    try:
+        found, left = kernels(model, inputs, inputs2, wanted=parameter_kernels(params, summed=summed), **options)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # What the capture stumbles over, the reference may not; and a mistake of the caller's is one there too.
+        left = dict.fromkeys(params, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        logger.info("not captured: all parameters (%s)", next(iter(left.values())))
     if left:
         logger.info("by the reference instead: %s", ", ".join(left))
         rest = jacobian.layer_kernels(
@@ -202,6 +210,7 @@ class _Job:
         self.vectors = _Vectors(self.chunk)
         self.longest = max(length(g) for g in (*groups1, *groups2))
         self.spent = 0.0  # of the caller's budget, on kernels of which this job computes a tile
+        self.reference = self._reference()
 
     def run(self) -> dict[str, Tensor]:
         """The captured parameters' part of every wanted kernel that they have a part in."""
@@ -327,7 +336,7 @@ class _Job:
                 self.model, self.output, self.leaves, self.plan, self.wanted, self.layout, local1, local2,
                 self.budget - kept, self.progress,
             )  # fmt: skip
-            job.longest, job.spent = self.longest, self.spent + kept
+            job.longest, job.spent, job.reference = self.longest, self.spent + kept, self.reference
             part = job.run()
             for key, kernel in part.items():
                 whole = kernels[key] if key in kernels else kernels.setdefault(key, self._zeros())
@@ -342,17 +351,26 @@ class _Job:
         room = least_room(self.plan.costs, 2 * self.longest, 2)
         kernels = self.budget * (1 - _TEMPORARY) - self._room()
         kept = self.spent + kernels / (1 - _TEMPORARY)
-        least = kept + room / (1 - IN_PROGRESS) / (1 - _TEMPORARY)
+        least = max(self.reference, kept + room / (1 - IN_PROGRESS) / (1 - _TEMPORARY))
         use = (
             f"fewer examples or outputs{jacobian.smaller_layout(self.layout, self.plan.outputs)}"
             if 2 * kept > least
             else "shorter examples, fewer outputs or fewer parameters"
         )
         return MemoryError(
-            f"two examples need at least {jacobian.gigabytes(least)} but memory_budget is "
+            f"two examples need at least {jacobian.at_least(least)} but memory_budget is "
             f"{jacobian.gigabytes(self.budget + self.spent)} (kernels {jacobian.gigabytes(kept)}): use {use}, or raise "
             "memory_budget"
         )
+
+    def _reference(self) -> float:
+        """The least that the reference needs in bytes, for what it will have to take."""
+        refused = {name: p.detach() for name, p in self.model.named_parameters() if name in self.plan.refused}
+        if not refused:
+            return 0.0
+        count = len({key for name in refused for key in self.wanted.shares.get(name, ())})
+        kernels, example = jacobian.memory(refused, self.n1, self.n2 or self.n1, self.plan.outputs, self.layout, count)
+        return kernels + 2 * example
 
     def _room(self) -> float:
         """Bytes left for features and activations beside kernels and temporaries."""

@@ -180,7 +180,7 @@ def test_models_that_torch_func_cannot_trace_are_exact_too(caplog):
 def test_tiles_fit_the_budget():
     params = {"w": torch.zeros(1000, dtype=torch.float64)}
     kernel_bytes, example_bytes = 2 * 10 * 10 * 4 * 8, 2 * (8000 + 8000)
-    size = jacobian._tile_size(params, 10, 10, 2, LAYOUTS[None], 1, torch.float64, kernel_bytes + 2 * 3 * example_bytes)
+    size = jacobian._tile_size(params, 10, 10, 2, LAYOUTS[None], 1, kernel_bytes + 2 * 3 * example_bytes)
     assert size == 3
 
 
