@@ -408,9 +408,11 @@ def _source(task: Task, data_dir: Path | str | None, streaming: bool) -> _Source
 
 
 def _find_file(folder: Path, stems: Sequence[str]) -> Path:
-    named = sorted(
-        path for path in folder.iterdir() if path.is_file() and "." in path.name and path.name.split(".")[0] in stems
-    )
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror or error}") from error
+    named = [path for path in paths if "." in path.name and path.name.split(".")[0] in stems]
     found = [path for path in named if path.name[path.name.index(".") :].lower() in SUFFIXES]
     found.sort(key=lambda path: SUFFIXES.index(suffix_of(path)))
     if not found:

@@ -218,6 +218,15 @@ def test_compressed_files_are_read_and_others_are_named(tmp_path):
         load_task_data("sst2", data_dir=folder)
 
 
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", denied)
+    with pytest.raises(UserError, match=r"cannot read the folder .*: Permission denied"):
+        load_task_data("sst2", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize("score", [5.1, -0.1, 50])
 def test_regression_labels_stay_in_range(tmp_path, score):
     rows = [{"sentence1": "a", "sentence2": "b", "label": value} for value in (0.0, 2.5, score)]
