@@ -1,0 +1,187 @@
+"""What a classifier reads changes what it learns and its kernel: poolings of one encoder, side by side.
+
+For every task and pooling: the score of each method at one set of learning rates, and the share of every kind of layer
+in the trace of full fine-tuning's kernel at initialisation, the head left out, in standard parametrisation.
+
+    python -m analyses.pooling --tasks demo sst2 --data-dir glue --output-dir results/pooling
+
+One cell a run: a killed grid goes on where it was.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+import ntk
+from analyses.grid import Grid
+from analyses.layer_agreement import place_methods, places_of
+from analyses.readout import Readout
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.seeds import check_seeds
+from analyses.tables import format_table, number
+from analyses.training_run import RunConfig, chance_score, training_run
+from propulsion.data import TaskData, draw_rows, tokenize
+from propulsion.errors import UserError, run_command
+from propulsion.methods import parse_methods
+from propulsion.pretrained import Pooling, check_pooling
+from propulsion.training import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """Poolings x methods x tasks x seeds."""
+
+    tasks: tuple[str, ...] = ("demo",)
+    """Classification and regression tasks."""
+    poolings: tuple[Pooling, ...] = ("mean", "pooler")
+    """Poolings to compare."""
+    methods: tuple[str, ...] = ("full", "propulsion:positions=all", "lora", "head")
+    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of head, data order, dropout and of what methods draw themselves."""
+    n_examples: int = 32
+    """Held-out examples of the kernels."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(
+        default_factory=lambda: RunConfig(training=TrainingConfig(steps=150, batch_size=16, max_length=96))
+    )
+    """What each run is."""
+    output_dir: Path = Path("results/pooling")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+def run(config: Config) -> Result:
+    """Train every method and take every kernel, or read them from their cells.
+
+    Raises:
+        UserError: Unusable tasks, methods, data or model; a run that diverged; cells of other settings.
+    """
+    started, methods = time.time(), parse_methods(config.methods)
+    check_seeds(config.seeds)
+    for pooling in config.poolings:
+        check_pooling(pooling)
+    if not config.poolings or not config.tasks:
+        raise UserError("there must be a pooling and a task")
+    if config.run.pooling != "auto":
+        raise UserError("give the poolings to compare by --poolings, and leave out --pooling")
+    data = {task: config.run.load(task) for task in config.tasks}
+    settings = {"run": asdict(config.run) | {"data_dir": None}, "n_examples": config.n_examples,
+                "rows": {task: rows.fingerprint for task, rows in data.items()}}  # fmt: skip
+    grid = Grid(config.output_dir.with_name(f"{config.output_dir.name}-runs"), settings)
+    scores, shares = [], []
+    for task, pooling, seed in _cases(config):
+        place = {"task": task, "pooling": pooling, "seed": seed}
+        found = grid.cell(f"{task} {pooling} kernel seed {seed}", partial(_kernel, config, data[task], pooling, seed))
+        assert found is not None
+        shares += [place | row for row in found["shares"]]
+        for text, method in methods.items():
+            cell = grid.cell(
+                f"{task} {pooling} {text} seed {seed}", partial(_trained, config, data[task], pooling, method, seed)
+            )
+            assert cell is not None
+            scores.append(place | {"method": text} | cell)
+    chances = {task: chance_score(rows) for task, rows in data.items()}
+    return Result(
+        analysis="pooling", config=asdict(config), seed=config.seeds[0],
+        metrics=[_mean(f"{r['task']}, {r['pooling']}, {r['method']}", "score", "trained", scores, r)
+                 for r in scores if r["seed"] == config.seeds[0]],
+        tables={"scores": scores, "shares": shares, "chance": [{"task": t, "score": s} for t, s in chances.items()]},
+        arrays={}, model={"name": config.run.model or "MiniLM-L6 (packaged)", "pooling": list(config.poolings)},
+        dataset={"name": ", ".join(config.tasks), "metric": {t: rows.task.metrics[0] for t, rows in data.items()},
+                 "fingerprint": settings["rows"]},
+        environment=environment(), seconds={"this call": time.time() - started},
+        coverage={"full": "the backbone, without the head"},
+    )  # fmt: skip
+
+
+def _cases(config: Config) -> Iterator[tuple[str, Pooling, int]]:
+    return ((t, p, s) for t in config.tasks for p in config.poolings for s in config.seeds)
+
+
+def _mean(label: str, name: str, stage: str, rows: list[dict[str, Any]], like: dict[str, Any]) -> Metric:
+    same = [row[name] for row in rows if all(row[key] == like[key] for key in ("task", "pooling", "method"))]
+    return Metric(name, float(np.mean(same)), None, None, "", stage, label, "")
+
+
+def _trained(config: Config, data: TaskData, pooling: Pooling, method: Any, seed: int) -> dict[str, Any]:
+    load = partial(
+        Readout(pooling=pooling).load, config.run.model, num_labels=data.task.num_labels, seed=seed,
+        device=config.run.device,
+    )  # fmt: skip
+    found = training_run(config.run, data, method, seed=seed, load=load)
+    names = ("validation_loss", "trained_parameters", "learning_rates")
+    losses = [float(np.mean(part)) for part in (found["losses"][:10], found["losses"][-10:])]
+    return {name: found[name] for name in names} | {
+        "score": found["scores"][data.task.metrics[0]], "scores": found["scores"], "first_loss": losses[0],
+        "last_loss": losses[1],
+    }  # fmt: skip
+
+
+def _kernel(config: Config, data: TaskData, pooling: Pooling, seed: int) -> dict[str, Any]:
+    """Shares of the places of a model in the trace of the kernel of its backbone, and of Propulsion's."""
+    model, tokenizer = Readout(pooling=pooling).load(
+        config.run.model, num_labels=data.task.num_labels, seed=seed, device=config.run.device
+    )
+    drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
+    rows = tokenize(drawn, tokenizer, data.task, config.run.training.max_length)
+    columns = {name: rows[name] for name in rows.column_names if name != "labels"}
+    inputs = dict(tokenizer.pad(columns, return_tensors="pt").to(torch.device(config.run.device)))
+    places = places_of(model)
+    kernels = ntk.adapter_kernels(model, inputs, place_methods(places), reduce="trace")
+    traces = {name: float(ntk.trace(kernel)) for name, kernel in kernels.items()}
+    whole = {of: sum(t for name, t in traces.items() if name.startswith(f"{of}: ")) for of in ("full", "Propulsion")}
+    shares = [
+        {"kind": place.kind, "block": place.block, "layers": len(place.modules)}
+        | {of: traces[f"{of}: {place.label}"] / whole[of] if f"{of}: {place.label}" in traces else None for of in whole}
+        for place in places
+    ]
+    return {"shares": shares, "full_trace": whole["full"], "propulsion_trace": whole["Propulsion"]}
+
+
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """Scores by task, pooling and method; shares of tr K_F by kind of layer, and by block."""
+    tasks, poolings, methods = (list(result.config[name]) for name in ("tasks", "poolings", "methods"))
+    scores = {m.left: m.value for m in result.metrics}
+    chance = {row["task"]: row["score"] for row in result.tables["chance"]}
+    table = partial(format_table, markdown=markdown)
+    blocks = [
+        table(
+            ["score", "one answer throughout", *methods],
+            [[f"{t}, {p}", number(chance[t]), *(number(scores[f"{t}, {p}, {m}"]) for m in methods)]
+             for t in tasks for p in poolings],
+        )
+    ]  # fmt: skip
+    columns = [(t, p) for t in tasks for p in poolings]
+    for key, words in (("kind", "share of tr K_F by kind of layer"), ("block", "by block")):
+        labels = dict.fromkeys(row[key] for row in result.tables["shares"])
+        blocks.append(table(
+            [words, *(f"{t}, {p}" for t, p in columns)],
+            [["no block" if label is None else str(label),
+              *(number(_share(result, t, p, key, label)) for t, p in columns)] for label in labels],
+        ))  # fmt: skip
+    return "\n\n".join(blocks)
+
+
+def _share(result: Result, task: str, pooling: str, key: str, label: Any) -> float:
+    rows = [r for r in result.tables["shares"] if (r["task"], r["pooling"], r[key]) == (task, pooling, label)]
+    return sum(row["full"] for row in rows) / len(result.config["seeds"])
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    print(f"\n{summary(result)}\n")
+    print(f"result in {write_result(result, config.output_dir, overwrite=config.overwrite)}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.pooling", description=__doc__)))
