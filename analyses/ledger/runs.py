@@ -123,7 +123,6 @@ def full_plan(
         Run("complexity"),
         Run("degree_scale", ("--tasks", *tasks, *every, "--n-examples", "16", *models)),
         Run("memory", one),
-        Run("pooling", ("--tasks", "demo", first, *every)),
         *(Run(f"peft_kernels/{task}", of(task) + words("--n-examples 128 --memory-budget-gb 5")) for task in tasks),
         *(Run(f"kernel_distance/{task}", of(task) + words("--n-examples 128 --seeds 0 1 2 --memory-budget-gb 8")
               + DISTANCES.get(task, DISTANCE)) for task in tasks),
