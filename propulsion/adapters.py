@@ -1,6 +1,7 @@
 """Saved adapters and the base model they belong to."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,21 @@ from propulsion.pretrained import fingerprint
 BASE_FILE = "base_model.json"
 
 
-def save_base(folder: Path, base: str) -> None:
-    """Write beside an adapter which weights it was trained on: their `fingerprint`."""
-    write_json(folder / BASE_FILE, {"fingerprint": base})
+def save_base(folder: Path, base: str, config: Any = None) -> None:
+    """Write beside an adapter which weights it was trained on, their `fingerprint`, and its names of labels."""
+    labels = {"label_names": names} if (names := label_names(config)) else {}
+    write_json(folder / BASE_FILE, {"fingerprint": base} | labels)
+
+
+def name_labels(config: Any, names: Sequence[str]) -> None:
+    """Give a model's labels their names, which `transformers.pipeline` answers with, by its configuration."""
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+
+
+def label_names(config: Any) -> list[str]:
+    """Names of a model's labels in their order; empty where they have none but transformers' LABEL_0, LABEL_1, ..."""
+    names = [name for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+    return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
 def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
@@ -27,6 +40,9 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         folder: A folder that `propulsion.train` or peft's `save_pretrained` wrote.
         trainable: Whether the adapter is to be trained further.
 
+    Returns:
+        The model with the adapter, and with its names of labels.
+
     Raises:
         UserError: The folder holds no adapter, or one of another base model.
     """
@@ -34,13 +50,15 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no adapter: it has no adapter_config.json")
     record = folder / BASE_FILE
-    if record.is_file():
-        expected = json.loads(record.read_text(encoding="utf-8"))["fingerprint"]
-        if fingerprint(model) != expected:
-            raise UserError(f"the adapter in {folder} is of another base model: its weights are not these")
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if known and fingerprint(model) != known["fingerprint"]:
+        raise UserError(f"the adapter in {folder} is of another base model: its weights are not these")
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise UserError(
             f"the adapter in {folder} does not fit this model, and may be of another base model: {first_line(error)}"
         ) from error
+    if len(names := known.get("label_names", ())) == getattr(model.config, "num_labels", None):
+        name_labels(model.config, names)
+    return loaded

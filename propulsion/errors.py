@@ -94,6 +94,12 @@ def one_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's message: what follows it is mostly advice for that library's users."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """Return the first line of another library's message: what follows it is mostly advice for that library's users.
+
+    A line that ends in a colon only announces causes: the first of them follows it, and how many more there are.
+    """
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if not first.endswith(":") or not rest:
+        return first
+    more = f" (and {len(rest) - 1} more)" if rest[1:] else ""
+    return f"{first} {rest[0]}{more}"

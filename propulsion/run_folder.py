@@ -81,7 +81,7 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
         if trainer.args.should_save:
             tokenizer.save_pretrained(partial)
             if isinstance(trainer.model, PeftModel):
-                save_base(partial, base)
+                save_base(partial, base, getattr(trainer.model, "config", None))
             shutil.rmtree(destination, ignore_errors=True)
             os.rename(partial, destination)
     except OSError as error:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from propulsion.adapters import load_adapter
+from propulsion.adapters import load_adapter, name_labels
 from propulsion.data import TaskData, check_inputs, load_task_data
 from propulsion.errors import UserError, one_line, run_command
 from propulsion.evaluation import Evaluation
@@ -100,6 +100,8 @@ def run(config: TrainConfig) -> TrainResult:
         config.model, task_type=kind.task_type, num_labels=task.num_labels, pooling=config.pooling, seed=config.seed,
         device=device, dtype=getattr(torch, config.dtype),
     )  # fmt: skip
+    if kind.task_type in ("SEQ_CLS", "TOKEN_CLS") and task.label_names:
+        name_labels(model.config, task.label_names)
     # Before anything is written.
     encoded = check_inputs(data, tokenizer, config.limits, cached=True, streamed=_streamed_rows(config, state))
     base = fingerprint(model)

@@ -35,3 +35,13 @@ def test_other_errors_keep_their_traceback(error):
 def test_messages_without_text():
     assert one_line(ValueError()) == first_line(ValueError()) == "ValueError"
     assert first_line(ValueError("\n one \n two")) == "one"
+
+
+def test_a_line_that_announces_causes_is_followed_by_one():
+    error = RuntimeError(
+        "Error(s) in loading state_dict for Model:\n\tsize mismatch for a.weight\n\tsize mismatch for b"
+    )
+    expected = "Error(s) in loading state_dict for Model: size mismatch for a.weight (and 1 more)"
+    assert first_line(error) == expected
+    assert first_line(ValueError("what follows:\n\n  this")) == "what follows: this"
+    assert first_line(ValueError("nothing follows:")) == "nothing follows:"

@@ -16,13 +16,15 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from task_rows import ROWS, write_rows
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from propulsion import run_folder
 from propulsion import trainer as trainer_module
+from propulsion.adapters import load_adapter
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
 from propulsion.optim import SCALE_RATE
+from propulsion.pretrained import load_classifier
 from propulsion.run_folder import RESULT
 from propulsion.task_kinds import kind_of
 from propulsion.tasks import get_task
@@ -406,13 +408,40 @@ def test_a_fully_tuned_model_loads_with_plain_transformers(config):
     assert evaluate(model, tokenizer, data) == result.metrics
 
 
+def test_a_saved_model_answers_by_the_names_of_labels(config, tmp_path):
+    names = {0: "negative", 1: "positive"}
+    folder = config.output_dir / "model"
+    run(dataclasses.replace(config, method="full", learning_rate=None, max_steps=1))
+    assert pipeline("text-classification", model=str(folder))("a fine film")[0]["label"] in names.values()
+    adapted = dataclasses.replace(config, max_steps=1, output_dir=tmp_path / "adapted")
+    run(adapted)
+    base, tokenizer = load_classifier(config.model, num_labels=2)
+    assert base.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    model = load_adapter(base, adapted.output_dir / "model")
+    assert (model.config.id2label, model.config.label2id) == (names, {"negative": 0, "positive": 1})
+    answer = pipeline("text-classification", model=model, tokenizer=tokenizer)("a fine film")
+    assert answer[0]["label"] in names.values()
+
+
+def test_tags_and_numbers_are_named_or_not(tmp_path, tiny_models):
+    tagger = TrainConfig(
+        task="wikiann", model=str(tiny_models["TOKEN_CLS"]), data_dir=write_rows(tmp_path, "wikiann"), max_steps=1,
+        method="head", use_cpu=True, disable_tqdm=True, output_dir=tmp_path / "tags",
+    )  # fmt: skip
+    run(tagger)
+    saved = AutoConfig.from_pretrained(tagger.output_dir / "model")
+    assert saved.id2label[1] == "B-PER"
+    assert len(saved.id2label) == 7
+
+
 def test_an_adapter_of_another_size_is_refused(config, tiny_models, tmp_path):
     run(dataclasses.replace(config, max_steps=1))
     (config.output_dir / "model" / "base_model.json").unlink()  # As plain peft leaves it.
     other = dataclasses.replace(config, adapter=config.output_dir / "model", output_dir=tmp_path / "other", max_steps=0,
                                 task="mnli", data_dir=write_rows(tmp_path, "mnli"), max_train_samples=None,
                                 max_eval_samples=None)  # fmt: skip
-    with pytest.raises(UserError, match="does not fit this model") as caught:
+    expected = r"may be of another base model: Error.s. in loading .*: size mismatch for .*classifier.* \(and 1 more\)"
+    with pytest.raises(UserError, match=expected) as caught:
         run(other)
     assert "\n" not in str(caught.value)
 
