@@ -8,7 +8,7 @@ suite:
   and more, with which z passes zero at a higher degree, and z^k diverges. There a step of Adam on z moves the scale k
   times as far, one of SGD k^2 times: rates are divided by k, as `propulsion.optim` does, and by k^2;
   in `test_parameters_after_loading_model`, whose inputs go up to 90, by 100 k^2. At degree 1 they are the suite's.
-- `MultiheadAttention`, which Propulsion refuses, is left out, and so are the tests of `autocast_adapter_dtype=False`:
+- `MultiheadAttention` as a target, for which Propulsion has no layer, is left out, and so are the tests of `autocast_adapter_dtype=False`:
   z is float32 always.
 - Where no module is named, (IA)3's default is replaced by the attention projections, and the tests of defaults are left
   out: Propulsion's default is every layer, embeddings and heads included.
@@ -39,8 +39,8 @@ HIGHER = 15
 # In transformers models, where (IA)3 has default modules of each architecture.
 ATTENTION = ["query", "key", "value", "q_proj", "k_proj", "v_proj", "c_attn", "q", "k", "v", "query_proj", "key_proj",
              "value_proj", "in_proj"]  # fmt: skip
-# Its projections are read and not called, so that a scale would be dead: Propulsion refuses it.
 DIVERGING = ("test_parameters_after_loading_model", "test_disable_adapters[")
+# Their target is the attention as a whole, whose projections of the input are no layers.
 REFUSED_MODELS = {"MHA"}
 # z stays float32 whatever `autocast_adapter_dtype` says: these ask for bfloat16.
 DEVIATING = {"test_adapter_dtype_autocast", "test_add_adapter_no_autocast_adapter_dtype"}

@@ -276,3 +276,29 @@ def test_a_norm_of_another_kind_is_not_read():
     layer = layer_class(base)(base, "default", PropulsionConfig())
     with pytest.raises(ValueError, match="to be read; SigmoidRMSNorm does neither"):
         _ = layer.weight
+
+
+class Normed(nn.Module):
+    """Calls a layer whose weight is computed from others, and reads that weight as well."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.line = norm(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.line(x).tanh(), self.line.weight)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_weight_that_is_computed_is_read_scaled_and_not_merged(norm):
+    model = randomize(get_peft_model(Normed(norm).double().eval(), PropulsionConfig(degree=3)), spread=0.2)
+    line = model.get_base_model().line
+    scale = line.propulsion_z["default"] ** 3
+    output = model(X)
+    expected = F.linear((line.base_layer(X) * scale).tanh(), line.base_layer.weight * scale[:, None])
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-14)
+    output.sum().backward()
+    assert line.propulsion_z["default"].grad.all()
+    with pytest.raises(ValueError, match="computed from other"):
+        model.merge_adapter()
