@@ -8,8 +8,8 @@ suite:
   and more, with which z passes zero at a higher degree, and z^k diverges. There a step of Adam on z moves the scale k
   times as far, one of SGD k^2 times: rates are divided by k, as `propulsion.optim` does, and by k^2;
   in `test_parameters_after_loading_model`, whose inputs go up to 90, by 100 k^2. At degree 1 they are the suite's.
-- `MultiheadAttention` as a target, for which Propulsion has no layer, is left out, and so are the tests of `autocast_adapter_dtype=False`:
-  z is float32 always.
+- `MultiheadAttention` as a target, for which Propulsion has no layer, is left out, and so are the tests of
+  `autocast_adapter_dtype=False`: z is float32 always.
 - Where no module is named, (IA)3's default is replaced by the attention projections, and the tests of defaults are left
   out: Propulsion's default is every layer, embeddings and heads included.
 - `test_safe_merge` asks of Conv2dGroups2 what float32 does not give there; the suite itself grants other convolutions
