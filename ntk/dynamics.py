@@ -15,8 +15,10 @@ from jaxtyping import Float
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
-from ntk.functional import ParameterChoice, select_parameters
+from ntk.functional import ParameterChoice, evaluating, select_parameters
 from ntk.kernels import Kernel, flatten
 
 # Eigenvalues of a symmetric kernel may be this far below zero, relative to the largest, by rounding of its entries.
@@ -215,7 +217,7 @@ class Linearized(nn.Module):
     """
 
     def __init__(self, model: nn.Module, params: ParameterChoice = "all"):
-        """Expand about the parameters as they are now; the model, in evaluation mode, is used and not changed.
+        """Expand about the parameters as they are now; the model is used in evaluation mode, and not changed.
 
         Args:
             model: any module; what it is called with, this module is called with.
@@ -226,18 +228,23 @@ class Linearized(nn.Module):
         self.names = list(chosen)
         self.delta = nn.ParameterList([torch.zeros_like(p) for p in chosen.values()])
         # Not a submodule: its parameters are none of this module's.
-        self._model = [model.eval()]
+        self._model = [model]
         self._start = {name: p.clone() for name, p in chosen.items()}
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """The linearised outputs: the model's tensor, or its ``logits``."""
 
         def outputs(chosen: dict[str, Tensor]) -> Tensor:
-            found = functional_call(self._model[0], chosen, args, kwargs)
+            own = tree_map(
+                lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs)
+            )  # models may write there
+            found = functional_call(self._model[0], chosen, *own)
             return found if isinstance(found, Tensor) else found.logits
 
         directions = dict(zip(self.names, self.delta, strict=True))
-        value, slope = jvp(outputs, (self._start,), (directions,))  # pyright: ignore[reportAssignmentType]
+        # Of attention, forward-mode derivatives exist for the plain formula alone.
+        with evaluating(self._model[0]), sdpa_kernel(SDPBackend.MATH):
+            value, slope = jvp(outputs, (self._start,), (directions,))  # pyright: ignore[reportAssignmentType]
         return value + slope
 
 

@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,24 @@ class RandomNumbers(ValueError):
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without the fused path of attention and without compilation; every module's mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    # Where nothing is compiled, this module is not imported, and to import it takes seconds.
+    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with stance:
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            model.eval()
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, mode in modes.items():
+                module.training = mode
+
+
+@contextmanager
 def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
     """Evaluation mode without autograd's own graph; whatever happens, the model is left as it was found.
 
@@ -154,20 +172,12 @@ def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
     check_devices(model, batches)
     check_finite(batches)
     _check_made_for_gradients(model)
-    modes = {module: module.training for module in model.modules()}
     hooks = [(table, dict(table)) for table in parameter_hooks(model)]
     before, others = _random_state(), (random.getstate(), np.random.get_state())  # noqa: NPY002  (others' draws)
     state, versions = OwnState(model), _versions(model)
     start = None
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         try:
-            model.eval()
             for table, _ in hooks:
                 table.clear()
             if not isinstance(model, torch.jit.ScriptModule):
@@ -189,8 +199,6 @@ def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
             for table, content in hooks:
                 table.update(content)
             state.restore(finally_=True)
-            for module, mode in modes.items():
-                module.training = mode
             random.setstate(others[0])
             np.random.set_state(others[1])  # noqa: NPY002
             if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):

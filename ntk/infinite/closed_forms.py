@@ -4,11 +4,12 @@ Below (h, h') have variances q, q', covariance c, correlation rho and angle thet
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ntk.infinite.gaussian import Moments, Pairs
+from ntk.infinite.gaussian import Moments, Pairs, root
 
 
 def linear(pairs: Pairs) -> Moments:
@@ -21,6 +22,65 @@ def linear_complements(pairs: Pairs) -> tuple[Tensor, Tensor]:
     return pairs.minus, pairs.plus
 
 
+class _FirstArcCosine(torch.autograd.Function):
+    """s sin(theta) + (pi - theta) c for c = s cos(theta), whose differential is sin(theta) ds + (pi - theta) dc.
+
+    The terms in d theta cancel; each by itself is infinite where theta is 0.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scale: Tensor, cov: Tensor, minus: Tensor, plus: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The value, from 1 - cos(theta) and 1 + cos(theta)."""
+        return scale * _sine(minus, plus) + _coangle(minus, plus) * cov
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Keep the angle."""
+        ctx.save_for_backward(inputs[2], inputs[3])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """By s and c."""
+        minus, plus = ctx.saved_tensors
+        return gradient * _sine(minus, plus), gradient * _coangle(minus, plus), None, None
+
+
+class _EvenComplement(torch.autograd.Function):
+    """v - (2/pi) (sin(a) - a cos(a)) for v = 1 - cos(a), whose derivative by v is 1 - (2/pi) a."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(versine: Tensor, sine: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The value; sin(a) is given for its accuracy."""
+        return versine - (2 / math.pi) * (sine - _acute(versine) * (1 - versine))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Keep the angle."""
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """By v."""
+        (versine,) = ctx.saved_tensors
+        return gradient * (1 - (2 / math.pi) * _acute(versine)), None
+
+
+def _sine(minus: Tensor, plus: Tensor) -> Tensor:
+    return root(minus * plus)
+
+
+def _coangle(minus: Tensor, plus: Tensor) -> Tensor:
+    return 2 * torch.atan2(root(plus), root(minus))
+
+
+def _acute(versine: Tensor) -> Tensor:
+    return 2 * torch.atan2(root(versine), root(2 - versine))
+
+
 def leaky_relu(pairs: Pairs, slope: float) -> Moments:
     """phi(h) = max(h, 0) + slope min(h, 0); slope 0 is ReLU (Cho and Saul 2009, arc-cosine kernels of order 1 and 0).
 
@@ -29,7 +89,8 @@ def leaky_relu(pairs: Pairs, slope: float) -> Moments:
     E[h h' phi' phi'] = E[phi phi'],  since h phi'(h) = phi(h)
     """
     coangle, weight = pairs.coangle, (1 - slope) ** 2 / (2 * math.pi)
-    product = slope * pairs.cov + weight * (pairs.scale * pairs.sine + coangle * pairs.cov)
+    scale, cov, minus, plus = torch.broadcast_tensors(pairs.scale, pairs.cov, pairs.minus, pairs.plus)
+    product = slope * pairs.cov + weight * _FirstArcCosine.apply(scale, cov, minus, plus)  # pyright: ignore[reportOperatorIssue]
     return Moments(product, slope + weight * coangle, product)
 
 
@@ -41,8 +102,7 @@ def leaky_relu_complements(pairs: Pairs, slope: float) -> tuple[Tensor, Tensor]:
     """
     s, t = ((1 + slope) / 2) ** 2, ((1 - slope) / 2) ** 2
     versine = torch.minimum(pairs.minus, pairs.plus)
-    acute = 2 * torch.atan2(versine.sqrt(), (2 - versine).sqrt())
-    even = (versine - (2 / math.pi) * (pairs.sine - acute * (1 - versine))).clamp(min=0)
+    even = _EvenComplement.apply(versine, pairs.sine).clamp(min=0)  # pyright: ignore[reportAttributeAccessIssue]
     return (s * pairs.minus + t * even) / (s + t), (s * pairs.plus + t * (2 - even)) / (s + t)
 
 

@@ -8,6 +8,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+def root(x: Tensor) -> Tensor:
+    """The square root, with derivative 0 at 0.
+
+    Where it is 0, it is so along with its neighbours in whatever a kernel is differentiated by: a variance of an input
+    of zeros, or the angle of an input with itself. Between two inputs that happen to agree the angle has a kink, whose
+    one-sided derivatives cancel.
+    """
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))
+
+
+def ratio(x: Tensor, y: Tensor) -> Tensor:
+    """x / y, and x where y is 0, so that derivatives of what is replaced afterwards are no 0 / 0 either."""
+    return x / torch.where(y == 0, torch.ones_like(y), y)
+
+
 @dataclass(frozen=True)
 class Pairs:
     """(h, h') ~ N(0, [[q1, cov], [cov, q2]]) for many pairs at once; all fields broadcast together.
@@ -26,17 +42,17 @@ class Pairs:
     @property
     def scale(self) -> Tensor:
         """sqrt(q1 q2), the covariance of a perfectly correlated pair."""
-        return self.q1.sqrt() * self.q2.sqrt()
+        return root(self.q1) * root(self.q2)
 
     @property
     def sine(self) -> Tensor:
         """sin of the angle between h and h': sqrt((1 - rho)(1 + rho))."""
-        return (self.minus * self.plus).sqrt()
+        return root(self.minus * self.plus)
 
     @property
     def coangle(self) -> Tensor:
         """pi - arccos(rho), by half angles (Kahan): accurate from 0 to pi."""
-        return 2 * torch.atan2(self.plus.sqrt(), self.minus.sqrt())
+        return 2 * torch.atan2(root(self.plus), root(self.minus))
 
     @property
     def determinant(self) -> Tensor:
@@ -75,12 +91,20 @@ def pairs_of_rows(a: Float[Tensor, "n1 d"], b: Float[Tensor, "n2 d"], *, symmetr
     if symmetric:
         cov = (cov + cov.T) / 2
         cov.diagonal().copy_(q1[:, 0])
-    u, v = (torch.nan_to_num(x / x.norm(dim=1, keepdim=True), nan=0.0) for x in (a, b))
+    u, v = _directions(a), _directions(b)
     rho = u @ v.T
     minus, plus = _half_square(1 - rho, u, v), _half_square(1 + rho, u, -v)
     if symmetric:
         minus, plus = (minus + minus.T) / 2, (plus + plus.T) / 2
     return Pairs(q1, q2, cov, *_without_variance(q1, q2, minus, plus))
+
+
+def _directions(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Rows of norm 1, or 0 where a row is 0."""
+    none = (x == 0).all(dim=1, keepdim=True)
+    return torch.where(
+        none, torch.zeros_like(x), x / torch.where(none, torch.ones_like(x), x).norm(dim=1, keepdim=True)
+    )
 
 
 def next_pairs(
@@ -105,14 +129,14 @@ def next_pairs(
     activation forgive, and set to 0 where h and h' are one variable.
     """
     b2 = sigma_b**2
-    a1, a2 = sigma_w * own1.sqrt(), sigma_w * own2.sqrt()
+    a1, a2 = sigma_w * root(own1), sigma_w * root(own2)
     q1, q2 = a1**2 + b2, a2**2 + b2
-    aa, nn = a1 * a2, q1.sqrt() * q2.sqrt()
+    aa, nn = a1 * a2, root(q1) * root(q2)
     if complements is None:
-        kappa = torch.nan_to_num(sigma_w**2 * moments.product / aa, nan=0.0).clamp(-1, 1)
+        kappa = ratio(sigma_w**2 * moments.product, aa).clamp(-1, 1)
         complements = torch.where(pairs.same, torch.zeros_like(kappa), 1 - kappa), 1 + kappa
-    minus = (b2 * (a1 - a2) ** 2 / (nn + aa + b2) + aa * complements[0]) / nn
-    plus = (b2 * (q1 + a2**2) / (nn + aa) + b2 + aa * complements[1]) / nn
+    minus = ratio(ratio(b2 * (a1 - a2) ** 2, nn + aa + b2) + aa * complements[0], nn)
+    plus = ratio(ratio(b2 * (q1 + a2**2), nn + aa) + b2 + aa * complements[1], nn)
     cov = sigma_w**2 * moments.product + b2
     return Pairs(q1, q2, cov, *_without_variance(q1, q2, minus.clamp(0, 2), plus.clamp(0, 2)))
 
@@ -126,10 +150,10 @@ def sum_of_pairs(a: Pairs, b: Pairs) -> Pairs:
         N N' - s - t = (sqrt(q_h q_g') - sqrt(q_g q_h'))^2 / (N N' + s + t)
     """
     q1, q2 = a.q1 + b.q1, a.q2 + b.q2
-    nn = q1.sqrt() * q2.sqrt()
-    rest = ((a.q1 * b.q2).sqrt() - (b.q1 * a.q2).sqrt()) ** 2 / (nn + a.scale + b.scale)
-    minus = (rest + a.scale * a.minus + b.scale * b.minus) / nn
-    plus = (rest + a.scale * a.plus + b.scale * b.plus) / nn
+    nn = root(q1) * root(q2)
+    rest = ratio((root(a.q1 * b.q2) - root(b.q1 * a.q2)) ** 2, nn + a.scale + b.scale)
+    minus = ratio(rest + a.scale * a.minus + b.scale * b.minus, nn)
+    plus = ratio(rest + a.scale * a.plus + b.scale * b.plus, nn)
     return Pairs(q1, q2, a.cov + b.cov, *_without_variance(q1, q2, minus.clamp(0, 2), plus.clamp(0, 2)))
 
 

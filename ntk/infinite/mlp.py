@@ -147,6 +147,9 @@ def mlp_kernels(
     Raises:
         ValueError: unusable arguments, with what was expected; the readout as a position, which has no limit.
         ConvergenceError: the activation's expectations do not converge (a ValueError).
+        NotImplementedError: inputs that take gradients, for an activation without closed forms or another method.
+
+    Closed forms can be differentiated by the inputs, on the diagonal and at equal inputs too.
 
     Example:
         >>> x = torch.eye(2, dtype=torch.float64)
@@ -162,6 +165,15 @@ def mlp_kernels(
     chosen = _positions(positions, depth)
     check_numbers(depth, sigma_w, sigma_b, degree)
     moments_of, diagonal_of = _method(method, phi)
+    if (
+        torch.is_grad_enabled()
+        and (a.requires_grad or b.requires_grad)
+        and (phi.moments is None or moments_of is not phi.moments)
+    ):
+        raise NotImplementedError(
+            f"kernels of {phi.name} by series or quadrature have no gradients in the inputs, only closed forms have: "
+            "detach the inputs"
+        )
     sw, sb, k2 = float(sigma_w), float(sigma_b), float(degree) ** 2
 
     first, first1, first2, pairs = first_layer(a, b, sw, sb, symmetric=x2 is None)

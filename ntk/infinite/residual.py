@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ntk.infinite.activations import Activation, find
 from ntk.infinite.closed_forms import leaky_relu, leaky_relu_complements
-from ntk.infinite.gaussian import Pairs, sum_of_pairs
+from ntk.infinite.gaussian import Pairs, ratio, root, sum_of_pairs
 from ntk.infinite.mlp import check_numbers, checked_inputs, first_layer
 
 
@@ -146,9 +146,9 @@ def _squares(u: Pairs, h: Pairs, slope: float) -> Tensor:
     whose second term is 0 where rho = +-1: there r = rho and a = b. For u = h it is that of :func:`leaky_relu`.
     """
     s2, t2 = ((1 + slope) / 2) ** 2, ((1 - slope) / 2) ** 2
-    a, b = (torch.nan_to_num((x / y).sqrt(), nan=0.0) for x, y in ((u.q1, h.q1), (u.q2, h.q2)))
+    a, b = root(ratio(u.q1, h.q1)), root(ratio(u.q2, h.q2))
     r, rho, difference = (u.plus - u.minus) / 2, (h.plus - h.minus) / 2, h.minus - u.minus
     spread = a * b * (difference**2 + h.sine**2) - rho * r * (a - b) ** 2
-    spread = torch.where(h.sine > 0, spread / h.sine, 0.0)
+    spread = torch.where(h.sine > 0, ratio(spread, h.sine), 0.0)
     signs = (2 / math.pi) * u.scale * (r * (h.coangle - math.pi / 2) + spread)
     return s2 * u.cov + t2 * signs

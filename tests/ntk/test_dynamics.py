@@ -204,6 +204,47 @@ def test_the_linearised_model_is_the_first_order_expansion():
     assert len(list(linearized.parameters())) == len(before)
 
 
+class Attending(nn.Module):
+    """A layer of torch's own with a fused path in evaluation mode, a dropout, and a change of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(2.0)
+        return self.out(self.layer(x).mean(dim=1))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_linearised_model_leaves_the_model_in_its_mode_and_takes_attention(fails):
+    torch.manual_seed(0)
+    model, x = Attending().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    model.out.eval()
+    before = x.clone()
+    linearized = Linearized(model)
+    assert model.training
+    if fails:
+        with pytest.raises((RuntimeError, AssertionError)):
+            linearized(x[:, :, :2])
+    else:
+        with torch.no_grad():
+            for delta in linearized.delta:
+                delta += 1e-6 * torch.randn_like(delta)
+        moved = linearized(x)
+        torch.testing.assert_close(x, before)
+        moving = Attending().double().eval()
+        with torch.no_grad():
+            for p, own, delta in zip(moving.parameters(), model.parameters(), linearized.delta, strict=True):
+                p.copy_(own + delta)
+        torch.testing.assert_close(moving(x.clone()), moved, rtol=0, atol=1e-9)
+        moved.sum().backward()
+        assert all(delta.grad is not None for delta in linearized.delta)
+    assert [m.training for m in (model, model.layer, model.out)] == [True, True, False]
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_training_the_linearised_model_is_training_by_its_kernel():
     model = wide(16)
     x, y = torch.randn(4, 5, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64)

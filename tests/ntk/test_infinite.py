@@ -1,5 +1,6 @@
 """Limits of wide networks: planted values of other implementations, identities, and random networks."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -548,3 +549,62 @@ def test_any_differentiable_function_is_an_activation():
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("sigma_b", [0.0, 0.4])
+@pytest.mark.parametrize("activation", [name for name, a in ACTIVATIONS.items() if a.moments is not None])
+def test_gradients_by_the_inputs_are_central_differences(activation, sigma_b):
+    """On the diagonal, at an input that comes twice, near another, opposite to it, and at 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    x[2], x[3], x[4], x[5] = x[1], x[1] + 1e-9, -x[1], 0.0
+    direction, h = torch.randn(6, 3, generator=generator, dtype=torch.float64), 1e-6
+    # Equal inputs move together: the slopes of a kinked activation have a kink between them; one at 0 stays.
+    direction[2] = direction[3] = direction[1]
+    direction[4], direction[5] = -direction[1], 0.0
+
+    def kernels(z):
+        found = mlp_kernels(z, depth=2, activation=activation, sigma_w=1.3, sigma_b=sigma_b)
+        return {"nngp": found.nngp, "ntk": found.ntk, "propulsion": found.propulsion}
+
+    leaf = x.clone().requires_grad_()
+    after, before = kernels(x + h * direction), kernels(x - h * direction)
+    for name, kernel in kernels(leaf).items():
+        difference = (after[name] - before[name]) / (2 * h)
+        for i, j in itertools.combinations_with_replacement(range(6), 2):
+            (gradient,) = torch.autograd.grad(kernel[i, j], leaf, retain_graph=True)
+            assert bool(torch.isfinite(gradient).all()), (name, i, j)
+            assert abs(float((gradient * direction).sum() - difference[i, j])) < 1e-6 * float(kernel.abs().max()), (
+                i,
+                j,
+            )
+
+
+def test_second_derivatives_of_relu_kernels_away_from_equal_inputs():
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = {"depth": 2, "activation": "relu", "sigma_w": 1.3, "sigma_b": 0.2}
+
+    def entry(z):
+        return mlp_kernels(z, **options).ntk[0, 1]
+
+    assert torch.autograd.gradgradcheck(entry, (x.requires_grad_(),))
+
+
+def test_residual_kernels_have_gradients():
+    x = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[2] = x[1]
+    direction, h = torch.ones_like(x), 1e-6
+    options = {"depth": 3, "sigma_w": 1.3, "sigma_b": 0.2, "branch_scale": 0.5, "activation": "relu"}
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(infinite.residual_kernels(leaf, **options).ntk.sum(), leaf)
+    after, before = (infinite.residual_kernels(x + s * h * direction, **options).ntk.sum() for s in (1, -1))
+    assert float((gradient * direction).sum()) == pytest.approx(float(after - before) / (2 * h), rel=1e-6)
+
+
+def test_series_say_that_they_have_no_gradients():
+    x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    for options in ({"activation": "tanh"}, {"activation": "relu", "method": "quadrature"}, {"activation": torch.sin}):
+        with pytest.raises(NotImplementedError, match="no gradients in the inputs"):
+            mlp_kernels(x, depth=1, sigma_w=1.0, sigma_b=0.0, **options)
+        with torch.no_grad():
+            mlp_kernels(x, depth=1, sigma_w=1.0, sigma_b=0.0, **options)
