@@ -19,8 +19,10 @@ import tyro
 from analyses.results import environment
 from analyses.tables import format_table, number
 from benchmarks.jobs import ADAPTERS, GIGABYTE, JOBS, Job
+from ntk.rules import RULES, name_of
 from propulsion.errors import UserError, run_command
 
+BASELINES = ("bare", "torch.func")
 AGREE = 1e-10  # Relative error in float64, as in the tests.
 AGREE_FLOAT32 = 1e-4  # Of the float32 kernels that are timed.
 
@@ -72,7 +74,7 @@ def agreement(name: str, config: Config) -> dict[str, float]:
 
 def profiles(name: str, config: Config) -> dict[str, dict[str, float]]:
     """Where the time of our own measures goes."""
-    own = [measure for measure in JOBS[name].measures if measure not in ("bare", "torch.func")]
+    own = [measure for measure in JOBS[name].measures if measure not in BASELINES]
     return {measure: child(name, measure, config, "--profile") for measure in own}
 
 
@@ -152,6 +154,7 @@ def write_tables(folder: Path) -> None:
     order = {(name, device): i for i, (name, device) in enumerate((n, d) for d in ("cpu", "cuda") for n in JOBS)}
     results.sort(key=lambda r: order[r["job"], r["device"]])
     costs = format_table(HEADER, [row for r in results for row in rows(r)], markdown=True)
+    never = unused(results)
     reach = ("ratio", "at most", "first call", "later calls", "GB at most", "peak, GB", "verdict")
     verdicts = format_table(reach, [row for r in results for row in targets(r)], markdown=True)
     lines = [
@@ -168,7 +171,13 @@ def write_tables(folder: Path) -> None:
         "reuse; later calls are the median of those after it. Ratios are taken between processes of one round, "
         "medians over rounds. Peaks are of the whole process, model and libraries included; on an accelerator, of what "
         "was allocated there.", "",
-        costs, "", "## Targets", "",
+        costs, "", "## What ran", "",
+        "Counted in the last timed call, the check of the model included. A segment runs every batch; there are tiles "
+        "where not all examples fit. *Never taken* are rules of operations that no call above had, and the ways that "
+        "nothing above went.", "",
+        *[f"- {title(r)}, {name}: {ran(runs[-1])}" for r in results for name, runs in r["measures"].items()
+          if name not in BASELINES],
+        f"- Never taken: {'not known' if never is None else ', '.join(never) or 'none'}", "", "## Targets", "",
         "Set before the measurements.", "", verdicts, "", "## Agreement", "",
         "Relative errors (Frobenius) in float64 on a few of the examples, measured before anything is timed: of the "
         "full kernel against torch.func, and of Propulsion's against the Jacobian of a peft model. *In float32* is the "
@@ -179,6 +188,26 @@ def write_tables(folder: Path) -> None:
         *[f"- {title(r)}, {name}: {shares(p)}" for r in results for name, p in r["profiles"].items()],
     ]  # fmt: skip
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def ran(run: dict[str, Any]) -> str:
+    """What one process counted, in words."""
+    if "ran" not in run:
+        return "measured before this was counted"
+    return "; ".join(
+        f"{kind}: " + (", ".join(f"{what} {n}" for what, n in counts.items()) or "none")
+        for kind, counts in run["ran"].items()
+    )
+
+
+def unused(results: list[dict[str, Any]]) -> list[str] | None:
+    """Rules and contractions that no measured call went by; None if one of them was not counted."""
+    own = [runs[-1].get("ran") for r in results for name, runs in r["measures"].items() if name not in BASELINES]
+    if not all(own):
+        return None
+    taken = {what for counted in own for counts in counted.values() for what in counts}
+    ways = dict.fromkeys([*map(name_of, RULES), "pairs of tokens", "formed features"])
+    return [way for way in ways if way not in taken]
 
 
 def shares(profile: dict[str, float]) -> str:

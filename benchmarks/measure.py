@@ -19,6 +19,7 @@ import ntk
 from benchmarks.baselines import bare_passes, torch_func_ntk
 from benchmarks.jobs import ADAPTERS, JOBS, TILE, Job
 from ntk.adapters import Full, Method, Propulsion
+from ntk.counts import by_kind, counting
 from propulsion.training import apply_propulsion
 
 Batch = dict[str, Tensor]
@@ -72,22 +73,27 @@ def measures(model: torch.nn.Module, job: Job) -> dict[str, Callable]:
     }
 
 
-def timing(compute: Callable, repeats: int) -> dict[str, float]:
+def timing(compute: Callable, repeats: int) -> dict[str, Any]:
     """Seconds of the first call, which finds no memory to reuse, and the median of the calls after it; peak memory.
 
-    Seconds that a machine with room for all Jacobians would not need are taken off.
+    Seconds that a machine with room for all Jacobians would not need are taken off. `ran` is what the last call did, as
+    `ntk.counts` counts it; nothing, for what is not ours.
     """
-    seconds = []
+    seconds: list[float] = []
+    ran: dict[str, dict[str, int]] = {}
     for _ in range(1 + repeats):
         synchronize()
         start = time.perf_counter()
-        found = compute()
+        with counting() as counted:
+            found = compute()
         synchronize()
         again = found[1] if isinstance(found, tuple) else 0.0
         seconds.append(time.perf_counter() - start - again)
+        ran = by_kind(counted)
         del found
     later = statistics.median(seconds[1:] or seconds)
-    return {"first_seconds": seconds[0], "seconds": later, "peak_bytes": peak_bytes()}
+    return {"first_seconds": seconds[0], "seconds": later, "peak_bytes": peak_bytes(),
+            "ran": ran}  # fmt: skip
 
 
 def profile(compute: Callable, most: int = 12) -> dict[str, float]:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk.features import Dense, Feature, Lookup, Outer
-from ntk.graph import Received, Root, product
+from ntk.graph import Received, Root
 from ntk.independence import Independence
 from ntk.tokens import Gradients, Packing
 
@@ -240,10 +240,7 @@ class Capture(TorchFunctionMode):
 
         sources = [t for t in _tensors(args, kwargs) if isinstance(self.state(t), Derived)]
         detached = _map(self._detach, args, kwargs)
-        received = Received()
-        result = product(func, *detached, received, self) if self.count >= self._segment[0] else None
-        if result is None:
-            result = func(*detached[0], **detached[1])
+        result = func(*detached[0], **detached[1])
         if not isinstance(result, Tensor):
             self._refuse(sources, f"{_name(func)} returns several tensors")
         elif not result.dtype.is_floating_point:
@@ -256,12 +253,10 @@ class Capture(TorchFunctionMode):
             self._refuse(sources, f"{_name(func)} returns the examples in another order")
         elif self.count >= self._segment[0]:
             found = rules.features_of(self, func, args, kwargs, result)
-            result = self._record(found, sources, func, result, received)
+            result = self._record(found, sources, func, result)
         return result
 
-    def _record(
-        self, found: dict[int, Use] | None, sources: list[Tensor], func, result: Tensor, received: Received
-    ) -> Tensor:
+    def _record(self, found: dict[int, Use] | None, sources: list[Tensor], func, result: Tensor) -> Tensor:
         for t in {id(t): t for t in sources}.values():
             if found is None or id(t) not in found:
                 self._refuse([t], f"no rule for {_name(func)}")
@@ -273,6 +268,7 @@ class Capture(TorchFunctionMode):
             anchor = torch.zeros((), dtype=result.dtype, device=result.device, requires_grad=True)
             self.roots.append(anchor)
             result = Root.apply(result, anchor)
+        received = Received()
         for use in found.values():
             use.number, use.received = self.count, received
             if self._keep_outputs:

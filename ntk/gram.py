@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ntk.counts import CONTRACTED, note
 from ntk.features import Dense, Feature, Lookup, Outer
 from ntk.kernels import Layout
 
@@ -50,7 +51,9 @@ def gram(
         groups, count = _renumbered(groups)
         shape = torch.Size((count, shape[-1]))
     if not signed and len(kinds) == 1 and kinds != {Dense} and _ghost_is_cheaper(groups, shape, layout):
+        note(CONTRACTED, "pairs of tokens")
         return _ghost(groups, split, layout, chunk)
+    note(CONTRACTED, "formed features")
     return _direct(groups, shape, split, layout, chunk, signed=signed)
 
 

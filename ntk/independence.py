@@ -29,11 +29,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ntk.graph import Product, Root
+from ntk.graph import Root
 from ntk.independence_rules import FAMILIES, RULES, Call, Lost, alike, pointwise, tensors_of
 
-# The derivatives of our own functions.
-_OWN = {function._backward_cls for function in (Product, Root)}  # pyright: ignore[reportAttributeAccessIssue]
+# The derivative of our own function.
+_OWN = {Root._backward_cls}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass
@@ -193,7 +193,7 @@ class Independence(TorchDispatchMode):
 def follows_torch(t: Tensor) -> bool:
     """Whether every derivative on the way to a tensor is torch's own, and none a Python ``autograd.Function``'s.
 
-    Those of :mod:`ntk.graph` keep to their example.
+    That of :mod:`ntk.graph` keeps to its example.
     """
     seen, waiting = set(), [t.grad_fn]
     while waiting:

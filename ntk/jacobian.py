@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ntk import inputs as _inputs
+from ntk.counts import BY_REFERENCE, note
 from ntk.functional import Parameters, RandomNumbers, call, fresh, is_encoder_decoder, output_function
 from ntk.inputs import Group, Inputs
 from ntk.kernels import Layout, mirrored
@@ -58,6 +59,8 @@ def layer_kernels(
     jacobian = jacobian_function(model, output)
 
     c = _number_of_outputs(model, groups1[0], output)
+    for name in params:
+        note(BY_REFERENCE, name)
     names = [""] if summed else list(params)
     dtype = _accumulation_dtype(params)
     size = _tile_size(params, n1, n2, c, layout, len(names), memory_budget)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import resolve_name
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ntk.capture import Capture, Data, Derived, Use
+from ntk.counts import BY_EXAMPLE, BY_RULE, note
 from ntk.features import Dense, Feature, Lookup, Outer, formed
 from ntk.tokens import Gradients
 
@@ -25,15 +27,18 @@ FeatureOf = Callable[[Gradients], Feature]
 
 def features_of(capture: Capture, func: Any, args: tuple, kwargs: dict, result: Tensor) -> dict[int, Use] | None:
     """The uses in one call, by the id of the tensor used; None if there is no rule for it."""
-    rule = RULES.get(func, _example_by_example)
+    rule = RULES.get(func)
     try:
-        found = rule(capture, args, kwargs, result) if rule is not _example_by_example else None
+        found = None if rule is None else rule(capture, args, kwargs, result)
     except _Unsuitable:
         found = None
-    if found is None:
+    if found is not None:
+        note(BY_RULE, name_of(func))
+    else:
         found = _example_by_example(capture, args, kwargs, result, func=func)
-    if found is None:
-        return None
+        if found is None:
+            return None
+        note(BY_EXAMPLE, name_of(func))
     return {id(t): use if isinstance(use, Use) else _use(capture, t, use) for t, use in found}
 
 
@@ -267,6 +272,11 @@ def _example_by_example(
     return [(leaves[i], partial(feature, i)) for i in dict.fromkeys(sources)]
 
 
+def name_of(func: Any) -> str:
+    """What a function of torch is called where rules are counted."""
+    return resolve_name(func) or getattr(func, "__name__", str(func))
+
+
 def _bind(names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Any]:
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
@@ -276,21 +286,15 @@ RULES: dict[Any, Callable[..., Found]] = {
     torch.addmm: _addmm,
     torch.matmul: _matmul,
     torch.Tensor.matmul: _matmul,
-    torch.Tensor.__matmul__: _matmul,
     torch.mm: _matmul,
     torch.Tensor.mm: _matmul,
     F.embedding: _embedding,
     torch.add: _add,
     torch.Tensor.add: _add,
-    torch.Tensor.__add__: _add,
-    torch.Tensor.__radd__: _add,
     torch.sub: partial(_add, signs=(1, -1)),
     torch.Tensor.sub: partial(_add, signs=(1, -1)),
-    torch.Tensor.__sub__: partial(_add, signs=(1, -1)),
     torch.mul: _mul,
     torch.Tensor.mul: _mul,
-    torch.Tensor.__mul__: _mul,
-    torch.Tensor.__rmul__: _mul,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ntk import inputs as _inputs
 from ntk import jacobian
 from ntk.capture import Place
+from ntk.counts import PASSES, note
 from ntk.features import Dense, Feature
 from ntk.functional import Parameters, is_encoder_decoder
 from ntk.gram import CHUNK, gram
@@ -240,6 +241,8 @@ class _Job:
         finished: set[str] = set()
         largest = max(batches, key=lambda batch: len(batch.indices))
         disable = None if self.progress else True
+        note(PASSES, "batches", len(batches))
+        note(PASSES, "segments", len(segments))
         with tqdm(total=len(segments) * len(batches), desc="kernel passes", disable=disable, leave=False) as bar:
             for segment in segments:
                 for i, batch in enumerate(batches):
@@ -330,6 +333,7 @@ class _Job:
         else:
             tiles = [(left, right) for left in sides[0] for right in sides[1]]
         kernels: dict[str, Tensor] = {}
+        note(PASSES, "tiles", len(tiles))
         for left, right in tiles:
             (local1, rows), (local2, columns) = _renumbered(left), _renumbered(right)
             job = _Job(
