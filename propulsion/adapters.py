@@ -10,15 +10,15 @@ from safetensors import SafetensorError
 
 from propulsion.errors import UserError, first_line
 from propulsion.files import write_json
-from propulsion.pretrained import fingerprint
+from propulsion.pretrained import fingerprint, pooling_of
 
 BASE_FILE = "base_model.json"
 
 
-def save_base(folder: Path, base: str, config: Any = None) -> None:
-    """Write beside an adapter which weights it was trained on, their `fingerprint`, and its names of labels."""
+def save_base(folder: Path, base: str, config: Any = None, pooling: str = "pooler") -> None:
+    """Write beside an adapter what it was trained on: weights by their `fingerprint`, names of labels, the pooling."""
     labels = {"label_names": names} if (names := label_names(config)) else {}
-    write_json(folder / BASE_FILE, {"fingerprint": base} | labels)
+    write_json(folder / BASE_FILE, {"fingerprint": base, "pooling": pooling} | labels)
 
 
 def name_labels(config: Any, names: Sequence[str]) -> None:
@@ -30,6 +30,33 @@ def label_names(config: Any) -> list[str]:
     """Names of a model's labels in their order; empty where they have none but transformers' LABEL_0, LABEL_1, ..."""
     names = [name for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def explain_loading(folder: Path, model: Any) -> None:
+    """Say in a saved model's README.md what loads it, where that is more than plain transformers or peft."""
+    pooling = pooling_of(model)
+    if pooling == "pooler":
+        return
+    if isinstance(model, PeftModel):
+        labels, base = model.config.num_labels, model.get_base_model().name_or_path  # pyright: ignore
+        code = (
+            "from pathlib import Path\nfrom propulsion.adapters import load_adapter\n"
+            "from propulsion.pretrained import load_classifier\n\n"
+            f'model, tokenizer = load_classifier("{base}", num_labels={labels}, pooling="{pooling}")\n'
+            'model = load_adapter(model, Path("THIS FOLDER"))'
+        )
+        words = "On transformers' own classifier of the base model this adapter would give other outputs."
+    else:
+        code = (
+            "import propulsion  # or pass trust_remote_code=True below\n"
+            "from transformers import AutoModelForSequenceClassification\n\n"
+            'model = AutoModelForSequenceClassification.from_pretrained("THIS FOLDER")'
+        )
+        words = "Its class is in pooled.py."
+    readme = folder / "README.md"
+    before = f"{readme.read_text(encoding='utf-8').rstrip()}\n\n" if readme.exists() else ""
+    text = f"{before}# How to load it\n\nA classifier that pools by {pooling}. {words}\n\n```python\n{code}\n```\n"
+    readme.write_text(text, encoding="utf-8")
 
 
 def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
@@ -51,6 +78,8 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         raise UserError(f"{folder} holds no adapter: it has no adapter_config.json")
     record = folder / BASE_FILE
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if known and (trained := known.get("pooling", "pooler")) != (here := pooling_of(model)):
+        raise UserError(f"the adapter in {folder} was trained with pooling {trained}, and the model has {here}")
     if known and fingerprint(model) != known["fingerprint"]:
         raise UserError(f"the adapter in {folder} is of another base model: its weights are not these")
     try:

@@ -80,7 +80,7 @@ def load_classifier(
     model: Path | str | None = None,
     *,
     num_labels: int,
-    pooling: Pooling = "auto",
+    pooling: str = "auto",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -96,7 +96,7 @@ def load_model(
     *,
     task_type: str,
     num_labels: int = 2,
-    pooling: Pooling = "auto",
+    pooling: str = "auto",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -161,7 +161,7 @@ def check_pooling(pooling: str) -> None:
         raise UserError(f"pooling is {pooling!r}, expected one of {', '.join(names)}")
 
 
-def find_pooling(model: Path | str | None = None, pooling: Pooling = "auto") -> str:
+def find_pooling(model: Path | str | None = None, pooling: str = "auto") -> str:
     """How a classifier of a checkpoint reads it, without loading its weights: "mean", "first" or "pooler".
 
     Raises:
@@ -277,14 +277,14 @@ def _load_weights(
     return model.to(dtype), info
 
 
-def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: Pooling, declared: Declaration) -> Pooling:
+def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: str, declared: Declaration) -> str:
     """The pooling that is asked for, the checkpoint's own in place of "auto"."""
     if isinstance(config, PooledConfig):
         if pooling not in ("auto", config.pooling):
             raise UserError(
                 f"{source} was trained and saved with pooling {config.pooling}; give that or auto, not {pooling}"
             )
-        return config.pooling  # pyright: ignore[reportReturnType]
+        return config.pooling
     if pooling != "auto":
         return pooling
     if declared.unknown:
@@ -296,7 +296,7 @@ def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: Pooling, de
     if not declared.mode:
         return "pooler"
     if declared.pooling is not None:
-        return declared.pooling  # pyright: ignore[reportReturnType]
+        return declared.pooling
     own: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     if declared.mode == "lasttoken" and issubclass(own, GenericForSequenceClassification):
         return "pooler"  # What transformers' own classifiers of decoders read.

@@ -10,9 +10,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from propulsion.adapters import save_base
+from propulsion.adapters import explain_loading, save_base
 from propulsion.errors import UserError
 from propulsion.files import write_json
+from propulsion.pretrained import pooling_of
 from propulsion.trainer import TaskTrainer, clear_leftovers, latest_checkpoint
 
 RECORD, RESULT, PREDICTIONS = "run.json", "result.json", "predictions.json"
@@ -81,7 +82,8 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
         if trainer.args.should_save:
             tokenizer.save_pretrained(partial)
             if isinstance(trainer.model, PeftModel):
-                save_base(partial, base, getattr(trainer.model, "config", None))
+                save_base(partial, base, getattr(trainer.model, "config", None), pooling_of(trainer.model))
+            explain_loading(partial, trainer.model)
             shutil.rmtree(destination, ignore_errors=True)
             os.rename(partial, destination)
     except OSError as error:

@@ -34,7 +34,7 @@ from propulsion.evaluation import Evaluation
 from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
 from propulsion.optim import Rates, describe_rates, parameter_groups
 from propulsion.presets import PRESETS, describe, get_preset
-from propulsion.pretrained import fingerprint, load_model
+from propulsion.pretrained import fingerprint, load_model, pooling_of
 from propulsion.reporting import check_reporting
 from propulsion.run_folder import claim, finish, result_of, save_model
 from propulsion.sharding import check_sharding, prepare_sharding
@@ -56,6 +56,8 @@ class TrainResult:
         history: What was logged on the way.
         seconds: Wall time of the last call.
         output_dir: The run's folder.
+        pooling: How a classifier read its body ("mean", "first", or "pooler", transformers' own way); None of other
+            tasks.
     """
 
     metrics: dict[str, float]
@@ -65,6 +67,7 @@ class TrainResult:
     history: list[dict[str, Any]]
     seconds: float
     output_dir: str
+    pooling: str | None = None
 
 
 _SHUFFLED = 1000  # Streamed rows that are read ahead of those that are used, and drawn from.
@@ -139,6 +142,7 @@ def run(config: TrainConfig) -> TrainResult:
         history=trainer.state.log_history,
         seconds=time.perf_counter() - started,
         output_dir=str(output),
+        pooling=pooling_of(model) if kind.task_type == "SEQ_CLS" else None,
     )
     if state.is_main_process:
         finish(output, dataclasses.asdict(result), evaluation.predictions)

@@ -434,6 +434,26 @@ def test_tags_and_numbers_are_named_or_not(tmp_path, tiny_models):
     assert len(saved.id2label) == 7
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_pooling_is_kept_with_what_was_trained(config, tmp_path, method):
+    pooled = dataclasses.replace(config, method=method, learning_rate=None, max_steps=1, pooling="mean")
+    assert run(pooled).pooling == "mean"
+    folder = config.output_dir / "model"
+    assert "pools by mean" in (folder / "README.md").read_text(encoding="utf-8")
+    if method == "lora":
+        assert json.loads((folder / "base_model.json").read_text(encoding="utf-8"))["pooling"] == "mean"
+        again = dataclasses.replace(pooled, adapter=folder, max_steps=0, output_dir=tmp_path / "again")
+        with pytest.raises(UserError, match="was trained with pooling mean, and the model has pooler"):
+            run(dataclasses.replace(again, pooling="pooler"))
+    else:
+        again = dataclasses.replace(
+            pooled, model=str(folder), max_steps=0, output_dir=tmp_path / "again", pooling="auto"
+        )
+    assert run(again).metrics == run(pooled).metrics
+    with pytest.raises(UserError, match="holds a run of another configuration"):
+        run(dataclasses.replace(pooled, pooling="first"))
+
+
 def test_an_adapter_of_another_size_is_refused(config, tiny_models, tmp_path):
     run(dataclasses.replace(config, max_steps=1))
     (config.output_dir / "model" / "base_model.json").unlink()  # As plain peft leaves it.
