@@ -45,7 +45,7 @@ def mean_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
         return add
 
-    linear = [(name, module) for (_, reads), (name, module) in layers_of(model).items() if not reads]
+    linear = [(name, module) for name, module in layers_of(model).items() if not isinstance(module, nn.Embedding)]
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in linear]
     try:
         with evaluation(model), torch.no_grad():
@@ -71,19 +71,23 @@ class SplitWeights(Method):
     part: Part = "whole"
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """Whole, the weights of the network themselves."""
+        """Whole, the weights of the network themselves where they are the layer's alone."""
         return float(self.part == "whole" and layer in self.means)
 
     def adapts(self, module: str) -> bool:
-        """Layers with a mean, for the parts."""
-        return self.part != "whole" and module in self.means
+        """Layers with a mean."""
+        return module in self.means
 
     def features(self, layer: Layer) -> Found:
         """The weight, ``(r, s)``; for the common part |m| gamma, which has the same kernel as gamma m^T."""
         if layer.x is None:
             return
-        mean = self.means[layer.name].to(layer.g)
         assert isinstance(layer.feature, Outer)
+        if self.part == "whole":
+            if not layer.weighed:
+                yield "W", layer.weight.shape, layer.feature.beside(layer.x)
+            return
+        mean = self.means[layer.name].to(layer.g)
         if self.part == "common":
             yield "W", layer.y.shape[-1:], Dense(mean.norm() * layer.over_tokens(layer.g).value)
         else:

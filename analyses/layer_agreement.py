@@ -73,15 +73,14 @@ def places_of(model: Any) -> list[Place]:
     """
     kinds = _kinds(model)
     found: dict[tuple[int | None, str], tuple[list[str], list[str]]] = {}
-    matrices: dict[str, list[str]] = {}
-    for (parameter, _), (module, _) in layers_of(model).items():
-        matrices.setdefault(module, []).append(parameter)
-    for module, parameters in matrices.items():
+    names = {id(p): name for name, p in model.named_parameters()}
+    for module, layer in layers_of(model).items():
         kind = kinds.get(module, POOLER if "pooler" in module.split(".") else OTHER)
         block = _block(module) if kind in KINDS else None
         modules, weights = found.setdefault((block, kind), ([], []))
         modules.append(module)
-        weights.extend(parameters)
+        weight = names.pop(id(layer._parameters.get("weight")), None)  # of layers that share one, the first has it
+        weights.extend([] if weight is None else [weight])
     counted = {name for _, weights in found.values() for name in weights}
     prefix = f"{model.base_model_prefix}."
     rest = [name for name, _ in model.named_parameters() if name.startswith(prefix) and name not in counted]

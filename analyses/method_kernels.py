@@ -54,6 +54,11 @@ class Part(adapters.Method):
         """The method's own."""
         return self.method.features(layer)
 
+    @property
+    def in_reads(self) -> bool:
+        """As the method does."""
+        return self.method.in_reads
+
 
 @dataclass(frozen=True)
 class Tangents:
@@ -134,7 +139,7 @@ def _adapter(text: str, method: Method, model: Any, trained: Any) -> adapters.Me
     if method.name == "bitfit":
         return adapters.BitFit()
     bare = trained.get_base_model()
-    adaptable = {name for name, _ in adapters.layers_of(model).values()}
+    adaptable = adapters.layers_of(model)
     adapted = (name for name, m in bare.named_modules() if isinstance(m, (LoraLayer, IA3Layer, PropulsionLayer)))
     if outside := [name for name in adapted if name not in adaptable]:
         raise UserError(

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 import ntk
 from analyses.common_component import mean_inputs, split_methods
@@ -210,7 +210,7 @@ def _measure(config: Config, data: TaskData, seed: int) -> dict[str, Any]:
     kernels = {name: ntk.reduce_outputs(kernel, "trace").cpu() for name, kernel in whole.items()}
     del whole
     seconds["kernels"] = time.time() - started
-    scales = sum(_outputs(module, reads) for (_, reads), (_, module) in layers_of(model).items())
+    scales = sum(map(_outputs, layers_of(model).values()))
     nulls = model_nulls(
         model, network.inputs, full, kernels[REFERENCE], scales, draws=config.null_draws, seed=seed,
         output=network.output,
@@ -252,10 +252,9 @@ def _network(config: Config, data: TaskData, seed: int) -> Network:
     return Network(model, on_device, output, np.asarray(drawn["label"]))
 
 
-def _outputs(module: Any, reads: bool) -> int:
+def _outputs(module: Any) -> int:
     """The length of a layer's output."""
-    transposed = reads or type(module).__name__ == "Conv1D"
-    return module.weight.shape[1 if transposed else 0]
+    return module.weight.shape[0 if isinstance(module, nn.Linear) else 1]
 
 
 def _with_labels(arrays: dict[str, np.ndarray], *, regression: bool) -> dict[str, Tensor]:

@@ -81,6 +81,11 @@ class Backbone(Method):
         """The method's own."""
         return self.method.features(layer)
 
+    @property
+    def in_reads(self) -> bool:
+        """As the method does."""
+        return self.method.in_reads
+
 
 def with_degree(degree: float) -> str:
     """The name of Propulsion on every layer with a degree."""
@@ -93,7 +98,7 @@ def methods_of(model: Any, choice: MethodChoice, seed: int) -> tuple[dict[str, M
     Raises:
         UserError: the model has no layer at a position.
     """
-    linear: dict[str, Any] = {n: m for (_, reads), (n, m) in layers_of(model).items() if not reads}
+    linear: dict[str, Any] = {n: m for n, m in layers_of(model).items() if not isinstance(m, nn.Embedding)}
 
     def at(*positions: str) -> Callable[[str], bool]:
         try:
@@ -132,7 +137,7 @@ def methods_of(model: Any, choice: MethodChoice, seed: int) -> tuple[dict[str, M
 
 def _trains(model: nn.Module, method: Method) -> bool:
     """Whether a method trains anything in a model."""
-    if any(method.adapts(name) for name, _ in layers_of(model).values()):
+    if any(method.adapts(name) for name in layers_of(model)):
         return True
     return any(
         method.share(f"{prefix}.{name}" if prefix else name, p, module, None)

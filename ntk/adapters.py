@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ntk.features import Dense, Feature, Lookup, Outer
 
@@ -42,6 +43,10 @@ class Layer:
         x: ``(N, s)`` inputs; None for an embedding.
         y: ``(N, r)`` outputs.
         feature: of the weight; it holds the gradients at the outputs.
+        weighed: a method's :meth:`Method.share` of the weight was asked for, knowing the layer.
+        at_inputs: ``(c, N, s)``, the gradients at the inputs by way of this layer, if they are not just g W.
+        read: where the model reads the layer's weight W and bias b and does not call it, ``(n, c, r)``,
+            sum_k (df/dW_jk) W_jk + (df/db_j) b_j, which is what g_tj y_tj sums to over the tokens of calls.
     """
 
     name: str
@@ -50,6 +55,9 @@ class Layer:
     x: Tensor | None
     y: Tensor
     feature: Outer | Lookup
+    weighed: bool = True
+    at_inputs: Tensor | None = None
+    read: Tensor | None = None
 
     @property
     def g(self) -> Float[Tensor, "c N r"]:
@@ -65,6 +73,13 @@ class Layer:
         """sum_t g_tj y_tj."""
         return self.over_tokens(self.g * self.y)
 
+    @cached_property
+    def gx(self) -> Dense:
+        """The sum over tokens of inputs times the gradients at them."""
+        assert self.x is not None
+        back = self.g @ self.weight.to(self.g.dtype) if self.at_inputs is None else self.at_inputs
+        return self.over_tokens(back * self.x)
+
 
 class Method:
     """A parameter-efficient method at its initialisation."""
@@ -76,7 +91,7 @@ class Method:
             name: of the parameter.
             parameter: itself.
             module: whose parameter it is.
-            layer: that module's name, if the parameter is its matrix and adapters may stand beside it.
+            layer: that module's name, if the parameter is its matrix, only its, and adapters may stand beside it.
         """
         return 0.0
 
@@ -87,6 +102,11 @@ class Method:
     def features(self, layer: Layer) -> Found:
         """The features of the method's own parameters at a layer that carries them."""
         return iter(())
+
+    @property
+    def in_reads(self) -> bool:
+        """Whether these also act where the model reads a layer's weight and does not call it; peft's act on calls."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -103,8 +123,8 @@ class BitFit(Method):
     """All biases, those of norms included (Ben Zaken, Goldberg and Ravfogel 2022)."""
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """Parameters called bias."""
-        return float(name.rpartition(".")[2] == "bias")
+        """Parameters whose name ends in bias."""
+        return float(name.endswith("bias"))
 
 
 @dataclass(frozen=True)
@@ -122,6 +142,8 @@ class Propulsion(Method):
 
         d f / d z_j = degree * sum_t g_tj y_tj
 
+    A model that reads a layer's weight and bias, and does not call it, finds z**degree in them.
+
     Attributes:
         degree: the exponent k; the kernel grows as k squared.
         modules: layers and embeddings that carry a vector.
@@ -136,7 +158,13 @@ class Propulsion(Method):
 
     def features(self, layer: Layer) -> Found:
         """One vector of length r."""
-        yield "z", layer.y.shape[-1:], Dense(self.degree * layer.gy.value)
+        value = layer.gy.value if layer.read is None else layer.gy.value + layer.read
+        yield "z", layer.y.shape[-1:], Dense(self.degree * value)
+
+    @property
+    def in_reads(self) -> bool:
+        """It scales the weight that is read."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -160,8 +188,7 @@ class IA3(Method):
         if layer.x is None:
             return
         if chosen(self.feedforward, layer.name):
-            back = layer.g @ layer.weight.to(layer.g.dtype)
-            yield "l", layer.x.shape[-1:], layer.over_tokens(back * layer.x)
+            yield "l", layer.x.shape[-1:], layer.gx
         else:
             yield "l", layer.y.shape[-1:], layer.gy
 
@@ -200,16 +227,24 @@ class LoRA(Method):
         """In the mean over A, whose entries have variance 1 / (3 s), a multiple of the weight's own kernel."""
         if self.a != "expected" or layer is None or not chosen(self.modules, layer):
             return 0.0
-        width = parameter.shape[0] if _stores_transposed(module) else parameter.shape[1]
+        return self._of_weight(parameter.shape[0 if isinstance(module, Conv1D) else 1])
+
+    def _of_weight(self, width: int) -> float:
         return self.scale**2 * self.rank / (3 * width)
 
     def adapts(self, module: str) -> bool:
-        """The chosen layers, unless the weights' own kernels say it all."""
-        return self.a != "expected" and chosen(self.modules, module)
+        """The chosen layers."""
+        return chosen(self.modules, module)
 
     def features(self, layer: Layer) -> Found:
-        """The matrix B, ``(r, rank)``."""
+        """The matrix B, ``(r, rank)``; in the mean over A a multiple of the weight, unless its own kernel says it."""
         if layer.x is None:
+            return
+        if self.a == "expected":
+            if not layer.weighed:
+                assert isinstance(layer.feature, Outer)
+                x = self._of_weight(layer.x.shape[-1]) ** 0.5 * layer.x
+                yield "W", torch.Size((layer.y.shape[-1], x.shape[-1])), layer.feature.beside(x)
             return
         a = self._matrix(layer).to(layer.x)
         shape = torch.Size((layer.y.shape[-1], len(a)))
@@ -359,6 +394,12 @@ class RandomSubset(Method):
         """The chosen entries of the weight's feature."""
         if layer.x is None:
             return
+        if layer.read is not None or layer.at_inputs is not None:
+            raise NotImplementedError(
+                f"{layer.name} does more than multiply by its weight, or the model reads that weight itself, so that "
+                "its single entries have no kernel here: leave it out of modules, or take "
+                "ntk.random_subset_ntk(model, ...) of all weights"
+            )
         places = subset(layer.weight.numel(), self.count, f"{self.seed}.{layer.name}").to(layer.g.device)
         rows, columns = places // layer.weight.shape[1], places % layer.weight.shape[1]
         g = layer.g.gather(-1, rows.expand(*layer.g.shape[:2], -1))
@@ -395,51 +436,46 @@ def _seed(key: str) -> int:
     return zlib.crc32(key.encode())
 
 
-def layers_of(model: nn.Module) -> dict[tuple[str, bool], tuple[str, nn.Module]]:
-    """(parameter name, whether an embedding reads it) -> (module name, module), of the layers that take adapters.
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that take adapters, by the names of their modules.
 
-    Those are the linear layers and embeddings of the model's body; a Hugging Face model's head is none. A table tied to
-    a readout is the weight of two layers, told apart by how it is used.
+    Those are the linear layers and embeddings of the model's body; what a Hugging Face model has beside its body is the
+    head, and none. Modules that share a weight are layers of their own.
     """
     body = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
     inside = {id(module) for module in body.modules()}
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = {}
-    for name, module in model.named_modules():
-        reads = isinstance(module, nn.Embedding)
-        if id(module) in inside and (reads or _is_linear(module)) and id(module.weight) in names:
-            found[names[id(module.weight)], reads] = (name, module)
-    return found
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+    }
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _stores_transposed(module)
-
-
-def _stores_transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
-
-
-def layer_of(name: str, module: nn.Module, feature: Feature, output: Tensor | None) -> Layer:
-    """One layer as the methods see it, from a captured use of its weight.
+def layer_of(name: str, module: nn.Module, feature: Outer | Lookup, output: Tensor | None, *, weighed: bool) -> Layer:
+    """One layer as the methods see it, from a captured use of its weight that is all that its call does.
 
     Args:
         name: of the module.
         module: linear layer or embedding.
         feature: of its weight.
         output: of the operation, ``(N, r)``; computed anew if None.
+        weighed: as in :class:`Layer`.
 
     Raises:
         NotImplementedError: the output of an embedding is gone, overwritten by what came after it.
     """
-    weight, bias = module.weight, getattr(module, "bias", None)
-    assert isinstance(weight, Tensor)
-    assert not isinstance(feature, Dense)
-    weight = weight.detach().T if _stores_transposed(module) else weight.detach()
-    bias = None if bias is None else bias.detach()
+    weight, bias = matrix_of(module)
     x = feature.x.to(feature.g.dtype) if isinstance(feature, Outer) else None
     if output is None:
         if x is None:
-            raise NotImplementedError(f"the model overwrites the output of {name}, which adapters would scale")
+            raise NotImplementedError(f"the model overwrites the output of {name}")
         output = torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
-    return Layer(name, weight, bias, x, output.to(feature.g.dtype), feature)
+    return Layer(name, weight, bias, x, output.to(feature.g.dtype), feature, weighed)
+
+
+def matrix_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight, ``(r, s)`` of a linear layer and ``(rows, r)`` of an embedding, and bias; detached."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    weight = weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+    return weight, None if bias is None else bias.detach()

@@ -14,7 +14,7 @@ the next, so that only one segment's activations are held at a time (Chen et al.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,11 +59,13 @@ class Derived:
         lookup: (parameter name, ids, padding index) if it is rows of an embedding at ids that are the same for every
             example, as position embeddings are.
         transpose: the name of the matrix it is the transpose of.
+        layer: the watched module whose output it is, if it is a lookup and no more.
     """
 
     names: frozenset[str]
     lookup: tuple[str, Tensor, int | None] | None = None
     transpose: str | None = None
+    layer: str | None = None
 
 
 @dataclass
@@ -78,6 +80,9 @@ class Use:
         received: the gradients at the operation's output, shared by its uses.
         output: what the operation returned, or what of that is the parameter's doing, if it was asked for.
         version: of the output, which writing in place would change.
+        within: the innermost watched module in whose call it is.
+        layer: the watched module of which it is all that a call does.
+        arguments: addresses and sizes of the operation's tensors.
     """
 
     names: frozenset[str]
@@ -87,6 +92,9 @@ class Use:
     received: Received | None = None
     output: Tensor | None = None
     version: int = 0
+    within: str | None = None
+    layer: str | None = None
+    arguments: frozenset[tuple[int, int]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,8 @@ class Captured:
         derived: whether the parameter was changed into something else first.
         output: the operation's output at the feature's tokens, ``(N, r)``, if that was asked for and still is what it
             was.
+        within: the innermost watched module (:mod:`ntk.calls`) in whose call it is.
+        layer: the watched module of which it is all that a call does.
     """
 
     name: str
@@ -107,6 +117,8 @@ class Captured:
     feature: Feature
     derived: bool = False
     output: Tensor | None = None
+    within: str | None = None
+    layer: str | None = None
 
 
 class SegmentEnd(Exception):
@@ -125,7 +137,10 @@ class Capture(TorchFunctionMode):
         kept: the tensors made at the places that were asked for.
         coarsest: the machine epsilon of the least precise data seen.
         output: index of the output whose backward pass runs.
+        entered: the watched modules whose calls are under way, with the number of uses before each.
     """
+
+    running: ClassVar[list["Capture"]] = []
 
     def __init__(
         self,
@@ -166,6 +181,15 @@ class Capture(TorchFunctionMode):
         self._keep_outputs = keep_outputs
         self._proof = proof
         self._operations = 0
+        self.entered: list[tuple[str, int]] = []
+
+    def __enter__(self) -> "Capture":
+        self.running.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.running.pop()
+        super().__exit__(*error)
 
     def mark(self, inputs: Any) -> Any:
         """The inputs, known to depend on the example."""
@@ -254,6 +278,10 @@ class Capture(TorchFunctionMode):
         elif self.count >= self._segment[0]:
             found = rules.features_of(self, func, args, kwargs, result)
             result = self._record(found, sources, func, result)
+            if self.entered and found:
+                arguments = frozenset((t.data_ptr(), t.numel()) for t in _tensors(args, kwargs))
+                for use in found.values():
+                    use.within, use.arguments = self.entered[-1][0], arguments
         return result
 
     def _record(self, found: dict[int, Use] | None, sources: list[Tensor], func, result: Tensor) -> Tensor:
@@ -322,7 +350,8 @@ def collect(uses: list[Use], parameters: Mapping[str, Tensor], n: int, c: int) -
             output = None
             if use.output is not None and use.output._version == use.version and isinstance(feature, (Outer, Lookup)):
                 output = gradients.tokens.pick(use.output.reshape(-1, use.output.shape[-1]))
-            yield Captured(next(iter(use.names)), use.number, feature, output=output)
+            name = next(iter(use.names))
+            yield Captured(name, use.number, feature, output=output, within=use.within, layer=use.layer)
             continue
         assert isinstance(feature, Dense)
         names = sorted(use.names)
@@ -333,7 +362,7 @@ def collect(uses: list[Use], parameters: Mapping[str, Tensor], n: int, c: int) -
         )  # fmt: skip
         for name, value in zip(names, pulled, strict=True):
             if value is not None:
-                yield Captured(name, use.number, Dense(value.unflatten(0, (n, c))), derived=True)
+                yield Captured(name, use.number, Dense(value.unflatten(0, (n, c))), derived=True, within=use.within)
 
 
 def _tensors(args, kwargs) -> list[Tensor]:

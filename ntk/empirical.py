@@ -1,5 +1,7 @@
 """Empirical tangent kernels of any PyTorch or Hugging Face model: validation and the table of methods."""
 
+import logging
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,13 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntk import jacobian, structured
-from ntk.adapters import Method
-from ntk.functional import ParameterChoice, evaluation, nonfinite_cause, select_parameters
-from ntk.inputs import Inputs
+from ntk import calls, jacobian, layer_calls, structured
+from ntk.adapters import Method, layers_of
+from ntk.functional import ParameterChoice, evaluation, is_encoder_decoder, nonfinite_cause, select_parameters
+from ntk.inputs import Inputs, group_examples
 from ntk.kernels import layout_of
 from ntk.outputs import Output, summed_outputs
-from ntk.wanted import method_kernels
+from ntk.wanted import Wanted, method_kernels
+
+logger = logging.getLogger(__name__)
 
 # name -> function(model, inputs, inputs2, *, params, output, layout, memory_budget, progress, summed) -> {name: kernel}
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -104,6 +108,7 @@ def adapter_kernels(
     *,
     output: Output | None = None,
     reduce: str | None = None,
+    method: str = "auto",
     memory_budget: int | float | None = None,
     progress: bool = False,
 ) -> dict[str, Float[Tensor, "..."]]:
@@ -116,6 +121,10 @@ def adapter_kernels(
         inputs2: as in :func:`empirical_ntk`.
         output: as in :func:`empirical_ntk`.
         reduce: as in :func:`empirical_ntk`.
+        method: ``"jacobian"`` is the reference: Jacobians of the network's own parameters, and each adapted layer's
+            calls, one example at a time (:mod:`ntk.layer_calls`). ``"structured"`` and ``"auto"`` take the fast way for
+            every parameter and layer for which it is found exact, and the reference for the others; the logger ``ntk``
+            says at level INFO which those are, and why.
         memory_budget: as in :func:`empirical_ntk`.
         progress: show a progress bar.
 
@@ -125,41 +134,83 @@ def adapter_kernels(
     Raises:
         ValueError: as :func:`empirical_ntk`; a method trains nothing in this model.
         TypeError: ``methods`` is no mapping from names to methods.
-        NotImplementedError: a layer that should be adapted uses its weight in a way that cannot be captured.
+        NotImplementedError: an adapter cannot stand at a layer that a method needs; names it, and the way out.
         MemoryError: as :func:`empirical_ntk`.
     """
-    if not isinstance(methods, Mapping) or not all(isinstance(method, Method) for method in methods.values()):
+    if not isinstance(methods, Mapping) or not all(isinstance(each, Method) for each in methods.values()):
         raise TypeError(f"methods must map names to methods such as ntk.adapters.LoRA(rank=8); got {methods!r}")
+    _check_method(method)
     layout = layout_of(reduce)
     options = {
         "output": summed_outputs(output) if layout.summed else output,
         "layout": layout,
         "memory_budget": memory_budget,
-        "progress": progress,
     }
-    wanted = method_kernels(model, methods)
+    method_kernels(model, methods)  # a method that trains nothing is found before anything runs
     with evaluation(model, inputs, inputs2):
-        kernels, left = structured.kernels(model, inputs, inputs2, wanted=wanted, **options)
-        if lost := [name for name, _ in wanted.layers if name in left]:
-            raise NotImplementedError(
-                f"the kernels of adapters beside {lost[0]} cannot be captured ({left[lost[0]]}); "
-                "wrap the model by peft, and take empirical_ntk(..., params='trainable') of that"
-            )
-        if left:
+        kernels, lost, wanted = _captured(model, inputs, inputs2, methods, method, progress, options)
+        if left := {name: shares for name, shares in wanted.shares.items() if name in lost}:
             params = {name: p for name, p in select_parameters(model).items() if name in left}
-            rest = jacobian.layer_kernels(model, inputs, inputs2, params=params, **options)
+            rest = jacobian.layer_kernels(model, inputs, inputs2, params=params, progress=progress, **options)
             for name, kernel in rest.items():
-                for key, share in wanted.shares[name].items():
+                for key, share in left[name].items():
                     kernels[key] = kernels.get(key, torch.zeros_like(kernel)) + share * kernel
+        if wanted.lost:
+            logger.info("layers by their calls: %s", "; ".join(f"{name} ({why})" for name, why in wanted.lost.items()))
+            layers = {name: module for name, module in layers_of(model).items() if name in wanted.lost}
+            found, read = layer_calls.adapter_kernels(model, inputs, inputs2, layers=layers, methods=methods, **options)
+            _warn_of_reads(methods, read)
+            for key, kernel in found.items():
+                kernels[key] = kernels[key] + kernel if key in kernels else kernel
+    if absent := [key for key in methods if key not in kernels]:
+        raise ValueError(
+            f"method {absent[0]!r} ({methods[absent[0]]}) trains nothing in this model that its output depends on: see "
+            "its choice of modules"
+        )
     _check_finite(model, kernels, inputs, inputs2)
     return {key: kernels[key] for key in methods}
 
 
+def _captured(model, inputs, inputs2, methods, method, progress, options) -> tuple[dict[str, Tensor], set[str], Wanted]:
+    """What the structured way finds, the parameters that it leaves, and what was wanted, with the layers it leaves."""
+    if method == "jacobian":
+        wanted = method_kernels(model, methods, dict.fromkeys(layers_of(model), "by the reference"))
+        return {}, set(wanted.shares), wanted
+    wanted = method_kernels(model, methods)
+    with calls.watched({**wanted.layers, **wanted.others}):
+        if wanted.layers:
+            example = group_examples(inputs, encoder_decoder=is_encoder_decoder(model))[0].take(slice(0, 1))
+            calls.look(model, options["output"], example, wanted)
+        while True:
+            wanted = method_kernels(model, methods, wanted.lost)
+            before = set(wanted.lost)
+            kernels, left = structured.kernels(model, inputs, inputs2, wanted=wanted, progress=progress, **options)
+            # A layer that only a later batch shows to be lost has left features of earlier ones in the kernels.
+            if all(wanted.layers[name][1] in left for name in wanted.lost.keys() - before):
+                break
+    for parameter, why in left.items():
+        for name in wanted.weights.get(parameter, ()):
+            wanted.lost.setdefault(name, why)
+    return kernels, set(left), method_kernels(model, methods, wanted.lost)
+
+
+def _warn_of_reads(methods: Mapping[str, Method], read: set[str]) -> None:
+    """Say of which methods a layer's kernel lacks what the model does with the layer's weight itself."""
+    for name in sorted(read):
+        silent = [key for key, method in methods.items() if method.adapts(name) and not method.in_reads]
+        if silent:
+            warnings.warn(
+                f"the model reads the weight of {name} and does not call the layer: an adapter of {', '.join(silent)} "
+                "acts on calls alone, and has no part in the kernel there; leave the layer out of its modules, or take "
+                "ntk.adapters.Full",
+                stacklevel=3,
+            )
+
+
 def _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, *, summed):
     layout = layout_of(reduce)
-    compute = METHODS.get(method)
-    if compute is None:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}; got {method!r}")
+    _check_method(method)
+    compute = METHODS[method]
     chosen = select_parameters(model, params)
     with evaluation(model, inputs, inputs2):
         kernels = compute(
@@ -175,6 +226,11 @@ def _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budg
         )
     _check_finite(model, kernels, inputs, inputs2)
     return kernels
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}; got {method!r}")
 
 
 def _check_finite(model: nn.Module, kernels: dict[str, Tensor], *batches: Inputs | None) -> None:

@@ -142,7 +142,7 @@ def _add(capture: Capture, args: tuple, kwargs: dict, result: Tensor, *, signs: 
             name, ids, padding = state.lookup
             ids = _readable(ids, padding, 1 << 62).expand(result.shape[:-1])
             rows = t.detach().expand(result.shape)
-            found.append((t, Use(frozenset((name,)), partial(_looked_up, ids), output=rows)))
+            found.append((t, Use(frozenset((name,)), partial(_looked_up, ids), output=rows, layer=state.layer)))
         else:
             found.append((t, partial(_summed, t.shape, sign=sign)))
     return found

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ntk import structured
 from ntk.adapters import Method
+from ntk.calls import watched
 from ntk.functional import evaluation, nonfinite_cause
 from ntk.inputs import Inputs
 from ntk.kernels import layout_of
@@ -56,12 +57,12 @@ def sign_gradient_kernels(
     for name, shares in wanted.shares.items():
         if weighed := [key for key, share in shares.items() if share != 1]:
             raise ValueError(f"method {weighed[0]!r} weighs {name}: a sign has no weight, and no mean over draws")
-    with evaluation(model, inputs, inputs2):
+    with evaluation(model, inputs, inputs2), watched({**wanted.layers, **wanted.others}):
         kernels, left = structured.kernels(
             model, inputs, inputs2, wanted=wanted, output=output, layout=layout_of(None), memory_budget=memory_budget,
             progress=progress, signed=True,
         )  # fmt: skip
-    if left:
+    if left := left | wanted.lost:
         name, why = next(iter(left.items()))
         raise NotImplementedError(
             f"the gradient of {name} cannot be captured ({why}): take ntk.dynamics.sign_gradient_kernel of Jacobians"

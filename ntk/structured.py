@@ -112,8 +112,7 @@ def kernels(
     groups1 = _inputs.group_examples(inputs, encoder_decoder=encoder_decoder)
     groups2 = [] if inputs2 is None else _inputs.group_examples(inputs2, encoder_decoder=encoder_decoder)
     found: dict[str, Tensor] = {}
-    layers = [name for name, _ in wanted.layers]
-    left = dict.fromkeys([*wanted.shares, *layers], "")  # parameters still to be done -> why they were not
+    left = dict.fromkeys([*wanted.shares, *wanted.weights], "")  # parameters still to be done -> why they were not
     # Together, then one example at a time, where rows of different examples cannot be mistaken for one another.
     for check in (check_together, check_alone):
         with requiring_gradients(model, left) as leaves:

@@ -1,14 +1,15 @@
 """Which kernels are wanted, and which captured features go into each."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ntk.adapters import Method, layer_of, layers_of
 from ntk.capture import Captured
-from ntk.features import Feature, Lookup
+from ntk.features import Dense, Feature
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,18 @@ class Wanted:
     Attributes:
         shares: parameter of the network -> kernel -> the multiple of the parameter's kernel that is in it.
         methods: kernel -> the method whose own parameters are in it.
-        layers: (parameter name, whether an embedding reads it) -> (module name, module) of layers that take adapters.
+        layers: name of the module -> (module, parameter that is its weight) of the layers at which methods' own
+            parameters are captured.
+        others: the same of modules that share such a weight; what they do with it is no affair of those layers.
+        lost: layers whose weight turned out to be used otherwise than by their calls, with the reason: what is captured
+            for the methods lacks them.
     """
 
     shares: Mapping[str, Mapping[str, float]]
     methods: Mapping[str, Method] = field(default_factory=dict)
-    layers: Mapping[tuple[str, bool], tuple[str, nn.Module]] = field(default_factory=dict)
+    layers: Mapping[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    others: Mapping[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
@@ -48,21 +55,51 @@ class Wanted:
         own = [key for shares in self.shares.values() for key in shares]
         return list(dict.fromkeys([*own, *self.methods]))
 
+    @cached_property
+    def weights(self) -> dict[str, list[str]]:
+        """Parameter -> the layers whose weight it is."""
+        found: dict[str, list[str]] = {}
+        for name, (_, weight) in self.layers.items():
+            found.setdefault(weight, []).append(name)
+        return found
+
     def pieces(self, found: Captured, shape: torch.Size) -> Iterator[Piece]:
         """What one captured use contributes."""
-        feature = found.feature
         if shares := self.shares.get(found.name):
-            yield Piece("", shape, shares, feature)
-        place = self.layers.get((found.name, isinstance(found.feature, Lookup)))
-        methods = {key: m for key, m in self.methods.items() if place is not None and m.adapts(place[0])}
-        if place is None or not methods:
+            yield Piece("", shape, shares, found.feature)
+        name = self.layer_used(found.name, found.within, found.layer)
+        if name is None or name in self.lost:
             return
-        if found.derived:
-            raise NotImplementedError(f"{place[0]} changes its weight before it uses it, and takes no adapter here")
-        layer = layer_of(*place, feature, found.output)
-        for key, method in methods.items():
-            for name, size, own in method.features(layer):
-                yield Piece(f"{key}.{layer.name}.{name}", size, {key: 1.0}, own)
+        module = self.layers[name][0]
+        assert not isinstance(found.feature, Dense)
+        try:
+            layer = layer_of(name, module, found.feature, found.output, weighed=self.weighed(found.name) == name)
+        except NotImplementedError as error:
+            self.lost[name] = str(error)
+            return
+        for key, method in self.methods.items():
+            if method.adapts(name):
+                for slot, size, own in method.features(layer):
+                    yield Piece(f"{key}.{name}.{slot}", size, {key: 1.0}, own)
+
+    def weighed(self, parameter: str) -> str | None:
+        """The linear layer of which alone a parameter is the weight."""
+        users = [
+            name for side in (self.layers, self.others) for name, (_, weight) in side.items() if weight == parameter
+        ]
+        alone = len(users) == 1 and users[0] in self.layers and not isinstance(self.layers[users[0]][0], nn.Embedding)
+        return users[0] if alone else None
+
+    def layer_used(self, parameter: str, within: str | None, layer: str | None) -> str | None:
+        """Which layer's call a use of a parameter is all of; notes the layers that it shows to be lost."""
+        layers = self.weights.get(parameter, [])
+        if layer in layers:
+            return layer
+        if layer is None and within not in self.others:
+            for name in [within] if within in layers else layers:
+                assert name is not None
+                self.lost.setdefault(name, "its weight is not only used by calls that multiply each token by it")
+        return None
 
 
 def parameter_kernels(parameters: Mapping[str, Tensor], *, summed: bool) -> Wanted:
@@ -70,25 +107,45 @@ def parameter_kernels(parameters: Mapping[str, Tensor], *, summed: bool) -> Want
     return Wanted({name: {"" if summed else name: 1.0} for name in parameters})
 
 
-def method_kernels(model: nn.Module, methods: Mapping[str, Method]) -> Wanted:
+def method_kernels(model: nn.Module, methods: Mapping[str, Method], lost: Mapping[str, str] | None = None) -> Wanted:
     """The kernel of each method under its name.
+
+    Args:
+        model: the bare model.
+        methods: by name.
+        lost: layers at which nothing is captured for the methods. Those whose weight is no parameter of the model are
+            added to them.
 
     Raises:
         ValueError: a method trains nothing in this model.
     """
     owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
     adaptable = layers_of(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    users: dict[str, dict[str, nn.Module]] = {}  # weight -> modules whose weight it is
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            users.setdefault(names[id(weight)], {})[name] = module
+    chosen = {name: m for name, m in adaptable.items() if any(method.adapts(name) for method in methods.values())}
+    for key, method in methods.items():
+        trains = any(method.share(name, p, owners[id(p)], None) for name, p in model.named_parameters())
+        if not trains and not any(method.adapts(name) for name in chosen):
+            raise ValueError(f"method {key!r} ({method}) trains nothing in this model: see its choice of modules")
+    missing = dict(lost or {})
+    layers, others = {}, {}
+    for weight, modules in users.items():
+        if any(name in chosen for name in modules):
+            for name, module in modules.items():
+                (layers if name in chosen and name not in missing else others)[name] = (module, weight)
+    for name in chosen:
+        if name not in layers:
+            missing.setdefault(name, "its weight is computed from other parameters")
+    wanted = Wanted({}, methods, layers, others, missing)
     shares = {}
     for name, p in model.named_parameters():
-        layer = adaptable.get((name, False), (None,))[0]
+        layer = wanted.weighed(name)
         found = {key: method.share(name, p, owners[id(p)], layer) for key, method in methods.items()}
-        shares[name] = {key: share for key, share in found.items() if share}
-    layers = {
-        place: (name, module)
-        for place, (name, module) in adaptable.items()
-        if any(method.adapts(name) for method in methods.values())
-    }
-    for key, method in methods.items():
-        if not any(key in found for found in shares.values()) and not any(method.adapts(n) for n, _ in layers.values()):
-            raise ValueError(f"method {key!r} ({method}) trains nothing in this model: see its choice of modules")
-    return Wanted({name: found for name, found in shares.items() if found}, methods, layers)
+        if found := {key: share for key, share in found.items() if share}:
+            shares[name] = found
+    return replace(wanted, shares=shares)
