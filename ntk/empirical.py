@@ -184,6 +184,8 @@ def _captured(model, inputs, inputs2, methods, method, progress, options) -> tup
         while True:
             wanted = method_kernels(model, methods, wanted.lost)
             before = set(wanted.lost)
+            if not (wanted.shares or wanted.layers):
+                return {}, set(), wanted
             kernels, left = structured.kernels(model, inputs, inputs2, wanted=wanted, progress=progress, **options)
             # A layer that only a later batch shows to be lost has left features of earlier ones in the kernels.
             if all(wanted.layers[name][1] in left for name in wanted.lost.keys() - before):

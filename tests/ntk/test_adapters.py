@@ -133,9 +133,10 @@ def test_random_subset(family):
     model = classifier(family)
     method = adapters.RandomSubset(count=7, modules=LINEAR[family], seed=5)
     places, expected = {}, 0.0
-    for (name, reads), (module, layer) in adapters.layers_of(model).items():
-        if method.adapts(module) and not reads:
-            places[name] = (adapters.subset(layer.weight.numel(), 7, f"5.{module}"), type(layer).__name__ == "Conv1D")
+    for module, layer in adapters.layers_of(model).items():
+        if method.adapts(module) and not isinstance(layer, nn.Embedding):
+            chosen = adapters.subset(layer.weight.numel(), 7, f"5.{module}")
+            places[f"{module}.weight"] = (chosen, type(layer).__name__ == "Conv1D")
     inputs = batch()
     model.eval()
     rows = []
