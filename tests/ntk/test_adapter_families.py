@@ -327,3 +327,14 @@ class TestWhatIsSaid:
             ntk.adapter_kernels(model, x, METHODS, method="jacobian", output=lambda y, _: y / (1 // 0))
         assert {name: (id(p), p._version, p.requires_grad) for name, p in model.named_parameters()} == before
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "albert", "opt"])
+def test_plain_layers_take_the_fast_way(family, caplog):
+    caplog.set_level("INFO", logger="ntk")
+    methods = {"propulsion": adapters.Propulsion(), "lora": adapters.LoRA(rank=2)}
+    ntk.adapter_kernels(text_model(family), batch_for(family, (5, 3)), methods)
+    slow = [message for message in caplog.messages if message.startswith("layers by their calls")]
+    # T5 shares its bias by position between examples.
+    assert all("relative_attention_bias" in message and message.count("(") == 2 for message in slow)
+    assert bool(slow) == (family == "t5")
