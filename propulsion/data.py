@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from propulsion.errors import Problems, Unusable, UserError, first_line, listed, together
 from propulsion.files import SUFFIXES, Columns, Row, read_rows, rows_of_batches, suffix_of
+from propulsion.identity import tokenizer_identity
 from propulsion.row_values import NoText
 from propulsion.task_kinds import Limits, kind_of
 from propulsion.task_kinds.base import columns_of
@@ -300,14 +301,8 @@ def _encode_streamed(
 
 
 def _tokens_key(data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for state in ("truncation", "padding"):  # Left there by the last call, whatever it was.
-        vocabulary.pop(state, None)
-    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     parts = (
-        data.fingerprint, data.task.name, type(tokenizer).__name__, vocabulary, special, tokenizer.model_max_length,
-        limits.max_length, limits.max_target_length,
+        data.fingerprint, data.task.name, tokenizer_identity(tokenizer), limits.max_length, limits.max_target_length,
     )  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -1,8 +1,12 @@
 """Mistakes of the user: one exception class, and how a command reports it."""
 
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 
@@ -41,22 +45,51 @@ class Diverged(UserError):
     """The loss or a weight stopped being finite in training."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interrupt of work of which a part is kept: its message says what is there and how to go on."""
+
+
+class Terminated(KeyboardInterrupt):
+    """A request to end, as from a batch system whose time is up: SIGTERM."""
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's main function, turning the user's mistakes into one line on stderr.
 
-    Exit codes: 2 after a `UserError`, 130 after an interrupt, as shells report it. Any other exception is a defect of
-    ours and keeps its traceback.
+    Exit codes: 2 after a `UserError`, 130 after an interrupt and 143 after SIGTERM, as shells report them. Any other
+    exception is a defect of ours and keeps its traceback.
     """
     # Libraries announce their own plans by these; who runs a command can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        main()
+        with _ended_as_if_interrupted():
+            main()
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)
+        words = f"; {one_line(error)}" if isinstance(error, Interrupted) else ""
+        print(f"{'terminated' if terminated else 'interrupted'}{words}", file=sys.stderr)
+        raise SystemExit(128 + (signal.SIGTERM if terminated else signal.SIGINT)) from None
+
+
+@contextmanager
+def _ended_as_if_interrupted() -> Iterator[None]:
+    """Let SIGTERM end the block by `Terminated`, so that what is kept is said, and temporary files go."""
+    # Only a main thread may set handlers, and a signal that is ignored, as under nohup, stays so.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 _SHOWN = 3  # Of many mistakes of one kind in one file.

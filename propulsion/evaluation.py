@@ -35,3 +35,8 @@ class Evaluation:
             found = gather_object(found)[: len(rows)]
         self.predictions = found
         return kind.measure(task, found, columns_of(rows))
+
+    def names(self) -> list[str]:
+        """Names of the metrics, known without a model."""
+        kind, rows = kind_of(self.data.task), columns_of(self.data.validation)
+        return list(kind.measure(self.data.task, kind.silent(self.data.task, rows), rows))

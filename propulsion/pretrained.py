@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 from propulsion.checkpoint_files import CheckpointWeights
 from propulsion.declared_pooling import Declaration, declared_pooling
 from propulsion.errors import UserError, first_line
+from propulsion.identity import weights_identity
 from propulsion.pooled import POOLED, PooledClassifier, PooledConfig, body_class
 from propulsion.untrained import untrained_layers
 
@@ -181,20 +182,15 @@ def pooling_of(model: Any) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of names, shapes and a sample of the values of a base model: which pre-trained weights these are.
+    """SHA-256 of names, shapes and values of a base model: which pre-trained weights these are.
 
     Heads, which each task draws for itself, and adapters are left out; how a classifier pools is not, unless it does as
-    transformers' own. At most 64 values of each weight are looked at.
+    transformers' own. Reads every value once.
     """
-    digest = hashlib.sha256()
-    if (pooling := pooling_of(model)) != "pooler":
-        digest.update(f"pooling {pooling}".encode())
     body = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    for name, weight in body.state_dict().items():
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()
+    pooling = pooling_of(model)
+    weights = weights_identity(body.state_dict().items())
+    return weights if pooling == "pooler" else hashlib.sha256(f"pooling {pooling}, {weights}".encode()).hexdigest()
 
 
 def _split_gguf(source: str) -> tuple[str, dict[str, str]]:

@@ -5,6 +5,7 @@ moment, and ends with the same weights, to the last bit on a CPU. `accelerate la
 several devices. The output folder holds:
 
     run.json       the configuration, data and base model; what a checkpoint must agree with
+    files.json     what the run wrote, by content: of all that is in the folder, the only files it may remove
     checkpoint-N   to resume from
     model          what was trained, with its tokenizer: loads by plain peft, or by transformers if the method has no
                    adapter
@@ -29,19 +30,20 @@ from transformers.trainer_callback import PrinterCallback
 
 from propulsion.adapters import load_adapter, name_labels
 from propulsion.data import TaskData, check_inputs, load_task_data
-from propulsion.errors import UserError, one_line, run_command
+from propulsion.errors import Interrupted, UserError, one_line, run_command
 from propulsion.evaluation import Evaluation
+from propulsion.identity import model_content, weights_identity
 from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
 from propulsion.optim import Rates, describe_rates, parameter_groups
 from propulsion.presets import PRESETS, describe, get_preset
 from propulsion.pretrained import fingerprint, load_model, pooling_of
 from propulsion.reporting import check_reporting
-from propulsion.run_folder import claim, finish, result_of, save_model
+from propulsion.run_folder import MODEL, Standing, check_folder, claim, finish, save_model, standing
 from propulsion.sharding import check_sharding, prepare_sharding
 from propulsion.task_kinds import kind_of
 from propulsion.tasks import get_task
 from propulsion.train_config import TrainConfig, identity
-from propulsion.trainer import TaskTrainer, isolated_randomness, latest_checkpoint
+from propulsion.trainer import WITHOUT_OVERWRITE, TaskTrainer, isolated_randomness, latest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class TrainResult:
         output_dir: The run's folder.
         pooling: How a classifier read its body ("mean", "first", or "pooler", transformers' own way); None of other
             tasks.
+        extended_at: Steps after which the run was made longer; from each on, the learning rates are of a longer
+            schedule.
     """
 
     metrics: dict[str, float]
@@ -68,6 +72,7 @@ class TrainResult:
     seconds: float
     output_dir: str
     pooling: str | None = None
+    extended_at: tuple[int, ...] = ()
 
 
 _SHUFFLED = 1000  # Streamed rows that are read ahead of those that are used, and drawn from.
@@ -83,8 +88,13 @@ _FIXED = frozenset(
 def run(config: TrainConfig) -> TrainResult:
     """Train as configured, from the last checkpoint where there is one, and evaluate.
 
+    A finished run is returned as it is. One that is finished or was stopped is made longer by more steps or epochs: it
+    goes on from its last checkpoint, with the learning rates that the longer schedule has from that step on.
+
     Raises:
-        UserError: Unusable options, data or model; the folder is of another run; training diverged; a full disk.
+        UserError: Unusable options, data or model; the folder is of another run or of none; training diverged; a full
+            disk.
+        Interrupted: The process was interrupted, with what is kept in words.
     """
     started = time.perf_counter()
     output = config.output_dir.expanduser().resolve()
@@ -92,6 +102,8 @@ def run(config: TrainConfig) -> TrainResult:
     check_reporting(config.report_to)
     sharded = prepare_sharding() and config.max_steps != 0
     state = PartialState(cpu=config.on_cpu)
+    if state.is_main_process:
+        check_folder(output, overwrite=config.overwrite_output_dir)
     data = load_task_data(
         config.task, data_dir=config.data_dir, n_train=config.max_train_samples, n_validation=config.max_eval_samples,
         seed=config.seed, streaming=config.streaming,
@@ -107,14 +119,20 @@ def run(config: TrainConfig) -> TrainResult:
         name_labels(model.config, task.label_names)
     # Before anything is written.
     encoded = check_inputs(data, tokenizer, config.limits, cached=True, streamed=_streamed_rows(config, state))
-    base = fingerprint(model)
+    base, content = fingerprint(model), model_content(model, tokenizer)
     model = _adapted(config, model, kind.task_type)
-    same = identity(config, data, base)
-    with state.main_process_first():
+    adapter = None if config.adapter is None else weights_identity(model.named_parameters())
+    same = identity(config, data, content, adapter)
+    found = standing(output, same, overwrite=config.overwrite_output_dir)
+    if found.finished is not None:
         if state.is_main_process:
-            claim(output, same, overwrite=config.overwrite_output_dir)
-    if (finished := result_of(output)) is not None:
-        return TrainResult(**finished)
+            print(
+                f"finished already at step {found.finished['steps']}, nothing was trained: a larger --max-steps or "
+                "--num-train-epochs goes on, --overwrite-output-dir starts anew",
+                flush=True,
+            )
+        stored: dict[str, Any] = found.finished | {"extended_at": found.extended_at}
+        return TrainResult(**stored)
     groups = parameter_groups(model, rates=_rates(config), weight_decay=config.weight_decay)
     if not groups and config.max_steps != 0:
         raise UserError(f"method {config.method} trains nothing: choose another one, or max_steps 0 to evaluate")
@@ -122,32 +140,66 @@ def run(config: TrainConfig) -> TrainResult:
         print(describe_rates(model, groups), flush=True)
     with isolated_randomness():
         evaluation = Evaluation(model, tokenizer, data, config.limits)
+        _check_best(config, evaluation)
         trainer = _trainer(config, output, evaluation, encoded)
         note = check_sharding(trainer, model) if sharded else None
         if note is not None and state.is_main_process:
             print(note, flush=True)
-        if config.max_steps != 0:
-            checkpoint = latest_checkpoint(output)
-            if checkpoint is not None and state.is_main_process:
-                print(f"going on from {checkpoint}", flush=True)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            trainer.check_finite()
-        metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    save_model(trainer, output / "model", tokenizer, base)
-    result = TrainResult(
+        # Nothing in the folder has changed so far: an option that cannot be used loses no earlier run.
+        state.wait_for_everyone()
+        if state.is_main_process:
+            claim(output, same, found)
+        state.wait_for_everyone()
+        try:
+            result = _carry_out(config, trainer, found, started)
+            save_model(trainer, output / MODEL, tokenizer, base)
+            if state.is_main_process:
+                finish(output, dataclasses.asdict(result), evaluation.predictions)
+            state.wait_for_everyone()
+        except KeyboardInterrupt as error:
+            raise Interrupted(_how_to_go_on(config, output)) from error
+    return result
+
+
+def _carry_out(config: TrainConfig, trainer: TaskTrainer, found: Standing, started: float) -> TrainResult:
+    """Train from where the run is, and evaluate."""
+    output, main_process = Path(str(trainer.args.output_dir)), PartialState().is_main_process
+    if config.max_steps != 0:
+        checkpoint = latest_checkpoint(output)
+        if checkpoint is not None and main_process:
+            longer = "; the learning rates from here on are those of the longer schedule" if found.extended_at else ""
+            print(f"going on from {checkpoint}{longer}", flush=True)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.check_finite()
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    groups = parameter_groups(trainer.network, rates=_rates(config), weight_decay=config.weight_decay)
+    return TrainResult(
         metrics=metrics,
         steps=trainer.state.global_step,
-        trained_parameters=trainable_parameters(model),
+        trained_parameters=trainable_parameters(trainer.network),
         learning_rates={group["role"]: group["lr"] for group in groups},
         history=trainer.state.log_history,
         seconds=time.perf_counter() - started,
         output_dir=str(output),
-        pooling=pooling_of(model) if kind.task_type == "SEQ_CLS" else None,
+        pooling=pooling_of(trainer.network) if kind_of(get_task(config.task)).task_type == "SEQ_CLS" else None,
+        extended_at=found.extended_at,
     )
-    if state.is_main_process:
-        finish(output, dataclasses.asdict(result), evaluation.predictions)
-    state.wait_for_everyone()
-    return result
+
+
+def _check_best(config: TrainConfig, evaluation: Evaluation) -> None:
+    """Make sure, before the first step, that what is best is one of the metrics."""
+    if config.metric_for_best_model is not None:
+        best, names = config.metric_for_best_model.removeprefix("eval_"), evaluation.names()
+        if best not in names:
+            raise UserError(f"metric_for_best_model is {best}, expected one of {', '.join(names)}")
+
+
+def _how_to_go_on(config: TrainConfig, output: Path) -> str:
+    checkpoint = latest_checkpoint(output)
+    again = f"the same command{WITHOUT_OVERWRITE if config.overwrite_output_dir else ''}"
+    if checkpoint is None:
+        return f"{output} has no checkpoint yet (--save-steps {config.save_steps}): {again} starts from the first step"
+    return f"{checkpoint} is there: {again} goes on from it"
 
 
 def _streamed_rows(config: TrainConfig, state: PartialState) -> int:

@@ -46,7 +46,7 @@ class TrainConfig:
     output_dir: Path = Path("results/train")
     """Folder of the run."""
     overwrite_output_dir: bool = False
-    """Start anew, and remove what is in the folder."""
+    """Start anew, and remove what an earlier run wrote into the folder; what it did not write is kept."""
     max_steps: int = -1
     """Optimizer steps; -1 goes by epochs, 0 evaluates only."""
     num_train_epochs: float = 3.0
@@ -164,16 +164,22 @@ class TrainConfig:
 # Fields that older records do not have: recorded where they are used, so that older runs go on.
 _YOUNGER = ("generation_max_length", "generation_num_beams")
 
-# Fields that may differ when a run is resumed: they change no weight.
+# Fields that may differ when a run is resumed: they change no weight, or what they name is recorded by its content.
 _FREE = frozenset(
     {"output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "disable_tqdm", "logging_steps", "data_dir",
-     "per_device_eval_batch_size"}
+     "per_device_eval_batch_size", "model", "adapter"}
 )  # fmt: skip
 
 
-def identity(config: TrainConfig, data: TaskData, base: str) -> dict[str, Any]:
-    """What two runs must have in common for one to go on where the other stopped."""
+def identity(config: TrainConfig, data: TaskData, base: str, adapter: str | None) -> dict[str, Any]:
+    """What two runs must have in common for one to go on where the other stopped.
+
+    Args:
+        config: The options.
+        data: The rows.
+        base: Which model, by its content (`propulsion.identity.model_content`).
+        adapter: Which adapter it starts from, by its content; None without one.
+    """
     unused = {name for name in _YOUNGER if getattr(config, name) == getattr(TrainConfig, name)}
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE | unused}
-    fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
-    return json.loads(json.dumps(fields | {"rows": data.fingerprint, "base_model": base}))
+    return json.loads(json.dumps(fields | {"rows": data.fingerprint, "base_model": base, "adapter": adapter}))

@@ -9,6 +9,7 @@ import contextlib
 import os
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,15 +19,18 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from propulsion.errors import Diverged, UserError, first_line
+from propulsion.manifest import Manifest, files_below
 from propulsion.methods import update_ranks
 from propulsion.optim import Rates, parameter_groups
 
 REMEDY = "lower the learning rate, or lengthen the warm-up"
+WITHOUT_OVERWRITE = ", without --overwrite-output-dir"
 _STAGING, _REMOVED = ".partial-checkpoint", ".removed-checkpoint"
 
 
@@ -67,7 +71,9 @@ class TaskTrainer(Trainer):
         self._staging: str | None = None
         self.add_callback(_RankUpdates())
 
-    def _network(self) -> nn.Module:
+    @property
+    def network(self) -> nn.Module:
+        """The model that is trained."""
         assert self.model is not None
         return self.model  # pyright: ignore[reportReturnType]
 
@@ -77,7 +83,7 @@ class TaskTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with every parameter's rate and decay by its role (`propulsion.optim`)."""
         if self.optimizer is None:
-            network = self._network() if model is None else model
+            network = self.network if model is None else model
             groups = parameter_groups(network, rates=self._rates, weight_decay=self.args.weight_decay)
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             # Fused, as is transformers' own default.
@@ -111,7 +117,7 @@ class TaskTrainer(Trainer):
         Raises:
             UserError: One is not finite.
         """
-        for name, parameter in self._network().named_parameters():
+        for name, parameter in self.network.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise self._divergence(f"{name} is no longer finite", self.state.global_step)
 
@@ -170,7 +176,7 @@ class TaskTrainer(Trainer):
             kept = f"the last complete one is {last}" if last else "there is none before it"
             raise UserError(
                 f"cannot write {folder / name} ({first_line(error)}); {kept}: free some space and run the same "
-                "command to go on"
+                f"command to go on{WITHOUT_OVERWRITE}"
             ) from error
         finally:
             self._staging = None
@@ -180,15 +186,20 @@ class TaskTrainer(Trainer):
         for path in written.rglob("*"):
             if path.is_file():
                 _flush(path)
+        manifest = Manifest(destination.parent)
         if destination.exists():
-            _remove(destination)
+            if others := manifest.not_own(destination):
+                raise UserError(f"{others[0]} is in the way, and this run did not write it: move it away")
+            remove_checkpoint(destination)
+        manifest.record(files_below(written, destination.name))
         os.rename(written, destination)
         written.parent.rmdir()
         if self._keep is not None:
             best = Path(self.state.best_model_checkpoint or "")
             for old in checkpoints(destination.parent)[: -self._keep]:
-                if old.name != best.name:
-                    _remove(old)
+                # One with a file in it that this run did not write is kept, all of it.
+                if old.name != best.name and not manifest.not_own(old):
+                    remove_checkpoint(old)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         started = super()._init_training_state(*args, **kwargs)
@@ -211,6 +222,13 @@ class TaskTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(self.lr_scheduler, LambdaLR) and self.optimizer is not None:
+            # The checkpoint's rates are those of its own schedule. One of a longer run goes on from this step.
+            schedule = self.lr_scheduler
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            for group, base, factor in zip(self.optimizer.param_groups, schedule.base_lrs, factors, strict=True):
+                group["lr"] = base * factor
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # What is logged.
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
@@ -244,14 +262,15 @@ def _reading(checkpoint: Path | str | None) -> Iterator[None]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, the oldest first."""
-    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return sorted((p for p in found if p.name.rpartition("-")[2].isdigit()), key=lambda p: int(p.name.split("-")[-1]))
+    names = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = {path: match for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (match := names.fullmatch(path.name))}
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(found[path][1]))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run, if it has one."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return None if found is None else Path(found)
+    found = checkpoints(folder)
+    return found[-1] if found else None
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -260,7 +279,8 @@ def clear_leftovers(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint of which everything is known to be a run's own."""
     # Renamed first: half a checkpoint must not have a checkpoint's name.
     hidden = checkpoint.with_name(_REMOVED)
     shutil.rmtree(hidden, ignore_errors=True)

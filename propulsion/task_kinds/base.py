@@ -52,6 +52,7 @@ class Kind:
         collator: (tokenizer, model) -> what makes a padded batch of encoded rows.
         predict: (model, tokenizer, task, columns, limits) -> one prediction a row.
         measure: (task, predictions, columns) -> the task's metrics.
+        silent: (task, columns) -> predictions that say nothing, one a row: of texts, empty ones.
     """
 
     task_type: str
@@ -62,6 +63,7 @@ class Kind:
     collator: Callable[[PreTrainedTokenizerBase, Any], Callable[[list[dict[str, Any]]], Any]]
     predict: Callable[[Any, PreTrainedTokenizerBase, Task, Columns, Limits], list[Any]]
     measure: Callable[[Task, Sequence[Any], Columns], dict[str, float]]
+    silent: Callable[[Task, Columns], list[Any]] = lambda task, columns: [""] * len(next(iter(columns.values())))
 
 
 def input_limit(tokenizer: PreTrainedTokenizerBase, limits: Limits, *, pair: bool = False) -> int:

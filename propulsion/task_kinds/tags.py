@@ -88,8 +88,13 @@ def measure(task: Task, predictions: Sequence[Sequence[str]], columns: Columns) 
     return entity_scores(predictions, labels)
 
 
+def silent(task: Task, columns: Columns) -> list[list[str]]:
+    """No entities."""
+    return [["O"] * len(tags) for tags in columns[task.label_column]]
+
+
 def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorForTokenClassification:
     return DataCollatorForTokenClassification(tokenizer)
 
 
-KIND = Kind("TOKEN_CLS", _features, read, encode, inputs, _collator, predict, measure)
+KIND = Kind("TOKEN_CLS", _features, read, encode, inputs, _collator, predict, measure, silent)
