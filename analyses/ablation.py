@@ -31,6 +31,10 @@ DEGREES = (1, 5, 15, 25, 55, 75, 100)
 POSITIONS = ("all", "attn", "query", "key", "value", "attention_output", "mlp", "embedding", "norm")
 
 
+FREE = ("task", "factor", "reference_degree", "n_layers", "seeds", "run.data_dir", "run.model")
+"""Fields that no cell depends on: its setting, which follows from the factor, and its seed are its own."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One value of a factor.
@@ -111,26 +115,27 @@ def run(config: Config) -> Result | None:
         raise UserError("n_layers and reference_degree must be positive")
     data, chosen = config.run.load(config.task), settings_of(config)
     folder = config.runs_dir or _output(config).with_name(f"{_output(config).name}-runs")
-    grid = Grid(folder, {"run": asdict(config.run) | {"data_dir": None}}, config.max_runs)
+    grid = Grid(folder, config.max_runs)
+    cells = grid.of(config, data, config.run.identity(data), free=FREE)
     found: dict[str, list[dict[str, Any]]] = {setting.label: [] for setting in chosen}
+
+    def compute(*, setting: Setting, seed: int) -> dict[str, Any]:
+        return _train(config.run, data, setting, seed)
+
     for seed in config.seeds:
         for setting in chosen:
-
-            def compute(setting: Setting = setting, seed: int = seed) -> dict[str, Any]:
-                return _train(config, data, setting, seed)
-
-            cell = grid.cell(f"{config.task}.{config.factor}.{setting.label}.seed{seed}", compute)
+            label = f"{config.task}.{config.factor}.{setting.label}.seed{seed}"
+            cell = cells.cell(label, compute, setting=setting, seed=seed)
             if cell is not None:
                 found[setting.label].append(cell)
     if grid.missing:
-        print(f"{grid.computed} cells computed, {len(grid.missing)} missing: run the same command again")
+        grid.say_missing()
         return None
     return _result(config, data, found, time.time() - started)
 
 
-def _train(config: Config, data: TaskData, setting: Setting, seed: int) -> dict[str, Any]:
+def _train(shared: RunConfig, data: TaskData, setting: Setting, seed: int) -> dict[str, Any]:
     method = Method("propulsion", setting.options)
-    shared = config.run
     if setting.learning_rate is not None:
         shared = replace(shared, training=replace(shared.training, learning_rate=setting.learning_rate))
     try:

@@ -25,12 +25,15 @@ from analyses.training_run import RunConfig, training_run
 from propulsion.data import TaskData
 from propulsion.errors import UserError, run_command
 from propulsion.methods import Method, parse_methods
-from propulsion.pretrained import load_classifier
 from propulsion.trainer import isolated_randomness
 from propulsion.training import evaluate
 
 SHARES = (0.9, 0.95)
 """Of a method's own gain, from its first score to its best: how many steps until it is reached."""
+
+
+FREE = ("task", "methods", "seeds", "comparison", "run.data_dir", "run.model")
+"""Fields that no cell depends on: its method, seed and factor are its own, as are task, rows and model."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Curve(TrainerCallback):
 
     def __init__(self, config: RunConfig, data: TaskData, every: int) -> None:
         self._data, self._every, self._max_length = data, every, config.training.max_length
-        self._tokenizer = load_classifier(config.model, num_labels=data.task.num_labels, pooling=config.pooling)[1]
+        self._tokenizer = config.start(data, seed=0)[1]
         self._since = 0.0
         self.points: list[dict[str, float]] = []
         self.seconds = 0.0
@@ -102,23 +105,24 @@ def run(config: Config) -> Result | None:
     methods = parse_methods(config.methods)
     data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
     folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    settings = {"run": asdict(config.run) | {"data_dir": None}, "every": config.every}
-    grid = Grid(folder, settings, config.max_runs)
+    grid = Grid(folder, config.max_runs)
+    shared = grid.of(config, data, config.run.identity(data), free=FREE)
+
+    def compute(*, method: Method, factor: float, seed: int) -> dict[str, Any]:
+        curve = Curve(config.run, data, config.every)
+        found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[curve])
+        return {name: found[name] for name in ("losses", "trained_parameters")} | {"points": curve.points}
+
     cells: dict[str, list[dict[str, Any]]] = {text: [] for text in methods}
     for seed in config.seeds:
         for text, method in methods.items():
             factor = factors.get(text, 1.0)
-
-            def compute(method: Method = method, factor: float = factor, seed: int = seed) -> dict[str, Any]:
-                curve = Curve(config.run, data, config.every)
-                found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[curve])
-                return {name: found[name] for name in ("losses", "trained_parameters")} | {"points": curve.points}
-
-            cell = grid.cell(f"{config.task}.{text}.x{factor:.3g}.seed{seed}", compute)
+            label = f"{config.task}.{text}.x{factor:.3g}.seed{seed}"
+            cell = shared.cell(label, compute, method=method, factor=factor, seed=seed)
             if cell is not None:
                 cells[text].append({"seed": seed, "rate_factor": factor} | cell)
     if grid.missing:
-        print(f"{grid.computed} cells computed, {len(grid.missing)} missing: run the same command again")
+        grid.say_missing()
         return None
     return _result(config, data, cells, time.time() - started)
 

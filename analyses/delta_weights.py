@@ -29,7 +29,6 @@ from propulsion.errors import UserError, run_command
 from propulsion.layer import PropulsionLayer
 from propulsion.methods import parse_methods
 from propulsion.optim import SCALE_NAME
-from propulsion.pretrained import load_classifier
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 MEASURES = {
@@ -125,9 +124,7 @@ def run(config: Config) -> Result:
     started = time.time()
     methods = parse_methods(config.methods)
     data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
-    network = load_classifier(
-        config.run.model, num_labels=data.task.num_labels, pooling=config.run.pooling, seed=config.seed
-    )[0]
+    network = config.run.start(data, seed=config.seed)[0]
     base = {name: weight.clone() for name, weight in network.base_model.state_dict().items()}
     layers, rows, metrics, arrays = [], [], [], {}
     for text, method in methods.items():

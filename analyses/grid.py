@@ -1,75 +1,141 @@
 """Grids of runs that take hours: one file a cell, so that a killed grid goes on where it was.
 
-A cell's file appears when the cell is complete, by a rename. It holds the settings that all cells share; a folder of
-other settings is refused, so that no table mixes two experiments. Arrays lie in a second file beside it, which is
-there before it.
+A cell is known by all that it depends on: the whole configuration of its analysis but for fields that are declared
+free, the task, the rows' content, the model's content, what sets it apart from the grid's other cells, and the version
+of this code's cells. Cells that differ in any of it lie side by side in a folder, in files of different names, and none
+is ever taken for another. A cell's file appears when the cell is complete, by a rename. Arrays lie in a second file
+beside it, which is there before it.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from analyses.results import environment, plain
-from propulsion.errors import UserError
+from propulsion.data import TaskData
+from propulsion.errors import Interrupted, UserError
 
 ARRAYS = "arrays"
 """What a cell found under this name, arrays by their names, is kept as arrays, and not as text."""
+CELL_FORMAT = 2
+"""Raise it when cells are computed in another way: older ones are then computed again."""
+_LONGEST = 120  # Characters of a cell's name in its file's name, which file systems limit.
+PLACES = frozenset({"output_dir", "runs_dir", "overwrite", "max_runs"})
+"""Fields of every configuration that say where a grid is and how it is cut into calls: free in all of them."""
+
+
+def settings_of(config: Any, *, free: Collection[str], task: Any, rows: str, model: str) -> dict[str, Any]:
+    """What the cells of a grid have in common and depend on.
+
+    Args:
+        config: The analysis' configuration, a dataclass. All of its fields count, and those of dataclasses in it, but
+            for `PLACES` and `free`.
+        free: Fields on which no cell depends: those that say which cells there are, since each cell's own part of its
+            key says what it is; those that act on finished cells; those whose content is in the key in place of a path.
+            Fields of a dataclass within have their path, such as "run.data_dir".
+        task: The task, a dataclass.
+        rows: Fingerprint of the rows.
+        model: Identity of the model (`propulsion.identity.model_content`).
+    """
+    fields = dict(_leaves(asdict(config)))
+    free = {*free, *(PLACES & fields.keys())}
+    within = {name for name in free if not any(_is_within(field, name) for field in fields)}
+    assert not within, f"the configuration has no field {within}"
+    task = {name: value for name, value in asdict(task).items() if not callable(value)}
+    counted = {name: value for name, value in fields.items() if not any(_is_within(name, one) for one in free)}
+    return plain({"config": counted, "task": task, "rows": rows, "model": model, "format": CELL_FORMAT})
 
 
 class Grid:
-    """The cells of one experiment, computed once each.
+    """A folder of cells, each computed once.
 
     Attributes:
         computed: Cells computed by this object.
+        finished: Cells that are there, computed now or earlier, of those asked for.
         missing: Names of cells asked for and not computed, since `max_runs` was reached.
     """
 
-    def __init__(self, folder: Path | str, settings: Mapping[str, Any], max_runs: int | None = None) -> None:
+    def __init__(self, folder: Path | str, max_runs: int | None = None) -> None:
         """Open or create the folder of a grid.
 
         Args:
             folder: Where the cells' files are.
-            settings: What all cells have in common and a reader must know.
             max_runs: Compute this many cells and no more; no limit if None.
 
         Raises:
             UserError: The folder cannot be written.
         """
-        self._folder, self._settings, self._max_runs = Path(folder).expanduser(), plain(settings), max_runs
-        self.computed = 0
+        self._folder, self._max_runs = Path(folder).expanduser(), max_runs
+        self.computed = self.finished = 0
         self.missing: list[str] = []
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write the grid's folder {folder}: {error.strerror or error}") from error
 
-    def cell(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any] | None:
+    def of(self, config: Any, data: TaskData, model: str, *, free: Collection[str]) -> "Cells":
+        """The cells of one configuration, one task's rows and one model; see `settings_of`."""
+        return Cells(self, settings_of(config, free=free, task=data.task, rows=data.fingerprint, model=model))
+
+    def say_missing(self) -> None:
+        """Say how many cells were computed, and how many are missing."""
+        print(f"{self.computed} cells computed, {len(self.missing)} or more missing: run the same command again")
+
+    def cell(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Any:
         """Return what a cell found, from its file or computed now; None if `max_runs` cells were computed before.
 
+        Args:
+            name: What messages call it, and the beginning of its file's name.
+            settings: All that it depends on, as JSON has it.
+            compute: Computes it.
+
         Raises:
-            UserError: The cell's file is damaged or of other settings, or cannot be written.
+            UserError: The cell's file is damaged, or cannot be written.
+            Interrupted: The process was interrupted, with what is kept in words.
         """
-        path = self._folder / f"{re.sub(r'[^A-Za-z0-9_.=+-]+', '-', name)}.json"
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        stem = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", name)[:_LONGEST]
+        path = self._folder / f"{stem}.{key[:16]}.json"
         if path.exists():
-            return self._read(path)
+            found = _read(path, settings)
+            self.finished += 1
+            return found
         if self._max_runs is not None and self.computed >= self._max_runs:
             self.missing.append(name)
             return None
-        print(f"{name} ...", flush=True)
-        computed = dict(compute())
-        arrays = computed.pop(ARRAYS, None)
-        found = plain(computed)
-        self.computed += 1
+        print(f"{name} ...{self._others(stem)}", flush=True)
         try:
-            content = {"cell": name, "settings": self._settings, "environment": environment(), "found": found}
+            found = self._write(name, path, settings, compute())
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                f"{self.finished} finished cells are in {self._folder}: the same command goes on with {name}"
+            ) from error
+        self.computed += 1
+        self.finished += 1
+        return found
+
+    def _others(self, stem: str) -> str:
+        """What to say of cells of that name that are not this one."""
+        count = len(list(self._folder.glob(f"{stem}.json"))) + len(
+            list(self._folder.glob(f"{stem}.{'[0-9a-f]' * 16}.json"))
+        )
+        return f" ({count} of other settings, rows or weights beside it)" if count else ""
+
+    def _write(self, name: str, path: Path, settings: Mapping[str, Any], computed: Mapping[str, Any]) -> Any:
+        arrays = computed.get(ARRAYS)
+        found = plain({key: value for key, value in computed.items() if key != ARRAYS})
+        content = {"cell": name, "settings": settings, "environment": environment(), "found": found}
+        try:
             if arrays is not None:
                 content |= {ARRAYS: {key: list(value.shape) for key, value in arrays.items()}}
                 with _whole(_beside(path)) as partial, partial.open("wb") as file:
@@ -80,19 +146,51 @@ class Grid:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         return found if arrays is None else found | {ARRAYS: dict(arrays)}
 
-    def _read(self, path: Path) -> dict[str, Any]:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found, stored = content["found"], content["settings"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}): remove it, and it will be computed again") from error
-        if stored != self._settings:
-            keys = {*stored, *self._settings}
-            differing = sorted(key for key in keys if stored.get(key) != self._settings.get(key))
-            raise UserError(
-                f"{path.parent} holds runs of other settings ({', '.join(differing)}): name another --runs-dir"
-            )
-        return found if ARRAYS not in content else found | {ARRAYS: _read_arrays(path, content[ARRAYS])}
+
+class Cells:
+    """Those cells of a grid that share their settings."""
+
+    def __init__(self, grid: Grid, settings: Mapping[str, Any]) -> None:
+        self._grid, self._settings = grid, settings
+
+    def cell(self, name: str, compute: Callable[..., Mapping[str, Any]], **own: Any) -> dict[str, Any] | None:
+        """Return what a cell found, from its file or computed now; None if `max_runs` cells were computed before.
+
+        Args:
+            name: What messages call it, and the beginning of its file's name: another name is another cell.
+            compute: Called with `own`, which is thus all that sets this cell apart from the others.
+            **own: What the cell depends on beside the settings that all share.
+
+        Raises:
+            UserError: The cell's file is damaged, or cannot be written.
+            Interrupted: The process was interrupted, with what is kept in words.
+        """
+        return self._grid.cell(name, {**self._settings, "cell": plain(own)}, lambda: compute(**own))
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _is_within(field: str, name: str) -> bool:
+    return field == name or field.startswith(f"{name}.")
+
+
+def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found, stored = content["found"], content["settings"]
+        arrays = content.get(ARRAYS)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and it will be computed again") from error
+    if stored != settings:
+        raise UserError(f"{path} is damaged (its settings are not those of its name): remove it, and it will be "
+                        "computed again")  # fmt: skip
+    return found if arrays is None else found | {ARRAYS: _read_arrays(path, arrays)}
 
 
 def _beside(path: Path) -> Path:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from torch import Tensor
 
 import ntk
 from analyses.comparison import model_nulls
-from analyses.grid import Grid
+from analyses.grid import Cells, Grid
 from analyses.kernel_distance_tables import summary
 from analyses.model_kernels import PAIRS, ModelKernels, full_kernels, is_scale, propulsion_kernels
 from analyses.publish import publish
@@ -37,6 +36,7 @@ from analyses.seed_comparison import SeedComparison, draw_name
 from analyses.seeds import check_seeds, over_seeds
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
+from propulsion.identity import model_content
 from propulsion.pretrained import Pooling, load_classifier, pooling_of
 from propulsion.tasks import get_labelled_task
 from propulsion.training import TrainingConfig, apply_propulsion, evaluate, train
@@ -44,6 +44,10 @@ from propulsion.training import TrainingConfig, apply_propulsion, evaluate, trai
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 FULL, ADAPTER = PAIRS[0]
 LABELS = "labels"
+
+
+FREE = ("task", "data_dir", "model", "training.seed", "seeds", "resamples", "memory_budget_gb")
+"""Fields that no cell depends on: its seed is its own, as are task, rows and model."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +184,9 @@ def run(config: Config) -> Result:
         found = [_measure(config.of_seed(seeds[0]))]
     else:
         runs = config.runs_dir or config.folder.with_name(f"{config.folder.name}-runs")
-        grid = Grid(runs, _settings(config))
-        cells = [grid.cell(f"seed {seed}", partial(_measure, config.of_seed(seed))) for seed in seeds]
-        found = [cell for cell in cells if cell is not None]
+        cells = _cells(config, Grid(runs))
+        each = [cells.cell(f"seed {seed}", lambda seed: _measure(config.of_seed(seed)), seed=seed) for seed in seeds]
+        found = [cell for cell in each if cell is not None]
     first = found[0]
     draws = {f"{stage}.{draw_name(null, i)}" for stage, nulls in first["nulls"].items()
              for null, count in nulls.items() for i in range(count)}  # fmt: skip
@@ -219,12 +223,13 @@ def run(config: Config) -> Result:
     )  # fmt: skip
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """What a seed's kernels depend on."""
-    left_out = ("data_dir", "seeds", "resamples", "memory_budget_gb", "runs_dir", "output_dir", "overwrite")
-    options = {name: value for name, value in asdict(config.of_seed(0)).items() if name not in left_out}
+def _cells(config: Config, grid: Grid) -> Cells:
+    """The cells of a configuration; their rows are drawn from all of the task's."""
     data = load_task_data(config.task, data_dir=config.data_dir)
-    return options | {"model": config.model and Path(config.model).name, "data": data.fingerprint}
+    model = load_classifier(
+        config.model, num_labels=data.task.num_labels, pooling=config.pooling, dtype=DTYPES[config.dtype]
+    )
+    return grid.of(config, data, model_content(*model), free=FREE)
 
 
 def _measure(config: Config) -> dict[str, Any]:

@@ -19,6 +19,7 @@ default. A killed grid goes on where it was; ``--max-runs 1`` computes one more 
 
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,11 @@ from analyses.training_run import RunConfig, training_run
 from propulsion.data import TaskData, draw_rows, tokenize
 from propulsion.errors import UserError, run_command
 from propulsion.methods import Method, parse_methods
-from propulsion.pretrained import load_classifier
 from propulsion.training import evaluate
+
+FREE = ("task", "methods", "seeds", "comparison", "null_draws", "resamples", "memory_budget_gb", "run.data_dir",
+        "run.model")  # fmt: skip
+"""Fields that no cell depends on: its method, seed and factor are its own, as are task, rows and model."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +113,18 @@ def run(config: Config) -> Result | None:
     data = config.run.load(config.task)
     held_out = _held_out(config, data)
     folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    kept = ("n_examples", "n_jacobians", "block", "width")
-    settings = {name: getattr(config, name) for name in kept}
-    settings |= {"run": asdict(config.run) | {"data_dir": None}, "steps": config.steps}
-    grid = Grid(folder, settings, config.max_runs)
+    grid = Grid(folder, config.max_runs)
+    shared = grid.of(config, data, config.run.identity(data), free=FREE)
+    compute = partial(_cell, config, data, held_out)
     cells: Cells = {text: [] for text in methods}
     for seed in config.seeds:
         for text, method in methods.items():
-
-            def compute(text: str = text, method: Method = method, seed: int = seed) -> dict[str, Any]:
-                return _cell(config, data, held_out, method, seed=seed, factor=factors[text])
-
-            cell = grid.cell(f"{config.task}.{text}.x{factors[text]:.3g}.seed{seed}", compute)
+            label = f"{config.task}.{text}.x{factors[text]:.3g}.seed{seed}"
+            cell = shared.cell(label, compute, method=method, seed=seed, factor=factors[text])
             if cell is not None:
                 cells[text].append(cell)
     if grid.missing:
-        print(f"{grid.computed} cells computed, {len(grid.missing)} or more missing: run the same command again")
+        grid.say_missing()
         return None
     return _result(config, data, held_out, cells, time.time() - started)
 
@@ -140,7 +140,7 @@ def _factors(config: Config) -> dict[str, float]:
 
 
 def _held_out(config: Config, data: TaskData) -> HeldOut:
-    tokenizer = load_classifier(config.run.model, num_labels=data.task.num_labels, pooling=config.run.pooling)[1]
+    tokenizer = config.run.start(data, seed=0)[1]
     drawn = draw_rows(data.validation, data.task, config.n_examples, seed=0)
     rows = tokenize(drawn, tokenizer, data.task, config.run.training.max_length)
     columns = {name: rows[name] for name in rows.column_names if name != "labels"}
@@ -150,7 +150,7 @@ def _held_out(config: Config, data: TaskData) -> HeldOut:
 
 
 def _cell(
-    config: Config, data: TaskData, held_out: HeldOut, method: Method, *, seed: int, factor: float
+    config: Config, data: TaskData, held_out: HeldOut, *, method: Method, seed: int, factor: float
 ) -> dict[str, Any]:
     """Train once, measuring on the way."""
     started = time.time()

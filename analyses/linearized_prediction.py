@@ -16,17 +16,16 @@ else, so that gradient flow on it is exactly that of this output. A head is rand
 model (--head label_words), which has no head to train. A killed run goes on where it was.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 import tyro
 
-from analyses.grid import Grid
+from analyses.grid import Cells, Grid
 from analyses.linearized_prediction_tables import (
     FLOW,
     MAJORITY,
@@ -44,6 +43,7 @@ from analyses.publish import publish
 from analyses.results import Metric, Result, environment
 from analyses.seeds import mean_interval
 from propulsion.errors import run_command
+from propulsion.identity import model_content
 
 
 def run(config: Config) -> Result | None:
@@ -54,47 +54,41 @@ def run(config: Config) -> Result | None:
     """
     started = time.time()
     setting = setting_of(config)
-    grid = _grid(setting)
+    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
+    grid = Grid(folder, config.max_runs)
+    cells = grid.of(config, setting.data, model_content(*setting.load(0)), free=FREE)
     outcomes: list[Outcome] = []
     for seed in config.seeds:
-        outcomes += _outcomes(setting, grid, seed)
+        outcomes += _outcomes(setting, cells, seed)
     if grid.missing:
-        print(f"{grid.computed} cells computed, {len(grid.missing)} missing: run the same command again")
+        grid.say_missing()
         return None
     return _result(setting, outcomes, time.time() - started)
 
 
-def _grid(setting: Setting) -> Grid:
-    config = setting.config
-    # What only says which cells there are is in their names.
-    shared = (
-        "task", "model", "readout", "training", "permutations", "device",
-    )  # fmt: skip
-    settings = {name: value for name, value in asdict(config).items() if name in shared}
-    settings |= {"n_test": len(setting.data.validation), "fingerprint": setting.data.fingerprint}
-    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    return Grid(folder, settings, config.max_runs)
+FREE = ("data_dir", "model", "methods", "again", "sizes", "seeds", "train", "sign_limit", "comparison",
+        "memory_budget_gb")  # fmt: skip
+"""Fields that no cell depends on: its methods, sizes, seed and factor are its own, as are the rows and the model."""
 
 
-def _outcomes(setting: Setting, grid: Grid, seed: int) -> list[Outcome]:
+def _outcomes(setting: Setting, shared: Cells, seed: int) -> list[Outcome]:
     """One outcome a size; none where a cell is missing."""
     config = setting.config
-    which = hashlib.sha256(json.dumps([config.methods, config.sizes]).encode()).hexdigest()[:8]
     small = tuple(size for size in config.sizes if size <= config.sign_limit)
-    cells = [grid.cell(f"kernels-{which}.seed{seed}", lambda: kernel_cell(setting, seed))]
+    which = {"methods": setting.methods, "seed": seed}
+    cells = [shared.cell(f"kernels.seed{seed}", partial(kernel_cell, setting), sizes=config.sizes, **which)]
     if small:
-        name = f"sign-kernels-{which}-{'-'.join(map(str, small))}.seed{seed}"
-        cells.append(grid.cell(name, lambda: sign_cell(setting, small, seed)))
+        cells.append(shared.cell(f"sign-kernels.seed{seed}", partial(sign_cell, setting), sizes=small, **which))
     trained: dict[tuple[str, int, bool], dict[str, Any] | None] = {}
     for size in config.sizes if config.train else ():
         for text in config.methods:
             for again in (False, True) if text in config.again else (False,):
-                name = f"trained.{text}.x{setting.factors[text]:.3g}.n{size}{'.again' if again else ''}.seed{seed}"
-
-                def compute(text: str = text, size: int = size, again: bool = again) -> dict[str, Any]:
-                    return training_cell(setting, text, size, seed, again=again)
-
-                trained[text, size, again] = grid.cell(name, compute)
+                factor = setting.factors[text]
+                name = f"trained.{text}.x{factor:.3g}.n{size}{'.again' if again else ''}.seed{seed}"
+                trained[text, size, again] = shared.cell(
+                    name, partial(training_cell, setting), method=setting.methods[text], factor=factor, size=size,
+                    seed=seed, again=again,
+                )  # fmt: skip
     if any(cell is None for cell in (*cells, *trained.values())):
         return []
     return [_outcome(setting, size, seed, [c for c in cells if c is not None], trained) for size in config.sizes]

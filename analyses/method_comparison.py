@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from analyses.grid import Grid
+from analyses.grid import Cells, Grid
 from analyses.publish import publish
 from analyses.results import Metric, Result, environment, load_result
 from analyses.seeds import check_seeds, trained_factor, tuned_factors
@@ -35,6 +35,11 @@ from propulsion.methods import Method, parse_methods
 
 REFERENCE = "full"
 FACTOR = 3.0  # Between neighbouring learning rates.
+
+
+FREE = ("tasks", "methods", "seeds", "rates_from", "chosen_by", "rate_extensions", "resamples", "partial",
+        "run.data_dir", "run.model")  # fmt: skip
+"""Fields that no cell depends on: its task, method, seed and factor are its own, as are the rows and the model."""
 
 
 @dataclass(frozen=True)
@@ -105,19 +110,15 @@ def run(config: Config) -> Result | None:
     if config.resamples < 1 or config.rate_extensions < 0:
         raise UserError("resamples must be at least 1, rate_extensions not negative")
     folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    settings = {
-        "run": asdict(config.run) | {"data_dir": None},
-        "tuning_steps": config.tuning_steps,
-        "chosen_by": config.chosen_by,
-    }
-    grid = Grid(folder, settings, config.max_runs)
+    grid = Grid(folder, config.max_runs)
     compared, sources = [], {}
     for task in config.tasks:
         data = config.run.load(task)
         sources[task] = {"source": data.source.rsplit("/", 1)[-1], "fingerprint": data.fingerprint}
-        compared += _task(config, grid, data, methods)
+        cells = grid.of(config, data, config.run.identity(data), free=FREE)
+        compared += _task(config, cells, data, methods)
     if grid.missing:
-        print(f"{grid.computed} cells computed, {len(grid.missing)} or more missing: run the same command again")
+        grid.say_missing()
         if not config.partial:
             return None
     if not compared:
@@ -125,21 +126,22 @@ def run(config: Config) -> Result | None:
     return _result(config, compared, sources, time.time() - started)
 
 
-def _task(config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]) -> list[Comparison]:
+def _task(config: Config, cells: Cells, data: TaskData, methods: dict[str, Method]) -> list[Comparison]:
     """Tune, then train every method once a seed; empty if a cell of the first seed is missing."""
     name = data.task.name
-    factors, tried = _chosen(config, grid, data, methods)
+    factors, tried = _chosen(config, cells, data, methods)
     if factors.keys() != methods.keys():
         return []
     runs: dict[str, list[dict[str, Any]]] = {text: [] for text in methods}
+
+    def compute(*, method: Method, factor: float, seed: int) -> dict[str, Any]:
+        return training_run(config.run, data, method, seed=seed, rate_multiplier=factor)
+
     for seed in config.seeds:
         found = {}
         for text, method in methods.items():
-
-            def compute(method: Method = method, factor: float = factors[text], seed: int = seed) -> dict[str, Any]:
-                return training_run(config.run, data, method, seed=seed, rate_multiplier=factor)
-
-            found[text] = grid.cell(f"{name}.{text}.x{factors[text]:.3g}.seed{seed}", compute)
+            label, factor = f"{name}.{text}.x{factors[text]:.3g}.seed{seed}", factors[text]
+            found[text] = cells.cell(label, compute, method=method, factor=factor, seed=seed)
         complete = {text: cell for text, cell in found.items() if cell is not None}
         if complete.keys() != methods.keys():
             break
@@ -151,11 +153,11 @@ def _task(config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]
 
 
 def _chosen(
-    config: Config, grid: Grid, data: TaskData, methods: dict[str, Method]
+    config: Config, cells: Cells, data: TaskData, methods: dict[str, Method]
 ) -> tuple[dict[str, float], dict[str, dict[float, Trial]]]:
     """Factor of every method whose tuning is complete, and what was tried."""
     if config.rates_from is None:
-        tried = {text: _tune(config, grid, data, text, method) for text, method in methods.items()}
+        tried = {text: _tune(config, cells, data, text, method) for text, method in methods.items()}
     elif config.chosen_by == "loss":
         factors = tuned_factors(config.rates_from)
         _check_present(methods, factors, config.rates_from)
@@ -190,20 +192,20 @@ def tried_rates(comparison: Path) -> dict[str, dict[float, Trial]]:
     return tried
 
 
-def _tune(config: Config, grid: Grid, data: TaskData, text: str, method: Method) -> dict[float, Trial]:
+def _tune(config: Config, cells: Cells, data: TaskData, text: str, method: Method) -> dict[float, Trial]:
     """Held-out training rows by factor; empty if a cell is missing."""
     part = tuning_split(data)
     shorter = replace(config.run, training=replace(config.run.training, steps=config.tuning_steps))
 
-    def trial(factor: float) -> Trial | None:
-        def compute() -> dict[str, float | None]:
-            try:
-                found = training_run(shorter, part, method, seed=0, rate_multiplier=factor)
-            except Diverged:
-                return {"loss": None, "score": None}
-            return {"loss": found["validation_loss"], "score": next(iter(found["scores"].values()))}
+    def compute(*, tuned: Method, factor: float) -> dict[str, float | None]:
+        try:
+            found = training_run(shorter, part, tuned, seed=0, rate_multiplier=factor)
+        except Diverged:
+            return {"loss": None, "score": None}
+        return {"loss": found["validation_loss"], "score": next(iter(found["scores"].values()))}
 
-        cell = grid.cell(f"{data.task.name}.{text}.tuning{factor:.3g}", compute)
+    def trial(factor: float) -> Trial | None:
+        cell = cells.cell(f"{data.task.name}.{text}.tuning{factor:.3g}", compute, tuned=method, factor=factor)
         return None if cell is None else Trial(cell["loss"], cell["score"])
 
     found: dict[float, Trial] = {}

@@ -52,10 +52,15 @@ from analyses.seeds import check_seeds, over_seeds
 from ntk.adapters import layers_of
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
+from propulsion.identity import model_content
 from propulsion.pretrained import fingerprint, pooling_of
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 STAGE = STAGES[0]
+
+
+FREE = ("task", "data_dir", "model", "seeds", "top", "resamples", "memory_budget_gb")
+"""Fields that no cell depends on: its seed is its own, as are task, rows and model."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +138,9 @@ def run(config: Config) -> Result:
     started = time.time()
     data = config.readout.rows(load_task_data(config.task, data_dir=config.data_dir))
     runs = config.runs_dir or config.folder.with_name(f"{config.folder.name}-runs")
-    grid = Grid(runs, _settings(config, data))
-    cells = [grid.cell(f"seed {seed}", partial(_measure, config, data, seed)) for seed in config.seeds]
-    found = [cell for cell in cells if cell is not None]
+    cells = Grid(runs).of(config, data, _identity(config, data), free=FREE)
+    each = [cells.cell(f"seed {seed}", partial(_measure, config, data), seed=seed) for seed in config.seeds]
+    found = [cell for cell in each if cell is not None]
     kernels = [_with_labels(cell["arrays"], regression=data.task.is_regression) for cell in found]
     comparison = SeedComparison(kernels, config.seeds, STAGE, config.resamples)
     first = found[0]
@@ -183,14 +188,12 @@ def run(config: Config) -> Result:
     )
 
 
-def _settings(config: Config, data: TaskData) -> dict[str, Any]:
-    """What a seed's kernels depend on."""
-    names = ("task", "readout", "n_examples", "methods", "null_draws", "dtype")
-    options = asdict(config)
-    return {name: options[name] for name in names} | {"model": config.model_name, "data": data.fingerprint}
+def _identity(config: Config, data: TaskData) -> str:
+    """The model, known by its content."""
+    return model_content(*config.readout.load(config.model, num_labels=data.task.num_labels, seed=0))
 
 
-def _measure(config: Config, data: TaskData, seed: int) -> dict[str, Any]:
+def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
     """All kernels of one seed, traced over the outputs, by name."""
     started, seconds = time.time(), {}
     network = _network(config, data, seed)

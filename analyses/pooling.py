@@ -29,9 +29,13 @@ from analyses.tables import format_table, number
 from analyses.training_run import RunConfig, chance_score, training_run
 from propulsion.data import TaskData, draw_rows, tokenize
 from propulsion.errors import UserError, run_command
+from propulsion.identity import model_content
 from propulsion.methods import parse_methods
 from propulsion.pretrained import Pooling, check_pooling
 from propulsion.training import TrainingConfig
+
+FREE = ("tasks", "poolings", "methods", "seeds", "run.data_dir", "run.model")
+"""Fields that no cell depends on: its pooling, method and seed are its own, as are task, rows and model."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,19 @@ def run(config: Config) -> Result:
     if config.run.pooling != "auto":
         raise UserError("give the poolings to compare by --poolings, and leave out --pooling")
     data = {task: config.run.load(task) for task in config.tasks}
-    settings = {"run": asdict(config.run) | {"data_dir": None}, "n_examples": config.n_examples,
-                "rows": {task: rows.fingerprint for task, rows in data.items()}}  # fmt: skip
-    grid = Grid(config.output_dir.with_name(f"{config.output_dir.name}-runs"), settings)
+    grid = Grid(config.output_dir.with_name(f"{config.output_dir.name}-runs"))
     scores, shares = [], []
     for task, pooling, seed in _cases(config):
         place = {"task": task, "pooling": pooling, "seed": seed}
-        found = grid.cell(f"{task} {pooling} kernel seed {seed}", partial(_kernel, config, data[task], pooling, seed))
+        model = model_content(*_load(config, data[task], pooling, 0))
+        cells = grid.of(config, data[task], model, free=FREE)
+        compute = partial(_kernel, config, data[task])
+        found = cells.cell(f"{task} {pooling} kernel seed {seed}", compute, pooling=pooling, seed=seed)
         assert found is not None
         shares += [place | row for row in found["shares"]]
         for text, method in methods.items():
-            cell = grid.cell(
-                f"{task} {pooling} {text} seed {seed}", partial(_trained, config, data[task], pooling, method, seed)
-            )
+            label, compute = f"{task} {pooling} {text} seed {seed}", partial(_trained, config, data[task])
+            cell = cells.cell(label, compute, pooling=pooling, method=method, seed=seed)
             assert cell is not None
             scores.append(place | {"method": text} | cell)
     chances = {task: chance_score(rows) for task, rows in data.items()}
@@ -96,7 +100,7 @@ def run(config: Config) -> Result:
         tables={"scores": scores, "shares": shares, "chance": [{"task": t, "score": s} for t, s in chances.items()]},
         arrays={}, model={"name": config.run.model or "MiniLM-L6 (packaged)", "pooling": list(config.poolings)},
         dataset={"name": ", ".join(config.tasks), "metric": {t: rows.task.metrics[0] for t, rows in data.items()},
-                 "fingerprint": settings["rows"]},
+                 "fingerprint": {task: rows.fingerprint for task, rows in data.items()}},
         environment=environment(), seconds={"this call": time.time() - started},
         coverage={"full": "the backbone, without the head"},
     )  # fmt: skip
@@ -111,12 +115,13 @@ def _mean(label: str, name: str, stage: str, rows: list[dict[str, Any]], like: d
     return Metric(name, float(np.mean(same)), None, None, "", stage, label, "")
 
 
-def _trained(config: Config, data: TaskData, pooling: Pooling, method: Any, seed: int) -> dict[str, Any]:
-    load = partial(
-        Readout(pooling=pooling).load, config.run.model, num_labels=data.task.num_labels, seed=seed,
-        device=config.run.device,
-    )  # fmt: skip
-    found = training_run(config.run, data, method, seed=seed, load=load)
+def _load(config: Config, data: TaskData, pooling: Pooling, seed: int) -> tuple[Any, Any]:
+    labels, device = data.task.num_labels, config.run.device
+    return Readout(pooling=pooling).load(config.run.model, num_labels=labels, seed=seed, device=device)
+
+
+def _trained(config: Config, data: TaskData, *, pooling: Pooling, method: Any, seed: int) -> dict[str, Any]:
+    found = training_run(config.run, data, method, seed=seed, load=lambda: _load(config, data, pooling, seed))
     names = ("validation_loss", "trained_parameters", "learning_rates")
     losses = [float(np.mean(part)) for part in (found["losses"][:10], found["losses"][-10:])]
     return {name: found[name] for name in names} | {
@@ -125,11 +130,9 @@ def _trained(config: Config, data: TaskData, pooling: Pooling, method: Any, seed
     }  # fmt: skip
 
 
-def _kernel(config: Config, data: TaskData, pooling: Pooling, seed: int) -> dict[str, Any]:
+def _kernel(config: Config, data: TaskData, *, pooling: Pooling, seed: int) -> dict[str, Any]:
     """Shares of the places of a model in the trace of the kernel of its backbone, and of Propulsion's."""
-    model, tokenizer = Readout(pooling=pooling).load(
-        config.run.model, num_labels=data.task.num_labels, seed=seed, device=config.run.device
-    )
+    model, tokenizer = _load(config, data, pooling, seed)
     drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
     rows = tokenize(drawn, tokenizer, data.task, config.run.training.max_length)
     columns = {name: rows[name] for name in rows.column_names if name != "labels"}

@@ -1,6 +1,7 @@
 """The cells of `analyses.linearized_prediction`: what kernels predict, and the networks that are really trained."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from analyses.method_kernels import HEAD, Tangents, model_inputs, tangents, with
 from analyses.prediction_setting import Config, Setting
 from analyses.training_run import RunConfig, training_run
 from propulsion.errors import UserError
+from propulsion.methods import Method
 from propulsion.training import predict
 
 _ANOTHER_ORDER = 1000  # Added to the seed of a network trained again.
@@ -39,14 +41,14 @@ class Start:
     f0: Tensor
 
 
-def start_of(setting: Setting, size: int, seed: int) -> Start:
+def start_of(setting: Setting, methods: Mapping[str, Method], size: int, seed: int) -> Start:
     """The model before training, its tangents by every method, and its outputs on all rows."""
     config, data = setting.config, setting.data
     model, tokenizer = setting.load(seed)
     rows = concatenate_datasets([setting.rows(size, seed), data.validation])
     length = config.training.max_length
     degree = data.task.degree
-    found = tangents(model, setting.methods, task_type=setting.task_type, seed=seed, degree=degree)
+    found = tangents(model, methods, task_type=setting.task_type, seed=seed, degree=degree)
     logits = predict(model, tokenizer, replace(data, validation=rows), max_length=length).double()
     inputs = model_inputs(rows, tokenizer, data.task, max_length=length, device=config.device)
     return Start(model, inputs, found, logits[:, 1] - logits[:, 0])
@@ -62,11 +64,13 @@ def _rows(kernel: Tensor, size: int, largest: int) -> Tensor:
     return kernel[keep][:, keep]
 
 
-def kernel_cell(setting: Setting, seed: int) -> dict[str, Any]:
+def kernel_cell(
+    setting: Setting, *, methods: Mapping[str, Method], sizes: tuple[int, ...], seed: int
+) -> dict[str, Any]:
     """Tangent kernels, computed once over all rows, and what they predict at every size."""
     started, config = time.time(), setting.config
-    largest = max(config.sizes)
-    start = start_of(setting, largest, seed)
+    largest = max(sizes)
+    start = start_of(setting, methods, largest, seed)
     try:
         pieces = ntk.adapter_kernels(
             start.model, start.inputs, start.tangents.methods, output=ntk.outputs.margin(), reduce="trace",
@@ -77,21 +81,21 @@ def kernel_cell(setting: Setting, seed: int) -> dict[str, Any]:
     pieces = {name: kernel.cpu() for name, kernel in pieces.items()}
     hidden = ntk.hidden_state_kernel(start.model, start.inputs).detach().cpu()
     headed = HEAD in pieces
-    own = {(REGRESSION, text): pieces[text] for text in setting.methods}
+    own = {(REGRESSION, text): pieces[text] for text in methods}
     jobs = own | {(FLOW, text): kernel for (_, text), kernel in own.items()}
     if headed:
-        both = with_head(pieces, list(setting.methods))
-        jobs |= {(WITH_HEAD, text): both[text] for text in setting.methods if text != HEAD}
+        both = with_head(pieces, list(methods))
+        jobs |= {(WITH_HEAD, text): both[text] for text in methods if text != HEAD}
         jobs[REGRESSION, HEAD] = pieces[HEAD]
     jobs[REGRESSION, HIDDEN] = hidden
     found, permuted = [], {}
-    for size in config.sizes:
+    for size in sizes:
         y, f0 = setting.targets(size, seed), _first(start.f0, size, largest)
         for (predictor, name), kernel in jobs.items():
             function = predictions.flow if predictor == FLOW else predictions.regression
             f, strength = predictions.predict(function, _rows(kernel, size, largest), y, f0, seed=seed)
             found.append(_entry(size, predictor, name, f, strength))
-        first = next(iter(setting.methods))
+        first = next(iter(methods))
         chosen = {(e["size"], e["predictor"], e["method"]): e["strength"] for e in found}
         ridge = chosen[size, REGRESSION, first]
         kernel = _rows(pieces[first], size, largest)
@@ -119,10 +123,10 @@ def _entry(size: int, predictor: str, method: str, f: Tensor, strength: float) -
     return {"size": size, "predictor": predictor, "method": method, "f": f.tolist(), "strength": strength}
 
 
-def sign_cell(setting: Setting, sizes: tuple[int, ...], seed: int) -> dict[str, Any]:
+def sign_cell(setting: Setting, *, methods: Mapping[str, Method], sizes: tuple[int, ...], seed: int) -> dict[str, Any]:
     """Sign-gradient kernels of all that is trained, each parameter at its own learning rate, as Adam's steps have."""
     started, config, largest = time.time(), setting.config, max(sizes)
-    start = start_of(setting, largest, seed)
+    start = start_of(setting, methods, largest, seed)
     try:
         pieces = ntk.sign_gradient_kernels(
             start.model, start.inputs, start.tangents.methods, output=ntk.outputs.margin(),
@@ -132,7 +136,7 @@ def sign_cell(setting: Setting, sizes: tuple[int, ...], seed: int) -> dict[str, 
         raise UserError(f"{error} (--sign-limit, --n-test, --memory-budget-gb)") from error
     kernels = with_head(
         {name: ntk.reduce_outputs(kernel, "trace").cpu() for name, kernel in pieces.items()},
-        list(setting.methods),
+        list(methods),
         start.tangents.rates,
     )
     found = []
@@ -146,14 +150,16 @@ def sign_cell(setting: Setting, sizes: tuple[int, ...], seed: int) -> dict[str, 
     return {"predictions": found, "seconds": time.time() - started}
 
 
-def training_cell(setting: Setting, text: str, size: int, seed: int, *, again: bool) -> dict[str, Any]:
+def training_cell(
+    setting: Setting, *, method: Method, factor: float, size: int, seed: int, again: bool
+) -> dict[str, Any]:
     """The network that a method trains on the training rows, from the same start as the kernels'."""
     config = setting.config
     run_config = RunConfig(training=config.training, device=config.device)
     data = replace(setting.data, train=setting.rows(size, seed))
     found = training_run(
-        run_config, data, setting.methods[text], seed=seed + (_ANOTHER_ORDER if again else 0),
-        rate_multiplier=setting.factors[text], keep_logits=True, load=lambda: setting.load(seed),
+        run_config, data, method, seed=seed + (_ANOTHER_ORDER if again else 0),
+        rate_multiplier=factor, keep_logits=True, load=lambda: setting.load(seed),
         task_type=setting.task_type,
     )  # fmt: skip
     logits = found["logits"]

@@ -17,6 +17,7 @@ from scipy.special import logsumexp
 from transformers import TrainerCallback
 
 from propulsion.data import TaskData, load_task_data
+from propulsion.identity import model_content
 from propulsion.methods import Method, apply_method, trainable_parameters
 from propulsion.metrics import METRICS
 from propulsion.pretrained import Pooling, find_pooling, load_classifier
@@ -61,6 +62,15 @@ class RunConfig:
         sizes = {"n_train": len(whole.train), "n_validation": len(whole.validation)}
         wanted = {name: min(getattr(self, name), size) for name, size in sizes.items()}
         return load_task_data(task, data_dir=folder, **wanted, seed=0)
+
+    def identity(self, data: TaskData) -> str:
+        """The model that every run starts from, known by its content."""
+        return model_content(*self.start(data, seed=0))
+
+    def start(self, data: TaskData, *, seed: int) -> tuple[Any, Any]:
+        """The model before training, with a head drawn from the seed, and its tokenizer."""
+        options = {"num_labels": data.task.num_labels, "pooling": self.pooling, "seed": seed, "device": self.device}
+        return load_classifier(self.model, **options)
 
 
 def model_identity(model: str | None, pooling: Pooling) -> dict[str, str]:
@@ -112,11 +122,7 @@ def training_run(
     """
     reset_peak(config.device)
     degree = data.task.degree if config.degree is None else config.degree
-    if load is None:
-        options = {"num_labels": data.task.num_labels, "pooling": config.pooling, "seed": seed, "device": config.device}
-        model, tokenizer = load_classifier(config.model, **options)
-    else:
-        model, tokenizer = load()
+    model, tokenizer = config.start(data, seed=seed) if load is None else load()
     model = apply_method(model, method.with_defaults(degree=degree), task_type=task_type, seed=seed)
     rate_multiplier *= config.training.rate_multiplier
     training = dataclasses.replace(config.training, seed=seed, rate_multiplier=rate_multiplier)

@@ -1,13 +1,18 @@
 """A grid: each cell computed once, whatever stops it, and never mixed with another experiment's."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
-from analyses.grid import Grid
+from analyses.grid import Cells, Grid
 from analyses.seeds import mean_interval
-from propulsion.errors import UserError
+from propulsion.errors import Interrupted, UserError, run_command
+
+
+def cells(folder, **settings) -> Any:
+    return Cells(Grid(folder), settings)
 
 
 def test_a_cell_is_computed_once(tmp_path):
@@ -17,8 +22,8 @@ def test_a_cell_is_computed_once(tmp_path):
         calls.append(1)
         return {"value": 0.1, "odd": float("nan")}
 
-    first = Grid(tmp_path / "runs", {"steps": 3}).cell("a:b/c", compute)
-    assert Grid(tmp_path / "runs", {"steps": 3}).cell("a:b/c", compute) == first == {"value": 0.1, "odd": None}
+    first = cells(tmp_path / "runs", steps=3).cell("a:b/c", compute)
+    assert cells(tmp_path / "runs", steps=3).cell("a:b/c", compute) == first == {"value": 0.1, "odd": None}
     assert len(calls) == 1
 
 
@@ -28,8 +33,8 @@ def test_arrays_come_back_as_they_were(tmp_path):
     def compute():
         return {"value": 1, "arrays": arrays}
 
-    first = Grid(tmp_path, {}).cell("seed 0.5", compute)
-    again = Grid(tmp_path, {}).cell("seed 0.5", lambda: pytest.fail("computed twice"))
+    first = cells(tmp_path).cell("seed 0.5", compute)
+    again = cells(tmp_path).cell("seed 0.5", lambda: pytest.fail("computed twice"))
     for found in (first, again):
         assert found is not None
         assert found.keys() == {"value", "arrays"}
@@ -37,40 +42,63 @@ def test_arrays_come_back_as_they_were(tmp_path):
         for name, array in arrays.items():
             assert found["arrays"][name].dtype == array.dtype
             np.testing.assert_array_equal(found["arrays"][name], array)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-0.5.json", "seed-0.5.npz"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".npz"]
+    assert all(path.name.startswith("seed-0.5.") for path in tmp_path.iterdir())
 
 
 def test_the_number_of_runs_is_limited_and_the_rest_named(tmp_path):
-    grid = Grid(tmp_path, {}, max_runs=1)
-    assert [grid.cell(name, lambda: {"x": 1}) for name in "abc"] == [{"x": 1}, None, None]
+    grid = Grid(tmp_path, max_runs=1)
+    assert [Cells(grid, {}).cell(name, lambda: {"x": 1}) for name in "abc"] == [{"x": 1}, None, None]
     assert (grid.computed, grid.missing) == (1, ["b", "c"])
-    again = Grid(tmp_path, {}, max_runs=1)
-    assert [again.cell(name, lambda: {"x": 1}) for name in "abc"] == [{"x": 1}, {"x": 1}, None]
+    again = Grid(tmp_path, max_runs=1)
+    assert [Cells(again, {}).cell(name, lambda: {"x": 1}) for name in "abc"] == [{"x": 1}, {"x": 1}, None]
 
 
-def test_an_interrupted_cell_leaves_nothing(tmp_path):
+def test_an_interrupted_cell_leaves_nothing_and_the_rest_is_said(tmp_path, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        Grid(tmp_path, {}).cell("a", interrupted)
+    grid = cells(tmp_path)
+    with pytest.raises(Interrupted, match=r"^0 finished cells are in"):
+        grid.cell("a", interrupted)
     assert list(tmp_path.iterdir()) == []
+    grid.cell("b", dict)
+
+    def go_on():
+        again = cells(tmp_path)
+        again.cell("b", interrupted)
+        again.cell("c", interrupted)
+
+    with pytest.raises(SystemExit):
+        run_command(go_on)
+    expected = f"interrupted; 1 finished cells are in {tmp_path}: the same command goes on with c\n"
+    assert capsys.readouterr().err == expected
 
 
-def test_cells_of_other_settings_are_refused(tmp_path):
-    Grid(tmp_path, {"steps": 3, "rate": 1}).cell("a", dict)
-    with pytest.raises(UserError, match=r"holds runs of other settings \(steps\)"):
-        Grid(tmp_path, {"steps": 4, "rate": 1}).cell("a", dict)
+def test_cells_of_other_settings_lie_side_by_side(tmp_path, capsys):
+    """Neither is taken for the other, be it that what all share differs, or what is its own though the name is one."""
+    kinds = [({"steps": 3}, 1.0), ({"steps": 4}, 1.0), ({"steps": 3}, 1.0 + 1e-9), ({}, 1.0)]
+
+    def each():
+        return [cells(tmp_path, **shared).cell("a", lambda factor, n=n: {"n": n, "at": factor}, factor=factor)
+                for n, (shared, factor) in enumerate(kinds)]  # fmt: skip
+
+    first = each()
+    assert [found["n"] for found in first] == [0, 1, 2, 3]
+    assert "(3 of other settings, rows or weights beside it)" in capsys.readouterr().out
+    assert each() == first
+    assert len(list(tmp_path.iterdir())) == 4
+    (tmp_path / "a.json").write_text('{"found": {"n": 9}, "settings": {}}')  # As older versions wrote them.
+    assert each() == first
 
 
 def test_a_damaged_cell_is_named(tmp_path):
-    Grid(tmp_path, {}).cell("a", dict)
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(UserError, match=r"a\.json is damaged"):
-        Grid(tmp_path, {}).cell("a", dict)
-    (tmp_path / "a.json").write_text(json.dumps({"found": {}}))
-    with pytest.raises(UserError, match=r"a\.json is damaged"):
-        Grid(tmp_path, {}).cell("a", dict)
+    cells(tmp_path).cell("a", dict)
+    (path,) = tmp_path.iterdir()
+    for damaged in ("{", "[]", json.dumps({"found": {}}), json.dumps({"found": {}, "settings": {"of": "others"}})):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=rf"{path.name} is damaged"):
+            cells(tmp_path).cell("a", dict)
 
 
 def test_students_interval():
@@ -83,21 +111,24 @@ def test_students_interval():
 
 
 def test_arrays_without_their_cell_are_computed_again(tmp_path):
-    (tmp_path / "a.npz").write_bytes(b"left by a killed run")
-    found = Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"kernel": np.ones(2)}})
+    cells(tmp_path).cell("a", lambda: {"arrays": {"kernel": np.zeros(2)}})
+    (cell,) = tmp_path.glob("*.json")
+    cell.unlink()
+    cell.with_suffix(".npz").write_bytes(b"left by a killed run")
+    found = cells(tmp_path).cell("a", lambda: {"arrays": {"kernel": np.ones(2)}})
     assert found is not None
-    assert Grid(tmp_path, {}).cell("a", dict)["arrays"]["kernel"].tolist() == [1, 1]
+    assert cells(tmp_path).cell("a", dict)["arrays"]["kernel"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "another", "absent"])
 def test_damaged_arrays_are_named(tmp_path, damage):
-    Grid(tmp_path, {}).cell("a", lambda: {"arrays": {"kernel": np.ones(200)}})
-    path = tmp_path / "a.npz"
+    cells(tmp_path).cell("a", lambda: {"arrays": {"kernel": np.ones(200)}})
+    (path,) = tmp_path.glob("*.npz")
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:50])
     elif damage == "another":
         np.savez(path, kernel=np.ones(3))
     else:
         path.unlink()
-    with pytest.raises(UserError, match=r"a\.npz is damaged .* remove it and a\.json"):
-        Grid(tmp_path, {}).cell("a", dict)
+    with pytest.raises(UserError, match=rf"{path.name} is damaged .* remove it and {path.stem}.json"):
+        cells(tmp_path).cell("a", dict)

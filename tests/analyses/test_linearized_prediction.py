@@ -109,7 +109,7 @@ def test_a_network_near_its_start_moves_as_its_kernel_says(tiny_model):
     """One small step of gradient descent on everything, from the start that the kernel cell has."""
     config = Config(model=str(tiny_model), methods=("full",), sizes=(8,), n_test=8, training=TRAINING, sign_limit=0)
     setting = setting_of(config)
-    start = start_of(setting, 8, 0)
+    start = start_of(setting, setting.methods, 8, 0)
     model = start.model.eval()
     f0 = ntk.outputs.margin()(model(**start.inputs), None)[:, 0].detach().double()
     torch.testing.assert_close(f0, start.f0, rtol=1e-4, atol=1e-5)
