@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import ntk
 from ntk import adapters
 from propulsion import PropulsionConfig
+from propulsion.layer import PropulsionLayer
 
 EXACT = 1e-10
 _SIZES = {
@@ -338,3 +339,17 @@ def test_plain_layers_take_the_fast_way(family, caplog):
     # T5 shares its bias by position between examples.
     assert all("relative_attention_bias" in message and message.count("(") == 2 for message in slow)
     assert bool(slow) == (family == "t5")
+
+
+@pytest.mark.parametrize("family", TEXT)
+def test_the_same_words_mean_the_layers_that_training_adapts(family):
+    """Of Propulsion on everything, for a classifier. What the model never uses has no kernel, and gets no scale."""
+    model = text_model(family)
+    trained = peft.get_peft_model(copy.deepcopy(model), PropulsionConfig(task_type="SEQ_CLS"))
+    bare = trained.get_base_model().named_modules()
+    scaled = {name for name, module in bare if isinstance(module, PropulsionLayer)}
+    layers = set(adapters.layers_of(model))
+    assert scaled <= layers
+    for idle in layers - scaled:
+        with pytest.raises(ValueError, match="trains nothing in this model that its output depends on"):
+            ntk.adapter_kernels(model, batch_for(family, (4,)), {"it": adapters.Propulsion(modules=idle)})
