@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from task_rows import ROWS, write_rows
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from propulsion import run_folder
+from propulsion import manifest, run_folder
 from propulsion import trainer as trainer_module
 from propulsion.adapters import load_adapter
 from propulsion.data import load_task_data
@@ -322,11 +322,9 @@ def test_a_disk_that_is_full_at_the_end(config, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    write = run_folder.write_json
+    write = manifest.write_json
     with monkeypatch.context() as patch:
-        patch.setattr(
-            run_folder, "write_json", lambda path, *rest: (full if path.name == RESULT else write)(path, *rest)
-        )
+        patch.setattr(manifest, "write_json", lambda path, *rest: (full if path.name == RESULT else write)(path, *rest))
         with pytest.raises(UserError, match=r"cannot write .*result.json: No space left on device"):
             run(short)
     result = run(short)
