@@ -127,6 +127,12 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def first_line(error: Exception) -> str:
+    """What an exception is and says, cut to one short line."""
+    words = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {words}"
+
+
 class RandomNumbers(ValueError):
     """The model draws random numbers in evaluation mode."""
 

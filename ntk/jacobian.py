@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ntk import inputs as _inputs
 from ntk.counts import BY_REFERENCE, note
-from ntk.functional import Parameters, RandomNumbers, call, fresh, is_encoder_decoder, output_function
+from ntk.functional import Parameters, RandomNumbers, call, first_line, fresh, is_encoder_decoder, output_function
 from ntk.inputs import Group, Inputs
 from ntk.kernels import Layout, mirrored
 from ntk.outputs import Output
@@ -110,7 +110,7 @@ def jacobian_function(model: nn.Module, output: Output | None) -> Callable[..., 
             except Exception as error:  # whatever it is, the loop meets it too, or does without
                 if "randomness" in str(error):
                     raise RandomNumbers from error
-                looping.append(_first_line(error))
+                looping.append(first_line(error))
             name = type(model).__name__
             logger.info("no vmap over %s (%s): one backward pass per output instead", name, looping[0])
         return _looped_jacobian(model, output, params, group)
@@ -188,7 +188,7 @@ def alone(model: nn.Module, output: Output | None, group: Group, position: int) 
         raise
     except Exception as error:
         raise ValueError(
-            f"the model, or output=, fails on example {group.indices[position]} by itself: {_first_line(error)}"
+            f"the model, or output=, fails on example {group.indices[position]} by itself: {first_line(error)}"
         ) from error
 
 
@@ -205,15 +205,9 @@ def gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"the model cannot be differentiated: {_first_line(error)}") from error
+        raise ValueError(f"the model cannot be differentiated: {first_line(error)}") from error
     dense = [g.to_dense() if g is not None and g.layout != torch.strided else g for g in found]
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), dense, strict=True)}
-
-
-def _first_line(error: Exception) -> str:
-    """What an exception is and says, cut to one short line."""
-    words = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return f"{type(error).__name__}: {words}"
 
 
 def _number_of_outputs(model: nn.Module, group: Group, output: Output | None) -> int:

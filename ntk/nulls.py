@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntk.functional import ParameterChoice, evaluation, select_parameters
+from ntk.functional import ParameterChoice, evaluation, fresh, select_parameters
 from ntk.inputs import Inputs, batch_size, group_examples
 from ntk.jacobian import selected_jacobian_rows
 from ntk.kernels import Kernel, flatten, layout_of
@@ -116,7 +116,7 @@ def hidden_state_kernel(model: nn.Module, inputs: Inputs) -> Float[Tensor, "n n"
     with evaluation(model, inputs):
         for group in group_examples(inputs):
             for position, index in enumerate(group.indices):
-                example: dict[str, Any] = group.example(position)
+                example: dict[str, Any] = fresh(group.example(position))
                 hidden = None
                 if "" not in example:
                     example.pop("labels", None)

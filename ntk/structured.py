@@ -24,7 +24,7 @@ from ntk import jacobian
 from ntk.capture import Place
 from ntk.counts import PASSES, note
 from ntk.features import Dense, Feature
-from ntk.functional import Parameters, is_encoder_decoder
+from ntk.functional import Parameters, first_line, is_encoder_decoder
 from ntk.gram import CHUNK, gram
 from ntk.inputs import Group, Inputs
 from ntk.kernels import Layout, mirrored
@@ -64,12 +64,10 @@ def layer_kernels(
     found: dict[str, Tensor] = {}
     try:
         found, left = kernels(model, inputs, inputs2, wanted=parameter_kernels(params, summed=summed), **options)
-    except MemoryError:
-        raise
-    except Exception as error:
+    except ValueError as error:
         # What the capture stumbles over, the reference may not; and a mistake of the caller's is one there too.
-        left = dict.fromkeys(params, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-        logger.info("not captured: all parameters (%s)", next(iter(left.values())))
+        logger.info("not captured: all parameters (%s)", first_line(error))
+        left = dict.fromkeys(params, first_line(error))
     if left:
         logger.info("by the reference instead: %s", ", ".join(left))
         rest = jacobian.layer_kernels(
@@ -108,11 +106,27 @@ def kernels(
         MemoryError: ``memory_budget`` is too small for two examples; says the least that is needed. With ``signed``,
             too small for all examples at once.
     """
+    left = dict.fromkeys([*wanted.shares, *wanted.weights], "")  # parameters still to be done -> why they were not
+    try:
+        return _kernels(model, inputs, inputs2, left, wanted, output, layout, memory_budget, progress, signed)
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # of models that are not captured, whatever the parameter
+        own = isinstance(error, NotImplementedError) and "\n" not in str(error)
+        why = str(error) if own else first_line(error)
+        logger.info("not captured: all parameters (%s)", why)
+        return {}, dict.fromkeys(left, why)
+
+
+def _kernels(
+    model: nn.Module, inputs: Inputs, inputs2: Inputs | None, left: dict[str, str], wanted: Wanted,
+    output: Output | None, layout: Layout, memory_budget: int | float | None, progress: bool, signed: bool,
+) -> tuple[dict[str, Tensor], dict[str, str]]:  # fmt: skip
+    """As :func:`kernels`; ``left`` are the parameters to be done."""
     encoder_decoder = is_encoder_decoder(model)
     groups1 = _inputs.group_examples(inputs, encoder_decoder=encoder_decoder)
     groups2 = [] if inputs2 is None else _inputs.group_examples(inputs2, encoder_decoder=encoder_decoder)
     found: dict[str, Tensor] = {}
-    left = dict.fromkeys([*wanted.shares, *wanted.weights], "")  # parameters still to be done -> why they were not
     # Together, then one example at a time, where rows of different examples cannot be mistaken for one another.
     for check in (check_together, check_alone):
         with requiring_gradients(model, left) as leaves:

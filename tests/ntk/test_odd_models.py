@@ -398,3 +398,20 @@ def test_the_least_memory_that_is_named_is_enough(n, layers):
             compute(model, x, method=method, memory_budget=2_000)
         least = float(re.search(r"at least ([\d.]+) MB", str(caught.value))[1]) * 1e6
         compute(model, x, method=method, memory_budget=least)
+
+
+@pytest.mark.parametrize("make", [Functional, WholeCheckpointed, lambda: SparseBuffer("coo")])
+def test_kernels_of_adapters_say_in_one_line_what_they_cannot_capture(make):
+    torch.manual_seed(0)
+    model, x = make().double(), X
+    methods = {"Propulsion": ntk.adapters.Propulsion()}
+    for compute in (ntk.adapter_kernels, ntk.sign_gradient_kernels):
+        try:
+            found = compute(model, x, methods)["Propulsion"]
+        except NotImplementedError as error:
+            words = str(error)
+        else:
+            assert bool(torch.isfinite(found).all())
+            continue
+        assert "cannot be captured" in words
+        assert "\n" not in words
