@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ntk import inputs as _inputs
 from ntk.adapters import Layer, Method, matrix_of
 from ntk.features import Feature, Lookup, Outer
-from ntk.functional import call, is_encoder_decoder
+from ntk.functional import call, first_line, is_encoder_decoder
 from ntk.gram import gram
 from ntk.inputs import Group, Inputs
 from ntk.jacobian import default_memory_budget, gigabytes
@@ -172,7 +172,21 @@ def _batches(sizes: Mapping[str, int], room: float) -> Iterator[list[str]]:
 
 
 def _run(model: nn.Module, output: Output | None, example: Group, layers: Mapping[str, nn.Module]) -> dict[str, _Parts]:
-    """What one example leaves at each layer."""
+    """What one example leaves at each layer, or in one line why that is not known."""
+    try:
+        return _followed(model, output, example, layers)
+    except (ValueError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise NotImplementedError(
+            f"what this model's layers do cannot be captured ({first_line(error)}): wrap the model by peft, and take "
+            "empirical_ntk(..., params='trainable') of that"
+        ) from error
+
+
+def _followed(
+    model: nn.Module, output: Output | None, example: Group, layers: Mapping[str, nn.Module]
+) -> dict[str, _Parts]:
     with torch.enable_grad(), _watching(layers) as watched:
         values = call(model, output, batch_of(example), 1)[0]
         found: dict[str, _Parts] = {}
@@ -193,6 +207,11 @@ def _run(model: nn.Module, output: Output | None, example: Group, layers: Mappin
 def _parts(w: _Watched, gradients: Mapping[int, list[Tensor | None]], c: int, dtype: torch.dtype) -> _Parts:
     def at(t: Tensor) -> Tensor:
         """(c, N, d): the gradients at a tensor of tokens."""
+        if id(t) not in gradients:  # called again by the backward pass, or on torch.func's tensors
+            raise NotImplementedError(
+                f"what {w.name} does cannot be captured, called inside of torch.func or of a checkpoint: leave it "
+                "out of the method's modules, or switch that off"
+            )
         rows = [torch.zeros_like(t) if g is None else g for g in gradients[id(t)]]
         return torch.stack([row.reshape(-1, row.shape[-1]) for row in rows]).to(dtype)
 
