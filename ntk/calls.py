@@ -35,6 +35,8 @@ def look(model: nn.Module, output: Output | None, example: Group, wanted: Wanted
             is_table = name is not None and isinstance(wanted.layers[name][0], nn.Embedding)
             if name is not None and is_table and use.output is not None and use.output._version != use.version:
                 wanted.lost.setdefault(name, "the model overwrites its output")
+    for name in capture.unmatched & wanted.layers.keys():
+        wanted.lost.setdefault(name, "its call is not just the product with its weight")
     for parameter, why in capture.unhandled.items():
         for name in wanted.weights.get(parameter, ()):
             wanted.lost.setdefault(name, why)
@@ -69,22 +71,33 @@ def _leave(weight: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], 
         return
     capture = Capture.running[-1]
     name, start = capture.entered.pop()
-    if not isinstance(output, Tensor):
-        return
+    if not (
+        isinstance(output, Tensor) and _tell(capture, name, start, weight, module, (*args, *kwargs.values()), output)
+    ):
+        capture.unmatched.add(name)
+
+
+def _tell(
+    capture: Capture, name: str, start: int, weight: str, module: nn.Module, arguments: tuple, output: Tensor
+) -> bool:
+    """Mark the use that is all that a call does; whether there is one."""
     with torch._C.DisableTorchFunction():
         state = capture.state(output)
         if isinstance(state, Derived):
-            if state.lookup is not None and state.lookup[0] == weight:
-                state.layer = name
-            return
+            if state.lookup is None or state.lookup[0] != weight:
+                return False
+            state.layer = name
+            return True
         uses = [use for use in capture.uses[start:] if use.within == name and weight in use.names]
-        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        given = next((t for t in arguments if isinstance(t, Tensor)), None)
         if len(uses) != 1 or given is None:
-            return
+            return False
         # Which rows an embedding reads is its own affair: its input takes no gradient.
         same = isinstance(module, nn.Embedding) or (given.data_ptr(), given.numel()) in uses[0].arguments
-        if same and _is_returned(uses[0], output):
-            uses[0].layer = name
+        if not (same and _is_returned(uses[0], output)):
+            return False
+        uses[0].layer = name
+        return True
 
 
 def _is_returned(use: Use, output: Tensor) -> bool:

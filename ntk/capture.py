@@ -138,6 +138,7 @@ class Capture(TorchFunctionMode):
         coarsest: the machine epsilon of the least precise data seen.
         output: index of the output whose backward pass runs.
         entered: the watched modules whose calls are under way, with the number of uses before each.
+        unmatched: watched modules of which a call was not all of one recorded use.
     """
 
     running: ClassVar[list["Capture"]] = []
@@ -182,6 +183,7 @@ class Capture(TorchFunctionMode):
         self._proof = proof
         self._operations = 0
         self.entered: list[tuple[str, int]] = []
+        self.unmatched: set[str] = set()
 
     def __enter__(self) -> "Capture":
         self.running.append(self)

@@ -191,7 +191,7 @@ def _followed(
         values = call(model, output, batch_of(example), 1)[0]
         found: dict[str, _Parts] = {}
         tensors = [t for w in watched for t in (*(t for pair in w.calls for t in pair), *w.apart.values())]
-        targets = [t for t in tensors if t is not None]
+        targets = [t for t in tensors if t is not None and t.requires_grad]  # not what a model computes under no_grad
         rows: list[Sequence[Tensor | None]] = []
         for a in range(len(values)):
             if values.requires_grad and targets:
@@ -207,12 +207,12 @@ def _followed(
 def _parts(w: _Watched, gradients: Mapping[int, list[Tensor | None]], c: int, dtype: torch.dtype) -> _Parts:
     def at(t: Tensor) -> Tensor:
         """(c, N, d): the gradients at a tensor of tokens."""
-        if id(t) not in gradients:  # called again by the backward pass, or on torch.func's tensors
+        if t.requires_grad and id(t) not in gradients:  # called again by the backward pass, or on torch.func's tensors
             raise NotImplementedError(
                 f"what {w.name} does cannot be captured, called inside of torch.func or of a checkpoint: leave it "
                 "out of the method's modules, or switch that off"
             )
-        rows = [torch.zeros_like(t) if g is None else g for g in gradients[id(t)]]
+        rows = [torch.zeros_like(t) if g is None else g for g in gradients.get(id(t), [None] * c)]
         return torch.stack([row.reshape(-1, row.shape[-1]) for row in rows]).to(dtype)
 
     weight, bias = matrix_of(w.module)

@@ -271,6 +271,31 @@ def test_layers_that_only_some_examples_call(large):
     compare(model, x)
 
 
+class Frozen(nn.Module):
+    """One layer without gradients, and an embedding whose table is computed so, as RoFormer's is."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.places = hf.models.roformer.modeling_roformer.RoFormerSinusoidalPositionalEmbedding(9, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.one(x)
+        return self.out((self.two(x) + self.places(x.shape[:2])).tanh().mean(dim=1))
+
+
+@pytest.mark.filterwarnings("ignore:the model reads the weight")
+def test_layers_without_gradients():
+    model, x = odd(Frozen)
+    methods = {"propulsion": adapters.Propulsion(3), "lora": adapters.LoRA(rank=2)}
+    adapted = peft.get_peft_model(copy.deepcopy(model), PropulsionConfig(degree=3)).double()
+    expected = oracle(adapted, x, [p for p in adapted.parameters() if p.requires_grad])
+    for method in ("auto", "jacobian"):
+        found = ntk.adapter_kernels(model, x, methods, method=method)
+        assert relative_error(found["propulsion"], expected) <= EXACT
+
+
 class TestWhatIsSaid:
     def test_methods_that_do_not_act_where_a_weight_is_read(self):
         model, x = odd(Odd)
