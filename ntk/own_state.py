@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # Entries of a module that are no attributes of the user's. Parameters, buffers and hooks are put back at the end alone,
 # for torch.func.functional_call exchanges them during a pass.
-_REGISTERED = ("_parameters", "_buffers", "_modules", "training")
+_REGISTERED = {"_parameters", "_buffers", "_modules", "training"} | {key for key in vars(nn.Module()) if "_hooks" in key}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _CONTAINERS = (list, dict, set, deque)
 
@@ -110,7 +110,7 @@ _ABSENT = object()
 
 
 def _is_registry(key: Any) -> bool:
-    return key in _REGISTERED or (isinstance(key, str) and "_hooks" in key)
+    return key in _REGISTERED
 
 
 def _same(container: Any, before: Any) -> bool:

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers as hf
-from cases import randomized, relative_error
+from cases import batch, classifier, randomized, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -415,3 +415,12 @@ def test_kernels_of_adapters_say_in_one_line_what_they_cannot_capture(make):
             continue
         assert "cannot be captured" in words
         assert "\n" not in words
+
+
+def test_hooks_that_a_model_registers_in_a_pass_and_their_mark_go_together():
+    """transformers registers hooks where hidden states are asked for, and marks the model, once."""
+    model, inputs = classifier("bert"), batch()
+    first = ntk.hidden_state_kernel(model, inputs)
+    ntk.empirical_ntk(model, inputs, params=lambda name, p: name.startswith("classifier"))
+    assert torch.equal(ntk.hidden_state_kernel(model, inputs), first)
+    assert model(**inputs, output_hidden_states=True).hidden_states
