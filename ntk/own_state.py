@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 # Entries of a module that are no attributes of the user's. Parameters, buffers and hooks are put back at the end alone,
 # for torch.func.functional_call exchanges them during a pass.
-_REGISTERED = {"_parameters", "_buffers", "_modules", "training"} | {key for key in vars(nn.Module()) if "_hooks" in key}
+_HOOKS = {key for key in vars(nn.Module()) if "_hooks" in key}
+_REGISTERED = {"_parameters", "_buffers", "_modules", "training"} | _HOOKS
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _CONTAINERS = (list, dict, set, deque)
 
