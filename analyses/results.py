@@ -241,17 +241,24 @@ def _refuse_to_lose(output: Path, *, overwrite: bool) -> None:
     if output.is_mount():
         raise UserError(f"cannot write results to {output}: it is a mount point; name a folder inside it")
     names = sorted(entry.name for entry in output.iterdir())
-    foreign = [name for name in names if not _is_ours(name)]
     if names and RESULT_FILE not in names:
         raise UserError(f"cannot write results to {output}: it holds something else ({names[0]}); name a new folder")
     if names and not overwrite:
         raise UserError(f"{output} already holds a result; name another folder, or pass --overwrite")
-    if foreign:
+    if not names:
+        return
+    try:
+        analysis = _read_json(output)["analysis"]
+    except UserError as error:
+        raise UserError(f"will not replace what is in {output}, which may be somebody's: {error}") from error
+    if foreign := [name for name in names if not _is_of(analysis, output / name)]:
         raise UserError(f"will not replace the result in {output}: it also holds {foreign[0]}; move that away first")
 
 
-def _is_ours(name: str) -> bool:
-    return name in (RESULT_FILE, ARRAYS_FILE) or Path(name).suffix in _FIGURE_SUFFIXES
+def _is_of(analysis: str, path: Path) -> bool:
+    """Whether a file belongs to a result: the result itself, or a figure under the name of its analysis."""
+    figure = path.suffix in _FIGURE_SUFFIXES and path.name.startswith(analysis)
+    return path.is_file() and not path.is_symlink() and (path.name in (RESULT_FILE, ARRAYS_FILE) or figure)
 
 
 def _hidden_sibling(output: Path, purpose: str) -> Path:

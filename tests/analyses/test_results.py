@@ -260,6 +260,25 @@ def test_foreign_content_is_never_replaced(tmp_path):
     assert names(tmp_path) == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("mine", ["holiday.png", "chapter.pdf", "kernels/notes.txt"])
+def test_a_picture_beside_a_result_is_never_removed(tmp_path, mine):
+    write_result(make_result(), tmp_path / "run")
+    path = tmp_path / "run" / mine
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=rf"it also holds {mine.partition('/')[0]}; move that away first"):
+        write_result(make_result(seed=4), tmp_path / "run", overwrite=True)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ['{"score": 1}', "[]", "not JSON", ""])
+def test_a_result_of_somebody_else_is_never_replaced(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(UserError, match="may be somebody's"):
+        write_result(make_result(), tmp_path, overwrite=True)
+    assert (tmp_path / "result.json").read_text() == content
+
+
 def test_an_empty_folder_and_a_link_are_written_through(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
