@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -60,6 +60,8 @@ class Config:
     """Validation rows, drawn by the seed."""
     max_length: int = 128
     """Cut prompts to this many tokens, at their beginning."""
+    learning_rate: float | Literal["auto"] | None = "auto"
+    """Learning rate of what every method trains: auto, measured (propulsion.rates); None, fixed (propulsion.optim)."""
     seed: int = 0
     """Seed of every random draw."""
     runs_dir: Path | None = None
@@ -158,7 +160,7 @@ def _said(exchanges: Sequence[Exchange], said: dict[str, list[str]]) -> list[dic
 
 def _options(config: Config, method: Method, folder: Path) -> TrainConfig:
     shared = ("task", "data_dir", "model", "per_device_train_batch_size", "max_train_samples", "max_eval_samples",
-              "max_length", "seed")  # fmt: skip
+              "max_length", "learning_rate", "seed")  # fmt: skip
     words = tuple(f"{name}={_word(value)}" for name, value in method.options.items())
     return TrainConfig(
         **{name: getattr(config, name) for name in shared},

@@ -10,6 +10,7 @@ from propulsion.data import TaskData
 from propulsion.sharding import equal_share
 from propulsion.task_kinds import Limits, kind_of
 from propulsion.task_kinds.base import columns_of
+from propulsion.task_kinds.instruction import exchanges_of
 
 
 @dataclass
@@ -25,6 +26,13 @@ class Evaluation:
     data: TaskData
     limits: Limits
     predictions: list[Any] = field(default_factory=list)
+
+    def labels(self) -> list[Any]:
+        """What the predictions should have been, one a validation row."""
+        task, columns = self.data.task, columns_of(self.data.validation)
+        if task.kind == "instruction":
+            return [exchange.answer for exchange in exchanges_of(columns)]
+        return list(columns[task.label_column])
 
     def __call__(self) -> dict[str, float]:
         """The task's metrics of the model as it is."""

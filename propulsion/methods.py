@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from propulsion import registration as _registration  # noqa: F401  Importing the package registers Propulsion.
 from propulsion.errors import UserError, one_line
 from propulsion.heads import HEADED, head_modules
+from propulsion.positions import is_norm
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return get_peft_model(model, _config(method, task_type, head))
+            return get_peft_model(model, _config(model, method, task_type, head))
     except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, AssertionError) as error:
         # peft compares numbers without a look at what they are, and then says so in terms of its own code.
         options = [f"{n}={v}" for n, v in method.options.items()] if isinstance(error, TypeError) else []
@@ -216,8 +217,11 @@ def option_config(name: str, options: Mapping[str, Any]) -> PeftConfig:
     return _config_class(name)(**options)
 
 
-def _config(method: Method, task_type: str, head: list[str]) -> PeftConfig:
+def _config(model: PreTrainedModel, method: Method, task_type: str, head: list[str]) -> PeftConfig:
     options = _NEEDED.get(method.name, {}) | dict(method.options)
+    if method.name == "ln_tuning" and options.get("target_modules") is None:
+        # peft knows the norms of few architectures, by name; here they are known by what they are.
+        options["target_modules"] = [name for name, m in model.named_modules() if is_norm(m) and not _is_in(name, head)]
     if head and "modules_to_save" in option_names(method.name):
         # peft adds heads by their usual names; a head of other or several modules must be named.
         options["modules_to_save"] = [*head, *(options.get("modules_to_save") or [])]

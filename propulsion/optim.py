@@ -1,11 +1,12 @@
 """Which learning rate and weight decay each parameter trains with: the one home of that rule.
 
-Five roles:
+By default the rate of each role is measured on the model and the rows that it trains (`propulsion.rates`). Beside it
+there is one fixed rate a role, whatever the model and the rows:
 
     weight   a pre-trained weight, trained directly        WEIGHT_RATE
     bias     a pre-trained bias, where only biases train   BIAS_RATE
     scale    Propulsion's z, acting as z**k                SCALE_RATE / k
-    adapter  any other adapter's parameter inside a layer  ADAPTER_RATE
+    adapter  any other parameter that a method adds        ADAPTER_RATE
     head     the task's head, which starts at random       HEAD_RATE
 
 A step of AdamW has a size set by its learning rate, whatever the gradient's scale. A step of size r on z, near z = 1,
@@ -17,8 +18,9 @@ out because its neutral value is 1.
 """
 
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -38,32 +40,91 @@ SCALE_NAME = "propulsion_z"
 LARGEST_STEP = 0.25
 
 
+RateChoice = float | Literal["auto"] | None
+"""A learning rate as it is chosen: a number; "auto", measured; None, the fixed rate of the parameter's role."""
+
+
+def is_rate(choice: RateChoice) -> bool:
+    """Whether a choice is one: a number must be finite and above 0."""
+    return choice is None or choice == "auto" or (not isinstance(choice, str) and 0 < choice < float("inf"))
+
+
 @dataclass(frozen=True)
-class Rates:
-    """Learning rates that replace the rule's; None keeps the rule.
+class RoleRate:
+    """The learning rate of one role.
 
     Attributes:
-        body: Of weights, scales and adapters; taken as it is, not divided by the degree.
-        head: Of the head.
-        multiplier: Factor on the rates that are not replaced.
+        rate: The rate.
+        reason: Where it comes from, in words.
     """
 
-    body: float | None = None
-    head: float | None = None
+    rate: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How learning rates are chosen.
+
+    Attributes:
+        body: Of weights, biases, scales and adapters; a number is taken as it is, not divided by the degree.
+        head: Of the head.
+        multiplier: Factor on the rates that are no numbers given.
+        measured: What "auto" stands for, by role: filled in by `propulsion.rates.measured`.
+    """
+
+    body: RateChoice = None
+    head: RateChoice = None
     multiplier: float = 1.0
+    measured: Mapping[str, RoleRate] = field(default_factory=dict)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether a rate is to be measured."""
+        return "auto" in (self.body, self.head)
+
+    def choice(self, role: str) -> RateChoice:
+        """What is chosen for a role."""
+        return self.head if role == "head" else self.body
+
+    def of(self, role: str, degree: float) -> RoleRate:
+        """The rate of a role, the factor on it included.
+
+        Args:
+            role: weight, bias, scale, adapter or head.
+            degree: Of the model, 1 without Propulsion.
+
+        Raises:
+            ValueError: It is to be measured and was not.
+        """
+        choice = self.choice(role)
+        if isinstance(choice, float | int):
+            return RoleRate(float(choice), f"given; the fixed one is {fixed_rate(role, degree).reason}")
+        if choice is None:
+            found = fixed_rate(role, degree)
+        elif role in self.measured:
+            found = self.measured[role]
+        else:
+            raise ValueError(f"the learning rate of role {role} is automatic and was not measured: propulsion.rates")
+        times = "" if self.multiplier == 1 else f", times {self.multiplier:g}"
+        return RoleRate(self.multiplier * found.rate, found.reason + times)
+
+
+def fixed_rate(role: str, degree: float) -> RoleRate:
+    """The rate of a role that no model and no rows change, for scales of a degree."""
+    if role == "scale":
+        words = (
+            f"{SCALE_RATE:g} / degree {degree:g}, so that a step moves a scale z^k by the same share at every degree"
+        )
+        return RoleRate(SCALE_RATE / degree, words)
+    rate, words = {"weight": (WEIGHT_RATE, "weights"), "bias": (BIAS_RATE, "biases alone"),
+                   "adapter": (ADAPTER_RATE, "adapters"), "head": (HEAD_RATE, "heads")}[role]  # fmt: skip
+    return RoleRate(rate, f"{rate:g}, the fixed rate of {words}")
 
 
 def parameter_groups(model: nn.Module, *, rates: Rates, weight_decay: float) -> list[dict[str, Any]]:
     """Return the trainable parameters as optimizer groups, one for each role and decay, each with its `role`."""
-    degree = _degree(model)
-    defaults = {
-        "weight": WEIGHT_RATE,
-        "bias": BIAS_RATE,
-        "scale": SCALE_RATE / degree,
-        "adapter": ADAPTER_RATE,
-        "head": HEAD_RATE,
-    }
-    chosen = {role: rates.head if role == "head" else rates.body for role in defaults}
+    degree = model_degree(model)
     roles = parameter_roles(model)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -71,13 +132,12 @@ def parameter_groups(model: nn.Module, *, rates: Rates, weight_decay: float) -> 
             continue
         role = roles[name]
         decays = parameter.ndim >= 2 and role != "scale"
-        rate = chosen[role]
         group = groups.setdefault(
             (role, decays),
             {
                 "role": role,
                 "params": [],
-                "lr": rates.multiplier * defaults[role] if rate is None else rate,
+                "lr": rates.of(role, degree).rate,
                 "weight_decay": weight_decay if decays else 0.0,
             },
         )
@@ -88,36 +148,29 @@ def parameter_groups(model: nn.Module, *, rates: Rates, weight_decay: float) -> 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """Return the role of every parameter by name: weight, bias, scale, adapter or head."""
     network = model.get_base_model() if isinstance(model, PeftModel) else model
-    # The head is what stands outside the pre-trained body; by identity, since adapters rename parameters.
+    # The head is what stands in the network outside its pre-trained body; by identity, since adapters rename
+    # parameters. Prompts stand outside the network.
     body = getattr(network, getattr(network, "base_model_prefix", ""), network)
-    inside = {id(parameter) for parameter in body.parameters()}
+    outside = {id(parameter) for parameter in network.parameters()} - {id(parameter) for parameter in body.parameters()}
     inner = "adapter" if isinstance(model, PeftModel) else "bias" if _trains_biases_only(body) else "weight"
     return {
-        name: "scale" if SCALE_NAME in name else inner if id(parameter) in inside else "head"
+        name: "scale" if SCALE_NAME in name else "head" if id(parameter) in outside else inner
         for name, parameter in model.named_parameters()
     }
 
 
-def describe_rates(model: nn.Module, groups: list[dict[str, Any]]) -> str:
+def describe_rates(model: nn.Module, groups: list[dict[str, Any]], rates: Rates) -> str:
     """The learning rates of `parameter_groups` and where they come from, in one line a role."""
-    k = _degree(model)
-    rules = {
-        "weight": f"{WEIGHT_RATE:g}, the rule for weights",
-        "bias": f"{BIAS_RATE:g}, the rule for biases alone",
-        "scale": f"{SCALE_RATE:g} / degree {k:g}, so that a step moves a scale z^k by the same share at every degree",
-        "adapter": f"{ADAPTER_RATE:g}, the rule for adapters",
-        "head": f"{HEAD_RATE:g}, the rule for heads",
-    }
-    ruled = {"weight": WEIGHT_RATE, "bias": BIAS_RATE, "scale": SCALE_RATE / k, "adapter": ADAPTER_RATE,
-             "head": HEAD_RATE}  # fmt: skip
+    k = model_degree(model)
     lines = []
     for role in dict.fromkeys(group["role"] for group in groups):
         of_role = [group for group in groups if group["role"] == role]
         count = sum(parameter.numel() for group in of_role for parameter in group["params"])
         decay = max(group["weight_decay"] for group in of_role)
-        rate = of_role[0]["lr"]
-        origin = rules[role] if rate == ruled[role] else f"given; the rule says {rules[role]}"
-        lines.append(f"{role}: {count:,} parameters, learning rate {rate:.3g} ({origin}), weight decay {decay:g}")
+        found = rates.of(role, k)
+        lines.append(
+            f"{role}: {count:,} parameters, learning rate {found.rate:.3g} ({found.reason}), weight decay {decay:g}"
+        )
     return "\n".join(lines)
 
 
@@ -195,7 +248,7 @@ def _degrees(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _degree(model: nn.Module) -> float:
+def model_degree(model: nn.Module) -> float:
     """Return the degree of a Propulsion model, 1 for any other."""
     if not isinstance(model, PeftModel):
         return 1.0

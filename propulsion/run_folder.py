@@ -18,7 +18,7 @@ from propulsion.manifest import Manifest, files_below
 from propulsion.pretrained import pooling_of
 from propulsion.trainer import TaskTrainer, checkpoints, clear_leftovers, latest_checkpoint, remove_checkpoint
 
-RECORD, RESULT, PREDICTIONS, MODEL = "run.json", "result.json", "predictions.json", "model"
+RECORD, RATES, RESULT, PREDICTIONS, MODEL = "run.json", "rates.json", "result.json", "predictions.json", "model"
 LENGTHS = ("max_steps", "num_train_epochs")
 """Fields that say how long a run is: it goes on where they are larger than they were."""
 _EXTENDED = "extended_at"
@@ -124,7 +124,7 @@ def claim(output: Path, identity: Mapping[str, Any], found: Standing) -> None:
 
 def _is_a_runs(name: str) -> bool:
     """Whether a run looks for something of that name."""
-    return name in (RECORD, RESULT, PREDICTIONS, MODEL) or name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    return name in (RECORD, RATES, RESULT, PREDICTIONS, MODEL) or name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
 def _refuse_to_lose(manifest: Manifest, paths: Sequence[Path]) -> None:
@@ -271,6 +271,31 @@ def predictions_of(output: Path) -> list[Any] | None:
         UserError: The file is damaged.
     """
     return _read(output.expanduser() / PREDICTIONS, list)
+
+
+def store_rates(output: Path, rates: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keep the learning rates that were measured, by role.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    try:
+        Manifest(output).write_json(output / RATES, rates)
+    except OSError as error:
+        raise UserError(f"cannot write {output / RATES}: {error.strerror or error}") from error
+
+
+def rates_of(output: Path) -> dict[str, Any] | None:
+    """The learning rates that the run in a folder measured, by role; None of a run that has measured none yet.
+
+    Raises:
+        UserError: The file is damaged or was changed, or is missing beside a checkpoint that was trained at them.
+    """
+    _refuse_to_lose(Manifest(output), [output / RATES])
+    found = _read(output / RATES, dict)
+    if found is None and (last := latest_checkpoint(output)) is not None:
+        raise UserError(f"{last} is there, but not the learning rates it was trained at, {output / RATES}: {_ANEW}")
+    return found
 
 
 def _read(path: Path, kind: type) -> Any:

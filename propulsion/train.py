@@ -5,6 +5,7 @@ moment, and ends with the same weights, to the last bit on a CPU. `accelerate la
 several devices. The output folder holds:
 
     run.json       the configuration, data and base model; what a checkpoint must agree with
+    rates.json     the learning rates that were measured, and why; a resumed run reads them
     files.json     what the run wrote, by content: of all that is in the folder, the only files it may remove
     checkpoint-N   to resume from
     model          what was trained, with its tokenizer: loads by plain peft, or by transformers if the method has no
@@ -24,6 +25,7 @@ import datasets
 import torch
 import tyro
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -34,11 +36,23 @@ from propulsion.errors import Interrupted, UserError, one_line, run_command
 from propulsion.evaluation import Evaluation
 from propulsion.identity import model_content, weights_identity
 from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
-from propulsion.optim import Rates, describe_rates, parameter_groups
+from propulsion.nothing_learnt import signs
+from propulsion.optim import Rates, RoleRate, describe_rates, model_degree, parameter_groups
 from propulsion.presets import PRESETS, describe, get_preset
 from propulsion.pretrained import fingerprint, load_model, pooling_of
+from propulsion.rates import with_measured
 from propulsion.reporting import check_reporting
-from propulsion.run_folder import MODEL, Standing, check_folder, claim, finish, save_model, standing
+from propulsion.run_folder import (
+    MODEL,
+    Standing,
+    check_folder,
+    claim,
+    finish,
+    rates_of,
+    save_model,
+    standing,
+    store_rates,
+)  # fmt: skip
 from propulsion.sharding import check_sharding, prepare_sharding
 from propulsion.task_kinds import kind_of
 from propulsion.tasks import get_task
@@ -55,6 +69,8 @@ class TrainResult:
         steps: Optimizer steps taken.
         trained_parameters: Number of parameters trained.
         learning_rates: Peak learning rate of every role trained (`propulsion.optim`).
+        rate_reasons: Where each comes from, in words.
+        signs_of_failure: What shows that nothing was learnt, and the remedy; empty where nothing shows it.
         history: What was logged on the way.
         seconds: Wall time of the last call.
         output_dir: The run's folder.
@@ -73,6 +89,8 @@ class TrainResult:
     output_dir: str
     pooling: str | None = None
     extended_at: tuple[int, ...] = ()
+    rate_reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    signs_of_failure: list[str] = dataclasses.field(default_factory=list)
 
 
 _SHUFFLED = 1000  # Streamed rows that are read ahead of those that are used, and drawn from.
@@ -133,15 +151,19 @@ def run(config: TrainConfig) -> TrainResult:
             )
         stored: dict[str, Any] = found.finished | {"extended_at": found.extended_at}
         return TrainResult(**stored)
-    groups = parameter_groups(model, rates=_rates(config), weight_decay=config.weight_decay)
-    if not groups and config.max_steps != 0:
-        raise UserError(f"method {config.method} trains nothing: choose another one, or max_steps 0 to evaluate")
-    if state.is_main_process:
-        print(describe_rates(model, groups), flush=True)
+    rates, stored_rates = Rates(config.learning_rate, config.head_learning_rate), None
+    if config.max_steps != 0:
+        if not trainable_parameters(model):
+            raise UserError(f"method {config.method} trains nothing: choose another one, or max_steps 0 to evaluate")
+        stored_rates = None if found.replaces or not rates.automatic else rates_of(output)
+        rates = _measured(config, rates, stored_rates, model, encoded, kind.collator(tokenizer, model))
+        if state.is_main_process:
+            groups = parameter_groups(model, rates=rates, weight_decay=config.weight_decay)
+            print(describe_rates(model, groups, rates), flush=True)
     with isolated_randomness():
         evaluation = Evaluation(model, tokenizer, data, config.limits)
         _check_best(config, evaluation)
-        trainer = _trainer(config, output, evaluation, encoded)
+        trainer = _trainer(config, output, evaluation, encoded, rates)
         note = check_sharding(trainer, model) if sharded else None
         if note is not None and state.is_main_process:
             print(note, flush=True)
@@ -149,9 +171,11 @@ def run(config: TrainConfig) -> TrainResult:
         state.wait_for_everyone()
         if state.is_main_process:
             claim(output, same, found)
+            if rates.measured and stored_rates is None:
+                store_rates(output, {role: dataclasses.asdict(rate) for role, rate in rates.measured.items()})
         state.wait_for_everyone()
         try:
-            result = _carry_out(config, trainer, found, started)
+            result = _carry_out(config, trainer, evaluation, rates, found, started)
             save_model(trainer, output / MODEL, tokenizer, base)
             if state.is_main_process:
                 finish(output, dataclasses.asdict(result), evaluation.predictions)
@@ -161,7 +185,9 @@ def run(config: TrainConfig) -> TrainResult:
     return result
 
 
-def _carry_out(config: TrainConfig, trainer: TaskTrainer, found: Standing, started: float) -> TrainResult:
+def _carry_out(
+    config: TrainConfig, trainer: TaskTrainer, evaluation: Evaluation, rates: Rates, found: Standing, started: float
+) -> TrainResult:
     """Train from where the run is, and evaluate."""
     output, main_process = Path(str(trainer.args.output_dir)), PartialState().is_main_process
     if config.max_steps != 0:
@@ -172,12 +198,18 @@ def _carry_out(config: TrainConfig, trainer: TaskTrainer, found: Standing, start
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.check_finite()
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    groups = parameter_groups(trainer.network, rates=_rates(config), weight_decay=config.weight_decay)
+    used, failure = {}, []
+    if config.max_steps != 0:
+        groups, degree = parameter_groups(trainer.network, rates=rates, weight_decay=0.0), model_degree(trainer.network)
+        used = {group["role"]: rates.of(group["role"], degree) for group in groups}
+        failure = signs(evaluation.data.task, evaluation.predictions, evaluation.labels(), _losses(trainer))
     return TrainResult(
         metrics=metrics,
         steps=trainer.state.global_step,
         trained_parameters=trainable_parameters(trainer.network),
-        learning_rates={group["role"]: group["lr"] for group in groups},
+        learning_rates={role: rate.rate for role, rate in used.items()},
+        rate_reasons={role: rate.reason for role, rate in used.items()},
+        signs_of_failure=failure,
         history=trainer.state.log_history,
         seconds=time.perf_counter() - started,
         output_dir=str(output),
@@ -223,11 +255,28 @@ def _adapted(config: TrainConfig, model: Any, task_type: str) -> Any:
     return apply_method(model, Method(config.method, options), task_type=task_type, seed=config.seed)
 
 
-def _rates(config: TrainConfig) -> Rates:
-    return Rates(config.learning_rate, config.head_learning_rate)
+def _measured(
+    config: TrainConfig, rates: Rates, stored: dict[str, Any] | None, model: Any, encoded: Any, collator: Any
+) -> Rates:
+    """The rates with what is automatic: as the run's folder has it, or measured now, by one process for all."""
+    if not rates.automatic:
+        return rates
+    if stored is not None:
+        return dataclasses.replace(rates, measured={role: RoleRate(**found) for role, found in stored.items()})
+    measured = [rates]
+    if PartialState().is_main_process:
+        size = config.per_device_train_batch_size
+        measured = [with_measured(model, rates, encoded, collator, batch_size=size, seed=config.seed)]
+    return broadcast_object_list(measured)[0]
 
 
-def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation, encoded: Any) -> TaskTrainer:
+def _losses(trainer: TaskTrainer) -> list[float]:
+    """Training losses as they were logged, those before a resumption too; of every step, where too few were logged."""
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.losses if len(trainer.losses) == trainer.state.global_step or not logged else logged
+
+
+def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation, encoded: Any, rates: Rates) -> TaskTrainer:
     model, tokenizer, data = evaluation.model, evaluation.tokenizer, evaluation.data
     kind = kind_of(data.task)
     if isinstance(encoded, datasets.IterableDataset):
@@ -243,7 +292,7 @@ def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation, encoded:
             train_dataset=encoded,
             eval_dataset=data.validation,
             data_collator=kind.collator(tokenizer, model),
-            rates=_rates(config),
+            rates=rates,
             score=evaluation,
             keep=config.save_total_limit,
             loss_by_token=kind.task_type == "CAUSAL_LM",
@@ -299,6 +348,8 @@ def main(config: TrainConfig) -> None:
         print(f"{'steps':{width}}  {result.steps:,}")
         for name, value in result.metrics.items():
             print(f"{name:{width}}  {value:.4f}")
+        if result.signs_of_failure:
+            print("\nnothing seems to have been learnt: " + "; ".join(result.signs_of_failure))
         print(f"\nmodel, checkpoints and result.json in {result.output_dir}")
 
 

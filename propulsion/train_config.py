@@ -10,6 +10,7 @@ import torch
 
 from propulsion.data import TaskData
 from propulsion.errors import UserError
+from propulsion.optim import is_rate
 from propulsion.pretrained import Pooling
 from propulsion.task_kinds import Limits
 
@@ -57,10 +58,11 @@ class TrainConfig:
     """Rows of a batch in evaluation."""
     gradient_accumulation_steps: int = 1
     """Batches of an optimizer step."""
-    learning_rate: float | None = None
-    """Learning rate of what the method trains, as it is; by default the rule that is printed at the start."""
-    head_learning_rate: float | None = None
-    """Learning rate of the head; by default the rule's."""
+    learning_rate: float | Literal["auto"] | None = "auto"
+    """Learning rate of what the method trains: a number, as it is; auto, measured on a few training batches
+    (propulsion.rates); None, the fixed rate of its role (propulsion.optim)."""
+    head_learning_rate: float | Literal["auto"] | None = "auto"
+    """Learning rate of the head, likewise."""
     lr_scheduler_type: str = "linear"
     """Schedule after the warm-up."""
     warmup_steps: float = 0.06
@@ -128,7 +130,10 @@ class TrainConfig:
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least {low}")
-        for name in ("learning_rate", "head_learning_rate", "num_train_epochs", "early_stopping_patience"):
+        for name in ("learning_rate", "head_learning_rate"):
+            if not is_rate(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)}, expected a number above 0, auto or None")
+        for name in ("num_train_epochs", "early_stopping_patience"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"{name} is {value}, expected a number above 0")

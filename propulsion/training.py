@@ -17,7 +17,8 @@ from transformers.trainer_callback import PrinterCallback
 from propulsion.config import PropulsionConfig
 from propulsion.data import TaskData, check_inputs
 from propulsion.errors import UserError, one_line
-from propulsion.optim import Rates, parameter_groups
+from propulsion.optim import Rates, is_rate, model_degree, parameter_groups
+from propulsion.rates import with_measured
 from propulsion.task_kinds import Limits, kind_of
 from propulsion.task_kinds.base import columns_of
 from propulsion.task_kinds.classification import logits
@@ -32,10 +33,10 @@ class TrainingConfig:
     """Optimizer steps."""
     batch_size: int = 16
     """Examples per step."""
-    learning_rate: float | None = None
-    """Learning rate of the weights or the adapter; by default the rule of propulsion.optim."""
-    head_learning_rate: float | None = None
-    """Learning rate of the head; by default the rule of propulsion.optim."""
+    learning_rate: float | Literal["auto"] | None = "auto"
+    """Learning rate of weights or adapter: auto, measured (propulsion.rates); None, fixed (propulsion.optim)."""
+    head_learning_rate: float | Literal["auto"] | None = "auto"
+    """Learning rate of the head, likewise."""
     rate_multiplier: float = 1.0
     """Factor on every learning rate that is not given."""
     warmup_ratio: float = 0.06
@@ -59,8 +60,8 @@ class TrainingConfig:
         checks = {
             "steps": self.steps >= 1,
             "batch_size": self.batch_size >= 1,
-            "learning_rate": self.learning_rate is None or 0 < self.learning_rate < float("inf"),
-            "head_learning_rate": self.head_learning_rate is None or 0 < self.head_learning_rate < float("inf"),
+            "learning_rate": is_rate(self.learning_rate),
+            "head_learning_rate": is_rate(self.head_learning_rate),
             "rate_multiplier": 0 < self.rate_multiplier < float("inf"),
             "train_sampling_strategy": self.train_sampling_strategy in ("random", "group_by_length"),
             "warmup_ratio": 0 <= self.warmup_ratio < 1,
@@ -82,12 +83,14 @@ class TrainingResult:
         seconds: Wall time.
         trained_parameters: Number of parameters trained.
         learning_rates: Peak learning rate of each role trained (see `propulsion.optim`).
+        rate_reasons: Where each comes from, in words.
     """
 
     losses: tuple[float, ...]
     seconds: float
     trained_parameters: int
     learning_rates: dict[str, float]
+    rate_reasons: dict[str, str]
 
 
 def apply_propulsion(
@@ -132,11 +135,14 @@ def train(
         UserError: If nothing is trainable, an example is too long, or the loss or a weight stops being finite.
     """
     examples = check_inputs(data, tokenizer, Limits(config.max_length))
+    collator = kind_of(data.task).collator(tokenizer, model)
     rates = Rates(config.learning_rate, config.head_learning_rate, config.rate_multiplier)
+    rates = with_measured(model, rates, examples, collator, batch_size=config.batch_size, seed=config.seed)
     groups = parameter_groups(model, rates=rates, weight_decay=config.weight_decay)
     if not groups:
         raise UserError("the model has no trainable parameter: every requires_grad is False")
     peaks = {group["role"]: group["lr"] for group in groups}
+    reasons = {role: rates.of(role, model_degree(model)).reason for role in peaks}
     trained = sum(parameter.numel() for group in groups for parameter in group["params"])
     mode, start = model.training, time.perf_counter()
     with (
@@ -153,7 +159,7 @@ def train(
             model=model,
             args=_arguments(model, config, folder),
             train_dataset=examples,
-            data_collator=kind_of(data.task).collator(tokenizer, model),
+            data_collator=collator,
             rates=rates,
             on_loss=show,
             autocast=torch.bfloat16 if config.bf16 else None,
@@ -164,7 +170,7 @@ def train(
     trainer.check_finite()
     model.zero_grad(set_to_none=True)
     model.train(mode)
-    return TrainingResult(tuple(trainer.losses), time.perf_counter() - start, trained, peaks)
+    return TrainingResult(tuple(trainer.losses), time.perf_counter() - start, trained, peaks, reasons)
 
 
 def evaluate(

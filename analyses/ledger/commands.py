@@ -28,9 +28,10 @@ def arguments(result: Result) -> list[str]:
 def stored_options(result: Result) -> dict[str, Any]:
     """The options of a result by name, with those that it was computed before there were."""
     stored = dict(_leaves(result.config))
-    # Every classifier was transformers' own then.
-    older = {"pooling": "pooler"} if "pooling" in _default_options(result) else {}
-    return stored | {name: value for name, value in older.items() if name not in stored}
+    options = _default_options(result)
+    # Every classifier was transformers' own then, and every learning rate the fixed one of its role.
+    older = {"pooling": "pooler", "learning_rate": None, "head_learning_rate": None}
+    return stored | {name: value for name, value in older.items() if name in options and name not in stored}
 
 
 def command(result: Result, output_dir: PurePosixPath | str) -> str:

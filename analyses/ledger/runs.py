@@ -112,9 +112,9 @@ def full_plan(
 
     one, comparison, rates = in_all(first), rated(first), rates_of(first)
     models = () if language_model is None else ("--models", language_model.as_posix())
-    small = words("--steps 60 --n-train 960 --n-validation 400")
+    small = words("--steps 60 --n-train 960 --n-validation 400") + FIXED
     # Scales on few layers learn nothing in runs so short, at the rate that suits scales on all.
-    sizes = {"positions": words("--steps 150 --n-train 2400 --n-validation 400 --rate-multiplier 2") + GROUPED}
+    sizes = {"positions": words("--steps 150 --n-train 2400 --n-validation 400 --rate-multiplier 2") + GROUPED + FIXED}
     plan = [
         Run("parameter_count"),
         Run("theorem1", of(first)),
@@ -122,19 +122,20 @@ def full_plan(
         Run("johnson_lindenstrauss"),
         Run("complexity"),
         Run("degree_scale", ("--tasks", *tasks, *every, "--n-examples", "16", *models)),
-        Run("memory", one),
+        Run("memory", one + FIXED),
         *(Run(f"peft_kernels/{task}", of(task) + words("--n-examples 128 --memory-budget-gb 5")) for task in tasks),
         *(Run(f"kernel_distance/{task}", of(task) + words("--n-examples 128 --seeds 0 1 2 --memory-budget-gb 8")
-              + DISTANCES.get(task, DISTANCE)) for task in tasks),
+              + DISTANCES.get(task, DISTANCE) + FIXED) for task in tasks),
         *(run for task in tasks for run in _comparisons(task, every)),
-        Run("convergence", one + words("--steps 100 --every 20 --n-train 1600 --n-validation 300") + GROUPED + rates,
-            comparison),
-        Run("delta_weights", one + words("--n-validation 400") + GROUPED + rates, comparison),
+        Run("convergence", one + words("--steps 100 --every 20 --n-train 1600 --n-validation 300") + GROUPED + FIXED
+            + rates, comparison),
+        Run("delta_weights", one + words("--n-validation 400") + GROUPED + FIXED + rates, comparison),
         *(Run(f"kernel_drift/{task}", in_all(task) + words("--n-examples 128") + DRIFTS.get(task, DRIFT)
-              + rates_of(task), rated(task)) for task in tasks),
+              + FIXED + rates_of(task), rated(task)) for task in tasks),
         *(Run(f"spectrum/{task}", of(task) + words("--n-examples 128")) for task in tasks),
         *(Run(f"linearized_prediction/{task}", in_all(task) + words("--sizes 32 128 512 --n-test 128 --again "
-                                                                    "--steps 60") + rates_of(task), rated(task))
+                                                                    "--steps 60") + FIXED + rates_of(task),
+              rated(task))
           for task in tasks if get_labelled_task(task).num_labels == 2),
         *(Run(f"ablation/{factor}", (*one, "--factor", factor, *sizes.get(factor, small)))
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value", "layers")),
@@ -147,18 +148,20 @@ def full_plan(
         plan += [
             Run("peft_kernels/sst2-label_words", of("sst2") + in_words + words("--n-examples 64 --memory-budget-gb 4")),
             Run("linearized_prediction/sst2-label_words", in_all("sst2") + in_words + words(
-                "--sizes 32 --n-test 64 --seeds 0 --again --steps 20 --batch-size 8 --sign-limit 32")),
+                "--sizes 32 --n-test 64 --seeds 0 --again --steps 20 --batch-size 8 --sign-limit 32") + FIXED),
         ]  # fmt: skip
     if gpu:
         on_gpu, rows = words("--device cuda"), words("--n-train 9600 --n-validation 872")
         plan += [
-            Run("memory/gpu", in_all("rte") + words("--rounds 1 --batch-size 128 --max-length 128") + on_gpu),
-            Run("convergence/gpu", one + words("--steps 600 --every 60") + rows + GROUPED + rates + on_gpu,
+            Run("memory/gpu", in_all("rte") + words("--rounds 1 --batch-size 128 --max-length 128") + FIXED + on_gpu),
+            Run("convergence/gpu", one + words("--steps 600 --every 60") + rows + GROUPED + FIXED + rates + on_gpu,
                 comparison),
         ]  # fmt: skip
     return plan
 
 
+FIXED = words("--learning-rate None --head-learning-rate None")
+"""The rates of what is published: the fixed ones of each role, and what comparisons chose as multiples of them."""
 GROUPED = words("--train-sampling-strategy group_by_length")
 COMPARISONS = {
     "sst2": words("--steps 150 --tuning-steps 150 --rate-extensions 4 --n-train 2400"),
@@ -189,7 +192,7 @@ the held-out loss worse, so that by the loss the rate is chosen at which least i
 def _comparisons(task: str, every: tuple[str, ...]) -> list[Run]:
     """Methods against each other on a task."""
     # On STS-B, where length tells the source, batches of similar lengths slow the learning down.
-    grouped = () if task == "stsb" else GROUPED
+    grouped = FIXED if task == "stsb" else GROUPED + FIXED
     name, options = f"method_comparison/{task}", ("--tasks", task, *every)
     own = (*options, *COMPARISONS.get(task, COMPARISON), *grouped)
     if task not in RATES:

@@ -37,7 +37,8 @@ from propulsion.training import TrainingConfig
 @pytest.fixture(scope="module")
 def runs(tiny_model):
     return RunConfig(model=str(tiny_model), n_train=16, n_validation=12, degree=3,
-                     training=TrainingConfig(steps=3, batch_size=4, max_length=32))  # fmt: skip
+                     training=TrainingConfig(steps=3, batch_size=4, max_length=32, learning_rate=None,
+                                             head_learning_rate=None))  # fmt: skip
 
 
 METHODS = ("full", "propulsion:positions=all", "lora:r=2", "head")

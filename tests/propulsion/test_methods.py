@@ -57,7 +57,13 @@ def test_all_methods_see_the_same_rows_in_the_same_order(tiny_models):
         model.register_forward_pre_hook(
             lambda m, a, k, seen=seen: seen.append(k["input_ids"].tolist()), with_kwargs=True
         )
-        train(model, tokenizer, data, TrainingConfig(steps=5, batch_size=4), progress=False)
+        train(
+            model,
+            tokenizer,
+            data,
+            TrainingConfig(steps=5, batch_size=4, learning_rate=None, head_learning_rate=None),
+            progress=False,
+        )
     assert all(order == orders["full"] for order in orders.values())
 
 

@@ -40,7 +40,7 @@ def base_config(tiny_model):
     return TrainConfig(
         model=str(tiny_model), degree=3, max_steps=20, max_train_samples=16, max_eval_samples=10, save_steps=2,
         per_device_train_batch_size=4, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
-        use_cpu=True, disable_tqdm=True, seed=3, learning_rate=0.02,
+        use_cpu=True, disable_tqdm=True, seed=3, learning_rate=0.02, head_learning_rate=None,
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def arguments(config):
     words = []
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), field.name.replace("_", "-")
-        if value == field.default or value is None:
+        if value == field.default:
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")

@@ -14,7 +14,7 @@ from propulsion.optim import HEAD_RATE, SCALE_RATE
 from propulsion.pretrained import load_classifier
 from propulsion.training import TrainingConfig, apply_propulsion, evaluate, predict, train
 
-CONFIG = TrainingConfig(steps=4, batch_size=4, seed=1)
+CONFIG = TrainingConfig(steps=4, batch_size=4, seed=1, learning_rate=None, head_learning_rate=None)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_another_seed_gives_other_weights(tiny_model, data):
     weights = []
     for seed in (1, 2):
         model, tokenizer = load(tiny_model)
-        train(model, tokenizer, data, TrainingConfig(steps=2, batch_size=4, seed=seed), progress=False)
+        train(model, tokenizer, data, replace(CONFIG, steps=2, seed=seed), progress=False)
         weights.append(snapshot(model))
     assert any(not torch.equal(p, weights[1][name]) for name, p in weights[0].items())
 

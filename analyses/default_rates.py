@@ -1,0 +1,249 @@
+"""Does every method learn with no search for a learning rate, and how far from the best of a grid does it end?
+
+Every method trains at the automatic rates (`propulsion.rates`), at the fixed ones that were the default before
+(`propulsion.optim`), and at multiples of the automatic ones. It learns if its score on the validation rows is above
+that of the best single answer by its whole interval.
+
+    python -m analyses.default_rates --data-dir glue --tasks sst2 stsb cola rte --output-dir results/default_rates
+
+A killed grid goes on where it was; ``--max-runs 10`` computes ten more cells. The automatic and the fixed rates come
+first, of all tasks, then the multiples, the nearest first; a result is written whatever is missing of the latter.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from analyses.grid import Grid
+from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.tables import format_table, number
+from analyses.training_run import RunConfig, chance_score, scores, training_run
+from propulsion.data import TaskData
+from propulsion.errors import Diverged, UserError, run_command
+from propulsion.methods import Method, parse_methods
+from propulsion.nothing_learnt import signs
+from propulsion.training import TrainingConfig
+
+AUTO, FIXED = "auto", "fixed"
+FREE = ("tasks", "methods", "factors", "resamples", "run.data_dir", "run.model")
+"""Fields that no cell depends on: its method and factor are its own, as are task, rows and model."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Methods x tasks x learning rates, one seed."""
+
+    tasks: tuple[str, ...] = ("demo",)
+    """Classification and regression tasks."""
+    # A factory, for the sake of the site, which takes words with a colon in a signature for a reference.
+    methods: tuple[str, ...] = field(
+        default_factory=lambda: (
+            "full", "propulsion", "propulsion:positions=attn", "lora", "ia3", "bitfit", "ln_tuning", "head", "vera",
+            "prompt_tuning", "prefix_tuning", "p_tuning", "adalora", "loha",
+        )
+    )  # fmt: skip
+    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
+    factors: tuple[float, ...] = (3.0, 1 / 3, 9.0, 1 / 9, 27.0, 1 / 27)
+    """Multiples of the automatic rates, which with 1 are the grid; in the order in which they are computed."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(
+        default_factory=lambda: RunConfig(
+            n_train=2400, n_validation=300,
+            training=TrainingConfig(steps=150, batch_size=8, max_length=64, bf16=True,
+                                    train_sampling_strategy="group_by_length"),
+        )
+    )  # fmt: skip
+    """What each run is; its learning rates are those of each cell, and all have its seed."""
+    resamples: int = 1000
+    """Bootstrap resamples of the validation rows behind each interval."""
+    runs_dir: Path | None = None
+    """Folder of the finished cells; by default the result folder's name with -runs."""
+    max_runs: int | None = None
+    """Compute this many cells at most in this call."""
+    output_dir: Path = Path("results/default_rates")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        task: The task.
+        method: The method's text.
+        factor: On the automatic rates; None for the fixed ones.
+    """
+
+    task: str
+    method: str
+    factor: float | None
+
+    @property
+    def setting(self) -> str:
+        """What tables call its rates."""
+        return FIXED if self.factor is None else AUTO if self.factor == 1 else f"x {self.factor:.3g}"
+
+
+def cells_of(config: Config) -> Iterator[Cell]:
+    """All runs, in the order in which they are computed."""
+    for task in config.tasks:
+        for method in config.methods:
+            yield from (Cell(task, method, factor) for factor in (1.0, None))
+    for factor in config.factors:
+        yield from (Cell(task, method, factor) for task in config.tasks for method in config.methods)
+
+
+def run(config: Config) -> Result | None:
+    """Compute what is missing, up to ``max_runs``, and summarise; None if automatic or fixed rates are missing.
+
+    Raises:
+        UserError: Unusable options, data or model; cells of other settings.
+    """
+    started = time.time()
+    methods = parse_methods(config.methods)
+    if not config.tasks or config.resamples < 1 or not all(0 < f < math.inf and f != 1 for f in config.factors):
+        raise UserError("there must be a task and a resample, and factors must be positive and other than 1")
+    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
+    grid = Grid(folder, config.max_runs)
+    data = {task: config.run.load(task) for task in config.tasks}
+    cells = {task: grid.of(config, rows, config.run.identity(rows), free=FREE) for task, rows in data.items()}
+    rows = []
+    for cell in cells_of(config):
+        label = f"{cell.task}.{cell.method}.{cell.setting}"
+        compute = partial(_train, config, data[cell.task])
+        found = cells[cell.task].cell(label, compute, method=methods[cell.method], factor=cell.factor)
+        if found is not None:
+            rows.append(_row(config, cell, data[cell.task], found))
+    if grid.missing:
+        grid.say_missing()
+    have = {(row["task"], row["method"], row["setting"]) for row in rows}
+    if any((task, text, setting) not in have for task in data for text in methods for setting in (AUTO, FIXED)):
+        return None
+    return _result(config, data, rows, len(grid.missing), time.time() - started)
+
+
+def _train(config: Config, data: TaskData, *, method: Method, factor: float | None) -> dict[str, Any]:
+    choice = None if factor is None else AUTO
+    rated = replace(config.run.training, learning_rate=choice, head_learning_rate=choice)
+    shared = replace(config.run, training=rated)
+    try:
+        times = 1.0 if factor is None else factor
+        found = training_run(shared, data, method, seed=rated.seed, rate_multiplier=times)
+    except Diverged as error:
+        return {"diverged": str(error)}
+    quarter = max(1, len(found["losses"]) // 4)
+    kept = ("predictions", "validation_loss", "learning_rates", "trained_parameters", "seconds_per_step")
+    return {name: found[name] for name in kept} | {
+        "diverged": "",
+        "first_loss": float(np.mean(found["losses"][:quarter])),
+        "last_loss": float(np.mean(found["losses"][-quarter:])),
+        "signs": signs(data.task, found["predictions"].tolist(), list(data.validation["label"]), found["losses"]),
+    }
+
+
+def _row(config: Config, cell: Cell, data: TaskData, found: Mapping[str, Any]) -> dict[str, Any]:
+    same = {"task": cell.task, "method": cell.method, "setting": cell.setting, "factor": cell.factor,
+            "chance": chance_score(data)}  # fmt: skip
+    if found["diverged"]:
+        return same | {"score": None, "low": None, "high": None, "learns": False, "diverged": found["diverged"]}
+    value, low, high = _interval(data, np.asarray(found["predictions"]), config.resamples)
+    same |= {"score": value, "low": low, "high": high, "learns": low > same["chance"]}
+    return same | {name: found[name] for name in found if name != "predictions"}
+
+
+def _interval(data: TaskData, predictions: np.ndarray, resamples: int) -> tuple[float, float, float]:
+    """The headline score and its 95 % bootstrap interval over validation rows; 0 where it is undefined."""
+    labels, generator = np.asarray(data.validation["label"]), np.random.default_rng(0)
+
+    def score(rows: np.ndarray) -> float:
+        value = next(iter(scores(data.task.name, predictions[rows], labels[rows]).values()))
+        return value if np.isfinite(value) else 0.0
+
+    n = len(labels)
+    draws = [score(generator.integers(0, n, n)) for _ in range(resamples)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return score(np.arange(n)), float(low), float(high)
+
+
+def _result(
+    config: Config, data: Mapping[str, TaskData], rows: Sequence[dict[str, Any]], missing: int, seconds: float
+) -> Result:
+    metrics = [
+        Metric(data[row["task"]].task.metrics[0], row["score"], row["low"], row["high"], "", row["setting"],
+               row["method"], row["task"])
+        for row in rows if row["score"] is not None
+    ]  # fmt: skip
+    return Result(
+        analysis="default_rates",
+        config=asdict(config),
+        seed=config.run.training.seed,
+        metrics=metrics,
+        tables={"runs": list(rows), "summary": compared(rows), "missing": [{"cells": missing}]},
+        arrays={},
+        model=config.run.model_identity(),
+        dataset={"name": ", ".join(data), "fingerprints": {task: d.fingerprint for task, d in data.items()}},
+        environment=environment(),
+        seconds={"this call": seconds},
+        coverage={},
+    )
+
+
+def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a task and method: at fixed and automatic rates, and the best of the grid as far as it is there."""
+    found = []
+    for task, text in dict.fromkeys((row["task"], row["method"]) for row in rows):
+        own = {row["setting"]: row for row in rows if (row["task"], row["method"]) == (task, text)}
+        grid = [row for row in own.values() if row["setting"] != FIXED]
+        best = max(grid, key=lambda row: -math.inf if row["score"] is None else row["score"])
+        found.append({
+            "task": task, "method": text, "chance": own[AUTO]["chance"],
+            FIXED: own[FIXED]["score"], "fixed learns": own[FIXED]["learns"],
+            AUTO: own[AUTO]["score"], "auto low": own[AUTO]["low"], "auto high": own[AUTO]["high"],
+            "auto learns": own[AUTO]["learns"], "auto rates": own[AUTO].get("learning_rates", {}),
+            "best": best["score"], "best setting": best["setting"], "grid points": len(grid),
+        })  # fmt: skip
+    return found
+
+
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """One table a task; a star marks what is above the best single answer by its whole interval."""
+    blocks = []
+    rows = result.tables["summary"]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        header = [f"{task} (one answer: {of_task[0]['chance']:.3f})", FIXED, AUTO, "interval", "best of grid",
+                  "at", "points", "automatic rates"]  # fmt: skip
+        blocks.append(format_table(header, [_cells(row) for row in of_task], markdown=markdown))
+    return "\n\n".join(blocks)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    def shown(name: str) -> str:
+        return "diverged" if row[name] is None else f"{row[name]:.3f}{'*' * row[f'{name} learns']}"
+
+    bounds = "" if row["auto low"] is None else f"{row['auto low']:.3f} to {row['auto high']:.3f}"
+    best = "diverged" if row["best"] is None else f"{row['best']:.3f}"
+    rates = ", ".join(f"{role} {number(rate)}" for role, rate in row["auto rates"].items())
+    return [row["method"], shown(FIXED), shown(AUTO), bounds, best, row["best setting"], str(row["grid points"]), rates]
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder."""
+    check_writable(config.output_dir, overwrite=config.overwrite)
+    result = run(config)
+    if result is None:
+        return
+    print(f"\n{summary(result)}\n")
+    print(f"result in {write_result(result, config.output_dir, overwrite=config.overwrite)}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.default_rates", description=__doc__)))

@@ -1,0 +1,49 @@
+"""Default rates beside fixed ones and a grid: computed in pieces, compared as the cells say."""
+
+from dataclasses import replace
+
+import pytest
+
+from analyses import default_rates
+from analyses.results import load_result
+from analyses.training_run import RunConfig
+from propulsion.errors import UserError
+from propulsion.training import TrainingConfig
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path):
+    return default_rates.Config(
+        methods=("full", "head"), factors=(3.0,), resamples=20, output_dir=tmp_path / "result",
+        run=RunConfig(model=str(tiny_model), n_train=16, n_validation=12,
+                      training=TrainingConfig(steps=2, batch_size=4, max_length=32)),
+    )  # fmt: skip
+
+
+def test_automatic_and_fixed_rates_come_first_and_make_a_result(config, capsys):
+    default_rates.main(replace(config, max_runs=3))
+    assert not config.output_dir.exists()
+    default_rates.main(replace(config, max_runs=2))
+    rows = {row["method"]: row for row in load_result(config.output_dir).tables["summary"]}
+    assert [row["grid points"] for row in rows.values()] == [2, 1]
+    default_rates.main(replace(config, overwrite=True))
+    result = load_result(config.output_dir, analysis="default_rates")
+    runs = {(row["method"], row["setting"]): row for row in result.tables["runs"]}
+    assert len(runs) == 6
+    for method in config.methods:
+        rates = {setting: runs[method, setting]["learning_rates"]["head"] for setting in ("fixed", "auto", "x 3")}
+        assert rates["fixed"] == 1e-3
+        assert rates["x 3"] == pytest.approx(3 * rates["auto"])
+    for row in result.tables["summary"]:
+        scores = [runs[row["method"], setting]["score"] for setting in ("auto", "x 3")]
+        assert row["best"] == max(scores)
+        assert row["auto learns"] == (runs[row["method"], "auto"]["low"] > row["chance"])
+    assert result.tables["missing"] == [{"cells": 0}]
+    assert "best of grid" in capsys.readouterr().out
+
+
+def test_mistakes(config):
+    with pytest.raises(UserError, match="other than 1"):
+        default_rates.run(replace(config, factors=(1.0,)))
+    with pytest.raises(UserError, match="unknown method"):
+        default_rates.run(replace(config, methods=("lorra",)))
