@@ -36,12 +36,12 @@ class Readout:
 
     head: Literal["random", "label_words"] = "random"
     """A classifier's new head, or the logits of label words of a causal language model, which has no head to train."""
-    pooling: Pooling = "auto"
-    """What a new head reads: auto, what the checkpoint declares; mean; first; pooler, as transformers does."""
     words: tuple[str, str] = (" terrible", " great")
     """Label words of classes 0 and 1, one token each, with the space before them."""
     prompt: str = "{text} It was"
     """What a language model reads."""
+    pooling: Pooling = "auto"
+    """What a new head reads: auto, what the checkpoint declares; mean; first; pooler, as transformers does."""
 
     @property
     def in_words(self) -> bool:

@@ -29,6 +29,7 @@ from analyses.publish import publish
 from analyses.results import STAGES, Metric, Result, environment, load_result
 from analyses.seeds import check_seeds, mean_interval
 from analyses.tables import format_table, interval
+from analyses.training_run import model_identity
 from propulsion.data import draw_rows, load_task_data
 from propulsion.errors import UserError, run_command
 from propulsion.methods import Method, parse_methods
