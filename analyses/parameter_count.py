@@ -2,7 +2,7 @@
 
 No weight is loaded: models are built on torch's meta device from their published sizes. "every Linear and Embedding" is
 what the paper's code replaces by default, heads included, dead ones included; "all" is this project's position "all"
-without a trained head, which leaves out modules that the model never calls.
+without a trained head, which leaves out modules that the model neither calls nor reads.
 
 The paper's abstract sets "355.3 million" beside "0.086 million" (Kowsher et al. 2024). The first is all of
 RoBERTa-large, the second is Propulsion on RoBERTa-base: two models.
