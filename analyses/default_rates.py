@@ -28,10 +28,10 @@ from analyses.training_run import RunConfig, chance_score, scores, training_run
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError, run_command
 from propulsion.methods import Method, parse_methods
-from propulsion.nothing_learnt import signs
 from propulsion.training import TrainingConfig
 
 AUTO, FIXED = "auto", "fixed"
+_KEPT = ("validation_loss", "learning_rates", "trained_parameters", "seconds_per_step")
 FREE = ("tasks", "methods", "factors", "resamples", "run.data_dir", "run.model")
 """Fields that no cell depends on: its method and factor are its own, as are task, rows and model."""
 
@@ -140,12 +140,10 @@ def _train(config: Config, data: TaskData, *, method: Method, factor: float | No
     except Diverged as error:
         return {"diverged": str(error)}
     quarter = max(1, len(found["losses"]) // 4)
-    kept = ("predictions", "validation_loss", "learning_rates", "trained_parameters", "seconds_per_step")
-    return {name: found[name] for name in kept} | {
+    return {name: found[name] for name in ("predictions", *_KEPT)} | {
         "diverged": "",
         "first_loss": float(np.mean(found["losses"][:quarter])),
         "last_loss": float(np.mean(found["losses"][-quarter:])),
-        "signs": signs(data.task, found["predictions"].tolist(), list(data.validation["label"]), found["losses"]),
     }
 
 
@@ -156,7 +154,7 @@ def _row(config: Config, cell: Cell, data: TaskData, found: Mapping[str, Any]) -
         return same | {"score": None, "low": None, "high": None, "learns": False, "diverged": found["diverged"]}
     value, low, high = _interval(data, np.asarray(found["predictions"]), config.resamples)
     same |= {"score": value, "low": low, "high": high, "learns": low > same["chance"]}
-    return same | {name: found[name] for name in found if name != "predictions"}
+    return same | {name: found[name] for name in (*_KEPT, "first_loss", "last_loss", "diverged")}
 
 
 def _interval(data: TaskData, predictions: np.ndarray, resamples: int) -> tuple[float, float, float]:

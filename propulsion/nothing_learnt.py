@@ -52,14 +52,16 @@ def _no_fall(losses: Sequence[float]) -> str:
     first, last, noise = _ends(losses)
     if first - last > 2 * noise:
         return ""
-    return f"the training loss has not fallen: {first:.3g} in the first quarter of the run, {last:.3g} in the last"
+    return f"the training loss has not fallen: {first:.3g} at first, {last:.3g} in the last quarter of the run"
 
 
 def _ends(losses: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of the first quarter and of the last, and the standard error of their difference."""
-    quarter = max(2, len(losses) // 4)
-    first, last = np.asarray(losses[:quarter]), np.asarray(losses[-quarter:])
-    noise = np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / quarter)
+    """Mean of the first losses and of the last quarter, and the standard error of their difference.
+
+    Few are the first ones, as a run may have learnt the most of it in a quarter of its steps.
+    """
+    first, last = np.asarray(losses[: max(3, len(losses) // 20)]), np.asarray(losses[-max(3, len(losses) // 4) :])
+    noise = np.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))
     return float(first.mean()), float(last.mean()), float(noise)
 
 

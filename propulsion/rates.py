@@ -2,10 +2,15 @@
 
 How far a step of a given size goes differs a thousandfold between methods: the same 0.001 that suits LoRA moves a head
 or (IA)³ hardly at all. What a step does to the loss does not: at the rates at which methods learn best, one step of
-Adam changes the loss of rows that it was not taken on by a few per cent of what it was, in one direction or the other,
-whatever is trained. So the rate of each role (`propulsion.optim`) is the one at which that is `SHARE` or `HEAD_SHARE`:
+Adam changes the loss of rows that it was not taken on by about a per cent of what it was, in one direction or the
+other, whatever is trained. So the rate of each role (`propulsion.optim`) is the one at which that is `SHARE`, or for
+the head `HEAD_SHARE`:
 
     mean over rows i and batches b of |l_i(theta - rate * Adam's step on b) - l_i(theta)|  =  share * mean of l_i(theta)
+
+What the step does to the outputs of all rows alike is left out where a row has one label. Before training that is the
+larger part of it for many methods, since the mean of the labels, or their commonest class, is learnt in a few steps;
+a rate by which those steps were small would be too low for all that follow.
 
 The change is measured by taking the step and looking, and not by the gradients alone: sum |dl_b/dtheta|, what a step
 does to the loss of its own batch to first order, is as large as the noise of a small batch makes it, and for another
@@ -21,7 +26,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +38,7 @@ from propulsion.layer import PropulsionLayer
 from propulsion.optim import LARGEST_STEP, Rates, RoleRate, fixed_rate, model_degree, parameter_roles
 from propulsion.trainer import isolated_randomness
 
-SHARE, HEAD_SHARE = 0.02, 0.06
+SHARE, HEAD_SHARE = 0.01, 0.05
 """What one step changes the loss of a fresh row by, as a share of it: a step of the body, and one of the head, which
 starts near zero, is linear in what it reads and has the longer way to go."""
 LOOK = 4
@@ -161,9 +166,7 @@ def _rate_of_role(probe: "_Probe", role: str, parameters: Mapping[str, nn.Parame
     reason = f"automatic: {step} changes the loss of a training row, {probe.loss:.3g}, by {share:.0%}"
     if not near:  # As where the outputs are bounded, whatever the step.
         rate = guess
-        reason = (
-            f"automatic: to first order a step changes its batch's loss by {share:.0%}; none did that to other rows"
-        )
+        reason = f"automatic: to first order {step} changes its batch's loss by {share:.0%}; other rows' it did not"
     if role == "scale" and rate * (k := _largest_degree(probe.model)) > LARGEST_STEP:
         return RoleRate(LARGEST_STEP / k, f"automatic: no step moves a scale by more than {LARGEST_STEP:.0%}")
     return RoleRate(rate, reason)
@@ -188,13 +191,23 @@ class _Probe:
     def __init__(self, model: nn.Module, batches: Sequence[Batch], rows: Sequence[Batch]) -> None:
         self.model, self._batches, self._rows = model, batches, rows
         self._call = _task_loss(model, rows[0])
-        self._start = self._losses()
-        self.loss = float(self._start.mean())
+        self._start = self._look()
+        self.loss = float(self._start.losses.mean())
 
     @torch.no_grad()
-    def _losses(self) -> Tensor:
-        """Loss of every row, ``(n,)``."""
-        return torch.stack([self._call(**row).loss.double().cpu() for row in self._rows])
+    def _look(self) -> "_Look":
+        """Every row as the model is."""
+        found = [self._call(**row) for row in self._rows]
+        losses = torch.stack([output.loss.double().cpu() for output in found])
+        outputs = [getattr(output, "logits", None) for output in found]
+        if not all(isinstance(values, Tensor) and values.ndim == 2 and len(values) == 1 for values in outputs):
+            return _Look(losses)
+        labels = torch.cat([row["labels"].reshape(-1).cpu() for row in self._rows])
+        if labels.shape != losses.shape:
+            return _Look(losses)
+        look = _Look(losses, torch.cat([values.double().cpu() for values in outputs]), labels)
+        # Only where this is how the model computes its loss.
+        return look if torch.allclose(look.losses_at(look.outputs), losses, rtol=1e-3) else _Look(losses)
 
     def gradients(self, parameters: Mapping[str, nn.Parameter], batch: int) -> dict[str, Tensor]:
         """Of a batch's loss, zero where the loss does not depend on a parameter."""
@@ -219,12 +232,40 @@ class _Probe:
         found = []
         for walk in walks:
             with _restored(parameters):
-                optimizer, losses = torch.optim.Adam(parameters.values(), lr=rate), self._start
+                optimizer, now = torch.optim.Adam(parameters.values(), lr=rate), self._start
                 for batch in walk:
                     self.step(parameters, optimizer, batch)
-                    last, losses = losses, self._losses()
-                    found.append(float((losses - last).abs().mean()))
+                    before, now = now, self._look()
+                    found.append(before.change(now))
         return (max(found) if look else float(np.mean(found))) / self.loss
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Rows as a model is.
+
+    Attributes:
+        losses: Of every row, ``(n,)``.
+        outputs: What the losses are of, ``(n, c)``, where a row has one label; empty otherwise.
+        labels: Of every row, ``(n,)``; empty where outputs are.
+    """
+
+    losses: Tensor
+    outputs: Tensor = field(default_factory=lambda: torch.empty(0))
+    labels: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def losses_at(self, outputs: Tensor) -> Tensor:
+        """What the losses would be, of a regression or a classification, at other outputs ``(n, c)``."""
+        if outputs.shape[1] == 1:
+            return (outputs[:, 0] - self.labels).square()
+        return torch.nn.functional.cross_entropy(outputs, self.labels.long(), reduction="none")
+
+    def change(self, after: "_Look") -> float:
+        """What a step changes the loss of a row by, on average, without what it does to the outputs of all alike."""
+        if not self.outputs.numel() or not after.outputs.numel():
+            return float((after.losses - self.losses).abs().mean())
+        moved = after.outputs - self.outputs
+        return float((self.losses_at(self.outputs + moved - moved.mean(dim=0)) - self.losses).abs().mean())
 
 
 @torch.no_grad()

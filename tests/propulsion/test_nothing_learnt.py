@@ -9,6 +9,7 @@ from propulsion.train import TrainConfig, main
 
 FALLING = list(np.linspace(0.7, 0.3, 40))
 FLAT = list(0.69 + 0.02 * np.random.default_rng(0).standard_normal(40))
+FAST = [0.7, 0.69, 0.68, *(0.5 + 0.1 * np.random.default_rng(1).standard_normal(57))]
 RISING = list(np.linspace(0.7, 1.3, 40))
 
 
@@ -20,6 +21,7 @@ RISING = list(np.linspace(0.7, 1.3, 40))
         ("sst2", [0, 1] * 3, [0, 1] * 3, FLAT, ["has not fallen", "train longer"]),
         ("sst2", [1] * 6, [0, 1] * 3, RISING, ["of class 1", "has not fallen", "the loss has risen"]),
         ("sst2", [0, 1] * 3, [0, 1] * 3, FALLING, []),
+        ("sst2", [0, 1] * 3, [0, 1] * 3, FAST, []),
         ("sst2", [1] * 6, [1] * 6, FALLING, []),
         ("sst2", [0, 1] * 3, [0, 1] * 3, FLAT[:5], []),
         ("stsb", [2.5, 2.51, 2.49, 2.5], [0.0, 5.0, 2.0, 3.0], FALLING, ["nearly one number: 2.5", "train longer"]),
