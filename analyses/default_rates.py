@@ -7,7 +7,8 @@ that of the best single answer by its whole interval.
     python -m analyses.default_rates --data-dir glue --tasks sst2 stsb cola rte --output-dir results/default_rates
 
 A killed grid goes on where it was; ``--max-runs 10`` computes ten more cells. The automatic and the fixed rates come
-first, of all tasks, then the multiples, the nearest first; a result is written whatever is missing of the latter.
+first, of all tasks, then the multiples, the nearest first; a result is written whatever is missing of the latter, and
+with ``--partial`` of what has both of the former.
 """
 
 import math
@@ -32,7 +33,7 @@ from propulsion.training import TrainingConfig
 
 AUTO, FIXED = "auto", "fixed"
 _KEPT = ("validation_loss", "learning_rates", "trained_parameters", "seconds_per_step")
-FREE = ("tasks", "methods", "factors", "resamples", "run.data_dir", "run.model")
+FREE = ("tasks", "methods", "factors", "resamples", "partial", "run.data_dir", "run.model")
 """Fields that no cell depends on: its method and factor are its own, as are task, rows and model."""
 
 
@@ -66,6 +67,8 @@ class Config:
     """Folder of the finished cells; by default the result folder's name with -runs."""
     max_runs: int | None = None
     """Compute this many cells at most in this call."""
+    partial: bool = False
+    """Write a result of the tasks and methods that have both automatic and fixed rates, though others have not."""
     output_dir: Path = Path("results/default_rates")
     """Result folder."""
     overwrite: bool = False
@@ -125,8 +128,11 @@ def run(config: Config) -> Result | None:
     if grid.missing:
         grid.say_missing()
     have = {(row["task"], row["method"], row["setting"]) for row in rows}
-    if any((task, text, setting) not in have for task in data for text in methods for setting in (AUTO, FIXED)):
+    pairs = [(task, text) for task in data for text in methods]
+    whole = {pair for pair in pairs if all((*pair, setting) in have for setting in (AUTO, FIXED))}
+    if not whole or (len(whole) < len(pairs) and not config.partial):
         return None
+    rows = [row for row in rows if (row["task"], row["method"]) in whole]
     return _result(config, data, rows, len(grid.missing), time.time() - started)
 
 

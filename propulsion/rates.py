@@ -200,12 +200,13 @@ class _Probe:
         found = [self._call(**row) for row in self._rows]
         losses = torch.stack([output.loss.double().cpu() for output in found])
         outputs = [getattr(output, "logits", None) for output in found]
-        if not all(isinstance(values, Tensor) and values.ndim == 2 and len(values) == 1 for values in outputs):
+        logits = [values for values in outputs if isinstance(values, Tensor) and values.ndim == 2 and len(values) == 1]
+        if len(logits) < len(outputs):
             return _Look(losses)
         labels = torch.cat([row["labels"].reshape(-1).cpu() for row in self._rows])
         if labels.shape != losses.shape:
             return _Look(losses)
-        look = _Look(losses, torch.cat([values.double().cpu() for values in outputs]), labels)
+        look = _Look(losses, torch.cat([values.double().cpu() for values in logits]), labels)
         # Only where this is how the model computes its loss.
         return look if torch.allclose(look.losses_at(look.outputs), losses, rtol=1e-3) else _Look(losses)
 

@@ -11,7 +11,7 @@ from analyses.command_line import option
 from analyses.results import Result, plain
 
 # Where a run writes and how it was cut in pieces: no part of what was computed.
-_NOT_THE_EXPERIMENT = {"output_dir", "runs_dir", "overwrite", "max_runs", "child", "child_output"}
+_NOT_THE_EXPERIMENT = {"output_dir", "runs_dir", "overwrite", "max_runs", "partial", "child", "child_output"}
 
 
 def arguments(result: Result) -> list[str]:
