@@ -19,7 +19,8 @@ scalings and ranks need no rule of their own.
 
 Where a method starts at a product of zero (LoRA's B, VeRA's vectors), the first step says little of those that
 follow, since the other factor has no gradient yet. Such tensors are known by their gradients, nearly zero at the start
-and no longer after one step; then the change is the largest of the first step and `LOOK` further ones.
+and no longer after one step; then the change is the larger of that of the first step and that of a step after `LOOK`
+others, which are `STRIDE` times as long so as to come as far as many.
 """
 
 import itertools
@@ -41,8 +42,9 @@ from propulsion.trainer import isolated_randomness
 SHARE, HEAD_SHARE = 0.01, 0.05
 """What one step changes the loss of a fresh row by, as a share of it: a step of the body, and one of the head, which
 starts near zero, is linear in what it reads and has the longer way to go."""
-LOOK = 4
-"""Steps past the first that are looked at, where a method starts at a product of zero."""
+LOOK, STRIDE = 4, 4
+"""Steps past the first, and how many times as long as others they are, after which a method is looked at that starts at
+a product of zero, whose factors matter as they grow."""
 BATCHES, ROWS = 4, 8
 """Batches that steps are taken on, and further rows that they are measured on."""
 
@@ -226,19 +228,27 @@ class _Probe:
     def change(self, parameters: Mapping[str, nn.Parameter], rate: float, look: int) -> float:
         """What a step changes the loss of a row by, as a share of what it was before any.
 
-        Without a look past the first step, the mean over the first steps on each batch; with it, the largest of the
-        first step and that many further ones, as some networks answer to nothing after a step that was too large.
+        Without a look past the first step, the mean over the first steps on each batch; with it, the larger of the
+        first step and the one after that many others, as some networks answer to nothing after too large steps.
         """
-        walks = [[batch] for batch in range(len(self._batches))] if not look else [list(range(look + 1))]
         found = []
-        for walk in walks:
+        for first in range(1 if look else len(self._batches)):
             with _restored(parameters):
-                optimizer, now = torch.optim.Adam(parameters.values(), lr=rate), self._start
-                for batch in walk:
-                    self.step(parameters, optimizer, batch)
-                    before, now = now, self._look()
-                    found.append(before.change(now))
+                optimizer = torch.optim.Adam(parameters.values(), lr=rate)
+                found.append(self._change_by_step(parameters, optimizer, first, self._start))
+                if look:
+                    optimizer.param_groups[0]["lr"] = STRIDE * rate
+                    for batch in range(1, look + 1):
+                        self.step(parameters, optimizer, batch)
+                    optimizer.param_groups[0]["lr"] = rate
+                    found.append(self._change_by_step(parameters, optimizer, look + 1, self._look()))
         return (max(found) if look else float(np.mean(found))) / self.loss
+
+    def _change_by_step(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, batch: int, before: "_Look"
+    ) -> float:
+        self.step(parameters, optimizer, batch)
+        return before.change(self._look())
 
 
 @dataclass(frozen=True)
