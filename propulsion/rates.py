@@ -48,10 +48,11 @@ a product of zero, whose factors matter as they grow."""
 BATCHES, ROWS = 4, 8
 """Batches that steps are taken on, and further rows that they are measured on."""
 
-_PASSES = 6  # At most; most roles need one.
+_PASSES = 8  # At most; most roles need one.
 _NEAR = 2.0  # A change within this factor of what is wanted is near enough to be scaled in proportion.
 _SILENT = 1e-4  # A tensor's gradient, beside the largest of its role, that counts as none.
 _LARGEST_JUMP = 30.0
+_FAR_BELOW, _RISE = 300.0, 6.0  # Where the search begins of a product from zero on, and how fast it goes up at most.
 
 Batch = Mapping[str, Any]
 
@@ -150,7 +151,8 @@ def _rate_of_role(probe: "_Probe", role: str, parameters: Mapping[str, nn.Parame
         guess, look = share * probe.loss / slope, 0
         rate = guess
         if (silent := _silent(first)) and _wakes(probe, parameters, silent, rate):
-            look = LOOK
+            # From far below: the first step is no guide, and after large ones some networks answer to nothing.
+            look, rate = LOOK, guess / _FAR_BELOW
         near, power, last = False, 2.0 if look else 1.0, (0.0, 0.0)
         for _ in range(_PASSES):
             change = probe.change(parameters, rate, look)
@@ -161,13 +163,13 @@ def _rate_of_role(probe: "_Probe", role: str, parameters: Mapping[str, nn.Parame
             if last != (0.0, 0.0) and abs(here[0] - last[0]) > 1e-6:
                 power = min(max((here[1] - last[1]) / (here[0] - last[0]), 0.5), 4.0)
             last, near = here, 1 / _NEAR <= share / change <= _NEAR
-            rate *= min(max((share / change) ** (1 / power), 1 / _LARGEST_JUMP), _LARGEST_JUMP)
+            rate *= min(max((share / change) ** (1 / power), 1 / _LARGEST_JUMP), _RISE if look else _LARGEST_JUMP)
             if near or rate > _LARGEST_JUMP * guess:
                 break
     step = f"a step{f', of {look} past the first, at which some tensors have no gradient,' * bool(look)}"
     reason = f"automatic: {step} changes the loss of a training row, {probe.loss:.3g}, by {share:.0%}"
     if not near:  # As where the outputs are bounded, whatever the step.
-        rate = guess
+        rate = guess / (_LARGEST_JUMP if look else 1)
         reason = f"automatic: to first order {step} changes its batch's loss by {share:.0%}; other rows' it did not"
     if role == "scale" and rate * (k := _largest_degree(probe.model)) > LARGEST_STEP:
         return RoleRate(LARGEST_STEP / k, f"automatic: no step moves a scale by more than {LARGEST_STEP:.0%}")
