@@ -10,11 +10,12 @@ from propulsion.data import load_task_data
 from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method, head_modules, method_names, parse_options, trainable_parameters
 from propulsion.optim import BIAS_RATE, Rates, parameter_groups
+from propulsion.positions import is_norm
 from propulsion.pretrained import load_classifier
 from propulsion.training import TrainingConfig, train
 
 METHODS = ["full", "bitfit", "head", "propulsion:degree=2", "propulsion:positions=attn", "lora:r=2", "ia3", "loha:r=2",
-           "prefix_tuning", "p_tuning", "adalora", "vera:r=4"]  # fmt: skip
+           "prefix_tuning", "p_tuning", "adalora", "vera:r=4", "ln_tuning"]  # fmt: skip
 
 
 def adapted(folder, text, seed=0):
@@ -65,6 +66,15 @@ def test_all_methods_see_the_same_rows_in_the_same_order(tiny_models):
             progress=False,
         )
     assert all(order == orders["full"] for order in orders.values())
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "gpt2", "llama", "t5"])
+def test_norms_are_tuned_on_every_architecture(family):
+    model = build(family)
+    norms = {name for name, module in model.named_modules() if is_norm(module)}
+    adapted = apply_method(model, Method("ln_tuning"), task_type="FEATURE_EXTRACTION")
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {name.removeprefix("base_model.model.").partition(".ln_tuning_layers")[0] for name in trained} == norms
 
 
 def test_what_our_own_methods_train(tiny_models):
