@@ -35,7 +35,7 @@ class Config:
     quick: bool = False
     """Run the demonstration task at small sizes, and judge that."""
     data_dir: Path | None = None
-    """Folder with a folder of each task's data, each with train and validation files; else the Hugging Face hub."""
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     tasks: tuple[str, ...] = TASKS
     """Tasks of the full run; what is measured on one task takes the first."""
     language_model: Path | None = None

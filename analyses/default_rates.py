@@ -116,7 +116,7 @@ def run(config: Config) -> Result | None:
         raise UserError("there must be a task and a resample, and factors must be positive and other than 1")
     folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
     grid = Grid(folder, config.max_runs)
-    data = {task: config.run.load(task) for task in config.tasks}
+    data = config.run.load_all(config.tasks)
     cells = {task: grid.of(config, rows, config.run.identity(rows), free=FREE) for task, rows in data.items()}
     rows = []
     for cell in cells_of(config):

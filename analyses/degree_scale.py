@@ -27,7 +27,7 @@ from analyses.theorem1 import Body
 from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels
 from ntk.networks import MLP, Recipe, is_multiplier
-from propulsion.data import draw_rows, load_task_data, tokenize
+from propulsion.data import check_folders, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError, run_command
 from propulsion.pretrained import Pooling, find_pooling, load_classifier
 from propulsion.tasks import get_labelled_task
@@ -55,7 +55,7 @@ class Config:
     pooling: Pooling = "auto"
     """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
     data_dir: Path | None = None
-    """Folder with a folder of each task's data; else embedded or from the hub."""
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     seed: int = 0
     """Of inputs, networks and heads."""
     output_dir: Path = Path("results/degree_scale")
@@ -127,9 +127,9 @@ def architecture_rows(config: Config) -> Iterator[dict[str, Any]]:
 
 def pretrained_rows(config: Config) -> Iterator[dict[str, Any]]:
     """The packaged encoder, and further models, on the sentences of every task."""
+    check_folders(config.tasks, config.data_dir)
     for name, task in ((name, task) for name in (None, *config.models) for task in config.tasks):
-        data_dir = config.data_dir / task if config.data_dir else None
-        data = load_task_data(task, data_dir=data_dir, seed=config.seed)
+        data = load_task_data(task, data_dir=config.data_dir, seed=config.seed)
         model, tokenizer = load_classifier(
             name, num_labels=data.task.num_labels, pooling=config.pooling, seed=config.seed
         )

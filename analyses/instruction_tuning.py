@@ -47,7 +47,7 @@ class Config:
     task: str = "sst2_instruction"
     """Instruction task."""
     data_dir: Path | None = None
-    """Folder with train and validation files; without it, the Hugging Face hub."""
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     methods: tuple[str, ...] = (UNTUNED, "propulsion", "lora")
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE; none is the untuned model."""
     max_steps: int = 60

@@ -112,8 +112,7 @@ def run(config: Config) -> Result | None:
     folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
     grid = Grid(folder, config.max_runs)
     compared, sources = [], {}
-    for task in config.tasks:
-        data = config.run.load(task)
+    for task, data in config.run.load_all(config.tasks).items():
         sources[task] = {"source": data.source.rsplit("/", 1)[-1], "fingerprint": data.fingerprint}
         cells = grid.of(config, data, config.run.identity(data), free=FREE)
         compared += _task(config, cells, data, methods)

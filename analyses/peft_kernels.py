@@ -70,7 +70,7 @@ class Config:
     task: str = "demo"
     """Task: demo (embedded, no network), or sst2, rte, cola, stsb, mrpc, qqp, mnli, qnli."""
     data_dir: Path | None = None
-    """Folder with train and validation files (.jsonl, .csv, .tsv, .parquet) in GLUE's columns; else the hub."""
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     model: str | None = None
     """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
     readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)

@@ -76,7 +76,7 @@ def run(config: Config) -> Result:
         raise UserError("there must be a pooling and a task")
     if config.run.pooling != "auto":
         raise UserError("give the poolings to compare by --poolings, and leave out --pooling")
-    data = {task: config.run.load(task) for task in config.tasks}
+    data = config.run.load_all(config.tasks)
     grid = Grid(config.output_dir.with_name(f"{config.output_dir.name}-runs"))
     scores, shares = [], []
     for task, pooling, seed in _cases(config):

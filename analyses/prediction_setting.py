@@ -27,7 +27,7 @@ class Config:
     task: str = "demo"
     """Classification task of two classes."""
     data_dir: Path | None = None
-    """Folder with one folder a task, each with train and validation files; without it, the Hugging Face hub."""
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     model: str | None = None
     """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6, or SmolLM2 for label words."""
     readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)
@@ -126,14 +126,13 @@ def setting_of(config: Config) -> Setting:
         raise UserError(f"{unknown[0]} cannot be trained again: it is none of the methods")
     if min(config.sizes) < 4 or config.permutations < 1:
         raise UserError("sizes must be at least 4, and permutations at least 1")
-    folder = None if config.data_dir is None else config.data_dir.expanduser() / config.task
-    data = load_task_data(config.task, data_dir=folder)
+    data = load_task_data(config.task, data_dir=config.data_dir)
     if data.task.is_regression or data.task.num_labels != 2:
         raise UserError(f"{config.task} is no task of two classes, which a single logit difference would tell apart")
     if max(config.sizes) > len(data.train):
         raise UserError(f"{config.task} has {len(data.train)} training rows; the largest of --sizes asks for more")
     n_test = min(config.n_test, len(data.validation))
-    data = load_task_data(config.task, data_dir=folder, n_validation=n_test, seed=0)
+    data = load_task_data(config.task, data_dir=config.data_dir, n_validation=n_test, seed=0)
     if config.readout.in_words:
         data = config.readout.rows(data)
         # The readout stands for the head, which no adapter touches.

@@ -57,7 +57,7 @@ class Config:
     task: str = "demo"
     """Task they are from."""
     data_dir: Path | None = None
-    """Folder with the task's data; else embedded or from the hub."""
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     seed: int = 0
     """Of inputs, networks and the head."""
     output_dir: Path = Path("results/theorem1")

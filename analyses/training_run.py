@@ -5,7 +5,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import tyro
 from scipy.special import logsumexp
 from transformers import TrainerCallback
 
-from propulsion.data import TaskData, load_task_data
+from propulsion.data import TaskData, check_folders, load_task_data
 from propulsion.identity import model_content
 from propulsion.methods import Method, apply_method, trainable_parameters
 from propulsion.metrics import METRICS
@@ -32,7 +32,7 @@ class RunConfig:
     """What the runs of a grid have in common."""
 
     data_dir: Path | None = None
-    """Folder with one folder a task, each with train and validation files; without it, the Hugging Face hub."""
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     model: str | None = None
     """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
     pooling: Pooling = "auto"
@@ -57,11 +57,15 @@ class RunConfig:
     def load(self, task: str) -> TaskData:
         """Draw the rows of a task of one label."""
         get_labelled_task(task)
-        folder = None if self.data_dir is None else self.data_dir.expanduser() / task
-        whole = load_task_data(task, data_dir=folder)
+        whole = load_task_data(task, data_dir=self.data_dir)
         sizes = {"n_train": len(whole.train), "n_validation": len(whole.validation)}
         wanted = {name: min(getattr(self, name), size) for name, size in sizes.items()}
-        return load_task_data(task, data_dir=folder, **wanted, seed=0)
+        return load_task_data(task, data_dir=self.data_dir, **wanted, seed=0)
+
+    def load_all(self, tasks: Sequence[str]) -> dict[str, TaskData]:
+        """Draw the rows of several tasks, each from a folder of its own."""
+        check_folders(tasks, self.data_dir)
+        return {task: self.load(task) for task in tasks}
 
     def identity(self, data: TaskData) -> str:
         """The model that every run starts from, known by its content."""

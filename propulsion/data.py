@@ -27,6 +27,8 @@ from propulsion.task_kinds.classification import check_variety
 from propulsion.tasks import Task, get_task
 
 LABEL = "label"
+EMBEDDED = "demo"
+"""The task whose rows come with the package."""
 SPLITS = ("train", "validation")
 _STREAMED_AT_ONCE = 256
 
@@ -86,8 +88,8 @@ def load_task_data(
     Args:
         task: Name of the task.
         data_dir: Folder with one `train` and one `validation` file in the column names of the hub: .jsonl, .json, .csv
-            or .tsv, as they are or compressed (.gz, .bz2, .xz), or .parquet. Labels are numbers, or the task's label
-            names in any case. Other columns are not read.
+            or .tsv, as they are or compressed (.gz, .bz2, .xz), or .parquet; or a folder with such a folder in it,
+            named after the task. Labels are numbers, or the task's label names in any case. Other columns are not read.
         n_train: Rows to draw at random for training; all if None. Of streamed rows, the first.
         n_validation: Rows to draw at random for validation; all if None.
         seed: Seed of the draws. Draws are stratified: classes keep their proportions, each with one row at least.
@@ -393,13 +395,42 @@ class _Hub(_Source):
 
 
 def _source(task: Task, data_dir: Path | str | None, streaming: bool) -> _Source:
-    if data_dir is not None:
-        return _Folder(task, Path(data_dir).expanduser())
-    if task.name == "demo":
+    if data_dir is not None and (folder := task_folder(task, Path(data_dir))) is not None:
+        return _Folder(task, folder)
+    if task.name == EMBEDDED:
         return _Embedded(task, "embedded demo data")
     if task.hub_path is None:
         raise UserError(f"task {task.name} has no home on the Hugging Face hub: give --data-dir with its files")
     return _Hub(task)
+
+
+def task_folder(task: Task, data_dir: Path) -> Path | None:
+    """The folder of a task's files: ``data_dir/TASK`` where there is one, else ``data_dir`` itself.
+
+    Returns:
+        The folder; None for the task whose rows are embedded in the package, where `data_dir` is a folder of other
+        tasks' folders alone.
+    """
+    folder = data_dir.expanduser()
+    if (own := folder / task.name).is_dir():
+        return own
+    if task.name == EMBEDDED and folder.is_dir() and not any(path.is_file() for path in folder.iterdir()):
+        return None
+    return folder
+
+
+def check_folders(tasks: Sequence[str], data_dir: Path | None) -> None:
+    """Make sure that several tasks are not read from one task's files.
+
+    Raises:
+        UserError: They would be.
+    """
+    if data_dir is None:
+        return
+    folders = [folder for task in tasks if (folder := task_folder(get_task(task), data_dir)) is not None]
+    if len(set(folders)) < len(folders):
+        names = " and ".join(task for task in tasks if task_folder(get_task(task), data_dir) == data_dir.expanduser())
+        raise UserError(f"{names} have no folders of their own in {data_dir}: give the folder that holds {names}")
 
 
 def _find_file(folder: Path, stems: Sequence[str]) -> Path:

@@ -24,7 +24,7 @@ class TrainConfig:
     task: str = "demo"
     """Task; an unknown name lists them all."""
     data_dir: Path | None = None
-    """Folder with train and validation files in the hub's columns; without it, the Hugging Face hub."""
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     model: str | None = None
     """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
     pooling: Pooling = "auto"

@@ -14,7 +14,7 @@ from task_rows import ROWS
 from transformers import AutoTokenizer
 
 from propulsion import data as data_module
-from propulsion.data import check_inputs, draw_rows, load_task_data, tokenize, tokenize_cached
+from propulsion.data import check_folders, check_inputs, draw_rows, load_task_data, tokenize, tokenize_cached
 from propulsion.errors import UserError
 from propulsion.task_kinds import Limits
 from propulsion.tasks import Task, get_task
@@ -269,6 +269,26 @@ def test_ragged_csv_names_the_line(tmp_path):
 def test_missing_folder(tmp_path):
     with pytest.raises(UserError, match=r"data folder .*nowhere does not exist"):
         load_task_data("sst2", data_dir=tmp_path / "nowhere")
+
+
+def test_a_data_folder_is_a_tasks_own_or_holds_it(tmp_path):
+    own = tmp_path / "sst2"
+    own.mkdir()
+    folder_of(own)
+    (tmp_path / "rte").mkdir()
+    found = [load_task_data("sst2", data_dir=folder).fingerprint for folder in (own, tmp_path)]
+    assert found[0] == found[1]
+    # The rows that come with the package stand beside those of a folder, unless it holds some in their place.
+    assert load_task_data("demo", data_dir=tmp_path).fingerprint == load_task_data("demo").fingerprint
+    assert load_task_data("demo", data_dir=own).fingerprint == found[0]
+
+
+def test_two_tasks_are_not_read_from_one_tasks_files(tmp_path):
+    (tmp_path / "sst2").mkdir()
+    folder_of(tmp_path / "sst2")
+    check_folders(("demo", "sst2"), tmp_path)
+    with pytest.raises(UserError, match=r"demo and sst2 have no folders of their own in .*sst2"):
+        check_folders(("demo", "sst2"), tmp_path / "sst2")
 
 
 def test_hub_out_of_reach_says_what_to_give():
