@@ -15,14 +15,14 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from analyses.core.errors import run_command
 from analyses.grid import Grid
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
+from analyses.records import Metric, Result, environment, format_table, interval, number
 from analyses.seeds import check_seeds, mean_interval
-from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, chance_score, training_run
 from propulsion.data import TaskData
-from propulsion.errors import Diverged, UserError, run_command
+from propulsion.errors import Diverged, UserError
 from propulsion.methods import Method
 from propulsion.optim import SCALE_RATE
 

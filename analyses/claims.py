@@ -21,11 +21,13 @@ from pathlib import Path
 import torch
 import tyro
 
+from analyses.core.errors import run_command
 from analyses.ledger import report, runs
 from analyses.ledger.page import page, pictures
 from analyses.ledger.rows import TASKS, choose, judge, load_tree
-from analyses.results import Result
-from propulsion.errors import UserError, run_command
+from analyses.records import Result
+from analyses.records.atomic import write_texts
+from propulsion.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,7 @@ def write(config: Config, results: Mapping[str, Result], root: Path, folder: Pat
         "ledger.json": report.to_json(content),
         "report.html": page(content, pictures(root, results, captions)),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, words in files.items():
-            (folder / name).write_text(words, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    write_texts(folder, files)
     print(f"{', '.join(files)} in {folder}")
 
 

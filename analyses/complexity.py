@@ -20,11 +20,11 @@ import tyro
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from analyses.core.errors import run_command
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
-from analyses.tables import format_table, number
+from analyses.records import Metric, Result, environment, format_table, number
 from analyses.training_run import StepClock
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 from propulsion.methods import option_config
 
 WARM_UP = 3

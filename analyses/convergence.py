@@ -15,15 +15,15 @@ import numpy as np
 import tyro
 from transformers import TrainerCallback
 
+from analyses.core.errors import run_command
 from analyses.grid import Grid
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
+from analyses.records import Metric, Result, environment, format_table, interval, number
 from analyses.seeds import check_seeds, mean_interval, tuned_factors
-from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, training_run
 from propulsion.data import TaskData
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
 from propulsion.trainer import isolated_randomness
 from propulsion.training import evaluate

@@ -20,15 +20,15 @@ import tyro
 from torch import Tensor
 
 import ntk
+from analyses.core.errors import run_command
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
-from analyses.tables import format_table, interval, number
+from analyses.records import Metric, Result, environment, format_table, interval, number
 from analyses.theorem1 import Body
 from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels
 from ntk.networks import MLP, Recipe, is_multiplier
 from propulsion.data import check_folders, draw_rows, load_task_data, tokenize
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_pooling, load_classifier
 from propulsion.tasks import get_labelled_task
 

@@ -20,12 +20,12 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 
+from analyses.core.errors import run_command
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
+from analyses.records import Metric, Result, environment, format_table, interval, number
 from analyses.seeds import tuned_factors
-from analyses.tables import format_table, interval, number
 from analyses.training_run import RunConfig, training_run
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 from propulsion.layer import PropulsionLayer
 from propulsion.methods import parse_methods
 from propulsion.optim import SCALE_NAME

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ntk
 from analyses.bootstrap import bootstrap_interval
-from analyses.results import STAGES, Metric
+from analyses.records import STAGES, Metric
 from analyses.seeds import mean_interval
 from ntk.dynamics import linearization_error, relative_drift
 

@@ -7,13 +7,9 @@ is ever taken for another. A cell's file appears when the cell is complete, by a
 beside it, which is there before it.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from analyses.results import environment, plain
+from analyses.records import environment, plain, read_arrays
+from analyses.records.atomic import whole
+from analyses.records.errors import UserError as RecordError
 from propulsion.data import TaskData
 from propulsion.errors import Interrupted, UserError
 
@@ -138,9 +136,9 @@ class Grid:
         try:
             if arrays is not None:
                 content |= {ARRAYS: {key: list(value.shape) for key, value in arrays.items()}}
-                with _whole(_beside(path)) as partial, partial.open("wb") as file:
+                with whole(_beside(path)) as partial, partial.open("wb") as file:
                     np.savez_compressed(file, allow_pickle=False, **arrays)
-            with _whole(path) as partial:
+            with whole(path) as partial:
                 partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -190,34 +188,13 @@ def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if stored != settings:
         raise UserError(f"{path} is damaged (its settings are not those of its name): remove it, and it will be "
                         "computed again")  # fmt: skip
-    return found if arrays is None else found | {ARRAYS: _read_arrays(path, arrays)}
+    if arrays is None:
+        return found
+    try:
+        return found | {ARRAYS: read_arrays(_beside(path), arrays)}
+    except RecordError as error:
+        raise UserError(f"{error}; remove it and {path.name}, and they will be computed again") from error
 
 
 def _beside(path: Path) -> Path:
     return path.with_suffix(".npz")
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block is done."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
-def _read_arrays(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, np.ndarray]:
-    try:
-        with np.load(_beside(path), allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in shapes}
-        if wrong := [name for name, shape in shapes.items() if list(arrays[name].shape) != shape]:
-            raise ValueError(f"{wrong[0]} has another shape")
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{_beside(path)} is damaged ({error}): remove it and {path.name}, and they will be computed again"
-        ) from error
-    return arrays

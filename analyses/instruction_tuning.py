@@ -19,11 +19,11 @@ import tyro
 from jaxtyping import Int
 from scipy import stats
 
+from analyses.core.errors import run_command
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
-from analyses.tables import format_table, interval, number
+from analyses.records import Metric, Result, environment, format_table, interval, number
 from propulsion.data import load_task_data
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 from propulsion.instructions import Exchange, extract
 from propulsion.methods import Method, parse_methods
 from propulsion.run_folder import predictions_of

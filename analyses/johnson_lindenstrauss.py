@@ -15,11 +15,11 @@ import torch
 import tyro
 from scipy.stats import norm
 
+from analyses.core.errors import run_command
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
-from analyses.tables import format_table, number
+from analyses.records import Metric, Result, environment, format_table, number
 from ntk.bounds import clopper_pearson, simulate, tail, tail_bound, variance
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 
 # The exact tail is accurate down to here.
 SMALLEST = 1e-40

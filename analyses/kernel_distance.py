@@ -27,15 +27,16 @@ from torch import Tensor
 
 import ntk
 from analyses.comparison import model_nulls
+from analyses.core.errors import run_command
 from analyses.grid import Cells, Grid
 from analyses.kernel_distance_tables import summary
 from analyses.model_kernels import PAIRS, ModelKernels, full_kernels, is_scale, propulsion_kernels
 from analyses.publish import publish
-from analyses.results import STAGES, Metric, Result, environment
+from analyses.records import STAGES, Metric, Result, environment
 from analyses.seed_comparison import SeedComparison, draw_name
 from analyses.seeds import check_seeds, over_seeds
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 from propulsion.identity import model_content
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, load_classifier, pooling_of
 from propulsion.tasks import get_labelled_task

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import tyro
 
+from analyses.core.errors import run_command
 from analyses.model_kernels import PAIRS
-from analyses.results import STAGES, Result, load_result
-from analyses.tables import format_table, interval, number
-from propulsion.errors import UserError, run_command
+from analyses.records import STAGES, Result, format_table, interval, load_result, number
+from propulsion.errors import UserError
 
 _FULL, _ADAPTER = PAIRS[0]
 _READABLE = {

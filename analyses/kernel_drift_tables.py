@@ -4,8 +4,7 @@ import math
 from typing import Any
 
 from analyses.drift_metrics import PAIRS, PERMUTED
-from analyses.results import STAGES, Metric, Result
-from analyses.tables import format_table, interval, number
+from analyses.records import STAGES, Metric, Result, format_table, interval, number
 
 LAZY = 0.1
 """Training is called lazy where a relative drift is below this: a tenth of what there was at the start."""

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from analyses.core.errors import run_command
 from analyses.grid import Cells, Grid
 from analyses.linearized_prediction_tables import (
     FLOW,
@@ -40,9 +41,8 @@ from analyses.linearized_prediction_tables import (
 from analyses.prediction_cells import kernel_cell, sign_cell, training_cell
 from analyses.prediction_setting import Config, Setting, setting_of
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
+from analyses.records import Metric, Result, environment
 from analyses.seeds import mean_interval
-from propulsion.errors import run_command
 from propulsion.identity import model_content
 
 

@@ -9,11 +9,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from analyses.core.errors import run_command
 from analyses.kernel_prediction import alikeness, classes
-from analyses.results import Metric, Result, load_result
-from analyses.tables import format_table, interval
+from analyses.records import Metric, Result, format_table, interval, load_result
 from analyses.training_run import scores
-from propulsion.errors import run_command
 
 REGRESSION, FLOW = "kernel regression", "gradient flow"
 WITH_HEAD, SIGN = "kernel regression + head", "sign kernel regression"

@@ -21,12 +21,12 @@ import tyro
 from transformers import TrainerCallback
 
 from analyses.command_line import option
+from analyses.core.errors import run_command
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
-from analyses.tables import format_table, number
+from analyses.records import Metric, Result, environment, format_table, number
 from analyses.training_run import RunConfig, peak_bytes, reset_peak, training_run
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
 from propulsion.training import TrainingConfig
 

@@ -22,10 +22,10 @@ import tyro
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from analyses.core.errors import run_command
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
-from analyses.tables import format_table
-from propulsion.errors import UserError, run_command
+from analyses.records import Metric, Result, environment, format_table
+from propulsion.errors import UserError
 from propulsion.positions import resolve
 
 

@@ -13,7 +13,7 @@ from analyses.common_component import PARTS
 from analyses.comparison import KERNEL_METRICS
 from analyses.method_map import classical_scaling
 from analyses.peft_methods import FULL, REFERENCE, with_degree
-from analyses.results import Metric
+from analyses.records import Metric
 from analyses.seed_comparison import SeedComparison
 
 LABELS = "labels"

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import ntk
 from analyses.common_component import mean_inputs, split_methods
 from analyses.comparison import model_nulls
+from analyses.core.errors import run_command
 from analyses.grid import Grid
 from analyses.layer_agreement import Place, agreement, place_methods, places_of
 from analyses.peft_comparison import (
@@ -46,12 +47,12 @@ from analyses.peft_kernels_tables import summary
 from analyses.peft_methods import FULL, REFERENCE, MethodChoice, methods_of, with_degree
 from analyses.publish import publish
 from analyses.readout import Readout
-from analyses.results import STAGES, Result, environment
+from analyses.records import STAGES, Result, environment
 from analyses.seed_comparison import SeedComparison, draw_name
 from analyses.seeds import check_seeds, over_seeds
 from ntk.adapters import layers_of
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 from propulsion.identity import model_content
 from propulsion.pretrained import fingerprint, pooling_of
 

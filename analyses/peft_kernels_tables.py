@@ -7,9 +7,8 @@ from typing import Annotated, Any
 import tyro
 
 from analyses.common_component import PARTS
-from analyses.results import STAGES, Result, load_result
-from analyses.tables import format_table, interval, number
-from propulsion.errors import run_command
+from analyses.core.errors import run_command
+from analyses.records import STAGES, Result, format_table, interval, load_result, number
 
 
 def summary(result: Result, *, markdown: bool = False) -> str:

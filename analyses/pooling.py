@@ -20,15 +20,15 @@ import torch
 import tyro
 
 import ntk
+from analyses.core.errors import run_command
 from analyses.grid import Grid
 from analyses.layer_agreement import place_methods, places_of
 from analyses.readout import Readout
-from analyses.results import Metric, Result, check_writable, environment, write_result
+from analyses.records import Metric, Result, check_writable, environment, format_table, number, write_result
 from analyses.seeds import check_seeds
-from analyses.tables import format_table, number
 from analyses.training_run import RunConfig, chance_score, training_run
 from propulsion.data import TaskData, draw_rows, tokenize
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 from propulsion.identity import model_content
 from propulsion.methods import parse_methods
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, check_pooling

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-from analyses.results import Result, check_writable, write_result
+from analyses.records import Result, check_writable, write_result
 
 
 def publish(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from analyses.bootstrap import resampled, seed_interval
 from analyses.comparison import KERNEL_METRICS, NULL_METRICS, PAIR_METRICS
-from analyses.results import Metric
+from analyses.records import Metric
 from ntk import UndefinedMetricError
 
 Function = Callable[..., float]

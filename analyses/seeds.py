@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from analyses.results import Result, load_result
+from analyses.records import Result, load_result
 from propulsion.errors import UserError
 
 

@@ -24,14 +24,14 @@ import tyro
 from scipy import stats
 
 import ntk
+from analyses.core.errors import run_command
 from analyses.method_kernels import HEAD, model_inputs, one_output, tangents, with_head
 from analyses.publish import publish
-from analyses.results import STAGES, Metric, Result, environment, load_result
+from analyses.records import STAGES, Metric, Result, environment, format_table, interval, load_result
 from analyses.seeds import check_seeds, mean_interval
-from analyses.tables import format_table, interval
 from analyses.training_run import model_identity
 from propulsion.data import draw_rows, load_task_data
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
 from propulsion.pretrained import Pooling, load_classifier
 

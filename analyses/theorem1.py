@@ -17,15 +17,15 @@ import tyro
 from torch import Tensor
 
 import ntk
+from analyses.core.errors import run_command
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
-from analyses.tables import format_table, number
+from analyses.records import Metric, Result, environment, format_table, number
 from analyses.theorem1_positions import POSITIONS, encoder_kernels, rows_of, transformer_kernels
 from ntk.adapters import Full, Method, Propulsion
 from ntk.infinite import mlp_kernels, residual_kernels
 from ntk.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
 from propulsion.data import draw_rows, load_task_data, tokenize
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_pooling, load_classifier
 from propulsion.tasks import get_labelled_task
 

@@ -1,7 +1,7 @@
 """Which stored results are of a classifier that read the packaged encoder through its untrained pooler."""
 
 from analyses.ledger.commands import stored_options
-from analyses.results import Result
+from analyses.records import Result
 
 NOTE = (
     "Computed through BERT's pooler, which is untrained in the packaged MiniLM-L6: a Gaussian matrix beside a bias of "

@@ -21,8 +21,9 @@ from analyses import (
     method_comparison,
     parameter_count,
 )
-from analyses.results import Result, load_result
-from propulsion.errors import UserError, run_command
+from analyses.core.errors import run_command
+from analyses.records import Result, load_result
+from propulsion.errors import UserError
 
 SUMMARIES: dict[str, Callable[..., str]] = {
     "ablation": ablation.summary,

@@ -18,12 +18,12 @@ import torch
 import tyro
 from torch import Tensor
 
+from analyses.core.errors import run_command
 from analyses.publish import publish
-from analyses.results import Metric, Result, environment
-from analyses.tables import format_table, interval, number
+from analyses.records import Metric, Result, environment, format_table, interval, number
 from ntk.infinite import ACTIVATIONS, mlp_kernels
 from ntk.networks import MLP, PARAMETRIZATIONS, Recipe, is_multiplier
-from propulsion.errors import UserError, run_command
+from propulsion.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from typing import Any
 
 import tyro
 
-from analyses.results import environment
-from analyses.tables import format_table, number
+from analyses.records import environment, format_table, number
 from benchmarks.jobs import ADAPTERS, GIGABYTE, JOBS, Job
 from ntk.rules import RULES, name_of
 from propulsion.errors import UserError, run_command

@@ -24,8 +24,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from analyses.results import environment
-from analyses.tables import format_table, number
+from analyses.records import environment, format_table, number
 from benchmarks.measure import peak_bytes, synchronize
 from propulsion import PropulsionConfig
 from propulsion.errors import UserError, run_command

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import tyro
 
-from analyses.results import RESULT_FILE, load_result
+from analyses.records import RESULT_FILE, load_result
+from analyses.records.errors import UserError, one_line, run_command
 from figures.registry import DRAWINGS
-from propulsion.errors import UserError, one_line, run_command
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import tyro
 
-from analyses.results import Result, load_result
-from propulsion.errors import run_command
+from analyses.records import Result, load_result
+from analyses.records.errors import run_command
 
 Write = Callable[[Result, Path], list[Path]]
 

@@ -23,10 +23,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from analyses.results import STAGES, Metric, Result
+from analyses.records import STAGES, Metric, Result
+from analyses.records.errors import UserError, run_command
 from figures.command import redraw
 from figures.style import DIVERGING, PAGE_WIDTH, PALETTE, SEQUENTIAL, save, style
-from propulsion.errors import UserError, run_command
 
 FULL = "full_backbone"
 ADAPTER = "propulsion_z"

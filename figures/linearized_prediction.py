@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analyses.linearized_prediction_tables import AGAIN, REGRESSION, SIGN
-from analyses.results import Metric, Result
+from analyses.records import Metric, Result
 from figures.command import command
 from figures.method_comparison import short
 from figures.style import PAGE_WIDTH, PALETTE, save, style

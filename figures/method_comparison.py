@@ -4,10 +4,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from analyses.results import Result
+from analyses.records import Result, UserError
 from figures.command import command
 from figures.style import PAGE_WIDTH, PALETTE, save, style
-from propulsion.errors import UserError
 
 _ROW_HEIGHT = 0.19
 

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses.results import STAGES, Metric, Result
+from analyses.records import STAGES, Metric, Result
 from figures import peft_layers, peft_map
 from figures.command import command
 from figures.style import COLUMN_WIDTH, PALETTE, save, style

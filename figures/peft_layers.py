@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from analyses.results import Result
+from analyses.records import Result
 from figures.style import PAGE_WIDTH, SEQUENTIAL, style
 
 _ROW = 0.14

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses.results import Result
+from analyses.records import Result
 from figures.style import PAGE_WIDTH, PALETTE, SEQUENTIAL, style
 
 _ROW, _MAP = 0.15, 3.1

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from analyses.results import Result
+from analyses.records import Result
 
 
 @dataclass(frozen=True)

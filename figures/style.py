@@ -15,7 +15,7 @@ import matplotlib as mpl
 from cycler import cycler
 from matplotlib.figure import Figure
 
-from propulsion.errors import UserError
+from analyses.records import UserError
 
 COLUMN_WIDTH = 3.4
 """Width of one column, inches."""

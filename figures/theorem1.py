@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses.results import Result
+from analyses.records import Result
 from figures.command import command
 from figures.style import PAGE_WIDTH, PALETTE, save, style
 

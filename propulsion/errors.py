@@ -53,18 +53,18 @@ class Terminated(KeyboardInterrupt):
     """A request to end, as from a batch system whose time is up: SIGTERM."""
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None], *, mistakes: tuple[type[Exception], ...] = (UserError,)) -> None:
     """Run a command's main function, turning the user's mistakes into one line on stderr.
 
-    Exit codes: 2 after a `UserError`, 130 after an interrupt and 143 after SIGTERM, as shells report them. Any other
-    exception is a defect of ours and keeps its traceback.
+    Exit codes: 2 after one of the mistakes, 130 after an interrupt and 143 after SIGTERM, as shells report them. Any
+    other exception is a defect of ours and keeps its traceback.
     """
     # Libraries announce their own plans by these; who runs a command can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         with _ended_as_if_interrupted():
             main()
-    except UserError as error:
+    except mistakes as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:

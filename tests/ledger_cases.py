@@ -6,7 +6,7 @@ import numpy as np
 
 from analyses.ledger.theory import DROPPED, PRETRAINED
 from analyses.ledger.training import ALL, ATTN
-from analyses.results import Metric, Result
+from analyses.records import Metric, Result
 
 Value = float | tuple[float, float, float]
 Folders = dict[str, Result]

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from analyses.command_line import option
-from analyses.results import Result, plain
+from analyses.records import Result, plain
 
 # Where a run writes and how it was cut in pieces: no part of what was computed.
 _NOT_THE_EXPERIMENT = {"output_dir", "runs_dir", "overwrite", "max_runs", "partial", "child", "child_output"}

@@ -9,8 +9,7 @@ from typing import Any
 from analyses.ledger.commands import command
 from analyses.ledger.rows import Row
 from analyses.ledger.verdicts import Evidence, Outcome, Quantity, Verdict
-from analyses.results import RESULT_FILE, Result, plain
-from analyses.tables import format_table
+from analyses.records import RESULT_FILE, Result, format_table, plain
 from analyses.through_pooler import NOTE, through_pooler
 
 WIDTH = 100

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from analyses.ledger import theory, training
 from analyses.ledger.verdicts import TRIED_RATES, Claim, Evidence, Outcome, Results, Verdict
-from analyses.results import RESULT_FILE, Result, load_result
+from analyses.records import RESULT_FILE, Result, load_result
 from propulsion.errors import UserError, one_line
 
 TASKS = ("sst2", "rte", "cola", "stsb")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from analyses.ledger.rows import matching
 from analyses.ledger.verdicts import TRIED_RATES, Claim
-from analyses.results import RESULT_FILE
+from analyses.records import RESULT_FILE
 from propulsion.errors import UserError
 from propulsion.tasks import get_labelled_task
 

@@ -17,7 +17,7 @@ from analyses.ledger.verdicts import (
     by_task,
     quantity,
 )
-from analyses.results import STAGES, Metric, Result
+from analyses.records import STAGES, Metric, Result
 from propulsion.errors import UserError
 
 CLOSE = 0.1

@@ -18,7 +18,7 @@ from analyses.ledger.verdicts import (
     by_task,
     quantity,
 )
-from analyses.results import Result
+from analyses.records import Result
 from analyses.seeds import mean_interval
 from propulsion.errors import UserError
 

@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from analyses.results import Metric, Result
-from analyses.tables import interval
+from analyses.records import Metric, Result, interval
 
 
 class Outcome(StrEnum):

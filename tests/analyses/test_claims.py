@@ -16,7 +16,7 @@ from analyses import ablation, claims
 from analyses.grid import Grid
 from analyses.ledger import commands, report, runs
 from analyses.ledger.rows import CLAIMS, load_tree
-from analyses.results import RESULT_FILE, plain
+from analyses.records import RESULT_FILE, plain
 from figures.registry import DRAWINGS
 from propulsion.errors import UserError
 

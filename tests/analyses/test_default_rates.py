@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from analyses import default_rates
-from analyses.results import load_result
+from analyses.records import load_result
 from analyses.training_run import RunConfig
 from propulsion.errors import UserError
 from propulsion.training import TrainingConfig

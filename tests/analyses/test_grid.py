@@ -130,5 +130,5 @@ def test_damaged_arrays_are_named(tmp_path, damage):
         np.savez(path, kernel=np.ones(3))
     else:
         path.unlink()
-    with pytest.raises(UserError, match=rf"{path.name} is damaged .* remove it and {path.stem}.json"):
+    with pytest.raises(UserError, match=rf"{path.name} .*; remove it and {path.stem}.json"):
         cells(tmp_path).cell("a", dict)

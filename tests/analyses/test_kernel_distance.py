@@ -11,7 +11,7 @@ import pytest
 from analyses import kernel_distance
 from analyses.kernel_distance import Config, main, run
 from analyses.kernel_distance_tables import summary
-from analyses.results import STAGES, load_result
+from analyses.records import STAGES, load_result
 from propulsion.errors import UserError
 from propulsion.training import TrainingConfig
 

@@ -24,7 +24,7 @@ from analyses.method_kernels import model_inputs, tangents
 from analyses.prediction_cells import start_of
 from analyses.prediction_setting import setting_of
 from analyses.readout import Readout, answering, load_label_words, packaged_model, prompted
-from analyses.results import load_result
+from analyses.records import load_result
 from ntk.dynamics import kernel_regression
 from propulsion.data import load_task_data
 from propulsion.errors import UserError

@@ -13,7 +13,7 @@ from analyses.peft_kernels import FULL, REFERENCE, STAGE, Config, main, run
 from analyses.peft_kernels_tables import summary
 from analyses.peft_methods import MethodChoice
 from analyses.readout import Readout
-from analyses.results import load_result
+from analyses.records import load_result
 from propulsion.data import draw_rows, load_task_data
 from propulsion.errors import UserError
 from propulsion.pretrained import load_classifier, load_model

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analyses.results import Metric, Result, check_writable, environment, load_result, write_result
-from propulsion.errors import UserError
+from analyses.records import Metric, Result, UserError, check_writable, environment, load_result, write_result
 
 SETTLED = Metric("cka", 0.94, 0.92, 0.96, "", "initialisation", "full_backbone", "propulsion_z")
 UNDEFINED = Metric("k_star", math.nan, None, None, "degree", "trained", "full_backbone", "propulsion_z")
@@ -161,7 +160,7 @@ def test_a_failed_drawing_does_not_lose_the_numbers(tmp_path):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from analyses.results import Result, write_result
+from analyses.records import Result, write_result
 result = Result("kernel_distance", {}, 9, [], {}, {"labels": np.zeros(2)}, {}, {}, {}, {}, {})
 def die(result, folder):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analyses import spectrum
-from analyses.results import STAGES, Metric, load_result, write_result
+from analyses.records import STAGES, Metric, load_result, write_result
 from analyses.spectrum import Config, decompose, effective_dimension, label_vectors, learnt, run, summary, time_to_learn
 from ntk.dynamics import gradient_flow
 from propulsion.errors import UserError

@@ -10,7 +10,7 @@ from cases import batch_for, classifier
 from peft import get_peft_model
 
 from analyses import degree_scale, johnson_lindenstrauss, theorem1, width_convergence
-from analyses.results import load_result
+from analyses.records import load_result
 from figures.command import redraw
 from propulsion import PropulsionConfig
 from propulsion.errors import UserError

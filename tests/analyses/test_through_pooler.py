@@ -7,7 +7,7 @@ import pytest
 
 from analyses.ledger import report
 from analyses.ledger.commands import arguments
-from analyses.results import RESULT_FILE, load_result
+from analyses.records import RESULT_FILE, load_result
 from analyses.through_pooler import NOTE, through_pooler
 
 ROOT = Path(__file__).parent.parent.parent

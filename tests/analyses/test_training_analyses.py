@@ -21,7 +21,7 @@ from analyses import (
     parameter_count,
     training_tables,
 )
-from analyses.results import load_result
+from analyses.records import load_result
 from analyses.seeds import tuned_factors
 from analyses.training_run import RunConfig, chance_score, mean_loss, training_run, tuning_split
 from propulsion import PropulsionConfig

@@ -9,10 +9,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from analyses.results import load_result, write_result
+from analyses.records import load_result, write_result
 from figures import all as every
 from figures.registry import DRAWINGS
-from propulsion.errors import UserError
+from analyses.records import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 STORED = ROOT / "docs" / "results"

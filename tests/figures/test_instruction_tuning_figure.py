@@ -1,6 +1,6 @@
 """The figure of instruction tuning draws the numbers of the result, and marks what is no method's merit."""
 
-from analyses.results import Metric, Result
+from analyses.records import Metric, Result
 from figures.instruction_tuning import draw, write
 
 ROWS = {

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from analyses.method_map import classical_scaling
-from analyses.results import Metric, Result
+from analyses.records import Metric, Result
 from figures import peft_layers, peft_map
 from figures.peft_kernels import draw, write
 

@@ -12,103 +12,28 @@ without `result.json` is never mistaken for one.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import glob
 import json
 import math
 import os
-import platform
 import shutil
 import socket
-import subprocess
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from propulsion.errors import UserError
+from analyses.records.errors import UserError
+from analyses.records.result import Metric, Result, plain
 
 RESULT_FILE = "result.json"
 ARRAYS_FILE = "kernels.npz"
-STAGES = ("initialisation", "trained")
 
 _FORMAT = 1
 _FIGURE_SUFFIXES = {".png", ".pdf", ".svg"}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One number about one kernel or one pair of kernels.
-
-    Attributes:
-        name: The quantity, such as "cka" or "relative_frobenius".
-        value: Its value; not-a-number where the quantity is undefined.
-        low: Lower end of its interval, None if it has none.
-        high: Upper end of its interval, None if it has none.
-        unit: Unit in words, "" for a pure number.
-        stage: "initialisation" or "trained".
-        left: The kernel it is about.
-        right: The kernel, or null model, that `left` is compared with; "" for a metric of one kernel.
-    """
-
-    name: str
-    value: float
-    low: float | None
-    high: float | None
-    unit: str
-    stage: str
-    left: str
-    right: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """All that one run of one analysis found, and how it was found.
-
-    Attributes:
-        analysis: Name of the analysis, such as "kernel_distance".
-        config: The full configuration; with `seed`, enough to run it again.
-        seed: Seed of every random choice.
-        metrics: Numbers about kernels and pairs of kernels.
-        tables: Further named tables, each a list of rows.
-        arrays: Kernels, spectra and labels; a kernel is named "STAGE.KERNEL", its spectrum "spectrum.STAGE.KERNEL".
-        model: Identity of the model.
-        dataset: Identity of the data; "label_names" (None for regression) and "task" among them.
-        environment: What `environment` returned.
-        seconds: Wall time of each step, in seconds.
-        coverage: Which parameters each kernel covers, in words with their count.
-    """
-
-    analysis: str
-    config: dict[str, Any]
-    seed: int
-    metrics: list[Metric]
-    tables: dict[str, list[dict[str, Any]]]
-    arrays: dict[str, np.ndarray]
-    model: dict[str, Any]
-    dataset: dict[str, Any]
-    environment: dict[str, Any]
-    seconds: dict[str, Any]
-    coverage: dict[str, str]
-
-    def metric(self, name: str, *, stage: str, left: str, right: str = "") -> Metric:
-        """Return the metric of that name for one kernel or one pair.
-
-        Raises:
-            UserError: If this result does not hold it, or holds it more than once.
-        """
-        key = (name, stage, left, right)
-        found = [m for m in self.metrics if (m.name, m.stage, m.left, m.right) == key]
-        if len(found) != 1:
-            pair = f"{left} and {right}" if right else left
-            count = "no" if not found else f"{len(found)} times the"
-            raise UserError(f"the result holds {count} metric {name!r} of {pair} at stage {stage!r}")
-        return found[0]
 
 
 def write_result(
@@ -199,35 +124,14 @@ def load_result(path: Path | str, *, analysis: str | None = None) -> Result:
     if analysis is not None and content["analysis"] != analysis:
         raise UserError(f"{folder} is a result of {content['analysis']!r}, not of {analysis!r}")
     try:
-        shapes = content.pop("arrays")
+        shapes = {name: stored["shape"] for name, stored in content.pop("arrays").items()}
         metrics = [Metric(**_undefined_as_nan(m)) for m in content.pop("metrics")]
-        result = Result(metrics=metrics, arrays=_read_arrays(folder, shapes), **content)
+        if not (folder / ARRAYS_FILE).is_file():
+            raise UserError(f"{folder} is incomplete: it has no {ARRAYS_FILE}")
+        result = Result(metrics=metrics, arrays=read_arrays(folder / ARRAYS_FILE, shapes), **content)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / RESULT_FILE} is damaged or was written by another version: {error}") from error
     return result
-
-
-def environment() -> dict[str, Any]:
-    """Describe the software and machine of this run: what a reader needs to explain a difference in the digits.
-
-    Returns:
-        Versions of Python and of the libraries (None if not installed), platform, thread count and accelerator, and the
-        commit of the code with whether it had uncommitted changes (both None outside a git checkout).
-    """
-    import torch  # Here, since reading a result should not cost the import.
-
-    libraries = ("torch", "transformers", "peft", "numpy", "scipy")
-    commit, dirty = _commit(Path(__file__).resolve().parents[1])
-    return {
-        "propulsion_ntk": _version("propulsion-ntk"),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in libraries},
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": commit,
-        "dirty": dirty,
-    }
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -335,27 +239,6 @@ def _to_json(result: Result) -> str:
     return json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def plain(value: Any) -> Any:
-    """Reduce a value to what strict JSON can say; what it cannot (a path, a dtype) becomes its text."""
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, np.generic | np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted((plain(entry) for entry in value), key=str)
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return str(value)
-
-
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -384,45 +267,18 @@ def _undefined_as_nan(metric: dict[str, Any]) -> dict[str, Any]:
     return metric | ends | {"value": math.nan if value is None else float(value)}
 
 
-def _read_arrays(folder: Path, shapes: dict[str, Any]) -> dict[str, np.ndarray]:
-    path = folder / ARRAYS_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} is incomplete: it has no {ARRAYS_FILE}")
+def read_arrays(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, np.ndarray]:
+    """Read the arrays of a file, which must be of these shapes.
+
+    Raises:
+        UserError: The file is absent or damaged, or holds other arrays.
+    """
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is truncated or damaged: {error}") from error
-    for name, expected in shapes.items():
-        if name not in arrays or list(arrays[name].shape) != expected["shape"]:
-            raise UserError(f"{path} does not hold {name!r} of shape {expected['shape']}: the files do not match")
+    for name, shape in shapes.items():
+        if name not in arrays or list(arrays[name].shape) != shape:
+            raise UserError(f"{path} does not hold {name!r} of shape {shape}: the files do not match")
     return arrays
-
-
-# --- environment ---------------------------------------------------------------------------------------------------
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit(root: Path) -> tuple[str | None, bool | None]:
-    top = _git(root, "rev-parse", "--show-toplevel")
-    # A virtual environment often lies inside some other repository, whose commit says nothing about this code.
-    if top is None or Path(top).resolve() != root:
-        return None, None
-    code = ("analyses", "figures", "ntk", "propulsion", "pyproject.toml")
-    changes = _git(root, "status", "--porcelain", "--", *code)
-    return _git(root, "rev-parse", "HEAD"), None if changes is None else bool(changes)
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        command = ["git", "-C", str(root), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -1,0 +1,28 @@
+"""The ground floor of the analyses: results and their folders, atomic writing, the environment of a run, tables.
+
+Needs numpy and the standard library alone, so that reading a result or drawing it again loads no model library.
+"""
+
+from analyses.records.environment import environment
+from analyses.records.errors import UserError
+from analyses.records.folder import ARRAYS_FILE, RESULT_FILE, check_writable, load_result, read_arrays, write_result
+from analyses.records.result import STAGES, Metric, Result, plain
+from analyses.records.tables import format_table, interval, number
+
+__all__ = [
+    "ARRAYS_FILE",
+    "RESULT_FILE",
+    "STAGES",
+    "Metric",
+    "Result",
+    "UserError",
+    "check_writable",
+    "environment",
+    "format_table",
+    "interval",
+    "load_result",
+    "number",
+    "plain",
+    "read_arrays",
+    "write_result",
+]

@@ -1,0 +1,104 @@
+"""What one run of one analysis found: numbers with their intervals, tables, arrays, and all that a replay needs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from analyses.records.errors import UserError
+
+STAGES = ("initialisation", "trained")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number about one kernel or one pair of kernels.
+
+    Attributes:
+        name: The quantity, such as "cka" or "relative_frobenius".
+        value: Its value; not-a-number where the quantity is undefined.
+        low: Lower end of its interval, None if it has none.
+        high: Upper end of its interval, None if it has none.
+        unit: Unit in words, "" for a pure number.
+        stage: "initialisation" or "trained".
+        left: The kernel it is about.
+        right: The kernel, or null model, that `left` is compared with; "" for a metric of one kernel.
+    """
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    unit: str
+    stage: str
+    left: str
+    right: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that one run of one analysis found, and how it was found.
+
+    Attributes:
+        analysis: Name of the analysis, such as "kernel_distance".
+        config: The full configuration; with `seed`, enough to run it again.
+        seed: Seed of every random choice.
+        metrics: Numbers about kernels and pairs of kernels.
+        tables: Further named tables, each a list of rows.
+        arrays: Kernels, spectra and labels; a kernel is named "STAGE.KERNEL", its spectrum "spectrum.STAGE.KERNEL".
+        model: Identity of the model.
+        dataset: Identity of the data; "label_names" (None for regression) and "task" among them.
+        environment: What `environment` returned.
+        seconds: Wall time of each step, in seconds.
+        coverage: Which parameters each kernel covers, in words with their count.
+    """
+
+    analysis: str
+    config: dict[str, Any]
+    seed: int
+    metrics: list[Metric]
+    tables: dict[str, list[dict[str, Any]]]
+    arrays: dict[str, np.ndarray]
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    environment: dict[str, Any]
+    seconds: dict[str, Any]
+    coverage: dict[str, str]
+
+    def metric(self, name: str, *, stage: str, left: str, right: str = "") -> Metric:
+        """Return the metric of that name for one kernel or one pair.
+
+        Raises:
+            UserError: If this result does not hold it, or holds it more than once.
+        """
+        key = (name, stage, left, right)
+        found = [m for m in self.metrics if (m.name, m.stage, m.left, m.right) == key]
+        if len(found) != 1:
+            pair = f"{left} and {right}" if right else left
+            count = "no" if not found else f"{len(found)} times the"
+            raise UserError(f"the result holds {count} metric {name!r} of {pair} at stage {stage!r}")
+        return found[0]
+
+
+def plain(value: Any) -> Any:
+    """Reduce a value to what strict JSON can say; what it cannot (a path, a dtype) becomes its text."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, np.generic | np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((plain(entry) for entry in value), key=str)
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return str(value)
