@@ -15,12 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from analyses.core.analysis import check_seeds
+from analyses.core.cells import Grid
 from analyses.core.errors import run_command
-from analyses.grid import Grid
+from analyses.core.intervals import mean_interval
 from analyses.publish import publish
 from analyses.records import Metric, Result, environment, format_table, interval, number
-from analyses.seeds import check_seeds, mean_interval
-from analyses.training_run import RunConfig, chance_score, training_run
+from analyses.subjects.training_run import RunConfig, chance_score, training_run
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError
 from propulsion.methods import Method

@@ -7,7 +7,7 @@ default. A killed grid goes on where it was.
 """
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,13 @@ import numpy as np
 import tyro
 from transformers import TrainerCallback
 
-from analyses.core.errors import run_command
-from analyses.grid import Grid
+from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
+from analyses.core.intervals import mean_interval
 from analyses.method_comparison import Config as ComparisonConfig
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table, interval, number
-from analyses.seeds import check_seeds, mean_interval, tuned_factors
-from analyses.training_run import RunConfig, training_run
+from analyses.records import Metric, Result, format_table, interval, number
+from analyses.subjects.learning_rates import tuned_factors
+from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.data import TaskData
-from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
 from propulsion.trainer import isolated_randomness
 from propulsion.training import evaluate
@@ -32,12 +30,8 @@ SHARES = (0.9, 0.95)
 """Of a method's own gain, from its first score to its best: how many steps until it is reached."""
 
 
-FREE = ("task", "methods", "seeds", "comparison", "run.data_dir", "run.model")
-"""Fields that no cell depends on: its method, seed and factor are its own, as are task, rows and model."""
-
-
 @dataclass(frozen=True)
-class Config:
+class Config(GridOutput):
     """Learning curves, methods x seeds."""
 
     task: str = "demo"
@@ -52,14 +46,6 @@ class Config:
     """What each run is."""
     comparison: Path | None = None
     """Result of analyses.method_comparison whose learning rates are used."""
-    runs_dir: Path | None = None
-    """Folder of the finished cells; by default the result folder's name with -runs."""
-    max_runs: int | None = None
-    """Compute this many cells at most in this call."""
-    output_dir: Path = Path("results/convergence")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
 
 class Curve(TrainerCallback):
@@ -92,21 +78,11 @@ class Curve(TrainerCallback):
         self.points.append({"step": step, "seconds": self.seconds, "score": next(iter(found.values()))})
 
 
-def run(config: Config) -> Result | None:
-    """Compute what is missing, up to ``max_runs``, and summarise; None if cells are still missing.
-
-    Raises:
-        UserError: Unusable options, data or model; a run that diverged; cells of other settings.
-    """
-    started = time.time()
-    check_seeds(config.seeds)
-    if config.every < 1:
-        raise UserError(f"every must be at least 1; got {config.every}")
+def find(config: Config, runs: Runs) -> Findings | None:
+    """Compute what is missing and summarise."""
     methods = parse_methods(config.methods)
     data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
-    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    grid = Grid(folder, config.max_runs)
-    shared = grid.of(config, data, config.run.identity(data), free=FREE)
+    shared = runs.of(data, config.run.identity(data))
 
     def compute(*, method: Method, factor: float, seed: int) -> dict[str, Any]:
         curve = Curve(config.run, data, config.every)
@@ -121,13 +97,10 @@ def run(config: Config) -> Result | None:
             cell = shared.cell(label, compute, method=method, factor=factor, seed=seed)
             if cell is not None:
                 cells[text].append({"seed": seed, "rate_factor": factor} | cell)
-    if grid.missing:
-        grid.say_missing()
-        return None
-    return _result(config, data, cells, time.time() - started)
+    return None if runs.missing else _summarised(config, data, cells)
 
 
-def _result(config: Config, data: TaskData, cells: dict[str, list[dict[str, Any]]], seconds: float) -> Result:
+def _summarised(config: Config, data: TaskData, cells: dict[str, list[dict[str, Any]]]) -> Findings:
     metrics, arrays, curves = [], {}, []
     for text, runs in cells.items():
         scores = np.array([[point["score"] for point in run["points"]] for run in runs])
@@ -142,11 +115,9 @@ def _result(config: Config, data: TaskData, cells: dict[str, list[dict[str, Any]
             metrics.append(_metric(f"steps to {share:.0%} of its gain", "steps", text, reached))
         curves.append({"method": text, "rate_factor": runs[0]["rate_factor"], "seeds": len(runs),
                        "trained_parameters": runs[0]["trained_parameters"]})  # fmt: skip
-    return Result(
-        analysis="convergence", config=asdict(config), seed=config.seeds[0], metrics=metrics,
-        tables={"methods": curves}, arrays=arrays, model=config.run.model_identity(),
+    return Findings(
+        metrics=metrics, tables={"methods": curves}, arrays=arrays, model=config.run.model_identity(),
         dataset={"name": config.task, "metric": data.task.metrics[0], "fingerprint": data.fingerprint},
-        environment=environment(), seconds={"this call": seconds}, coverage={},
     )  # fmt: skip
 
 
@@ -176,11 +147,17 @@ def _cell(metric: Metric) -> str:
     return interval(metric.value, metric.low, metric.high) if metric.low is not None else number(metric.value)
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    about = f"intervals: 95 %, Student's over {len(config.seeds)} seeds"
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
-
+ANALYSIS = Analysis(
+    "convergence",
+    Config,
+    find,
+    summary,
+    least={"every": 1},
+    # The method, the seed and the factor of a cell are its own, as are task, rows and model.
+    free=("task", "methods", "seeds", "comparison", "run.data_dir", "run.model"),
+    about=lambda config: f"intervals: 95 %, Student's over {len(config.seeds)} seeds",
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.convergence", description=__doc__)))
+    ANALYSIS.command(__doc__)

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import tyro
 
+from analyses.core.cells import Grid
 from analyses.core.errors import run_command
-from analyses.grid import Grid
 from analyses.records import Metric, Result, check_writable, environment, format_table, number, write_result
-from analyses.training_run import RunConfig, chance_score, scores, training_run
+from analyses.subjects.training_run import RunConfig, chance_score, scores, training_run
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError
 from propulsion.methods import Method, parse_methods

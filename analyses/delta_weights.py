@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from analyses.core.errors import run_command
 from analyses.publish import publish
 from analyses.records import Metric, Result, environment, format_table, interval, number
-from analyses.seeds import tuned_factors
-from analyses.training_run import RunConfig, training_run
+from analyses.subjects.learning_rates import tuned_factors
+from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.errors import UserError
 from propulsion.layer import PropulsionLayer
 from propulsion.methods import parse_methods

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import ntk
-from analyses.bootstrap import bootstrap_interval
+from analyses.core.bootstrap import bootstrap_interval
+from analyses.core.intervals import mean_interval
 from analyses.records import STAGES, Metric
-from analyses.seeds import mean_interval
 from ntk.dynamics import linearization_error, relative_drift
 
 Cell = dict[str, Any]
@@ -116,7 +116,7 @@ def of_rows(metric: Callable[..., float], runs: Sequence[tuple[Tensor, ...]], re
         drawn.append(np.mean([_or_nan(metric, *(t[index] for t in rows)) for rows in runs]))
     if not np.isfinite(drawn).any():
         return Estimate(by_seed)
-    # About their mean, as in `analyses.bootstrap`.
+    # About their mean, as in `analyses.core.bootstrap`.
     low, high = np.nanquantile(drawn, [0.025, 0.975]) - np.nanmean(drawn)
     value = float(np.mean(by_seed))
     return Estimate(by_seed, (value + float(low), value + float(high)))

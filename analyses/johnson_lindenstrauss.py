@@ -6,18 +6,14 @@ variance (1 + rho^2) / d (`ntk.bounds`).
 """
 
 import math
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import tyro
 from scipy.stats import norm
 
-from analyses.core.errors import run_command
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table, number
+from analyses.core.analysis import Analysis, Findings, Output
+from analyses.records import Metric, Result, format_table, number
 from ntk.bounds import clopper_pearson, simulate, tail, tail_bound, variance
 from propulsion.errors import UserError
 
@@ -26,7 +22,7 @@ SMALLEST = 1e-40
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Output):
     """The tail of a random projection: drawn, bounded, and exact."""
 
     dimensions: tuple[int, ...] = (4, 16, 64, 128, 256, 512, 1024, 4096)
@@ -41,20 +37,10 @@ class Config:
     """Of every interval."""
     seed: int = 0
     """Of the draws."""
-    output_dir: Path = Path("results/johnson_lindenstrauss")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
 
-def run(config: Config) -> Result:
-    """Draw, and compare.
-
-    Raises:
-        UserError: numbers out of range.
-    """
-    _check(config)
-    start = time.time()
+def find(config: Config) -> Findings:
+    """Draw, and compare."""
     generator = torch.Generator().manual_seed(config.seed)
     cells, variances = [], []
     for d in config.dimensions:
@@ -76,20 +62,13 @@ def run(config: Config) -> Result:
         "variances_beside_exact": sum(not row["lower"] <= row["exact"] <= row["upper"] for row in variances),
         "median_bound_over_exact": float(np.median(sharpness)) if sharpness else math.nan,
     }
-    return Result(
-        analysis="johnson_lindenstrauss",
-        config=asdict(config) | {"output_dir": str(config.output_dir)},
-        seed=config.seed,
+    return Findings(
         metrics=[
             Metric(name, float(v), None, None, "", "initialisation", "projection", "") for name, v in counts.items()
         ],
         tables={"tail": cells, "variance": variances, "curves": _curves(config)},
-        arrays={},
         model={"name": "one random linear layer"},
         dataset={"name": "unit vectors"},
-        environment=environment(),
-        seconds={"all": time.time() - start},
-        coverage={},
     )
 
 
@@ -118,8 +97,6 @@ def _variance_row(d: int, rho: float, S: np.ndarray, confidence: float) -> dict[
 
 
 def _check(config: Config) -> None:
-    if config.draws < 100:
-        raise UserError(f"draws must be at least 100; got {config.draws}")
     for name, allowed in (
         ("dimensions", lambda v: v >= 1), ("epsilons", lambda v: 0 < v < 1), ("rhos", lambda v: -1 <= v <= 1),
     ):  # fmt: skip
@@ -145,11 +122,16 @@ def summary(result: Result) -> str:
     )
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    about = f"intervals: {config.confidence:.1%}"
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
-
+ANALYSIS = Analysis(
+    "johnson_lindenstrauss",
+    Config,
+    find,
+    summary,
+    least={"draws": 100},
+    check=_check,
+    about=lambda config: f"intervals: {config.confidence:.1%}",
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.johnson_lindenstrauss", description=__doc__)))
+    ANALYSIS.command(__doc__)

@@ -27,15 +27,16 @@ import numpy as np
 import tyro
 from torch import Tensor
 
+from analyses.core.analysis import check_seeds
+from analyses.core.cells import ARRAYS, Grid
 from analyses.core.errors import run_command
 from analyses.drift_metrics import Cells, jacobian_norms, method_estimates, pair_estimates, stage_metrics
 from analyses.drift_probe import Probe
-from analyses.grid import ARRAYS, Grid
 from analyses.kernel_drift_tables import summary
 from analyses.publish import publish
 from analyses.records import STAGES, Result, environment
-from analyses.seeds import check_seeds, tuned_factors
-from analyses.training_run import RunConfig, training_run
+from analyses.subjects.learning_rates import tuned_factors
+from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.data import TaskData, draw_rows, tokenize
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods

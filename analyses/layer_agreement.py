@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import ntk
+from analyses.core.seed_comparison import SeedComparison
 from analyses.peft_methods import FULL, REFERENCE
-from analyses.seed_comparison import SeedComparison
 from ntk.adapters import Method, Propulsion, layers_of
 from propulsion.positions import resolve
 

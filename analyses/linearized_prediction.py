@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import tyro
 
+from analyses.core.cells import Cells, Grid
 from analyses.core.errors import run_command
-from analyses.grid import Cells, Grid
+from analyses.core.intervals import mean_interval
 from analyses.linearized_prediction_tables import (
     FLOW,
     MAJORITY,
@@ -42,7 +43,6 @@ from analyses.prediction_cells import kernel_cell, sign_cell, training_cell
 from analyses.prediction_setting import Config, Setting, setting_of
 from analyses.publish import publish
 from analyses.records import Metric, Result, environment
-from analyses.seeds import mean_interval
 from propulsion.identity import model_content
 
 

@@ -12,7 +12,7 @@ import tyro
 from analyses.core.errors import run_command
 from analyses.kernel_prediction import alikeness, classes
 from analyses.records import Metric, Result, format_table, interval, load_result
-from analyses.training_run import scores
+from analyses.subjects.training_run import scores
 
 REGRESSION, FLOW = "kernel regression", "gradient flow"
 WITH_HEAD, SIGN = "kernel regression + head", "sign kernel regression"

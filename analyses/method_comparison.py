@@ -23,12 +23,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
+from analyses.core.analysis import check_seeds
+from analyses.core.cells import Cells, Grid
 from analyses.core.errors import run_command
-from analyses.grid import Cells, Grid
 from analyses.publish import publish
 from analyses.records import Metric, Result, environment, format_table, interval, load_result, number
-from analyses.seeds import check_seeds, trained_factor, tuned_factors
-from analyses.training_run import RunConfig, scores, training_run, tuning_split
+from analyses.subjects.learning_rates import trained_factor, tuned_factors
+from analyses.subjects.training_run import RunConfig, scores, training_run, tuning_split
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError
 from propulsion.methods import Method, parse_methods

@@ -11,10 +11,10 @@ from torch import Tensor
 import ntk
 from analyses.common_component import PARTS
 from analyses.comparison import KERNEL_METRICS
+from analyses.core.seed_comparison import SeedComparison
 from analyses.method_map import classical_scaling
 from analyses.peft_methods import FULL, REFERENCE, with_degree
 from analyses.records import Metric
-from analyses.seed_comparison import SeedComparison
 
 LABELS = "labels"
 # Of the metrics of a pair, those that an overview of many methods has room for.

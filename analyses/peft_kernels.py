@@ -6,7 +6,7 @@ activation is taken out of every linear layer's input (`analyses.common_componen
 (`analyses.layer_agreement`). Kernels are traced over the outputs, in standard parametrisation.
 
 Each seed draws its own examples, head, random matrices and null models. Numbers are means over seeds; intervals are a
-hierarchical bootstrap over seeds and, within each, examples (`analyses.bootstrap.seed_interval`).
+hierarchical bootstrap over seeds and, within each, examples (`analyses.core.bootstrap.seed_interval`).
 
     python -m analyses.peft_kernels --task sst2 --data-dir DIR --seeds 0 1 2 --output-dir results/peft_kernels
 
@@ -30,8 +30,11 @@ from torch import Tensor, nn
 import ntk
 from analyses.common_component import mean_inputs, split_methods
 from analyses.comparison import model_nulls
+from analyses.core.analysis import check_seeds
+from analyses.core.cells import Grid
 from analyses.core.errors import run_command
-from analyses.grid import Grid
+from analyses.core.intervals import over_seeds
+from analyses.core.seed_comparison import SeedComparison, draw_name
 from analyses.layer_agreement import Place, agreement, place_methods, places_of
 from analyses.peft_comparison import (
     LABELS,
@@ -46,10 +49,8 @@ from analyses.peft_comparison import (
 from analyses.peft_kernels_tables import summary
 from analyses.peft_methods import FULL, REFERENCE, MethodChoice, methods_of, with_degree
 from analyses.publish import publish
-from analyses.readout import Readout
 from analyses.records import STAGES, Result, environment
-from analyses.seed_comparison import SeedComparison, draw_name
-from analyses.seeds import check_seeds, over_seeds
+from analyses.subjects.readout import Readout
 from ntk.adapters import layers_of
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError

@@ -20,13 +20,13 @@ import torch
 import tyro
 
 import ntk
+from analyses.core.analysis import check_seeds
+from analyses.core.cells import Grid
 from analyses.core.errors import run_command
-from analyses.grid import Grid
 from analyses.layer_agreement import place_methods, places_of
-from analyses.readout import Readout
 from analyses.records import Metric, Result, check_writable, environment, format_table, number, write_result
-from analyses.seeds import check_seeds
-from analyses.training_run import RunConfig, chance_score, training_run
+from analyses.subjects.readout import Readout
+from analyses.subjects.training_run import RunConfig, chance_score, training_run
 from propulsion.data import TaskData, draw_rows, tokenize
 from propulsion.errors import UserError
 from propulsion.identity import model_content

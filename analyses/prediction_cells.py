@@ -21,9 +21,9 @@ from analyses.linearized_prediction_tables import (
     START,
     WITH_HEAD,
 )
-from analyses.method_kernels import HEAD, Tangents, model_inputs, tangents, with_head
 from analyses.prediction_setting import Config, Setting
-from analyses.training_run import RunConfig, training_run
+from analyses.subjects.trained_methods import HEAD, Tangents, model_inputs, tangents, with_head
+from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.errors import UserError
 from propulsion.methods import Method
 from propulsion.training import predict

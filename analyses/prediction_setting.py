@@ -10,8 +10,9 @@ import tyro
 from datasets import Dataset
 from torch import Tensor
 
-from analyses.readout import Readout
-from analyses.seeds import check_seeds, tuned_factors
+from analyses.core.analysis import check_seeds
+from analyses.subjects.learning_rates import tuned_factors
+from analyses.subjects.readout import Readout
 from propulsion.data import TaskData, load_task_data
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods

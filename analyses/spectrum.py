@@ -24,12 +24,13 @@ import tyro
 from scipy import stats
 
 import ntk
+from analyses.core.analysis import check_seeds
 from analyses.core.errors import run_command
-from analyses.method_kernels import HEAD, model_inputs, one_output, tangents, with_head
+from analyses.core.intervals import mean_interval
 from analyses.publish import publish
 from analyses.records import STAGES, Metric, Result, environment, format_table, interval, load_result
-from analyses.seeds import check_seeds, mean_interval
-from analyses.training_run import model_identity
+from analyses.subjects.trained_methods import HEAD, model_inputs, one_output, tangents, with_head
+from analyses.subjects.training_run import model_identity
 from propulsion.data import draw_rows, load_task_data
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods

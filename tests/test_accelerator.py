@@ -18,7 +18,7 @@ import ntk
 from analyses import kernel_distance, kernel_drift, linearized_prediction, peft_kernels, spectrum
 from analyses.memory import Config as MemoryConfig
 from analyses.memory import run as measure_memory
-from analyses.training_run import RunConfig, training_run
+from analyses.subjects.training_run import RunConfig, training_run
 from benchmarks.jobs import ADAPTERS
 from propulsion import PropulsionConfig
 from propulsion import trainer as trainer_module

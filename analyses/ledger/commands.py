@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from analyses.command_line import option
+from analyses.core.command_line import option
 from analyses.records import Result, plain
 
 # Where a run writes and how it was cut in pieces: no part of what was computed.

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from analyses.core.intervals import mean_interval
 from analyses.ledger.verdicts import (
     EVERYWHERE,
     SOMEWHERE,
@@ -19,7 +20,6 @@ from analyses.ledger.verdicts import (
     quantity,
 )
 from analyses.records import Result
-from analyses.seeds import mean_interval
 from propulsion.errors import UserError
 
 ALL, ATTN = "propulsion:positions=all", "propulsion:positions=attn"

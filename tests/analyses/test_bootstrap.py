@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ntk
-from analyses.bootstrap import bootstrap_interval, resampled, seed_interval
-from analyses.resampled_metrics import RESAMPLED
+from analyses.core.bootstrap import bootstrap_interval, resampled, seed_interval
+from analyses.core.resampled_metrics import RESAMPLED
 
 
 def kernels(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from analyses import (
     peft_kernels,
     pooling,
 )
-from analyses.grid import PLACES, Grid, settings_of
+from analyses.core.cells import PLACES, Grid, settings_of
 from analyses.prediction_setting import Config as PredictionConfig
 from propulsion.tasks import get_task
 
@@ -155,5 +155,5 @@ def test_a_field_that_is_declared_free_must_be_there():
 )
 def test_rows_model_and_task_count(change):
     shared = {"task": get_task("demo"), "rows": "r", "model": "m"}
-    first = settings_of(convergence.Config(), free=convergence.FREE, **shared)
-    assert settings_of(convergence.Config(), free=convergence.FREE, **shared | change) != first
+    first = settings_of(convergence.Config(), free=convergence.ANALYSIS.free, **shared)
+    assert settings_of(convergence.Config(), free=convergence.ANALYSIS.free, **shared | change) != first

@@ -13,7 +13,7 @@ import pytest
 import tyro
 
 from analyses import ablation, claims
-from analyses.grid import Grid
+from analyses.core.cells import Grid
 from analyses.ledger import commands, report, runs
 from analyses.ledger.rows import CLAIMS, load_tree
 from analyses.records import RESULT_FILE, plain

@@ -6,7 +6,7 @@ import pytest
 
 from analyses import default_rates
 from analyses.records import load_result
-from analyses.training_run import RunConfig
+from analyses.subjects.training_run import RunConfig
 from propulsion.errors import UserError
 from propulsion.training import TrainingConfig
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analyses.grid import Cells, Grid
-from analyses.seeds import mean_interval
+from analyses.core.cells import Cells, Grid
+from analyses.core.intervals import mean_interval
 from propulsion.errors import Interrupted, UserError, run_command
 
 

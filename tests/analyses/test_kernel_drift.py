@@ -11,7 +11,7 @@ from analyses import drift_metrics, drift_probe, kernel_drift
 from analyses.drift_metrics import OTHER_EXAMPLE, OTHER_HEAD, PERMUTED
 from analyses.kernel_drift_tables import is_lazy, summary
 from analyses.records import Metric, load_result
-from analyses.training_run import RunConfig, training_run
+from analyses.subjects.training_run import RunConfig, training_run
 from figures import kernel_drift as figure
 from figures.style import PAGE_WIDTH, save
 from propulsion.errors import UserError

@@ -20,11 +20,11 @@ from analyses.kernel_prediction import (
 )
 from analyses.linearized_prediction import Config
 from analyses.linearized_prediction_tables import AGAIN, HIDDEN, PERMUTED, REGRESSION, SIGN, WITH_HEAD, summary
-from analyses.method_kernels import model_inputs, tangents
 from analyses.prediction_cells import start_of
 from analyses.prediction_setting import setting_of
-from analyses.readout import Readout, answering, load_label_words, packaged_model, prompted
 from analyses.records import load_result
+from analyses.subjects.readout import Readout, answering, load_label_words, packaged_model, prompted
+from analyses.subjects.trained_methods import model_inputs, tangents
 from ntk.dynamics import kernel_regression
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
@@ -275,6 +275,6 @@ def test_unusable_label_words(tiny_decoder, monkeypatch):
         prompted(load_task_data("demo"), "It was")
     with pytest.raises(UserError, match="one text and two classes"):
         prompted(replace(load_task_data("demo"), task=get_task("rte")), "{text} It was")
-    monkeypatch.setattr("analyses.readout.PACKAGE", "no_such_package")
+    monkeypatch.setattr("analyses.subjects.readout.PACKAGE", "no_such_package")
     with pytest.raises(UserError, match="need a language model"):
         packaged_model()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ntk
-from analyses.method_kernels import HEAD, tangents, with_head
+from analyses.subjects.trained_methods import HEAD, tangents, with_head
 from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method
 from propulsion.optim import HEAD_RATE, SCALE_RATE

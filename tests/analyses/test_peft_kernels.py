@@ -12,8 +12,8 @@ from analyses.peft_comparison import label_kernel
 from analyses.peft_kernels import FULL, REFERENCE, STAGE, Config, main, run
 from analyses.peft_kernels_tables import summary
 from analyses.peft_methods import MethodChoice
-from analyses.readout import Readout
 from analyses.records import load_result
+from analyses.subjects.readout import Readout
 from propulsion.data import draw_rows, load_task_data
 from propulsion.errors import UserError
 from propulsion.pretrained import load_classifier, load_model

@@ -41,7 +41,7 @@ def assert_draws_again(analysis: str, folder: Path) -> None:
 def test_the_bound_holds_in_every_cell_and_the_exact_values_lie_in_their_intervals(tmp_path):
     dimensions = (2, 4, 16, 64, 128, 256, 512, 1024)
     config = johnson_lindenstrauss.Config(dimensions=dimensions, draws=4000, output_dir=tmp_path / "out")
-    johnson_lindenstrauss.main(config)
+    johnson_lindenstrauss.ANALYSIS.publish(config)
     result = load_result(tmp_path / "out", analysis="johnson_lindenstrauss")
     counts = {m.name: m.value for m in result.metrics}
     assert counts["cells"] == 200

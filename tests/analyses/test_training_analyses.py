@@ -22,8 +22,8 @@ from analyses import (
     training_tables,
 )
 from analyses.records import load_result
-from analyses.seeds import tuned_factors
-from analyses.training_run import RunConfig, chance_score, mean_loss, training_run, tuning_split
+from analyses.subjects.learning_rates import tuned_factors
+from analyses.subjects.training_run import RunConfig, chance_score, mean_loss, training_run, tuning_split
 from propulsion import PropulsionConfig
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
@@ -177,7 +177,7 @@ def test_equal_predictions_differ_by_nothing():
 def test_curves(runs, compared, tmp_path):
     config = convergence.Config(methods=METHODS[:2], seeds=(0, 1), every=2, run=runs, output_dir=tmp_path / "curves",
                                 comparison=compared.output_dir)  # fmt: skip
-    convergence.main(config)
+    convergence.ANALYSIS.publish(config)
     result = load_result(config.output_dir, analysis="convergence")
     assert result.arrays["steps"].tolist() == [0, 2, 3]
     assert result.arrays["losses.full"].shape == (2, 3)

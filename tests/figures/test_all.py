@@ -9,10 +9,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from analyses.records import load_result, write_result
+from analyses.records import UserError, load_result, write_result
 from figures import all as every
 from figures.registry import DRAWINGS
-from analyses.records import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 STORED = ROOT / "docs" / "results"

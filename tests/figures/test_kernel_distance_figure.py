@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from analyses.records import STAGES, Metric, Result, write_result
+from analyses.records import STAGES, Metric, Result, UserError, write_result
 from figures.kernel_distance import color_limits, draw, write
 from figures.style import PAGE_WIDTH, save
-from analyses.records import UserError
 
 SCALE = 40.0
 PAIR = ("full_backbone", "propulsion_z")

@@ -7,7 +7,7 @@ the resampled matrix are then sums over K itself,
 
 and the inner product of both after centring is <K, L>_w - (2 / n) sum_i w_i (K w)_i (L w)_i + (w K w)(w L w) / n^2. B
 resamples cost three products (B, n) x (n, n), where one at a time takes B copies of every kernel. Metrics that are no
-such sums, as those of spectra, are taken one resample at a time (`analyses.bootstrap.resampled`).
+such sums, as those of spectra, are taken one resample at a time (`analyses.core.bootstrap.resampled`).
 """
 
 from collections.abc import Callable, Mapping

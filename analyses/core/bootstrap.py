@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyses.resampled_metrics import RESAMPLED
+from analyses.core.resampled_metrics import RESAMPLED
 from ntk import UndefinedMetricError
 
 
@@ -85,7 +85,7 @@ def resampled(
 ) -> tuple[float, np.ndarray]:
     """A metric of kernels over the same n examples, and its value on each resample of them; NaN where undefined.
 
-    Those of `analyses.resampled_metrics` are taken on all resamples at once.
+    Those of `analyses.core.resampled_metrics` are taken on all resamples at once.
 
     Raises:
         ValueError: no kernel, or kernels over different numbers of examples.

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from analyses.bootstrap import resampled, seed_interval
 from analyses.comparison import KERNEL_METRICS, NULL_METRICS, PAIR_METRICS
+from analyses.core.bootstrap import resampled, seed_interval
 from analyses.records import Metric
 from ntk import UndefinedMetricError
 

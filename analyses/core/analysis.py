@@ -1,0 +1,223 @@
+"""One protocol for every question: a configuration goes in; a result folder, tables and figures come out.
+
+An analysis is written as a configuration (a frozen dataclass that extends `Output`, or `GridOutput` where it trains
+many runs), a function that finds the numbers, a function that puts them into tables, and one `Analysis` that says so:
+
+    ANALYSIS = Analysis("spectrum", Config, find, summary, least={"n_examples": 4})
+
+    if __name__ == "__main__":
+        ANALYSIS.command(__doc__)
+
+From it follow the command and its options, the checks before anything is computed, the cells of a grid and how a
+killed grid resumes, the result folder, the printed tables and the figure.
+"""
+
+import importlib
+import math
+import operator
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import tyro
+
+from analyses.core.cells import Cells, Grid
+from analyses.core.errors import run_command
+from analyses.records import Metric, Result, check_writable, environment, write_result
+from propulsion.data import TaskData
+from propulsion.errors import UserError
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where an analysis writes."""
+
+    output_dir: Path | None = None
+    """Result folder; by default results/ANALYSIS, where the analysis adds what it was of."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+
+@dataclass(frozen=True)
+class GridOutput(Output):
+    """Where an analysis of many runs writes, and how many it computes in one call."""
+
+    runs_dir: Path | None = None
+    """Folder of the finished cells; by default the result folder's name with -runs."""
+    max_runs: int | None = None
+    """Compute this many cells at most in this call."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an analysis found; the rest of its `Result` follows from the configuration and the machine.
+
+    Attributes:
+        metrics: Numbers with their intervals.
+        model: Identity of the model.
+        dataset: Identity of the data.
+        tables: Further named tables.
+        arrays: Kernels, spectra, labels.
+        seconds: Wall time of each step; the call's own is added.
+        coverage: Which parameters each kernel covers.
+        config: Configured values that were settled while it ran, such as a task's own degree.
+    """
+
+    metrics: list[Metric]
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    seconds: dict[str, Any] = field(default_factory=dict)
+    coverage: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+C = TypeVar("C", bound=Output)
+
+
+@dataclass(frozen=True)
+class Analysis(Generic[C]):
+    """A question that a configuration answers.
+
+    Attributes:
+        name: Name of its module, of its results and of its figure's module.
+        config: The dataclass of its options.
+        find: Computes what the configuration asks for. Where the configuration is a `GridOutput`, it is called with
+            the configuration and the `Runs` that keep its cells, and returns None where cells are missing.
+        summary: The tables of a result as text; with ``markdown=True`` as a page has them.
+        least: The least sensible value of an option, by its name; of an option of several values, of each.
+        above: The value that an option must be above, by its name.
+        check: Further checks of the options; raises `UserError`. Called before anything is computed or written.
+        free: Options on which no cell of a grid depends (`analyses.core.cells.settings_of`).
+        about: What the intervals or units of the tables are, in words.
+        variant: What is added to the name of the default result folder.
+        draws: Whether there is a figure, in the module of the same name in `figures`.
+    """
+
+    name: str
+    config: type[C]
+    find: Callable[..., Findings | None]
+    summary: Callable[..., str]
+    least: Mapping[str, float] = field(default_factory=dict)
+    above: Mapping[str, float] = field(default_factory=dict)
+    check: Callable[[C], None] = lambda config: None
+    free: tuple[str, ...] = ()
+    about: Callable[[C], str] = lambda config: ""
+    variant: Callable[[C], str] = lambda config: ""
+    draws: bool = True
+
+    def folder(self, config: C) -> Path:
+        """The result folder of a configuration."""
+        return config.output_dir or Path("results") / f"{self.name}{self.variant(config)}"
+
+    def run(self, config: C) -> Result | None:
+        """Compute a result, or what is missing of it up to ``max_runs``; None where cells are missing still.
+
+        Raises:
+            UserError: Unusable options, data or model; a run that diverged.
+        """
+        self.check_options(config)
+        started = time.time()
+        if isinstance(config, GridOutput):
+            runs = Runs(config, self.free, self.folder(config))
+            found = self.find(config, runs)
+            runs.say_missing()
+        else:
+            found = self.find(config)
+        return None if found is None else self._result(config, found, time.time() - started)
+
+    def check_options(self, config: C) -> None:
+        """Make sure that every option is in its range.
+
+        Raises:
+            UserError: One is not, with what was expected.
+        """
+        for limits, holds, words in ((self.least, operator.ge, "at least"), (self.above, operator.gt, "above")):
+            for name, limit in limits.items():
+                value = operator.attrgetter(name)(config)
+                values = value if isinstance(value, tuple) else (value,)
+                if not all(one is None or (math.isfinite(one) and holds(one, limit)) for one in values):
+                    raise UserError(f"{name.rpartition('.')[2]} must be {words} {limit:g}; got {value}")
+        check_seeds(seeds_of(config))
+        self.check(config)
+
+    def publish(self, config: C) -> None:
+        """Compute a result unless its folder could not be written; print it, write it and draw its figures.
+
+        Raises:
+            UserError: The folder cannot be written or holds a result; what `run` raises.
+        """
+        folder = self.folder(config)
+        self.check_options(config)
+        check_writable(folder, overwrite=config.overwrite)
+        result = self.run(config)
+        if result is None:
+            return
+        print(f"\n{self.summary(result)}\n")
+        # Figures read results; analyses know of them only that the module has the name of the analysis.
+        draw = importlib.import_module(f"figures.{self.name}").write if self.draws else None
+        written = write_result(result, folder, figures=draw, overwrite=config.overwrite)
+        about = self.about(config)
+        what = "result and figures" if self.draws else "result"
+        print(f"{about}{'; ' if about else ''}{what} in {written}")
+
+    def command(self, description: str | None) -> None:
+        """The command line ``python -m analyses.NAME``, with the docstring of the module as its help."""
+        program = f"python -m analyses.{self.name}"
+        run_command(lambda: self.publish(tyro.cli(self.config, prog=program, description=description)))
+
+    def _result(self, config: C, found: Findings, seconds: float) -> Result:
+        return Result(
+            analysis=self.name,
+            config=asdict(config) | found.config,
+            seed=seeds_of(config)[0],
+            metrics=found.metrics,
+            tables=found.tables,
+            arrays=found.arrays,
+            model=found.model,
+            dataset=found.dataset,
+            environment=environment(),
+            seconds=found.seconds | {"this call": seconds},
+            coverage=found.coverage,
+        )
+
+
+class Runs:
+    """The runs of one grid: each is computed once, in a cell, and read from its file afterwards."""
+
+    def __init__(self, config: GridOutput, free: Sequence[str], folder: Path) -> None:
+        self._config, self._free = config, free
+        self._grid = Grid(config.runs_dir or folder.with_name(f"{folder.name}-runs"), config.max_runs)
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the cells that were asked for and are not there, since ``max_runs`` was reached."""
+        return self._grid.missing
+
+    def of(self, data: TaskData, model: str) -> Cells:
+        """The cells of this configuration on one task's rows and one model, known by its content."""
+        return self._grid.of(self._config, data, model, free=self._free)
+
+    def say_missing(self) -> None:
+        """Say how many cells are missing, if any are."""
+        if self.missing:
+            self._grid.say_missing()
+
+
+def seeds_of(config: Any) -> tuple[int, ...]:
+    """The seeds of a configuration: its `seeds`, or else its one `seed`, or else 0."""
+    return tuple(getattr(config, "seeds", ())) or (getattr(config, "seed", 0),)
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Make sure that seeds can be repetitions.
+
+    Raises:
+        UserError: There are none, or they are negative or the same.
+    """
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise UserError(f"seeds must be one or more different numbers, none negative; got {tuple(seeds)}")

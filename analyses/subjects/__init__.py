@@ -1,0 +1,1 @@
+"""What questions are asked of: rows, models, methods and training runs."""
