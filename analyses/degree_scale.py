@@ -26,7 +26,7 @@ from analyses.records import Metric, Result, environment, format_table, interval
 from analyses.theorem1 import Body
 from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels
-from ntk.networks import MLP, Recipe, is_multiplier
+from ntk.infinite.networks import MLP, Recipe, is_multiplier
 from propulsion.data import check_folders, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_pooling, load_classifier

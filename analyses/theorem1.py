@@ -23,7 +23,7 @@ from analyses.records import Metric, Result, environment, format_table, number
 from analyses.theorem1_positions import POSITIONS, encoder_kernels, rows_of, transformer_kernels
 from ntk.adapters import Full, Method, Propulsion
 from ntk.infinite import mlp_kernels, residual_kernels
-from ntk.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
+from ntk.infinite.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
 from propulsion.data import draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_pooling, load_classifier

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import ntk
 from ntk.adapters import Method, Propulsion, chosen
-from ntk.networks import Recipe, Transformer
+from ntk.infinite.networks import Recipe, Transformer
 
-# Positions of ntk.networks.Transformer, and the modules of a BERT encoder that stand there.
+# Positions of ntk.infinite.networks.Transformer, and the modules of a BERT encoder that stand there.
 POSITIONS = {
     "embedding": r".*embeddings\.word_embeddings",
     "query": r".*\.self\.query",

@@ -22,7 +22,7 @@ from analyses.core.errors import run_command
 from analyses.publish import publish
 from analyses.records import Metric, Result, environment, format_table, interval, number
 from ntk.infinite import ACTIVATIONS, mlp_kernels
-from ntk.networks import MLP, PARAMETRIZATIONS, Recipe, is_multiplier
+from ntk.infinite.networks import MLP, PARAMETRIZATIONS, Recipe, is_multiplier
 from propulsion.errors import UserError
 
 

@@ -18,7 +18,7 @@ import tyro
 
 from analyses.records import environment, format_table, number
 from benchmarks.jobs import ADAPTERS, GIGABYTE, JOBS, Job
-from ntk.rules import RULES, name_of
+from ntk.structured.rules import RULES, name_of
 from propulsion.errors import UserError, run_command
 
 BASELINES = ("bare", "torch.func")

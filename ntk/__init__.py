@@ -11,7 +11,7 @@ t tokens, c outputs, p parameters of one tensor, P all of them.
 
 from ntk import adapters, bounds, dynamics, infinite, inputs, kernels, metrics, networks, nulls, outputs
 from ntk.empirical import METHODS, adapter_kernels, empirical_ntk, layer_kernels
-from ntk.kernels import flatten, reduce_outputs
+from ntk.layout import flatten, reduce_outputs
 from ntk.metrics import (
     UndefinedMetricError,
     best_scale,

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from scipy.special import betaincinv, chdtr, chdtrc, gammaln
 from torch import Tensor
 
-from ntk.kernels import Kernel, flatten
+from ntk.layout import Kernel, flatten
 
 # The largest dimension that dimension_needed looks at.
 LARGEST_DIMENSION = 10**9

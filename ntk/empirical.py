@@ -9,13 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntk import calls, jacobian, layer_calls, structured
+from ntk import jacobian
 from ntk.adapters import Method, layers_of
 from ntk.functional import ParameterChoice, evaluation, is_encoder_decoder, nonfinite_cause, select_parameters
 from ntk.inputs import Inputs, group_examples
-from ntk.kernels import layout_of
+from ntk.layout import layout_of
 from ntk.outputs import Output, summed_outputs
-from ntk.wanted import Wanted, method_kernels
+from ntk.structured import calls, layer_calls
+from ntk.structured import kernels as structured
+from ntk.structured.targets import Wanted, method_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +56,13 @@ def empirical_ntk(
         inputs2: n2 examples for the columns; None for the symmetric kernel.
         params: ``"all"``, ``"trainable"`` or a predicate ``(name, parameter) -> bool``. Tied parameters count once.
         output: ``(model_output, inputs) -> (n, c)``; a classifier's logits if None. See :mod:`ntk.outputs`.
-        reduce: None, ``"trace"``, ``"diagonal"`` or ``"sum"``: see :func:`ntk.kernels.reduce_outputs`. What is reduced
+        reduce: None, ``"trace"``, ``"diagonal"`` or ``"sum"``: see :func:`ntk.layout.reduce_outputs`. What is reduced
             is formed as such: nothing has the c^2 entries of each pair; ``"sum"`` takes one backward pass instead of c.
         method: ``"jacobian"`` is the reference (:mod:`ntk.jacobian`), ``"structured"`` the fast way
-            (:mod:`ntk.structured`; costs there). ``"auto"`` takes the fast way for every parameter whose captured
-            features add up to ordinary gradients, on one or two examples, and the reference for the others. Examples
-            run together where :mod:`ntk.independence` shows that they do not change one another, else one at a time.
-            The logger ``ntk`` says at level INFO what went another way, and why.
+            (:mod:`ntk.structured.kernels`; costs there). ``"auto"`` takes the fast way for every parameter whose
+            captured features add up to ordinary gradients, on one or two examples, and the reference for the others.
+            Examples run together where :mod:`ntk.structured.independence` shows that they do not change one another,
+            else one at a time. The logger ``ntk`` says at level INFO what went another way, and why.
         memory_budget: bytes for Jacobians or features, and kernels, beside the model itself; None for half of the free
             memory.
         progress: show a progress bar.
@@ -122,9 +124,9 @@ def adapter_kernels(
         output: as in :func:`empirical_ntk`.
         reduce: as in :func:`empirical_ntk`.
         method: ``"jacobian"`` is the reference: Jacobians of the network's own parameters, and each adapted layer's
-            calls, one example at a time (:mod:`ntk.layer_calls`). ``"structured"`` and ``"auto"`` take the fast way for
-            every parameter and layer for which it is found exact, and the reference for the others; the logger ``ntk``
-            says at level INFO which those are, and why.
+            calls, one example at a time (:mod:`ntk.structured.layer_calls`). ``"structured"`` and ``"auto"`` take the
+            fast way for every parameter and layer for which it is found exact, and the reference for the others; the
+            logger ``ntk`` says at level INFO which those are, and why.
         memory_budget: as in :func:`empirical_ntk`.
         progress: show a progress bar.
 

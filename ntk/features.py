@@ -3,7 +3,7 @@
 The feature of example i and output a is d f_a(x_i)/d theta_p. It is a sum over tokens t of outer products for a matrix
 that multiplies (`Outer`), rows of an embedding (`Lookup`), and otherwise a small tensor of its own (`Dense`). Letters
 as in :mod:`ntk`, N for the tokens of all examples, and r, s for a matrix's rows and columns. Each holds one group of
-examples; :mod:`ntk.gram` contracts kernels over lists of them.
+examples; :mod:`ntk.structured.gram` contracts kernels over lists of them.
 """
 
 from dataclasses import dataclass, field

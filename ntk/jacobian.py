@@ -24,9 +24,9 @@ from ntk import inputs as _inputs
 from ntk.counts import BY_REFERENCE, note
 from ntk.functional import Parameters, RandomNumbers, call, first_line, fresh, is_encoder_decoder, output_function
 from ntk.inputs import Group, Inputs
-from ntk.kernels import Layout, mirrored
+from ntk.layout import Layout, mirrored
 from ntk.outputs import Output
-from ntk.passes import Leaves, requiring_gradients
+from ntk.structured.passes import Leaves, requiring_gradients
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk.kernels import Kernel, flatten
+from ntk.layout import Kernel, flatten
 
 DISTANCES = ("relative_frobenius", "mean_absolute", "max_absolute")
 

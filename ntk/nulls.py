@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ntk.functional import ParameterChoice, evaluation, fresh, select_parameters
 from ntk.inputs import Inputs, batch_size, group_examples
 from ntk.jacobian import selected_jacobian_rows
-from ntk.kernels import Kernel, flatten, layout_of
+from ntk.layout import Kernel, flatten, layout_of
 from ntk.outputs import Output, summed_outputs
 
 

@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntk import structured
 from ntk.adapters import Method
-from ntk.calls import watched
 from ntk.functional import evaluation, nonfinite_cause
 from ntk.inputs import Inputs
-from ntk.kernels import layout_of
+from ntk.layout import layout_of
 from ntk.outputs import Output
-from ntk.wanted import method_kernels
+from ntk.structured import kernels as structured
+from ntk.structured.calls import watched
+from ntk.structured.targets import method_kernels
 
 
 def sign_gradient_kernels(

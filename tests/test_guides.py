@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ntk.infinite import ACTIVATIONS
-from ntk.rules import RULES
+from ntk.structured.rules import RULES
 from propulsion import pretrained
 from propulsion.tasks import TASKS
 

@@ -72,7 +72,7 @@ def residual_kernels(
     branch_scale: int | float = 1.0,
     degree: int | float = 1,
 ) -> ResidualKernels:
-    """The limits for :class:`ntk.networks.ResidualMLP` of ``depth`` hidden layers: see the formulas of this module.
+    """The limits for :class:`ntk.infinite.networks.ResidualMLP` of ``depth`` hidden layers; see this module's formulas.
 
     Arguments as for :func:`ntk.infinite.mlp_kernels`; ``branch_scale`` is alpha. Memory and cost L^2 n1 n2 / 2.
 

@@ -10,7 +10,7 @@ from scipy.stats import binom, chi2, norm
 import ntk
 from ntk import bounds
 from ntk.adapters import LoRA
-from ntk.networks import MLP, Recipe, is_multiplier
+from ntk.infinite.networks import MLP, Recipe, is_multiplier
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -9,7 +9,7 @@ from torch import nn
 
 import ntk
 from ntk import jacobian
-from ntk.kernels import LAYOUTS
+from ntk.layout import LAYOUTS
 
 # Rounding only: float64 sums of a few thousand products.
 EXACT = 1e-12

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ntk
-from ntk.kernels import LAYOUTS
+from ntk.layout import LAYOUTS
 
 EXACT = 1e-10
 REDUCTIONS = [reduce for reduce in LAYOUTS if reduce]

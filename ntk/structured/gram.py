@@ -2,7 +2,7 @@
 
 `_direct` forms features and multiplies them; `_ghost` works on pairs of tokens (Novak et al. 2022, sec. 3; Li et al.
 2022, "ghost"). :func:`gram` takes whichever needs less time. Outputs are contracted as the kernel's layout says
-(:class:`ntk.kernels.Layout`); k, m and d are its numbers of matrices, of rows, and of outputs in a sum.
+(:class:`ntk.layout.Layout`); k, m and d are its numbers of matrices, of rows, and of outputs in a sum.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ntk.counts import CONTRACTED, note
 from ntk.features import Dense, Feature, Lookup, Outer
-from ntk.kernels import Layout
+from ntk.layout import Layout
 
 # Elements of the largest temporary: 64 MB in float32, which stays in reach of the caches' prefetching.
 CHUNK = 1 << 24

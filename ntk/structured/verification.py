@@ -5,24 +5,23 @@ and unpadded. A parameter whose features do not add up, or which a gradient reac
 refused.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from ntk import inputs as _inputs
-from ntk.capture import Capture, Place
-from ntk.features import Dense, Feature, Outer, subtract
+from ntk.features import Feature, subtract
 from ntk.functional import call
 from ntk.inputs import Group
 from ntk.outputs import Output
-from ntk.passes import WHOLE, Leaves, Pass, Segment, alone, batch_of, length
-from ntk.wanted import Wanted
+from ntk.structured.capture import Place
+from ntk.structured.memory import Cost, charge, cost_of, measured
+from ntk.structured.passes import WHOLE, Leaves, Pass, Segment, alone, batch_of, length
+from ntk.structured.targets import Wanted
 
 # How far, in units of the machine epsilon, the sum of captured features may be from an ordinary gradient. Both sum the
 # same few thousand terms in another order; a feature that is missing or misplaced is off by its own size.
@@ -32,25 +31,6 @@ _COARSE = 0.05
 # A parameter's own gradient may vanish but for rounding (a key's bias); then this share of all gradients counts.
 _SHARE = 1e-2
 _MISMATCH = "its features do not add up to its gradient"
-# Share of the memory for activations of the batch in progress; the rest holds features of all batches.
-IN_PROGRESS = 0.3
-
-
-@dataclass
-class Cost:
-    """What one mixing operation holds, in bytes for each token and for each example.
-
-    Attributes:
-        names: parameters it uses.
-        graph: activations that autograd keeps until the next one, and gradient buffers, while a batch is in progress.
-        per_token: features of matrices and embeddings, until they are contracted.
-        per_example: features of other parameters.
-    """
-
-    names: set[str] = field(default_factory=set)
-    graph: float = 0.0
-    per_token: float = 0.0
-    per_example: float = 0.0
 
 
 @dataclass
@@ -168,7 +148,7 @@ def compare(
     shared: set[int] = set()
     for segment in segments:
         alive: list[Feature] = []  # so that no two tensors are seen at one address
-        observe = partial(_measured, leaves=leaves, costs=plan.costs, tokens=tokens)
+        observe = partial(measured, leaves=leaves, costs=plan.costs, tokens=tokens)
         done = Pass(model, output, leaves, group, segment, above, bool(wanted.methods), observe)
         above, capture = done.below, done.capture
         if done.mixing is not None:
@@ -187,19 +167,19 @@ def compare(
             for held in use.received.by_output.values() if use.received else ():
                 if held.data_ptr() not in buffers:
                     buffers.add(held.data_ptr())
-                    _at(plan.costs, use.number).graph += held.numel() * held.element_size() / tokens
+                    cost_of(plan.costs, use.number).graph += held.numel() * held.element_size() / tokens
         for found in done.features(leaves):
             left = gradients.get(found.name)
             if left is None:
                 left = gradients[found.name] = torch.zeros_like(leaves[found.name])
             gradients[found.name] = subtract(found.feature, weights, left)
-            cost = _at(plan.costs, found.number)
+            cost = cost_of(plan.costs, found.number)
             cost.names.add(found.name)
             if found.output is not None:
                 cost.graph += found.output.numel() * found.output.element_size() / tokens
             for piece in wanted.pieces(found, left.shape):
                 alive.append(piece.feature)
-                _charge(cost, piece.feature, n, real, shared)
+                charge(cost, piece.feature, n, real, shared)
     everything = sum(norm**2 for norm in norms.values()) ** 0.5
     for name, left in gradients.items():
         tolerance = min(_ROUNDING * plan.rounding, _COARSE) * (norms.get(name, 0.0) + _SHARE * everything)
@@ -244,72 +224,3 @@ class _SparseRows(TorchFunctionMode):
             if all(not kwargs.get(key, default) for key, default in plain.items()):
                 kwargs = kwargs | {"sparse": True}
         return func(*args, **kwargs)
-
-
-@contextmanager
-def _measured(capture: Capture, leaves: Leaves, costs: list[Cost], tokens: int) -> Iterator[None]:
-    """Counts what autograd keeps, by the number of mixing operations seen before it was kept."""
-    seen = {p.untyped_storage().data_ptr() for p in leaves.values()}
-
-    def keep(t: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction():  # Called by the forward pass, and no part of it.
-            storage = t.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            _at(costs, max(0, capture.count - 1)).graph += t.numel() * t.element_size() / tokens
-        return t
-
-    with saved_tensors_hooks(keep, lambda t: t):
-        yield
-
-
-def _at(costs: list[Cost], number: int) -> Cost:
-    while len(costs) <= number:
-        costs.append(Cost())
-    return costs[number]
-
-
-def _charge(cost: Cost, feature: Feature, n: int, tokens: int, shared: set[int]) -> None:
-    if isinstance(feature, Dense):
-        cost.per_example += feature.value.numel() * feature.value.element_size() / n
-        return
-    for t in (feature.x, feature.g) if isinstance(feature, Outer) else (feature.g,):
-        if t.data_ptr() not in shared:
-            shared.add(t.data_ptr())
-            cost.per_token += t.numel() * t.element_size() / tokens
-
-
-def weight(costs: Sequence[Cost], segment: Segment) -> float:
-    """Bytes for each token that a batch in progress holds over a segment."""
-    stop = None if segment[1] == float("inf") else int(segment[1])
-    return sum(cost.graph for cost in costs[segment[0] : stop])
-
-
-def cut(costs: Sequence[Cost], tokens: int, examples: int, room: float) -> list[Segment] | None:
-    """Cut the mixing operations, from the last to the first, into segments whose features fit in ``room`` bytes.
-
-    None if one of them alone does not fit.
-    """
-    held = [cost.per_token * tokens + cost.per_example * examples for cost in costs]
-    lowest = {name: i for i, cost in reversed(list(enumerate(costs))) for name in cost.names}
-    segments: list[Segment] = []
-    stop: float = float("inf")
-    load = carried = 0.0  # Features of parameters that are used again further down are carried along.
-    for i in reversed(range(len(costs))):
-        if load + carried + held[i] > room and load > 0:
-            segments.append((i + 1, stop))
-            stop, load = i + 1, 0.0
-            carried = sum(held[j] for j in range(i + 1, len(costs)) if any(lowest[n] <= i for n in costs[j].names))
-        if carried + held[i] > room:
-            return None
-        load += held[i]
-    return [*segments, (0, stop)]
-
-
-def least_room(costs: Sequence[Cost], tokens: int, examples: int) -> float:
-    """The least for which :func:`cut` finds segments, to a thousandth."""
-    low, high = 0.0, sum(cost.per_token * tokens + cost.per_example * examples for cost in costs)
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if cut(costs, tokens, examples, middle) is None else (low, middle)
-    return high

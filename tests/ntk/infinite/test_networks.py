@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ntk
-from ntk.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
+from ntk.infinite.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
 
 
 def recipe(seed: int = 0, **changes) -> Recipe:

@@ -2,9 +2,10 @@
 
 A rule takes the call and returns, for each tensor of parameters among its arguments, a function from the gradients at
 the output ``(n m, ...)`` to a :class:`~ntk.features.Feature`. The first axis of data holds m rows for each example, in
-the examples' order; :mod:`ntk.plan` checks that numerically before a kernel is believed. Where the last axis is the
-only one that the parameter has, all others are tokens, and those without a gradient are left out (:mod:`ntk.tokens`).
-An operation without an entry in `RULES` is differentiated example by example, which is exact and slower.
+the examples' order; :mod:`ntk.structured.verification` checks that numerically before a kernel is believed. Where the
+last axis is the only one that the parameter has, all others are tokens, and those without a gradient are left out
+(:mod:`ntk.tokens`). An operation without an entry in `RULES` is differentiated example by example, which is exact and
+slower.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from torch.nn import functional as F
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ntk.capture import Capture, Data, Derived, Use
 from ntk.counts import BY_EXAMPLE, BY_RULE, note
 from ntk.features import Dense, Feature, Lookup, Outer, formed
+from ntk.structured.capture import Capture, Data, Derived, Use
 from ntk.tokens import Gradients
 
 FeatureOf = Callable[[Gradients], Feature]

@@ -1,13 +1,15 @@
 """The fast exact kernel: forward and backward passes of the model itself, and no Jacobian.
 
-One forward pass and c backward passes under :class:`ntk.capture.Capture` leave, for every use of a parameter, what its
-tangent feature is made of: the inputs and output gradients of a matrix product (Novak et al. 2022, "structured
-derivatives"; per-example gradients as in Goodfellow 2015). :func:`ntk.gram.gram` contracts them, forming features
-slice by slice or not at all, whichever takes fewer multiplications. Examples of similar length run together. Where the
-features of all parameters do not fit in memory at once, the passes go segment by segment, from the outputs down.
+One forward pass and c backward passes under :class:`ntk.structured.capture.Capture` leave, for every use of a
+parameter, what its tangent feature is made of: the inputs and output gradients of a matrix product (Novak et al. 2022,
+"structured derivatives"; per-example gradients as in Goodfellow 2015). :func:`ntk.structured.gram.gram` contracts them,
+forming features slice by slice or not at all, whichever takes fewer multiplications. Examples of similar length run
+together. Where the features of all parameters do not fit in memory at once, the passes go segment by segment, from the
+outputs down.
 
-Each batch is shown to give every example what it gives alone (:mod:`ntk.independence`). What that or :mod:`ntk.plan`
-refuses is tried once more with one example at a time, and goes to the reference after that.
+Each batch is shown to give every example what it gives alone (:mod:`ntk.structured.independence`). What that or
+:mod:`ntk.structured.verification` refuses is tried once more with one example at a time, and goes to the reference
+after that.
 """
 
 import itertools
@@ -21,17 +23,18 @@ from tqdm import tqdm
 
 from ntk import inputs as _inputs
 from ntk import jacobian
-from ntk.capture import Place
 from ntk.counts import PASSES, note
 from ntk.features import Dense, Feature
 from ntk.functional import Parameters, first_line, is_encoder_decoder
-from ntk.gram import CHUNK, gram
 from ntk.inputs import Group, Inputs
-from ntk.kernels import Layout, mirrored
+from ntk.layout import Layout, mirrored
 from ntk.outputs import Output
-from ntk.passes import Leaves, Pass, Segment, alone, length, requiring_gradients
-from ntk.plan import IN_PROGRESS, Plan, check_alone, check_one, check_together, compare, cut, least_room, weight
-from ntk.wanted import Wanted, parameter_kernels
+from ntk.structured.capture import Place
+from ntk.structured.gram import CHUNK, gram
+from ntk.structured.memory import IN_PROGRESS, cut, least_room, weight
+from ntk.structured.passes import Leaves, Pass, Segment, alone, length, requiring_gradients
+from ntk.structured.targets import Wanted, parameter_kernels
+from ntk.structured.verification import Plan, check_alone, check_one, check_together, compare
 
 logger = logging.getLogger(__name__)
 

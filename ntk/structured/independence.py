@@ -12,7 +12,8 @@ rules then: the axis of a view is the one whose stride covers that distance.
 An operation that is not known, an axis that is lost, and a value of the data that the model's Python code reads (so
 that a branch may follow from it) end the proof; the batch is then run one example at a time, which needs no proof.
 Values read from attention masks alone, as transformers reads whether there is padding, are kept instead: a batch is
-right if two examples that lead to the same values were compared with the same examples alone (:mod:`ntk.plan`).
+right if two examples that lead to the same values were compared with the same examples alone
+(:mod:`ntk.structured.verification`).
 
 Cost: a few look-ups in Python for each operation of the forward pass, and none in the backward passes; no arithmetic on
 activations. Constants that meet the data along the examples are compared with themselves.
@@ -30,8 +31,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ntk.graph import Root
-from ntk.independence_rules import FAMILIES, RULES, Call, Lost, alike, pointwise, tensors_of
+from ntk.structured.autograd import Root
+from ntk.structured.independence_rules import FAMILIES, RULES, Call, Lost, alike, pointwise, tensors_of
 
 # The derivative of our own function.
 _OWN = {Root._backward_cls}  # pyright: ignore[reportAttributeAccessIssue]
@@ -194,7 +195,7 @@ class Independence(TorchDispatchMode):
 def follows_torch(t: Tensor) -> bool:
     """Whether every derivative on the way to a tensor is torch's own, and none a Python ``autograd.Function``'s.
 
-    That of :mod:`ntk.graph` keeps to its example.
+    That of :mod:`ntk.structured.autograd` keeps to its example.
     """
     seen, waiting = set(), [t.grad_fn]
     while waiting:

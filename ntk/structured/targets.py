@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ntk.adapters import Method, layer_of, layers_of
-from ntk.capture import Captured
 from ntk.features import Dense, Feature
+from ntk.structured.capture import Captured
 
 
 @dataclass(frozen=True)

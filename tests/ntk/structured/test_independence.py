@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ntk
-from ntk.independence import Independence
+from ntk.structured.independence import Independence
 
 EXACT = 1e-10
 

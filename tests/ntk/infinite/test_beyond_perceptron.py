@@ -8,7 +8,7 @@ from torch import nn
 
 import ntk
 from ntk.infinite import leaky_relu, mlp_kernels, residual_kernels
-from ntk.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
+from ntk.infinite.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
 
 
 def inputs(n: int = 4, *shape: int) -> torch.Tensor:

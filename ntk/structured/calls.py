@@ -1,9 +1,9 @@
 """Which use of a weight is the call of which layer.
 
 An adapter acts on what a layer takes and returns when it is called. A captured use of the layer's weight
-(:mod:`ntk.capture`) shows that if it is all that the call does: it multiplies what the layer was given, or looks it up,
-and the layer returns the product. A model may also read a layer's weight and multiply by it itself, several layers may
-share one weight, and a layer of its own class may do more. So the layers are watched while they run.
+(:mod:`ntk.structured.capture`) shows that if it is all that the call does: it multiplies what the layer was given, or
+looks it up, and the layer returns the product. A model may also read a layer's weight and multiply by it itself,
+several layers may share one weight, and a layer of its own class may do more. So the layers are watched while they run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntk.capture import Capture, Derived, Use
 from ntk.functional import call
 from ntk.inputs import Group
 from ntk.outputs import Output
-from ntk.passes import batch_of, requiring_gradients
-from ntk.wanted import Wanted
+from ntk.structured.capture import Capture, Derived, Use
+from ntk.structured.passes import batch_of, requiring_gradients
+from ntk.structured.targets import Wanted
 
 
 def look(model: nn.Module, output: Output | None, example: Group, wanted: Wanted) -> None:

@@ -16,8 +16,8 @@ from ntk.dynamics import (
     relative_drift,
     sign_gradient_kernel,
 )
-from ntk.kernels import flatten
-from ntk.networks import MLP, Recipe, is_multiplier
+from ntk.infinite.networks import MLP, Recipe, is_multiplier
+from ntk.layout import flatten
 
 
 def kernels(n: int = 6, m: int = 4, c: int = 2, seed: int = 0):

@@ -1,4 +1,4 @@
-"""Rules of :mod:`ntk.independence`: along which axis an operation's result has the examples of its arguments.
+"""Rules of :mod:`.independence`: along which axis an operation's result has the examples of its arguments.
 
 One function a kind of operation, and a table from operations to them. A rule gets a :class:`Call` and returns the axis
 of the result, or raises :class:`Lost` where an example's part of the result does not follow from its part of the

@@ -22,12 +22,12 @@ from ntk import inputs as _inputs
 from ntk.adapters import Layer, Method, matrix_of
 from ntk.features import Feature, Lookup, Outer
 from ntk.functional import call, first_line, is_encoder_decoder
-from ntk.gram import gram
 from ntk.inputs import Group, Inputs
 from ntk.jacobian import default_memory_budget, gigabytes
-from ntk.kernels import Layout
+from ntk.layout import Layout
 from ntk.outputs import Output
-from ntk.passes import batch_of, length, requiring_gradients
+from ntk.structured.gram import gram
+from ntk.structured.passes import batch_of, length, requiring_gradients
 from ntk.tokens import Tokens, not_zero
 
 # Of a layer that only multiplies by its weight, outputs differ from W x + b by no more machine epsilons than this.

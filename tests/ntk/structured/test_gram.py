@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ntk import gram
 from ntk.features import Lookup, Outer
-from ntk.kernels import LAYOUTS, reduce_outputs
+from ntk.layout import LAYOUTS, reduce_outputs
+from ntk.structured import gram
 from ntk.tokens import Gradients, Packing
 
 

@@ -14,7 +14,7 @@ from scipy.special import erf, ndtr
 import ntk
 from ntk import infinite
 from ntk.infinite import ACTIVATIONS, mlp_kernels
-from ntk.networks import MLP, Recipe, is_multiplier
+from ntk.infinite.networks import MLP, Recipe, is_multiplier
 
 HOMOGENEOUS = {
     "linear": ACTIVATIONS["linear"],
@@ -51,7 +51,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
 X = torch.tensor([[1.0, -0.5, 0.25], [0.5, 1.5, -1.0], [-2.0, 0.75, 0.5]], dtype=torch.float64)
 
 # By tests/oracles/neural_tangents_table.py, in an environment of its own.
-ORACLE = json.loads((Path(__file__).parents[1] / "oracles" / "neural_tangents.json").read_text(encoding="utf-8"))
+ORACLE = json.loads((Path(__file__).parents[2] / "oracles" / "neural_tangents.json").read_text(encoding="utf-8"))
 ORACLE_ACTIVATIONS = {
     "leaky_relu(0.3)": infinite.leaky_relu(0.3),
     "leaky_relu(-1)": infinite.leaky_relu(-1.0),

@@ -14,12 +14,8 @@ import torch
 from jaxtyping import Float
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
-from ntk.functional import ParameterChoice, evaluating, select_parameters
-from ntk.kernels import Kernel, flatten
+from ntk.layout import Kernel, flatten
 
 # Eigenvalues of a symmetric kernel may be this far below zero, relative to the largest, by rounding of its entries.
 NEGATIVE = 1e-6
@@ -206,48 +202,6 @@ def cross_entropy_flow(
     return torch.stack([_at_new(cross, column, f0.shape[1], initial_cross) for column in coefficients])
 
 
-class Linearized(nn.Module):
-    """The first-order expansion of a model about its present parameters, f(x; theta_0) + J(x) delta, to be trained.
-
-    Attributes:
-        delta: one trainable parameter for each of the chosen, by the same number as in ``names``; all start at 0.
-
-    Cost: one forward pass of two (``torch.func.jvp``). Training it by gradient descent is training by its kernel,
-    exactly (Lee et al. 2019, eq. 5).
-    """
-
-    def __init__(self, model: nn.Module, params: ParameterChoice = "all"):
-        """Expand about the parameters as they are now; the model is used in evaluation mode, and not changed.
-
-        Args:
-            model: any module; what it is called with, this module is called with.
-            params: which parameters move, as in :func:`ntk.empirical_ntk`.
-        """
-        super().__init__()
-        chosen = select_parameters(model, params)
-        self.names = list(chosen)
-        self.delta = nn.ParameterList([torch.zeros_like(p) for p in chosen.values()])
-        # Not a submodule: its parameters are none of this module's.
-        self._model = [model]
-        self._start = {name: p.clone() for name, p in chosen.items()}
-
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """The linearised outputs: the model's tensor, or its ``logits``."""
-
-        def outputs(chosen: dict[str, Tensor]) -> Tensor:
-            own = tree_map(
-                lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs)
-            )  # models may write there
-            found = functional_call(self._model[0], chosen, *own)
-            return found if isinstance(found, Tensor) else found.logits
-
-        directions = dict(zip(self.names, self.delta, strict=True))
-        # Of attention, forward-mode derivatives exist for the plain formula alone.
-        with evaluating(self._model[0]), sdpa_kernel(SDPBackend.MATH):
-            value, slope = jvp(outputs, (self._start,), (directions,))  # pyright: ignore[reportAssignmentType]
-        return value + slope
-
-
 def sign_gradient_kernel(
     jacobian: Float[Tensor, "n1 c p"], jacobian2: Float[Tensor, "n2 c p"] | None = None
 ) -> Float[Tensor, "n1 n2 c c"]:
@@ -262,34 +216,6 @@ def sign_gradient_kernel(
     """
     other = jacobian if jacobian2 is None else jacobian2
     return torch.einsum("iap,jbp->ijab", jacobian, other.sign())
-
-
-def relative_drift(now: Float[Tensor, "..."], start: Float[Tensor, "..."]) -> float:
-    """|A_t - A_0| / |A_0| (Frobenius), of kernels, Jacobians or parameters: small where training was lazy.
-
-    Raises:
-        ValueError: shapes differ, or the start is 0.
-    """
-    if now.shape != start.shape:
-        raise ValueError(f"expected two tensors of one shape; got {tuple(now.shape)} and {tuple(start.shape)}")
-    size = float(start.double().norm())
-    if not size:
-        raise ValueError("drift relative to a start of 0 is not defined")
-    return float((now.double() - start.double()).norm()) / size
-
-
-def linearization_error(
-    outputs: Float[Tensor, "n c"], linearized: Float[Tensor, "n c"], initial: Float[Tensor, "n c"]
-) -> float:
-    """|f_t - f_t^lin| / |f_t - f_0|: the share of the outputs' movement that the linearised model does not explain.
-
-    Raises:
-        ValueError: shapes differ, or the outputs did not move.
-    """
-    moved = float((outputs.double() - initial.double()).norm())
-    if not moved:
-        raise ValueError("the outputs did not move: there is nothing to explain")
-    return float((outputs.double() - linearized.double()).norm()) / moved
 
 
 def _start(targets: Tensor, initial: Tensor | None) -> Tensor:

@@ -3,9 +3,9 @@
 A forward pass runs under :class:`Capture`, which sees every torch operation. Tensors are told apart by what they
 depend on: the batch (:class:`Data`), parameters alone (:class:`Derived`: transposed, raised to a power, sliced,
 computed by an adapter), or neither. Where an operation mixes data with a parameter or a derived tensor, the rule of
-that operation (:mod:`ntk.rules`) says how the gradient at its output becomes a tangent feature; the parameter itself
-enters detached. So any gradient that still reaches a parameter proves a use that was missed. Features of derived
-tensors are pulled back to their parameters by autograd.
+that operation (:mod:`ntk.structured.rules`) says how the gradient at its output becomes a tangent feature; the
+parameter itself enters detached. So any gradient that still reaches a parameter proves a use that was missed. Features
+of derived tensors are pulled back to their parameters by autograd.
 
 A pass can be confined to a segment of the uses. Before the segment nothing is recorded and autograd keeps nothing; at
 its end the forward pass stops. Segments run from the last to the first, each handing the gradients at its cut down to
@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk.features import Dense, Feature, Lookup, Outer
-from ntk.graph import Received, Root
-from ntk.independence import Independence
+from ntk.structured.autograd import Received, Root
+from ntk.structured.independence import Independence
 from ntk.tokens import Gradients, Packing
 
 _STATE = "_ntk_state"
@@ -108,7 +108,7 @@ class Captured:
         derived: whether the parameter was changed into something else first.
         output: the operation's output at the feature's tokens, ``(N, r)``, if that was asked for and still is what it
             was.
-        within: the innermost watched module (:mod:`ntk.calls`) in whose call it is.
+        within: the innermost watched module (:mod:`ntk.structured.calls`) in whose call it is.
         layer: the watched module of which it is all that a call does.
     """
 
@@ -262,7 +262,7 @@ class Capture(TorchFunctionMode):
         return _map(leaf, args, kwargs)
 
     def _mix(self, func, args, kwargs) -> Any:
-        from ntk import rules  # rules are written in terms of this module's tensors
+        from ntk.structured import rules  # rules are written in terms of this module's tensors
 
         sources = [t for t in _tensors(args, kwargs) if isinstance(self.state(t), Derived)]
         detached = _map(self._detach, args, kwargs)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntk.capture import Capture, Captured, Place, SegmentEnd, collect
 from ntk.functional import call, fresh
-from ntk.independence import Independence, follows_torch
 from ntk.inputs import ENCODER_MASK, Group
 from ntk.outputs import Output
+from ntk.structured.capture import Capture, Captured, Place, SegmentEnd, collect
+from ntk.structured.independence import Independence, follows_torch
 
 Segment = tuple[int, float]  # first mixing operation, and the first not in it
 Leaves = dict[str, nn.Parameter]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import ntk
 from benchmarks.kernels import ran, unused
 from ntk.counts import BY_EXAMPLE, BY_REFERENCE, BY_RULE, CONTRACTED, PASSES, by_kind, counting
-from ntk.rules import RULES, name_of
+from ntk.structured.rules import RULES, name_of
 
 # How an operation is called with data h (n, 4), a matrix w (4, 4) and a vector b (4,); those not named, func(h, b).
 CALLS = {

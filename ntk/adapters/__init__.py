@@ -1,0 +1,33 @@
+"""Parameter-efficient methods as the kernels of their parameters at initialisation.
+
+:class:`Method` says what a method adds to one :class:`Layer`; :mod:`.weights`, :mod:`.scales` and :mod:`.low_rank` hold
+the methods.
+"""
+
+from ntk.adapters.low_rank import DoRA, LoHa, LoRA, VeRA, kaiming_uniform
+from ntk.adapters.method import Found, Layer, Method, Modules, chosen, layer_of, layers_of, matrix_of
+from ntk.adapters.scales import IA3, Propulsion
+from ntk.adapters.weights import BitFit, Full, NormTuning, RandomSubset, subset
+
+__all__ = [
+    "IA3",
+    "BitFit",
+    "DoRA",
+    "Found",
+    "Full",
+    "Layer",
+    "LoHa",
+    "LoRA",
+    "Method",
+    "Modules",
+    "NormTuning",
+    "Propulsion",
+    "RandomSubset",
+    "VeRA",
+    "chosen",
+    "kaiming_uniform",
+    "layer_of",
+    "layers_of",
+    "matrix_of",
+    "subset",
+]

@@ -1,0 +1,203 @@
+"""Methods that add products of low-rank matrices to the weights of linear layers."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ntk.adapters.method import Found, Layer, Method, Modules, chosen, seed_of
+from ntk.features import Dense, Outer
+
+# Elements of the inputs that LoHa makes at a time: they stay in the caches.
+_INPUTS = 1 << 19
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """A product B A beside each weight, at B = 0 (Hu et al. 2022): d f / d B = (alpha / rank) sum_t g_t (A x_t)^T.
+
+    Attributes:
+        rank: of the product.
+        alpha: the product is multiplied by alpha / rank; by default alpha = rank.
+        modules: linear layers that carry one.
+        a: matrices A ``(rank, s)`` by module name; "random" for peft's own initialisation, drawn from ``seed``;
+            "expected" for the mean of the kernel over those draws.
+        seed: of the random matrices, which do not depend on the other layers.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    modules: Modules = None
+    a: Mapping[str, Tensor] | str = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"the rank of LoRA must be at least 1; got {self.rank}")
+        if isinstance(self.a, str) and self.a not in ("random", "expected"):
+            raise ValueError(f"a must be 'random', 'expected' or matrices by module name; got {self.a!r}")
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """In the mean over A, whose entries have variance 1 / (3 s), a multiple of the weight's own kernel."""
+        if self.a != "expected" or layer is None or not chosen(self.modules, layer):
+            return 0.0
+        return self._of_weight(parameter.shape[0 if isinstance(module, Conv1D) else 1])
+
+    def _of_weight(self, width: int) -> float:
+        return self.scale**2 * self.rank / (3 * width)
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module)
+
+    def features(self, layer: Layer) -> Found:
+        """The matrix B, ``(r, rank)``; in the mean over A a multiple of the weight, unless its own kernel says it."""
+        if layer.x is None:
+            return
+        if self.a == "expected":
+            if not layer.weighed:
+                assert isinstance(layer.feature, Outer)
+                x = self._of_weight(layer.x.shape[-1]) ** 0.5 * layer.x
+                yield "W", torch.Size((layer.y.shape[-1], x.shape[-1])), layer.feature.beside(x)
+            return
+        a = self._matrix(layer).to(layer.x)
+        shape = torch.Size((layer.y.shape[-1], len(a)))
+        assert isinstance(layer.feature, Outer)
+        yield "B", shape, layer.feature.beside(self.scale * (layer.x @ a.T))
+
+    def _matrix(self, layer: Layer) -> Float[Tensor, "rank s"]:
+        if isinstance(self.a, str):
+            return kaiming_uniform((self.rank, layer.weight.shape[1]), f"{self.seed}.{layer.name}")
+        if layer.name not in self.a:
+            raise ValueError(f"no matrix A is given for {layer.name}; give one, or leave the layer out of modules")
+        return self.a[layer.name]
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """LoRA beside the direction of each weight, and its rows' lengths m (Liu et al. 2024).
+
+    At B = 0, d f / d B is LoRA's, since the norm is held constant in the gradient, and
+    d f / d m_j = sum_t g_tj (W x_t)_j / |W_j|.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.a == "expected":
+            raise ValueError("DoRA has no mean over A here: its lengths do not depend on A; use LoRA for that part")
+
+    def features(self, layer: Layer) -> Found:
+        """LoRA's matrix and the lengths."""
+        if layer.x is None:
+            return
+        yield from super().features(layer)
+        lengths = layer.weight.norm(dim=1)
+        linear = layer.gy.value
+        if layer.bias is not None:
+            linear = linear - layer.over_tokens(layer.g).value * layer.bias
+        yield "m", lengths.shape, Dense(linear / lengths)
+
+
+@dataclass(frozen=True)
+class VeRA(Method):
+    """Frozen random matrices A and B shared by all layers, vectors b = 0 and d trained (Kopiczko et al. 2024).
+
+        d f / d b_j = sum_t g_tj (B (d * A x_t))_j       (d f / d d = 0 at b = 0)
+
+    Attributes:
+        a: ``(rank, s)``, at least as wide as the widest input.
+        b: ``(r, rank)``, at least as long as the longest output.
+        initial: value of d.
+        modules: linear layers that carry vectors.
+    """
+
+    a: Tensor
+    b: Tensor
+    initial: float = 0.1
+    modules: Modules = None
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module)
+
+    def features(self, layer: Layer) -> Found:
+        """The vector b, of length r."""
+        if layer.x is None:
+            return
+        r, s = layer.weight.shape
+        if self.a.shape[1] < s or len(self.b) < r:
+            raise ValueError(f"{layer.name} is {r} x {s}: VeRA's matrices {tuple(self.b.shape)} and "
+                             f"{tuple(self.a.shape)} are too small")  # fmt: skip
+        inner = self.initial * (layer.x @ self.a[:, :s].to(layer.x).T) @ self.b[:r].to(layer.x).T
+        yield "b", torch.Size((r,)), layer.over_tokens(layer.g * inner)
+
+
+@dataclass(frozen=True)
+class LoHa(Method):
+    """The elementwise product of two low-rank products beside each weight, at w2_b = 0 (Hyeon-Woo et al. 2022).
+
+        d f / d w2_b = (alpha / rank) w2_a^T (sum_t g_t x_t^T * (w1_a w1_b))
+
+    Attributes:
+        rank: of each product.
+        alpha: the whole is multiplied by alpha / rank; by default alpha = rank.
+        modules: linear layers that carry one.
+        factors: (w1_a ``(r, rank)``, w1_b ``(rank, s)``, w2_a ``(r, rank)``) by module name; if None, peft's
+            initialisation from ``seed``.
+        seed: of the random factors.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    modules: Modules = None
+    factors: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None
+    seed: int = 0
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module)
+
+    def features(self, layer: Layer) -> Found:
+        """The matrix w2_b, ``(rank, s)``."""
+        if layer.x is None:
+            return
+        r, s = layer.weight.shape
+        key = f"{self.seed}.{layer.name}"
+        factors = (
+            (kaiming_uniform((r, self.rank), key + ".1a"), kaiming_uniform((self.rank, s), key + ".1b"),
+             kaiming_uniform((r, self.rank), key + ".2a"))
+            if self.factors is None
+            else self.factors[layer.name]
+        )  # fmt: skip
+        w1_a, w1_b, w2_a = (factor.to(layer.g) for factor in factors)
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        # Each token's x * w1_b[p], and the product with every column p of w1_a in its gradient, contracted over both;
+        # a few examples at a time, since these inputs are rank times as large as the layer's.
+        tokens = layer.feature.tokens
+        x = tokens.padded(layer.x)  # (n, t, s)
+        columns = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)  # (r, p q)
+        inner = tokens.padded(layer.g @ columns).unflatten(-1, (-1, self.rank))  # (c, n, t, p, q)
+        inner = inner.flatten(2, 3).permute(1, 0, 3, 2).flatten(1, 2)  # (n, c q, t p)
+        step = max(1, _INPUTS // (x[0].numel() * self.rank))
+        value = torch.cat([
+            left @ (right[:, :, None] * w1_b).flatten(1, 2) for left, right in zip(inner.split(step), x.split(step))
+        ])  # (n, c q, s)  # fmt: skip
+        value = value.unflatten(1, (-1, self.rank))
+        yield "w2_b", torch.Size((self.rank, s)), Dense(scale * value)
+
+
+@lru_cache(maxsize=1024)
+def kaiming_uniform(shape: tuple[int, int], key: str) -> Tensor:
+    """Entries uniform in +-1 / sqrt(columns), as ``nn.Linear`` and peft draw them, from a key of their own."""
+    generator = torch.Generator().manualseed_of(seed_of(key))
+    return torch.empty(shape).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])

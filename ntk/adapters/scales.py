@@ -1,0 +1,63 @@
+"""Methods that multiply the inputs or outputs of layers by a trained vector."""
+
+from dataclasses import dataclass
+
+from ntk.adapters.method import Found, Layer, Method, Modules, chosen
+from ntk.features import Dense
+
+
+@dataclass(frozen=True)
+class Propulsion(Method):
+    """A vector z on the outputs of layers, acting as z**degree, at z = 1 (Kowsher et al. 2024).
+
+        d f / d z_j = degree * sum_t g_tj y_tj
+
+    A model that reads a layer's weight and bias, and does not call it, finds z**degree in them.
+
+    Attributes:
+        degree: the exponent k; the kernel grows as k squared.
+        modules: layers and embeddings that carry a vector.
+    """
+
+    degree: float = 1.0
+    modules: Modules = None
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module)
+
+    def features(self, layer: Layer) -> Found:
+        """One vector of length r."""
+        value = layer.gy.value if layer.read is None else layer.gy.value + layer.read
+        yield "z", layer.y.shape[-1:], Dense(self.degree * value)
+
+    @property
+    def in_reads(self) -> bool:
+        """It scales the weight that is read."""
+        return True
+
+
+@dataclass(frozen=True)
+class IA3(Method):
+    """Vectors on the outputs of layers, or on the inputs of feed-forward ones, at 1 (Liu et al. 2022).
+
+    Attributes:
+        modules: layers whose outputs are scaled.
+        feedforward: layers whose inputs are scaled instead.
+    """
+
+    modules: Modules
+    feedforward: Modules = ()
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module) or chosen(self.feedforward, module)
+
+    def features(self, layer: Layer) -> Found:
+        """One vector of length s or r."""
+        if layer.x is None:
+            return
+        if chosen(self.feedforward, layer.name):
+            yield "l", layer.x.shape[-1:], layer.gx
+        else:
+            yield "l", layer.y.shape[-1:], layer.gy

@@ -1,0 +1,79 @@
+"""Methods that train weights of the network itself: all of them, biases, norms, or a random subset."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntk.adapters.method import Found, Layer, Method, Modules, chosen, seed_of
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Full fine-tuning."""
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """Everything."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class BitFit(Method):
+    """All biases, those of norms included (Ben Zaken, Goldberg and Ravfogel 2022)."""
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """Parameters whose name ends in bias."""
+        return float(name.endswith("bias"))
+
+
+@dataclass(frozen=True)
+class NormTuning(Method):
+    """Scales and shifts of all normalisation layers, known by their class's name (Zhao et al. 2024)."""
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """Parameters of norms."""
+        return float("norm" in type(module).__name__.lower())
+
+
+@dataclass(frozen=True)
+class RandomSubset(Method):
+    """Weights chosen at random, trained directly, the others frozen (as SHiRA does; Bhardwaj et al. 2024).
+
+    Attributes:
+        count: weights of each layer; all of a layer that has fewer.
+        modules: linear layers they are drawn from.
+        seed: of the choice, which does not depend on the other layers.
+    """
+
+    count: int
+    modules: Modules = None
+    seed: int = 0
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module)
+
+    def features(self, layer: Layer) -> Found:
+        """The chosen entries of the weight's feature."""
+        if layer.x is None:
+            return
+        if layer.read is not None or layer.at_inputs is not None:
+            raise NotImplementedError(
+                f"{layer.name} does more than multiply by its weight, or the model reads that weight itself, so that "
+                "its single entries have no kernel here: leave it out of modules, or take "
+                "ntk.random_subset_ntk(model, ...) of all weights"
+            )
+        places = subset(layer.weight.numel(), self.count, f"{self.seed}.{layer.name}").to(layer.g.device)
+        rows, columns = places // layer.weight.shape[1], places % layer.weight.shape[1]
+        g = layer.g.gather(-1, rows.expand(*layer.g.shape[:2], -1))
+        x = layer.x.gather(-1, columns.expand(len(layer.x), -1))
+        yield "W", torch.Size((len(places),)), layer.over_tokens(g * x)
+
+
+@lru_cache(maxsize=1024)
+def subset(total: int, count: int, key: str) -> Tensor:
+    """``count`` of ``total`` numbers, drawn without replacement from a key of their own, in order."""
+    drawn = np.random.default_rng(seed_of(key)).choice(total, min(count, total), replace=False)
+    return torch.from_numpy(np.sort(drawn))

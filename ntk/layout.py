@@ -1,0 +1,122 @@
+"""The layout of a kernel: reductions over its output axes and its flattened matrix."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Kernel = Float[Tensor, "_ _ ..."]
+"""``(n1, n2)`` or ``(n1, n2, c, c)``; functions check the shapes they need themselves, to say what came instead."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What becomes of the c outputs of two examples' features ``(n, c, p)`` where these are contracted to a kernel.
+
+    Each output has one of three places, c = k m d: a matrix of its own (k), a row of its own, which meets all rows of
+    the other side (m), or a part of the sum that runs over the parameters (d). So every kernel is k products of
+    matrices ``(n m, d p)``, and no more entries are computed than it has.
+
+    Attributes:
+        places: c -> (k, m, d).
+        shape: c -> the output axes that the kernel has behind (n1, n2).
+        summed: the outputs are summed before they are differentiated, so that c is 1 for all that follows.
+    """
+
+    places: Callable[[int], tuple[int, int, int]]
+    shape: Callable[[int], tuple[int, ...]]
+    summed: bool = False
+
+    def size(self, c: int) -> int:
+        """Entries for each pair of examples."""
+        k, m, _ = self.places(c)
+        return k * m**2
+
+    def arrange(self, features: Float[Tensor, "n c ..."]) -> Float[Tensor, "k nm dp"]:
+        """The matrices that are multiplied, examples slow and outputs fast."""
+        n, c, *rest = features.shape
+        k, m, d = self.places(c)
+        return features.reshape(n, k, m, d, *rest).movedim(1, 0).reshape(k, n * m, d * torch.Size(rest).numel())
+
+    def kernel(self, products: Float[Tensor, "k n1m n2m"], c: int) -> Float[Tensor, "n1 n2 ..."]:
+        """The kernel that the products are."""
+        k, m, _ = self.places(c)
+        n1, n2 = (rows // m for rows in products.shape[1:])
+        return products.reshape(k, n1, m, n2, m).permute(1, 3, 0, 2, 4).reshape(n1, n2, *self.shape(c))
+
+    def contract(
+        self, features1: Float[Tensor, "n1 c ..."], features2: Float[Tensor, "n2 c ..."]
+    ) -> Float[Tensor, "n1 n2 ..."]:
+        """The kernel of features; with ``summed``, of the one output that is left."""
+        return self.kernel(self.arrange(features1) @ self.arrange(features2).mT, features1.shape[1])
+
+
+# The argument ``reduce`` of every function that computes kernels; what each gives is in `reduce_outputs`.
+LAYOUTS: dict[str | None, Layout] = {
+    None: Layout(lambda c: (1, c, 1), lambda c: (c, c)),
+    "trace": Layout(lambda c: (1, 1, c), lambda c: ()),
+    "diagonal": Layout(lambda c: (c, 1, 1), lambda c: (c,)),
+    "sum": Layout(lambda c: (1, 1, c), lambda c: (), summed=True),
+}
+
+
+def layout_of(reduce: str | None) -> Layout:
+    """The layout of a reduction.
+
+    Raises:
+        ValueError: there is no such reduction.
+    """
+    if reduce is not None and not (isinstance(reduce, str) and reduce in LAYOUTS):
+        raise ValueError(f"reduce must be {', '.join(map(repr, LAYOUTS))}; got {reduce!r}")
+    return LAYOUTS[reduce]
+
+
+def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: str | None) -> Float[Tensor, "..."]:
+    """Contract the two output axes of a kernel that was computed whole.
+
+    The slow truth of what ``reduce=`` of :func:`ntk.empirical_ntk` forms without the c^2 entries of each pair.
+
+    | ``reduce``     | result                    | shape          |
+    |----------------|---------------------------|----------------|
+    | ``None``       | K[i, j, a, b]             | (n1, n2, c, c) |
+    | ``"trace"``    | sum_a K[i, j, a, a]       | (n1, n2)       |
+    | ``"diagonal"`` | K[i, j, a, a]             | (n1, n2, c)    |
+    | ``"sum"``      | sum_ab K[i, j, a, b]      | (n1, n2)       |
+
+    ``"sum"`` is the kernel of the summed outputs, the pNTK of Mohamadi, Bae and Sutherland (2023, eq. 3) without
+    their 1/c.
+    """
+    layout_of(reduce)
+    match reduce:
+        case "trace":
+            return torch.einsum("ijaa->ij", kernel)
+        case "diagonal":
+            return torch.einsum("ijaa->ija", kernel).contiguous()
+        case "sum":
+            return kernel.sum(dim=(2, 3))
+    return kernel
+
+
+def mirrored(kernel: Float[Tensor, "n1 n2 ..."]) -> Float[Tensor, "n2 n1 ..."]:
+    """The other half of a symmetric kernel, K[j, i, b, a] = K[i, j, a, b], in any layout."""
+    return kernel.permute(1, 0, 3, 2) if kernel.ndim == 4 else kernel.transpose(0, 1)
+
+
+def flatten(kernel: Kernel) -> Float[Tensor, "rows columns"]:
+    """The matrix of a kernel, examples slow and outputs fast.
+
+    ``(n1, n2, c, c)`` becomes ``(n1*c, n2*c)``, positive semi-definite for a symmetric kernel; ``(n1, n2)`` is returned
+    as it is. A ``(n1, n2, c)`` kernel holds c separate matrices and none of the blocks between them, so it raises
+    ``ValueError``.
+    """
+    if kernel.ndim == 2:
+        return kernel
+    if kernel.ndim == 4 and kernel.shape[2] == kernel.shape[3]:
+        n1, n2, c, _ = kernel.shape
+        return kernel.transpose(1, 2).reshape(n1 * c, n2 * c)
+    raise ValueError(
+        f"flatten takes a kernel of shape (n1, n2, c, c) or (n1, n2); got {tuple(kernel.shape)}"
+        + (": compare a reduce='diagonal' kernel output by output, kernel[..., a]" if kernel.ndim == 3 else "")
+    )
