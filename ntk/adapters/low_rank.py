@@ -199,5 +199,5 @@ class LoHa(Method):
 @lru_cache(maxsize=1024)
 def kaiming_uniform(shape: tuple[int, int], key: str) -> Tensor:
     """Entries uniform in +-1 / sqrt(columns), as ``nn.Linear`` and peft draw them, from a key of their own."""
-    generator = torch.Generator().manualseed_of(seed_of(key))
+    generator = torch.Generator().manual_seed(seed_of(key))
     return torch.empty(shape).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])
