@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from analyses.core.errors import run_command
 from analyses.publish import publish
 from analyses.records import Metric, Result, environment, format_table, number
-from analyses.subjects.training_run import StepClock
+from analyses.subjects.cost import StepClock
 from propulsion.errors import UserError
 from propulsion.methods import option_config
 

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
 import ntk
-from analyses.model_kernels import is_backbone
+from analyses.subjects.parameters import is_backbone
 from ntk.dynamics import Linearized
 from ntk.functional import evaluation, select_parameters
 from ntk.inputs import Group, batch_size, group_examples, pad_together, padding_token

@@ -26,16 +26,17 @@ import tyro
 from torch import Tensor
 
 import ntk
-from analyses.comparison import model_nulls
 from analyses.core.analysis import check_seeds
 from analyses.core.cells import Cells, Grid
 from analyses.core.errors import run_command
 from analyses.core.intervals import over_seeds
 from analyses.core.seed_comparison import SeedComparison, draw_name
 from analyses.kernel_distance_tables import summary
-from analyses.model_kernels import PAIRS, ModelKernels, full_kernels, is_scale, propulsion_kernels
+from analyses.model_kernels import PAIRS, ModelKernels, full_kernels, propulsion_kernels
 from analyses.publish import publish
 from analyses.records import STAGES, Metric, Result, environment
+from analyses.subjects.nulls import model_nulls
+from analyses.subjects.parameters import is_scale
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
 from propulsion.errors import UserError
 from propulsion.identity import model_content

@@ -25,7 +25,8 @@ from analyses.core.errors import run_command
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.publish import publish
 from analyses.records import Metric, Result, environment, format_table, number
-from analyses.subjects.training_run import RunConfig, peak_bytes, reset_peak, training_run
+from analyses.subjects.cost import peak_bytes, reset_peak
+from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
 from propulsion.training import TrainingConfig

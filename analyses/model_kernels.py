@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 import ntk
+from analyses.subjects.parameters import is_backbone, is_scale
 from propulsion.errors import UserError
 
 # A kernel with the head is never set against one without it unawares: the names say what each covers.
@@ -28,16 +29,6 @@ class ModelKernels:
     traced: dict[str, Tensor]
     coverage: dict[str, str]
     shares: list[dict[str, Any]]
-
-
-def is_scale(name: str) -> bool:
-    """Whether a parameter is one of Propulsion's scale vectors z."""
-    return ".propulsion_z." in name
-
-
-def is_backbone(model: Any, name: str) -> bool:
-    """Whether a parameter belongs to the pre-trained part of a Hugging Face model, and not to its head."""
-    return name.startswith(f"{model.base_model_prefix}.")
 
 
 def full_kernels(model: Any, inputs: dict[str, Tensor], memory_budget: float | None) -> ModelKernels:

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 import ntk
 from analyses.common_component import mean_inputs, split_methods
-from analyses.comparison import model_nulls
 from analyses.core.analysis import check_seeds
 from analyses.core.cells import Grid
 from analyses.core.errors import run_command
@@ -50,6 +49,7 @@ from analyses.peft_kernels_tables import summary
 from analyses.peft_methods import FULL, REFERENCE, MethodChoice, methods_of, with_degree
 from analyses.publish import publish
 from analyses.records import STAGES, Result, environment
+from analyses.subjects.nulls import model_nulls
 from analyses.subjects.readout import Readout
 from ntk.adapters import layers_of
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize

@@ -22,7 +22,8 @@ from analyses.linearized_prediction_tables import (
     WITH_HEAD,
 )
 from analyses.prediction_setting import Config, Setting
-from analyses.subjects.trained_methods import HEAD, Tangents, model_inputs, tangents, with_head
+from analyses.subjects.batch import model_inputs
+from analyses.subjects.trained_methods import HEAD, Tangents, tangents, with_head
 from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.errors import UserError
 from propulsion.methods import Method

@@ -29,7 +29,8 @@ from analyses.core.errors import run_command
 from analyses.core.intervals import mean_interval
 from analyses.publish import publish
 from analyses.records import STAGES, Metric, Result, environment, format_table, interval, load_result
-from analyses.subjects.trained_methods import HEAD, model_inputs, one_output, tangents, with_head
+from analyses.subjects.batch import model_inputs
+from analyses.subjects.trained_methods import HEAD, one_output, tangents, with_head
 from analyses.subjects.training_run import model_identity
 from propulsion.data import draw_rows, load_task_data
 from propulsion.errors import UserError

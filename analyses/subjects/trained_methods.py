@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import ntk
 from ntk import adapters
-from propulsion.data import tokenize
 from propulsion.errors import UserError
 from propulsion.heads import HEADED
 from propulsion.layer import PropulsionLayer
@@ -166,15 +164,6 @@ def _adapter(text: str, method: Method, model: Any, trained: Any) -> adapters.Me
     inputs = [name for name, m in layers.items() if m.is_feedforward]
     outputs = [name for name in layers if name not in inputs]
     return adapters.IA3(outputs.__contains__, inputs.__contains__)
-
-
-def model_inputs(
-    rows: Dataset, tokenizer: Any, task: Task, *, max_length: int | None = None, device: str = "cpu"
-) -> dict[str, Tensor]:
-    """Rows of a task as one padded batch, without their labels."""
-    encoded = tokenize(rows, tokenizer, task, max_length)
-    columns = {name: encoded[name] for name in encoded.column_names if name != "labels"}
-    return {name: value.to(device) for name, value in tokenizer.pad(columns, return_tensors="pt").items()}
 
 
 def one_output(task: Task) -> ntk.outputs.Output | None:

@@ -1,21 +1,16 @@
 """One training run of one method on one task, as a cell of a grid: its scores, losses, times, memory, predictions."""
 
 import dataclasses
-import resource
-import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 from scipy.special import logsumexp
-from transformers import TrainerCallback
 
+from analyses.subjects.cost import StepClock, peak_bytes, reset_peak
 from propulsion.data import TaskData, check_folders, load_task_data
 from propulsion.identity import model_content
 from propulsion.methods import Method, apply_method, trainable_parameters
@@ -23,8 +18,6 @@ from propulsion.metrics import METRICS
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_pooling, load_classifier
 from propulsion.tasks import get_labelled_task, get_task
 from propulsion.training import TrainingConfig, predict, train
-
-_SKIPPED_STEPS = 5  # Not timed: threads and memory start up.
 
 
 @dataclass(frozen=True)
@@ -170,48 +163,3 @@ def mean_loss(data: TaskData, outputs: np.ndarray) -> float:
     if data.task.is_regression:
         return float(np.mean((outputs[:, 0] - labels) ** 2))
     return float(np.mean(logsumexp(outputs, axis=1) - outputs[np.arange(len(labels)), labels]))
-
-
-class StepClock(TrainerCallback):
-    """Seconds of every optimizer step, forward and backward passes included."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self._start)
-
-    def median(self) -> float:
-        """Median of the steps, the first few aside where there are more."""
-        return statistics.median(self.seconds[_SKIPPED_STEPS:] or self.seconds)
-
-
-def reset_peak(device: torch.device | str) -> None:
-    """Let `peak_bytes` start anew, where the system can: on an accelerator and on Linux."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.init()  # Else there is nothing yet to reset, which is an error.
-        torch.cuda.reset_peak_memory_stats(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
-def peak_bytes(device: torch.device | str) -> int:
-    """Largest memory since `reset_peak`: resident memory of the process, or memory allocated on an accelerator."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -203,7 +203,8 @@ def launch(command, log):
     """A run in this process: what the test is about is not that a process is a process."""
     module = importlib.import_module(command[2])
     log.write_text("", encoding="utf-8")
-    module.main(tyro.cli(module.Config, args=command[3:]))
+    publish = module.ANALYSIS.publish if hasattr(module, "ANALYSIS") else module.main
+    publish(tyro.cli(module.Config, args=command[3:]))
     return 0
 
 

@@ -23,8 +23,9 @@ from analyses.linearized_prediction_tables import AGAIN, HIDDEN, PERMUTED, REGRE
 from analyses.prediction_cells import start_of
 from analyses.prediction_setting import setting_of
 from analyses.records import load_result
+from analyses.subjects.batch import model_inputs
 from analyses.subjects.readout import Readout, answering, load_label_words, packaged_model, prompted
-from analyses.subjects.trained_methods import model_inputs, tangents
+from analyses.subjects.trained_methods import tangents
 from ntk.dynamics import kernel_regression
 from propulsion.data import load_task_data
 from propulsion.errors import UserError

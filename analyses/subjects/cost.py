@@ -1,0 +1,58 @@
+"""What training costs: the time of a step and the largest memory."""
+
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+_SKIPPED_STEPS = 5  # Not timed: threads and memory start up.
+
+
+class StepClock(TrainerCallback):
+    """Seconds of every optimizer step, forward and backward passes included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+
+    def median(self) -> float:
+        """Median of the steps, the first few aside where there are more."""
+        return statistics.median(self.seconds[_SKIPPED_STEPS:] or self.seconds)
+
+
+def reset_peak(device: torch.device | str) -> None:
+    """Let `peak_bytes` start anew, where the system can: on an accelerator and on Linux."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.init()  # Else there is nothing yet to reset, which is an error.
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def peak_bytes(device: torch.device | str) -> int:
+    """Largest memory since `reset_peak`: resident memory of the process, or memory allocated on an accelerator."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
