@@ -2,8 +2,8 @@
 
     python -m analyses.ablation --task sst2 --data-dir glue --factor degree
 
-Degree is varied twice: with the learning rate divided by it, as `propulsion.optim` does, and with one rate for all, as
-in the paper, where a degree is also a learning rate (for Adam, k times as large).
+Degree is varied twice: with the learning rate divided by it, as `propulsion.training.learning_rates` does, and with one
+rate for all, as in the paper, where a degree is also a learning rate (for Adam, k times as large).
 """
 
 import time
@@ -25,7 +25,7 @@ from analyses.subjects.training_run import RunConfig, chance_score, training_run
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError
 from propulsion.methods import Method
-from propulsion.optim import SCALE_RATE
+from propulsion.training.learning_rates import SCALE_RATE
 
 Factor = Literal["degree", "degree_fixed_rate", "positions", "init_value", "layers", "vectors"]
 DEGREES = (1, 5, 15, 25, 55, 75, 100)

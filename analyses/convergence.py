@@ -23,8 +23,8 @@ from analyses.subjects.learning_rates import tuned_factors
 from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.data import TaskData
 from propulsion.methods import Method, parse_methods
-from propulsion.trainer import isolated_randomness
 from propulsion.training import evaluate
+from propulsion.training.trainer import isolated_randomness
 
 SHARES = (0.9, 0.95)
 """Of a method's own gain, from its first score to its best: how many steps until it is reached."""

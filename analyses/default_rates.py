@@ -1,8 +1,8 @@
 """Does every method learn with no search for a learning rate, and how far from the best of a grid does it end?
 
-Every method trains at the automatic rates (`propulsion.rates`), at the fixed ones that were the default before
-(`propulsion.optim`), and at multiples of the automatic ones. It learns if its score on the validation rows is above
-that of the best single answer by its whole interval.
+Every method trains at the automatic rates (`propulsion.training.measured_rates`), at the fixed ones that were the
+default before (`propulsion.training.learning_rates`), and at multiples of the automatic ones. It learns if its score on
+the validation rows is above that of the best single answer by its whole interval.
 
     python -m analyses.default_rates --data-dir glue --tasks sst2 stsb cola rte --output-dir results/default_rates
 

@@ -28,9 +28,9 @@ from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels
 from ntk.infinite.networks import MLP, Recipe, is_multiplier
 from propulsion.data import check_folders, draw_rows, load_task_data, tokenize
+from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_pooling, load_classifier
-from propulsion.tasks import get_labelled_task
 
 # Accuracy over the degree peaks there in the paper's ablation (Kowsher, Prottasha and Bhat 2024, App. E).
 PAPER_BEST = (25, 75)

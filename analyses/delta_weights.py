@@ -28,7 +28,7 @@ from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.errors import UserError
 from propulsion.layer import PropulsionLayer
 from propulsion.methods import parse_methods
-from propulsion.optim import SCALE_NAME
+from propulsion.training_checks import SCALE_NAME
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 MEASURES = {

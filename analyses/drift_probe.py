@@ -27,7 +27,7 @@ from ntk.functional import evaluation, select_parameters
 from ntk.inputs import Group, batch_size, group_examples, pad_together, padding_token
 from ntk.jacobian import Jacobian, jacobian_function
 from propulsion.errors import UserError
-from propulsion.trainer import isolated_randomness
+from propulsion.training.trainer import isolated_randomness
 
 Values = dict[str, Tensor]
 

@@ -23,15 +23,15 @@ from analyses.core.errors import run_command
 from analyses.publish import publish
 from analyses.records import Metric, Result, environment, format_table, interval, number
 from propulsion.data import load_task_data
+from propulsion.data.instructions import Exchange, extract
+from propulsion.data.kinds.base import columns_of
+from propulsion.data.kinds.instruction import exchanges_of
+from propulsion.data.tasks import get_task
 from propulsion.errors import UserError
-from propulsion.instructions import Exchange, extract
 from propulsion.methods import Method, parse_methods
-from propulsion.run_folder import predictions_of
-from propulsion.task_kinds.base import columns_of
-from propulsion.task_kinds.instruction import exchanges_of
-from propulsion.tasks import get_task
 from propulsion.train import TrainConfig, TrainResult
 from propulsion.train import run as train_run
+from propulsion.training.run_folder import predictions_of
 
 UNTUNED = "none"
 MAJORITY, CHANCE = "commonest answer", "chance"
@@ -61,7 +61,7 @@ class Config:
     max_length: int = 128
     """Cut prompts to this many tokens, at their beginning."""
     learning_rate: float | Literal["auto"] | None = "auto"
-    """Learning rate of what every method trains: auto, measured (propulsion.rates); None, fixed (propulsion.optim)."""
+    """Learning rate of what every method trains: auto, measured; None, fixed (propulsion.training)."""
     seed: int = 0
     """Seed of every random draw."""
     runs_dir: Path | None = None

@@ -38,10 +38,10 @@ from analyses.records import STAGES, Metric, Result, environment
 from analyses.subjects.nulls import model_nulls
 from analyses.subjects.parameters import is_scale
 from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
+from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.identity import model_content
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, load_classifier, pooling_of
-from propulsion.tasks import get_labelled_task
 from propulsion.training import TrainingConfig, apply_propulsion, evaluate, train
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

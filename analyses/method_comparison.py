@@ -1,11 +1,11 @@
 """Methods of fine-tuning against each other: tasks x methods x seeds, each method at its own best learning rate.
 
 All methods train the same pre-trained model with the same head on the same rows in the same order. The learning rate of
-a method on a task is its default (`propulsion.optim`) times a factor, chosen on a part of the training rows held out
-from it: three factors first, then further ones as long as the best is the smallest or the largest, up to a limit that
-is the same for all. It is chosen by the held-out loss, since a score such as accuracy ties where little is learnt, and
-would choose by noise; or by the score, where whatever fits its rows makes the held-out loss worse than that of no
-answer, and the loss would choose what learns nothing. The validation rows play no part in it.
+a method on a task is its default (`propulsion.training.learning_rates`) times a factor, chosen on a part of the
+training rows held out from it: three factors first, then further ones as long as the best is the smallest or the
+largest, up to a limit that is the same for all. It is chosen by the held-out loss, since a score such as accuracy ties
+where little is learnt, and would choose by noise; or by the score, where whatever fits its rows makes the held-out loss
+worse than that of no answer, and the loss would choose what learns nothing. The validation rows play no part in it.
 
     python -m analyses.method_comparison --data-dir glue --tasks sst2 rte cola stsb --output-dir results/comparison
 

@@ -25,9 +25,9 @@ from ntk.adapters import Full, Method, Propulsion
 from ntk.infinite import mlp_kernels, residual_kernels
 from ntk.infinite.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
 from propulsion.data import draw_rows, load_task_data, tokenize
+from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_pooling, load_classifier
-from propulsion.tasks import get_labelled_task
 
 Kernels = tuple[Tensor, Tensor, Tensor]  # full fine-tuning, its weights, Propulsion
 

@@ -166,8 +166,9 @@ the ratios hold and the seconds do not. On an accelerator, *peak* is what was al
 {table}
 
 - **Propulsion** is the default: it keeps a layer's scaled output for the gradient of z, and writes it over the unscaled
-  one ([`propulsion/lean.py`](../../propulsion/lean.py)). With `lean=False` autograd keeps the unscaled output, as in
-  (IA)3: where an activation or the attention keeps the scaled one too, that is two tensors for one.
+  one ([`propulsion/scaled_output.py`](../../propulsion/scaled_output.py)). With `lean=False` autograd keeps the
+  unscaled output, as in (IA)3: where an activation or the attention keeps the scaled one too, that is two tensors for
+  one.
 - **BitFit** shows what every method keeps: a bias needs nothing of its layer for its gradient. A scale needs a number
   for each output and token; it comes down to BitFit only in layers whose output something else keeps, as activations
   do. Attention with dropout, and rotary embeddings, keep copies of what they read, and what goes into a residual sum is

@@ -8,7 +8,7 @@
 from propulsion.config import PropulsionConfig
 from propulsion.hotswap import hotswap_adapter
 from propulsion.model import PropulsionModel
-from propulsion.pooled import PooledClassifier, PooledConfig
+from propulsion.pretrained.pooled import PooledClassifier, PooledConfig
 from propulsion.registration import register
 
 __all__ = ["PooledClassifier", "PooledConfig", "PropulsionConfig", "PropulsionModel", "hotswap_adapter"]

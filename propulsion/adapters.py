@@ -8,8 +8,8 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError
 
+from propulsion.atomic import write_json
 from propulsion.errors import UserError, first_line
-from propulsion.files import write_json
 from propulsion.pretrained import fingerprint, pooling_of
 
 BASE_FILE = "base_model.json"

@@ -44,8 +44,9 @@ class PropulsionConfig(PeftConfig):
             init_value^k. Every pooling merges.
         pooling: "mean", "max", "min" or "l2" (the root mean square), over the p scales.
         lean: In training, keep a layer's scaled output for the backward pass and not its unscaled one beside it
-            (`propulsion.lean`): less memory and time, and a gradient of z that is exact but for two roundings. Not for
-            models that write into their layers' outputs in place (Falcon, ``nn.ReLU(inplace=True)``): an error says so.
+            (`propulsion.scaled_output`): less memory and time, and a gradient of z that is exact but for two roundings.
+            Not for models that write into their layers' outputs in place (Falcon, ``nn.ReLU(inplace=True)``): an error
+            says so.
             None takes it for architectures that are known not to, at degrees above 1: at degree 1, Propulsion is (IA)3
             to the last bit.
 

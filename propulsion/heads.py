@@ -11,7 +11,7 @@ from peft import TaskType
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from propulsion.untrained import FEWEST, looks_untrained
+from propulsion.pretrained.untrained import FEWEST, looks_untrained
 
 HEADED = frozenset({TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS})
 """Task types whose head is new, and so is trained by every method."""

@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from propulsion import quantised
 from propulsion.config import PropulsionConfig
-from propulsion.lean import SMALLEST, multiply, transforms_active
 from propulsion.outside_reads import OfSeveralAdapters
 from propulsion.scale import initial_vectors, scale_of
+from propulsion.scaled_output import SMALLEST, multiply, transforms_active
 
 _NOISE = 0.02
 BASE = "__base__"  # peft's name, among a batch's adapter names, for the model without any
@@ -258,7 +258,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         return scale.reshape(-1, *(1,) * self.kernel_axes)
 
     def _may_be_lean(self, scale: Tensor) -> bool:
-        """Whether to keep the scaled output for the backward pass instead of the other (`propulsion.lean`)."""
+        """Whether to keep the scaled output for the backward pass instead of the other (`propulsion.scaled_output`)."""
         if not (self._lean and self.training and scale.requires_grad and torch.is_grad_enabled()):
             return False
         # A compiler decides itself what to keep, and a transform of torch.func cannot look at values.

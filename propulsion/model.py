@@ -16,7 +16,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from propulsion.config import PropulsionConfig
-from propulsion.first_pass import is_watched, unwatched, watch
 from propulsion.heads import (
     HEADED,
     check_merged_with_head,
@@ -26,11 +25,12 @@ from propulsion.heads import (
     trained_modules,
 )
 from propulsion.heads import combined as combined_heads
-from propulsion.kinds import LAYERS, layer_class
 from propulsion.layer import BASE, PropulsionLayer
+from propulsion.layers import LAYERS, layer_class
 from propulsion.positions import base_modules, bypass, leaves_outputs_alone, resolve, shared_by_all_examples
 from propulsion.registration import PREFIX
 from propulsion.scale import root
+from propulsion.training_checks import is_watched, unwatched, watch
 
 
 class PropulsionModel(BaseTuner):

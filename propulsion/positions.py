@@ -59,7 +59,7 @@ FAMILIES: dict[str, _Names] = {
 }
 
 # Modules that are neither called nor read: a z on them would be dead. In other models, the first pass of training finds
-# them (`propulsion.first_pass`).
+# them (`propulsion.training_checks`).
 _UNUSED = {"t5": "shared", "bart": "shared"}
 
 

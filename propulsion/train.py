@@ -32,17 +32,21 @@ from transformers.trainer_callback import PrinterCallback
 
 from propulsion.adapters import load_adapter, name_labels
 from propulsion.data import TaskData, check_inputs, load_task_data
+from propulsion.data.kinds import kind_of
+from propulsion.data.tasks import get_task
 from propulsion.errors import Interrupted, UserError, one_line, run_command
-from propulsion.evaluation import Evaluation
 from propulsion.identity import model_content, weights_identity
 from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
-from propulsion.nothing_learnt import signs
-from propulsion.optim import Rates, RoleRate, describe_rates, model_degree, parameter_groups
-from propulsion.presets import PRESETS, describe, get_preset
 from propulsion.pretrained import fingerprint, load_model, pooling_of
-from propulsion.rates import with_measured
-from propulsion.reporting import check_reporting
-from propulsion.run_folder import (
+from propulsion.training.checkpoints import latest_checkpoint
+from propulsion.training.config import TrainConfig, identity
+from propulsion.training.evaluation import Evaluation
+from propulsion.training.learning_rates import Rates, RoleRate, describe_rates, model_degree, parameter_groups
+from propulsion.training.measured_rates import with_measured
+from propulsion.training.nothing_learnt import signs
+from propulsion.training.presets import PRESETS, describe, get_preset
+from propulsion.training.reporting import check_reporting
+from propulsion.training.run_folder import (
     MODEL,
     Standing,
     check_folder,
@@ -53,11 +57,8 @@ from propulsion.run_folder import (
     standing,
     store_rates,
 )  # fmt: skip
-from propulsion.sharding import check_sharding, prepare_sharding
-from propulsion.task_kinds import kind_of
-from propulsion.tasks import get_task
-from propulsion.train_config import TrainConfig, identity
-from propulsion.trainer import WITHOUT_OVERWRITE, TaskTrainer, isolated_randomness, latest_checkpoint
+from propulsion.training.sharding import check_sharding, prepare_sharding
+from propulsion.training.trainer import WITHOUT_OVERWRITE, TaskTrainer, isolated_randomness
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class TrainResult:
         metrics: The task's metrics on the validation rows.
         steps: Optimizer steps taken.
         trained_parameters: Number of parameters trained.
-        learning_rates: Peak learning rate of every role trained (`propulsion.optim`).
+        learning_rates: Peak learning rate of every role trained (`propulsion.training.learning_rates`).
         rate_reasons: Where each comes from, in words.
         signs_of_failure: What shows that nothing was learnt, and the remedy; empty where nothing shows it.
         history: What was logged on the way.

@@ -21,12 +21,12 @@ from analyses.memory import run as measure_memory
 from analyses.subjects.training_run import RunConfig, training_run
 from benchmarks.jobs import ADAPTERS
 from propulsion import PropulsionConfig
-from propulsion import trainer as trainer_module
 from propulsion.data import load_task_data
 from propulsion.methods import Method
 from propulsion.train import TrainConfig
 from propulsion.train import run as train_run
 from propulsion.training import TrainingConfig
+from propulsion.training import trainer as trainer_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

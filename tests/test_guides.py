@@ -14,7 +14,7 @@ import torch
 from ntk.infinite import ACTIVATIONS
 from ntk.structured.rules import RULES
 from propulsion import pretrained
-from propulsion.tasks import TASKS
+from propulsion.data.tasks import TASKS
 
 GUIDES = sorted((Path(__file__).parent.parent / "docs" / "guides").glob("*.md"))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from analyses.ledger.rows import matching
 from analyses.ledger.verdicts import TRIED_RATES, Claim
 from analyses.records import RESULT_FILE
+from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
-from propulsion.tasks import get_labelled_task
 
 LOGS = "logs"
 MARK = "QUICK"

@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from propulsion.data import TaskData, draw_rows, tokenize
-from propulsion.tasks import Task
+from propulsion.data.tasks import Task
 
 
 def model_inputs(

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import ntk
 from ntk import adapters
+from propulsion.data.tasks import Task
 from propulsion.errors import UserError
 from propulsion.heads import HEADED
 from propulsion.layer import PropulsionLayer
 from propulsion.methods import Method, apply_method
-from propulsion.optim import Rates, parameter_groups
-from propulsion.tasks import Task
+from propulsion.training.learning_rates import Rates, parameter_groups
 
 HEAD = "head"
 """The head's own kernel, and the method that trains nothing else."""
@@ -64,7 +64,8 @@ class Tangents:
 
     Attributes:
         methods: method by its text, without the head; and, under "head", the head where it is new.
-        rates: by method, the learning rates of its two parts, "body" and "head", under `propulsion.optim`'s rule.
+        rates: by method, the learning rates of its two parts, "body" and "head", under the rule of
+            `propulsion.training.learning_rates`.
     """
 
     methods: dict[str, adapters.Method]

@@ -12,11 +12,11 @@ from scipy.special import logsumexp
 
 from analyses.subjects.cost import StepClock, peak_bytes, reset_peak
 from propulsion.data import TaskData, check_folders, load_task_data
+from propulsion.data.metrics import METRICS
+from propulsion.data.tasks import get_labelled_task, get_task
 from propulsion.identity import model_content
 from propulsion.methods import Method, apply_method, trainable_parameters
-from propulsion.metrics import METRICS
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_pooling, load_classifier
-from propulsion.tasks import get_labelled_task, get_task
 from propulsion.training import TrainingConfig, predict, train
 
 

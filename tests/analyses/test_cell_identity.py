@@ -21,7 +21,7 @@ from analyses import (
 )
 from analyses.core.cells import PLACES, Grid, settings_of
 from analyses.prediction_setting import Config as PredictionConfig
-from propulsion.tasks import get_task
+from propulsion.data.tasks import get_task
 
 MODULES = {
     method_comparison: method_comparison.Config,
@@ -65,7 +65,7 @@ def rows(tmp_path):
         folder = tmp_path / place / "data" / "demo"
         folder.mkdir(parents=True)
         for split in ("train", "validation"):
-            text = (resources.files("propulsion") / "demo_data" / f"{split}.jsonl").read_text(encoding="utf-8")
+            text = (resources.files("propulsion.data") / "demo" / f"{split}.jsonl").read_text(encoding="utf-8")
             lines = text.splitlines()
             if place == "other" and split == "train":
                 row = json.loads(lines[0])

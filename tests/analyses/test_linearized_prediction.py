@@ -28,10 +28,10 @@ from analyses.subjects.readout import Readout, answering, load_label_words, pack
 from analyses.subjects.trained_methods import tangents
 from ntk.dynamics import kernel_regression
 from propulsion.data import load_task_data
+from propulsion.data.tasks import get_task
 from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method
 from propulsion.pretrained import load_model
-from propulsion.tasks import get_task
 from propulsion.training import TrainingConfig
 
 METHODS = ("full", "propulsion:positions=all", "lora:r=2")

@@ -9,8 +9,8 @@ import ntk
 from analyses.subjects.trained_methods import HEAD, tangents, with_head
 from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method
-from propulsion.optim import HEAD_RATE, SCALE_RATE
 from propulsion.pretrained import load_classifier
+from propulsion.training.learning_rates import HEAD_RATE, SCALE_RATE
 
 TEXTS = (
     "full", "propulsion:positions=all", "propulsion:positions=attn,degree=4", "lora:r=2", "bitfit", "ia3", "head",

@@ -26,12 +26,12 @@ from analyses.subjects.learning_rates import tuned_factors
 from analyses.subjects.training_run import RunConfig, chance_score, mean_loss, training_run, tuning_split
 from propulsion import PropulsionConfig
 from propulsion.data import load_task_data
+from propulsion.data.instructions import Exchange
+from propulsion.data.tasks import get_task
 from propulsion.errors import UserError
-from propulsion.instructions import Exchange
 from propulsion.methods import Method
-from propulsion.optim import SCALE_RATE, WEIGHT_RATE
-from propulsion.tasks import get_task
 from propulsion.training import TrainingConfig
+from propulsion.training.learning_rates import SCALE_RATE, WEIGHT_RATE
 
 
 @pytest.fixture(scope="module")

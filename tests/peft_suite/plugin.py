@@ -6,7 +6,7 @@ suite:
 - `feedforward_modules`, an option of (IA)3's, is dropped.
 - Custom models run at degrees 1 and 15, transformers models at degree 15. The suite trains at a learning rate of 0.5
   and more, with which z passes zero at a higher degree, and z^k diverges. There a step of Adam on z moves the scale k
-  times as far, one of SGD k^2 times: rates are divided by k, as `propulsion.optim` does, and by k^2;
+  times as far, one of SGD k^2 times: rates are divided by k, as `propulsion.training.learning_rates` does, and by k^2;
   in `test_parameters_after_loading_model`, whose inputs go up to 90, by 100 k^2. At degree 1 they are the suite's.
 - `MultiheadAttention` as a target, for which Propulsion has no layer, is left out, and so are the tests of
   `autocast_adapter_dtype=False`: z is float32 always.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from propulsion import PropulsionConfig
-from propulsion.kinds import layer_class
+from propulsion.layers import layer_class
 from propulsion.scale import power
 
 D_IN, D_OUT = 5, 4

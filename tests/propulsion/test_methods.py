@@ -9,10 +9,10 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method, head_modules, method_names, parse_options, trainable_parameters
-from propulsion.optim import BIAS_RATE, Rates, parameter_groups
 from propulsion.positions import is_norm
 from propulsion.pretrained import load_classifier
 from propulsion.training import TrainingConfig, train
+from propulsion.training.learning_rates import BIAS_RATE, Rates, parameter_groups
 
 METHODS = ["full", "bitfit", "head", "propulsion:degree=2", "propulsion:positions=attn", "lora:r=2", "ia3", "loha:r=2",
            "prefix_tuning", "p_tuning", "adalora", "vera:r=4", "ln_tuning"]  # fmt: skip

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from propulsion import PropulsionConfig
-from propulsion.kinds import layer_class
+from propulsion.layers import layer_class
 
 WIDTH = 8
 X = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

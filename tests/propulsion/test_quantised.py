@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from propulsion import PropulsionConfig
-from propulsion.kinds import layer_class
+from propulsion.layers import layer_class
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs the extra 'quantised'")
 

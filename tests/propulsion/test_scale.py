@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from propulsion import PropulsionConfig
-from propulsion.kinds import layer_class
+from propulsion.layers import layer_class
 from propulsion.scale import POOLINGS, initial_vectors, power, root, scale_of
 
 DEGREES = [1, 2, 15, 2.5]

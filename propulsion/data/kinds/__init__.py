@@ -1,0 +1,30 @@
+"""Kinds of tasks: how rows are checked, become model inputs, are predicted and scored. One module a kind."""
+
+from datasets import Dataset
+
+from propulsion.data.kinds import answers, classification, instruction, summaries, tags
+from propulsion.data.kinds.base import Kind, Limits
+from propulsion.data.tables import Columns
+from propulsion.data.tasks import Task
+
+_KINDS = {
+    "classification": classification.KIND,
+    "regression": classification.KIND,
+    "token_classification": tags.KIND,
+    "question_answering": answers.KIND,
+    "summarisation": summaries.KIND,
+    "instruction": instruction.KIND,
+}
+
+
+def kind_of(task: Task) -> Kind:
+    """How a task's rows are handled."""
+    return _KINDS[task.kind]
+
+
+def to_dataset(task: Task, columns: Columns) -> Dataset:
+    """Checked columns as a dataset of the task's own types."""
+    return Dataset.from_dict(columns, features=kind_of(task).features(task))
+
+
+__all__ = ["Kind", "Limits", "kind_of", "to_dataset"]

@@ -1,0 +1,154 @@
+"""Question answering: the answer is a span of the context, or there is none (SQuAD 1.1 and 2.0).
+
+A context longer than the input is read in overlapping windows; a question's answer is the best span of all of its
+windows, or none where the first token, which stands for "no answer", scores higher.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from propulsion.data.kinds.base import Kind, Limits, input_limit, run_batches
+from propulsion.data.metrics import answer_scores
+from propulsion.data.row_values import parallel_lists, shown, text, value_of, whole_number
+from propulsion.data.tables import Columns
+from propulsion.data.tasks import Task
+from propulsion.errors import Unusable, UserError
+
+DEFAULT_LENGTH = 384  # Of a window, in tokens: that of BERT's own SQuAD script.
+STRIDE_SHARE = 3  # Neighbouring windows share a third of their length.
+BEST = 20  # Starts and ends looked at, each.
+LONGEST_ANSWER = 30  # In tokens.
+_ANSWER = ("text", "answer_start")
+
+
+def _features(task: Task) -> datasets.Features:
+    texts, starts = datasets.List(datasets.Value("string")), datasets.List(datasets.Value("int32"))
+    return datasets.Features({
+        **{column: datasets.Value("string") for column in task.text_columns},
+        task.label_column: {"text": texts, "answer_start": starts},
+    })  # fmt: skip
+
+
+def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep question, context and answers; every answer stands in its context where it says."""
+    values = {column: text(value_of(row, column), column) for column in task.text_columns}
+    column, context = task.label_column, values["context"]
+    answers = parallel_lists(value_of(row, column), _ANSWER, column)
+    if not answers["text"] and not task.unanswerable:
+        raise UserError("there is no answer: that is what the task squad_v2 is for")
+    starts = []
+    for answer, start in zip(*answers.values()):
+        text(answer, f"text of {column}")
+        starts.append(whole_number(start, f"answer_start of {column}"))
+        if starts[-1] < 0 or not context.startswith(answer, starts[-1]):
+            found = context.find(answer)
+            where = "it is nowhere in it" if found < 0 else f"it stands at {found}"
+            raise UserError(f"the context does not hold the answer {shown(answer)} at character {starts[-1]}: {where}")
+    return values | {column: {"text": answers["text"], "answer_start": starts}}
+
+
+def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> tuple[Any, list[int]]:
+    """The encoded windows of all questions, and which question each is of.
+
+    Raises:
+        Unusable: A question leaves no room for its context.
+        UserError: The tokenizer is not a fast one, or `max_length` is out of range.
+    """
+    if not tokenizer.is_fast:
+        raise UserError("answers need a fast tokenizer, which says where in the text a token stands")
+    limit = min(input_limit(tokenizer, limits, pair=True), limits.max_length or DEFAULT_LENGTH)
+    lengths = [len(ids) for ids in tokenizer(list(columns["question"]), verbose=False)["input_ids"]]
+    most = limit - tokenizer.num_special_tokens_to_add(pair=True) - 2
+    if long := [place for place, length in enumerate(lengths) if length > most]:
+        what = f"a question of {max(lengths)} tokens leaves no room for its context in {limit}"
+        more = (
+            f"raise max_length to {tokenizer.model_max_length} at most, or "
+            if limit < tokenizer.model_max_length
+            else ""
+        )
+        raise Unusable(what, long, f"{more}shorten the question")
+    room = most + 2 - max(lengths, default=0)
+    batch = tokenizer(
+        [question.strip() for question in columns["question"]], list(columns["context"]), truncation="only_second",
+        max_length=limit, stride=room // STRIDE_SHARE, return_overflowing_tokens=True, return_offsets_mapping=True,
+    )  # fmt: skip
+    return batch, batch.pop("overflow_to_sample_mapping")
+
+
+def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
+    """One row a window, with the first answer's first and last token; the first token where it is not in the window."""
+    batch, questions = inputs(columns, tokenizer, task, limits)
+    offsets = batch.pop("offset_mapping")
+    encoded = dict(batch)
+    if task.label_column not in columns:
+        return encoded
+    spans = [
+        _span(columns[task.label_column][question], places, batch.sequence_ids(window))
+        for window, (question, places) in enumerate(zip(questions, offsets))
+    ]
+    return encoded | {"start_positions": [start for start, _ in spans], "end_positions": [end for _, end in spans]}
+
+
+def _span(answers: dict[str, list], places: Sequence[tuple[int, int]], parts: Sequence[int | None]) -> tuple[int, int]:
+    if not answers["text"]:
+        return 0, 0
+    start, end = answers["answer_start"][0], answers["answer_start"][0] + len(answers["text"][0])
+    context = [token for token, part in enumerate(parts) if part == 1]
+    if not context or places[context[0]][0] > start or places[context[-1]][1] < end:
+        return 0, 0
+    first = max(token for token in context if places[token][0] <= start)
+    last = min(token for token in context if places[token][1] >= end)
+    return first, max(first, last)
+
+
+def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits) -> list[str]:
+    """The text of the answer to every question; empty where the model says that there is none."""
+    batch, questions = inputs(columns, tokenizer, task, limits)
+    offsets = batch.pop("offset_mapping")
+    outputs = run_batches(model, tokenizer, dict(batch), limits.batch_size, ("start_logits", "end_logits"))
+    best: dict[int, tuple[float, str]] = {}
+    null: dict[int, float] = {}
+    for window, (question, places) in enumerate(zip(questions, offsets)):
+        parts = batch.sequence_ids(window)
+        starts, ends = (output.numpy() for output in outputs[window])
+        shift = len(starts) - len(parts) if tokenizer.padding_side == "left" else 0
+        starts, ends = starts[shift : shift + len(parts)], ends[shift : shift + len(parts)]
+        null[question] = min(null.get(question, np.inf), float(starts[0] + ends[0]))
+        inside = np.array([part == 1 for part in parts])
+        score, first, last = _best_span(starts, ends, inside)
+        if score > best.get(question, (-np.inf, ""))[0]:
+            text = columns["context"][question][places[first][0] : places[last][1]]
+            best[question] = (score, text)
+    found = []
+    for question in range(len(columns["question"])):
+        score, text = best.get(question, (-np.inf, ""))
+        found.append(text if not task.unanswerable or score > null.get(question, -np.inf) else "")
+    return found
+
+
+def _best_span(starts: np.ndarray, ends: np.ndarray, inside: np.ndarray) -> tuple[float, int, int]:
+    """Score, first and last token of the best span within the context."""
+    best = (-np.inf, 0, 0)
+    firsts, lasts = (np.argsort(np.where(inside, scores, -np.inf))[::-1][:BEST] for scores in (starts, ends))
+    for first in firsts:
+        for last in lasts:
+            if inside[first] and inside[last] and first <= last < first + LONGEST_ANSWER:
+                score = float(starts[first] + ends[last])
+                best = max(best, (score, int(first), int(last)))
+    return best
+
+
+def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[str, float]:
+    """Exact match and F1 over all answers that people gave."""
+    return answer_scores(predictions, [answers["text"] for answers in columns[task.label_column]])
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorWithPadding:
+    return DataCollatorWithPadding(tokenizer)
+
+
+KIND = Kind("QUESTION_ANS", _features, read, encode, inputs, _collator, predict, measure)

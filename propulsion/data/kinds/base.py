@@ -1,0 +1,162 @@
+"""What a kind of task must say, and what several kinds share."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from propulsion.data.tables import Columns
+from propulsion.data.tasks import Task
+from propulsion.errors import Unusable, UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Lengths and sizes.
+
+    Attributes:
+        max_length: Cut inputs to this many tokens. If None nothing is cut, and an input too long is an error, except
+            where a kind says otherwise.
+        max_target_length: Cut summaries to this many tokens, and generate no more unless `generate_length` says so.
+        batch_size: Rows of a batch in prediction.
+        generate_length: Generate no more than this many tokens.
+        num_beams: Beams of the search for generated text; 1 is greedy.
+    """
+
+    max_length: int | None = None
+    max_target_length: int = 64
+    batch_size: int = 64
+    generate_length: int | None = None
+    num_beams: int = 1
+
+    @property
+    def max_new_tokens(self) -> int:
+        """How many tokens are generated at most."""
+        return self.max_target_length if self.generate_length is None else self.generate_length
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of task.
+
+    Attributes:
+        task_type: peft's name of it, which also says with which head a model is loaded.
+        features: Types of a task's columns.
+        read: (task, row as it was written) -> its values in the task's columns; raises `UserError` naming a column.
+        encode: (columns, tokenizer, task, limits) -> model inputs with labels, unpadded; may give more rows than came.
+            Raises `Unusable` of rows that are too long.
+        inputs: The same without labels: what `predict` runs the model on.
+        collator: (tokenizer, model) -> what makes a padded batch of encoded rows.
+        predict: (model, tokenizer, task, columns, limits) -> one prediction a row.
+        measure: (task, predictions, columns) -> the task's metrics.
+        silent: (task, columns) -> predictions that say nothing, one a row: of texts, empty ones.
+    """
+
+    task_type: str
+    features: Callable[[Task], datasets.Features]
+    read: Callable[[Task, Mapping[str, Any]], dict[str, Any]]
+    encode: Callable[[Columns, PreTrainedTokenizerBase, Task, Limits], Columns]
+    inputs: Callable[[Columns, PreTrainedTokenizerBase, Task, Limits], Any]
+    collator: Callable[[PreTrainedTokenizerBase, Any], Callable[[list[dict[str, Any]]], Any]]
+    predict: Callable[[Any, PreTrainedTokenizerBase, Task, Columns, Limits], list[Any]]
+    measure: Callable[[Task, Sequence[Any], Columns], dict[str, float]]
+    silent: Callable[[Task, Columns], list[Any]] = lambda task, columns: [""] * len(next(iter(columns.values())))
+
+
+def input_limit(tokenizer: PreTrainedTokenizerBase, limits: Limits, *, pair: bool = False) -> int:
+    """The longest input in tokens: what was asked for, or what the model takes.
+
+    Raises:
+        UserError: More was asked for than the model takes, or so little that no text fits.
+    """
+    limit = tokenizer.model_max_length
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if limits.max_length is not None and not special < limits.max_length <= limit:
+        raise UserError(
+            f"max_length is {limits.max_length}, expected {special + 1} to {limit} (the model's limit) tokens"
+        )
+    return limit if limits.max_length is None else limits.max_length
+
+
+def refuse_longer(lengths: Sequence[int], limit: int) -> None:
+    """Make sure that the model takes inputs of these lengths.
+
+    Raises:
+        Unusable: Some are longer.
+    """
+    if longer := [place for place, length in enumerate(lengths) if length > limit]:
+        raise Unusable(
+            f"{len(longer)} of {len(lengths)} examples are longer than the model's limit of {limit} tokens (longest: "
+            f"{max(lengths)})",
+            longer,
+            f"give max_length ({limit} or less) to truncate them, or shorten them",
+        )
+
+
+def rows_of(columns: Columns) -> list[dict[str, Any]]:
+    """Columns as rows."""
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def columns_of(data: datasets.Dataset) -> Columns:
+    """A dataset as columns of plain Python values."""
+    return {name: list(data[name]) for name in data.column_names}
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover `count` rows."""
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+@torch.no_grad()
+def run_batches(
+    model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, size: int, outputs: Sequence[str]
+) -> list[tuple[torch.Tensor, ...]]:
+    """Run a model on encoded rows in evaluation mode, and return the named outputs of every row, on the CPU.
+
+    Rows come back padded to their batch's length.
+    """
+    mode = model.training
+    model.eval()
+    found = []
+    try:
+        for part in batches(len(encoded["input_ids"]), size):
+            batch = tokenizer.pad({name: values[part] for name, values in encoded.items()}, return_tensors="pt")
+            output = model(**batch.to(model.device))
+            found += zip(*(getattr(output, name).float().cpu() for name in outputs))
+    finally:
+        model.train(mode)
+    return found
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, limits: Limits) -> list[str]:
+    """Generate after encoded rows, the likeliest text that a beam search finds, and return the new text of each."""
+    mode, side = model.training, tokenizer.padding_side
+    cached = getattr(model.config, "use_cache", None)
+    model.eval()
+    texts = []
+    is_decoder = not model.config.is_encoder_decoder
+    try:
+        if is_decoder:
+            tokenizer.padding_side = "left"  # New text follows the prompt's last token, in every row.
+        if cached is not None:
+            model.config.use_cache = True  # Gradient checkpointing turns it off, which makes generation slow.
+        for part in batches(len(encoded["input_ids"]), limits.batch_size):
+            batch = tokenizer.pad({name: values[part] for name, values in encoded.items()}, return_tensors="pt")
+            ids = model.generate(
+                **batch.to(model.device), max_new_tokens=limits.max_new_tokens, do_sample=False,
+                num_beams=limits.num_beams,
+                pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+            new = ids[:, batch["input_ids"].shape[1] :] if is_decoder else ids
+            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    finally:
+        tokenizer.padding_side = side
+        if cached is not None:
+            model.config.use_cache = cached
+        model.train(mode)
+    return [text.strip() for text in texts]

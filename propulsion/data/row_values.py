@@ -1,0 +1,189 @@
+"""Values of rows that people write by hand: read as the one thing that they can mean, or refused.
+
+A file's format, or the habit of who wrote it, decides whether a label is `1`, `1.0`, `"1"`, `True` or `"Positive"`, and
+whether one answer stands in a list. The messages name the column; the caller adds the file and the row.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from propulsion.data.tables import encoding_problem
+from propulsion.errors import UserError
+
+UNLABELLED = -1  # What GLUE's test sets hold in place of a label.
+_TRUTH = {"true": True, "false": False}
+_SHOWN = 60  # Characters of a value in a message.
+
+
+class NoText(UserError):
+    """A text is empty, where something should stand."""
+
+
+def value_of(row: Mapping[str, Any], column: str) -> Any:
+    """What a row holds in a column.
+
+    Raises:
+        UserError: It has no such column.
+    """
+    if column not in row:
+        raise UserError(f"lacks the column {column}; its columns are: {', '.join(row) or 'none'}")
+    return row[column]
+
+
+def text(value: Any, column: str, *, blank: bool = False) -> str:
+    """A text.
+
+    Args:
+        value: What may be one.
+        column: Its name.
+        blank: Whether it may hold nothing but spaces.
+
+    Raises:
+        UserError: It is no text, or cannot be written as UTF-8.
+        NoText: It is blank and may not be.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{column} is {shown(value)}, expected text")
+    if (problem := encoding_problem(value)) is not None:
+        raise UserError(f"{column} is {problem}")
+    if not blank and not value.strip():
+        raise NoText(f"{column} is {shown(value)}, expected text with something in it")
+    return value
+
+
+def texts(value: Any, column: str, what: str) -> list[str]:
+    """A list of texts, of at least one.
+
+    Raises:
+        UserError: It is something else.
+    """
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{column} is {shown(value)}, expected a list of {what}{_held(value)}")
+    return [text(item, f"item {place} of {column}", blank=True) for place, item in enumerate(value, start=1)]
+
+
+def label_number(value: Any, names: Sequence[str], column: str = "label") -> int:
+    """The number of a label: given as this number, as its name in any case, or, of two labels, as true or false.
+
+    True and false are taken where label 1 affirms what label 0 denies, as in "not_equivalent", "equivalent".
+
+    Raises:
+        UserError: It is none of these.
+    """
+    if (named := _named(value, names)) is not None:
+        return named
+    expected = ", ".join(f"{place} ({name})" for place, name in enumerate(names))
+    truth = _truth(value)
+    if truth is not None:
+        if not _affirms(names):
+            raise UserError(f"{column} {shown(value)} could be any of {expected}: give the number or the name")
+        return int(truth)
+    number = _number(value, column, expected)
+    if number not in range(len(names)):
+        _refuse_unlabelled(number, column)
+        raise UserError(f"{column} {shown(value)} is not one of {expected}")
+    return int(number)
+
+
+def score(value: Any, low: float, high: float, column: str = "label") -> float:
+    """A number within a range.
+
+    Raises:
+        UserError: It is none.
+    """
+    number = _number(value, column, f"a number from {low} to {high}")
+    if not low <= number <= high:
+        _refuse_unlabelled(number, column)
+        raise UserError(f"{column} {shown(value)} is outside {low} to {high}")
+    return number
+
+
+def whole_number(value: Any, column: str) -> int:
+    """A whole number, also as text or as a float without a fraction.
+
+    Raises:
+        UserError: It is none.
+    """
+    number = as_number(value)
+    if number is None or not math.isfinite(number) or number != int(number):
+        raise UserError(f"{column} is {shown(value)}, expected a whole number")
+    return int(number)
+
+
+def parallel_lists(value: Any, keys: tuple[str, ...], column: str) -> dict[str, list[Any]]:
+    """Lists of equal length by name: given so, as a list of objects, or a list of one item as the item alone.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    if isinstance(value, list) and all(isinstance(item, dict) and item.keys() >= set(keys) for item in value):
+        return {key: [item[key] for item in value] for key in keys}
+    if not isinstance(value, dict) or not value.keys() >= set(keys):
+        raise UserError(f"{column} is {shown(value)}, expected the lists {' and '.join(keys)}{_held(value)}")
+    found = {key: value[key] if isinstance(value[key], list) else [value[key]] for key in keys}
+    if len({len(items) for items in found.values()}) > 1:
+        lengths = ", ".join(f"{len(items)} in {key}" for key, items in found.items())
+        raise UserError(f"the lists of {column} differ in length ({lengths}): expected as many items in each")
+    return found
+
+
+def as_number(value: Any) -> float | None:
+    """A number, or text that is one; None of anything else, truth values among it."""
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    written = repr(value)
+    return written if len(written) <= _SHOWN else f"{written[: _SHOWN - 3]}..."
+
+
+def _named(value: Any, names: Sequence[str]) -> int | None:
+    if not isinstance(value, str):
+        return None
+    if value in names:
+        return names.index(value)
+    matches = [place for place, name in enumerate(names) if _plain(name) == _plain(value)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _plain(name: str) -> str:
+    return "_".join(name.casefold().replace("-", " ").replace("_", " ").split())
+
+
+def _affirms(names: Sequence[str]) -> bool:
+    if len(names) != 2:
+        return False
+    no, yes = map(_plain, names)
+    return no in (f"not_{yes}", f"un{yes}") or (no, yes) in (("negative", "positive"), ("no", "yes"))
+
+
+def _truth(value: Any) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    return _TRUTH.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def _number(value: Any, column: str, expected: str) -> float:
+    number = as_number(value)
+    if number is None:
+        raise UserError(f"{column} {shown(value)} is not a number: expected {expected}")
+    if math.isnan(number):
+        raise UserError(f"the {column} is missing (NaN)")
+    return number
+
+
+def _refuse_unlabelled(number: float, column: str) -> None:
+    if number == UNLABELLED:
+        raise UserError(f"the {column} is -1, which stands for none in GLUE's test sets: use a split with labels")
+
+
+def _held(value: Any) -> str:
+    # A cell of CSV or TSV is text, whatever is written into it.
+    return ", which .jsonl, .json and .parquet files can hold" if isinstance(value, str) else ""

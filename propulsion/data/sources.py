@@ -1,0 +1,162 @@
+"""Where the rows of a task come from: a folder of files, the Hugging Face hub, or this package."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from propulsion.data.tables import SUFFIXES, Row, read_rows, rows_of_batches, suffix_of
+from propulsion.data.tasks import Task, get_task
+from propulsion.errors import UserError, first_line
+
+LABEL = "label"
+EMBEDDED = "demo"
+"""The task whose rows come with the package."""
+_BATCH = 256  # Rows read from the hub at once.
+
+
+class Source:
+    """Where the splits of a task are."""
+
+    def __init__(self, task: Task, origin: str) -> None:
+        self.task, self.origin = task, origin
+
+    leaves_out_blank = False
+    """Whether rows without text are left out: in what somebody made by hand they are mistakes."""
+
+    def read(self, split: str) -> tuple[str, Iterable[Row]]:
+        """A split's name in messages, and its rows."""
+        raise NotImplementedError
+
+    def stream(self, split: str) -> tuple[str, Iterable[Row]]:
+        """The same of rows that are not held."""
+        raise UserError(f"{self.origin} cannot be streamed: leave streaming out")
+
+
+class _Embedded(Source):
+    def read(self, split: str) -> tuple[str, Iterable[Row]]:
+        with resources.as_file(resources.files("propulsion.data") / "demo") as folder:
+            return split, list(read_rows(folder / f"{split}.jsonl"))
+
+
+class _Folder(Source):
+    def __init__(self, task: Task, folder: Path) -> None:
+        super().__init__(task, str(folder))
+        if not folder.is_dir():
+            raise UserError(f"data folder {folder} does not exist or is not a folder")
+        stems = {"train": ("train",), "validation": tuple(dict.fromkeys(("validation", task.validation_split)))}
+        self.paths = {split: _find_file(folder, names) for split, names in stems.items()}
+
+    def read(self, split: str) -> tuple[str, Iterable[Row]]:
+        return str(self.paths[split]), read_rows(self.paths[split])
+
+    def stream(self, split: str) -> tuple[str, Iterable[Row]]:
+        path = self.paths[split]
+        if suffix_of(path).split(".")[1] == "json":
+            raise UserError(
+                f"{path} cannot be streamed, since JSON may be one array: name it .jsonl, one object a line"
+            )
+        return str(path), read_rows(path)
+
+
+class _Hub(Source):
+    def __init__(self, task: Task) -> None:
+        self.name = f"{task.hub_path}/{task.hub_config}" if task.hub_config else str(task.hub_path)
+        super().__init__(task, f"Hugging Face hub, {self.name}")
+
+    def _load(self, split: str, **options: Any) -> tuple[str, Any]:
+        task = self.task
+        hub_split = task.train_split if split == "train" else task.validation_split
+        try:
+            assert task.hub_path is not None
+            rows = datasets.load_dataset(
+                task.hub_path, task.hub_config, split=hub_split, revision=task.hub_revision, **options
+            )
+        except (OSError, ValueError, RuntimeError) as error:  # Both what cannot be reached and what is not there.
+            shown = f"{task.hub_path} ({task.hub_config})" if task.hub_config else str(task.hub_path)
+            raise UserError(
+                f"cannot get {shown} from the Hugging Face hub: give --data-dir with train and "
+                f"validation files, or set up network access ({first_line(error)})"
+            ) from error
+        return f"{self.name} {hub_split}", rows
+
+    leaves_out_blank = True
+
+    def read(self, split: str) -> tuple[str, Iterable[Row]]:
+        name, rows = self._load(split)
+        return name, self._labelled(rows)
+
+    def stream(self, split: str) -> tuple[str, Iterable[Row]]:
+        name, rows = self._load(split, streaming=True)
+        return name, self._labelled(rows)
+
+    def _labelled(self, rows: Any) -> Iterator[Row]:
+        """Rows that have a label: of SNLI's pairs, some have none that people agreed on."""
+        for row in rows_of_batches(rows.iter(batch_size=_BATCH)):
+            if self.task.name != "snli" or row.values[LABEL] >= 0:
+                yield row
+
+
+def source_of(task: Task, data_dir: Path | str | None) -> Source:
+    """Where the rows of a task are: in `data_dir` if it is given.
+
+    Raises:
+        UserError: Without `data_dir`, of a task that the hub does not have.
+    """
+    if data_dir is not None and (folder := task_folder(task, Path(data_dir))) is not None:
+        return _Folder(task, folder)
+    if task.name == EMBEDDED:
+        return _Embedded(task, "embedded demo data")
+    if task.hub_path is None:
+        raise UserError(f"task {task.name} has no home on the Hugging Face hub: give --data-dir with its files")
+    return _Hub(task)
+
+
+def task_folder(task: Task, data_dir: Path) -> Path | None:
+    """The folder of a task's files: ``data_dir/TASK`` where there is one, else ``data_dir`` itself.
+
+    Returns:
+        The folder; None for the task whose rows are embedded in the package, where `data_dir` is a folder of other
+        tasks' folders alone.
+    """
+    folder = data_dir.expanduser()
+    if (own := folder / task.name).is_dir():
+        return own
+    if task.name == EMBEDDED and folder.is_dir() and not any(path.is_file() for path in folder.iterdir()):
+        return None
+    return folder
+
+
+def check_folders(tasks: Sequence[str], data_dir: Path | None) -> None:
+    """Make sure that several tasks are not read from one task's files.
+
+    Raises:
+        UserError: They would be.
+    """
+    if data_dir is None:
+        return
+    folders = [folder for task in tasks if (folder := task_folder(get_task(task), data_dir)) is not None]
+    if len(set(folders)) < len(folders):
+        names = " and ".join(task for task in tasks if task_folder(get_task(task), data_dir) == data_dir.expanduser())
+        raise UserError(f"{names} have no folders of their own in {data_dir}: give the folder that holds {names}")
+
+
+def _find_file(folder: Path, stems: Sequence[str]) -> Path:
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror or error}") from error
+    named = [path for path in paths if "." in path.name and path.name.split(".")[0] in stems]
+    found = [path for path in named if path.name[path.name.index(".") :].lower() in SUFFIXES]
+    found.sort(key=lambda path: SUFFIXES.index(suffix_of(path)))
+    if not found:
+        there = f"; there is {', '.join(path.name for path in named)}" if named else ""
+        suffixes = ", ".join(suffix for suffix in SUFFIXES if suffix.count(".") == 1)
+        raise UserError(
+            f"no {stems[0]} file in {folder}: looked for {' or '.join(stems)} with {suffixes}, compressed or not{there}"
+        )
+    if len(found) > 1:
+        raise UserError(f"ambiguous {stems[0]} file in {folder}: keep one of {', '.join(path.name for path in found)}")
+    return found[0]

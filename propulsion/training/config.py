@@ -1,0 +1,238 @@
+"""The options of a training run, and what of them a call that goes on with it must share."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from propulsion.data import Limits, TaskData
+from propulsion.errors import UserError
+from propulsion.pretrained import Pooling
+from propulsion.training.learning_rates import is_rate
+
+Strategy = Literal["no", "steps", "epoch"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained: AdamW with a warm-up and a schedule."""
+
+    steps: int = 200
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Examples per step."""
+    learning_rate: float | Literal["auto"] | None = "auto"
+    """Learning rate of weights or adapter: auto, measured on a few training batches; None, fixed."""
+    head_learning_rate: float | Literal["auto"] | None = "auto"
+    """Learning rate of the head, likewise."""
+    rate_multiplier: float = 1.0
+    """Factor on every learning rate that is not given."""
+    warmup_ratio: float = 0.06
+    """Share of the steps over which the learning rate rises from 0."""
+    schedule: str = "linear"
+    """Schedule after the warm-up, such as linear, cosine or constant_with_warmup."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices; biases, norms and Propulsion's scales have none."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this, all parameters together, are shortened to it; 0 for no limit."""
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
+    """Order of the rows: random, or group_by_length, random but for batches of similar lengths, which saves padding."""
+    bf16: bool = False
+    """Train in mixed precision, bfloat16: faster where the processor multiplies such matrices, as recent ones do."""
+    max_length: int | None = None
+    """Cut examples to this many tokens; without it, longer ones than the model takes are an error."""
+    seed: int = 0
+    """Seed of every random draw: the head, the rows drawn, the data order, dropout."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "steps": self.steps >= 1,
+            "batch_size": self.batch_size >= 1,
+            "learning_rate": is_rate(self.learning_rate),
+            "head_learning_rate": is_rate(self.head_learning_rate),
+            "rate_multiplier": 0 < self.rate_multiplier < float("inf"),
+            "train_sampling_strategy": self.train_sampling_strategy in ("random", "group_by_length"),
+            "warmup_ratio": 0 <= self.warmup_ratio < 1,
+            "weight_decay": self.weight_decay >= 0,
+            "max_grad_norm": self.max_grad_norm >= 0,
+            "seed": 0 <= self.seed < 2**32,
+        }
+        for name, good in checks.items():
+            if not good:
+                raise UserError(f"{name} is {getattr(self, name)}, which is out of range")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    task: str = "demo"
+    """Task; an unknown name lists them all."""
+    data_dir: Path | None = None
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
+    model: str | None = None
+    """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    pooling: Pooling = "auto"
+    """What a classifier reads: auto, what the checkpoint declares; the mean or the first of the tokens; or as
+    transformers' own classifier does, BERT's through its pooler."""
+    method: str = "propulsion"
+    """full, bitfit, head, none, or any peft method in lower case."""
+    method_options: tuple[str, ...] = ()
+    """Fields of the method's peft configuration, each as NAME=VALUE, such as r=8 target_modules=query+value."""
+    degree: float | None = None
+    """Propulsion's degree k; by default the paper's for the task."""
+    positions: tuple[str, ...] = ("all",)
+    """Layers that Propulsion scales: all, attn, query, key, value, attention_output, mlp, embedding, norm."""
+    vectors: int = 1
+    """Propulsion's vectors a layer, pooled."""
+    vector_pooling: str = "mean"
+    """How several vectors are pooled: mean, max, min or l2."""
+    adapter: Path | None = None
+    """Start from this saved adapter, which must be of the same base model; the method's options are its own."""
+    output_dir: Path = Path("results/train")
+    """Folder of the run."""
+    overwrite_output_dir: bool = False
+    """Start anew, and remove what an earlier run wrote into the folder; what it did not write is kept."""
+    max_steps: int = -1
+    """Optimizer steps; -1 goes by epochs, 0 evaluates only."""
+    num_train_epochs: float = 3.0
+    """Passes over the training rows."""
+    per_device_train_batch_size: int = 16
+    """Rows of a batch."""
+    per_device_eval_batch_size: int = 64
+    """Rows of a batch in evaluation."""
+    gradient_accumulation_steps: int = 1
+    """Batches of an optimizer step."""
+    learning_rate: float | Literal["auto"] | None = "auto"
+    """Learning rate of what the method trains: a number, as it is; auto, measured on a few training batches
+    (propulsion.training.measured_rates); None, the fixed rate of its role (propulsion.training.learning_rates)."""
+    head_learning_rate: float | Literal["auto"] | None = "auto"
+    """Learning rate of the head, likewise."""
+    lr_scheduler_type: str = "linear"
+    """Schedule after the warm-up."""
+    warmup_steps: float = 0.06
+    """Steps over which the learning rate rises from 0; below 1, their share."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices; biases, norms and Propulsion's scales have none."""
+    max_grad_norm: float = 1.0
+    """Longer gradients are shortened to this; 0 for no limit."""
+    max_length: int | None = None
+    """Cut inputs to this many tokens."""
+    max_target_length: int = 64
+    """Cut summaries to this many tokens; generate no more."""
+    generation_max_length: int | None = None
+    """Generate no more tokens than this; by default max_target_length."""
+    generation_num_beams: int = 1
+    """Beams of the search for generated text; 1 is greedy."""
+    max_train_samples: int | None = None
+    """Training rows, drawn by the seed."""
+    max_eval_samples: int | None = None
+    """Validation rows, drawn by the seed."""
+    streaming: bool = False
+    """Read training rows as they are needed, and hold none; needs max_steps."""
+    eval_strategy: Strategy = "no"
+    """When to evaluate before the end."""
+    eval_steps: int = 500
+    """Steps between evaluations."""
+    save_strategy: Strategy = "steps"
+    """When to write checkpoints."""
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    save_total_limit: int | None = 2
+    """Checkpoints to keep, the best beside them."""
+    load_best_model_at_end: bool = False
+    """End with the checkpoint of the best evaluation."""
+    metric_for_best_model: str | None = None
+    """What is best; by default the task's first metric."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations without a better one."""
+    gradient_checkpointing: bool = False
+    """Less memory, more time."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the pre-trained weights; Propulsion's scales are float32 over either."""
+    bf16: bool = False
+    """Train in mixed precision, bfloat16."""
+    torch_compile: bool = False
+    """Compile the model."""
+    use_cpu: bool = False
+    """Use no accelerator."""
+    logging_steps: int = 50
+    """Steps between reports of the loss."""
+    report_to: tuple[str, ...] = ("none",)
+    """Where losses and metrics are reported: tensorboard, wandb, ...; event files of TensorBoard are in runs."""
+    disable_tqdm: bool = False
+    """No progress bar."""
+    seed: int = 0
+    """Seed of every random draw: the head, the rows drawn, the data order, dropout."""
+    training_options: tuple[str, ...] = ()
+    """Any other fields of transformers.TrainingArguments, each as NAME=VALUE."""
+
+    def __post_init__(self) -> None:
+        least = {"max_steps": -1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "eval_steps": 1,
+                 "gradient_accumulation_steps": 1, "save_steps": 1, "logging_steps": 1, "seed": 0, "warmup_steps": 0,
+                 "weight_decay": 0, "max_grad_norm": 0, "max_target_length": 1,
+                 "generation_num_beams": 1}  # fmt: skip
+        for name, low in least.items():
+            if not getattr(self, name) >= low:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least {low}")
+        for name in ("learning_rate", "head_learning_rate"):
+            if not is_rate(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)}, expected a number above 0, auto or None")
+        for name in ("num_train_epochs", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{name} is {value}, expected a number above 0")
+        for name in ("save_total_limit", "generation_max_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}, expected at least 1")
+        if self.streaming and self.max_steps < 0:
+            raise UserError("streamed rows have no end that is known: give max_steps")
+        if "epoch" in (self.eval_strategy, self.save_strategy) and self.eval_strategy != self.save_strategy != "no":
+            # An evaluation between a checkpoint and the next step would be lost to a run resumed from there.
+            raise UserError("eval_strategy and save_strategy must be the same where one of them is epoch")
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise UserError("early_stopping_patience needs load_best_model_at_end")
+        if self.load_best_model_at_end and (self.eval_strategy == "no" or self.eval_strategy != self.save_strategy):
+            raise UserError("load_best_model_at_end needs the same eval_strategy and save_strategy, steps or epoch")
+        if self.load_best_model_at_end and self.eval_strategy == "steps" and self.save_steps % self.eval_steps:
+            raise UserError("load_best_model_at_end needs save_steps to be a multiple of eval_steps")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether this machine's run uses no accelerator."""
+        return self.use_cpu or not torch.accelerator.is_available()
+
+    @property
+    def limits(self) -> Limits:
+        """Lengths and batch size of evaluation."""
+        return Limits(
+            self.max_length, self.max_target_length, self.per_device_eval_batch_size, self.generation_max_length,
+            self.generation_num_beams,
+        )  # fmt: skip
+
+
+# Fields that older records do not have: recorded where they are used, so that older runs go on.
+_YOUNGER = ("generation_max_length", "generation_num_beams")
+
+# Fields that may differ when a run is resumed: they change no weight, or what they name is recorded by its content.
+_FREE = frozenset(
+    {"output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "disable_tqdm", "logging_steps", "data_dir",
+     "per_device_eval_batch_size", "model", "adapter"}
+)  # fmt: skip
+
+
+def identity(config: TrainConfig, data: TaskData, base: str, adapter: str | None) -> dict[str, Any]:
+    """What two runs must have in common for one to go on where the other stopped.
+
+    Args:
+        config: The options.
+        data: The rows.
+        base: Which model, by its content (`propulsion.identity.model_content`).
+        adapter: Which adapter it starts from, by its content; None without one.
+    """
+    unused = {name for name in _YOUNGER if getattr(config, name) == getattr(TrainConfig, name)}
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE | unused}
+    return json.loads(json.dumps(fields | {"rows": data.fingerprint, "base_model": base, "adapter": adapter}))

@@ -1,0 +1,177 @@
+"""Training and evaluating a classifier or regressor, whole or through any peft adapter."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel, TaskType, get_peft_model
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from propulsion.config import PropulsionConfig
+from propulsion.data import TaskData, check_inputs
+from propulsion.data.kinds import Limits, kind_of
+from propulsion.data.kinds.base import columns_of
+from propulsion.data.kinds.classification import logits
+from propulsion.errors import UserError, one_line
+from propulsion.training.config import TrainingConfig
+from propulsion.training.learning_rates import Rates, model_degree, parameter_groups
+from propulsion.training.measured_rates import with_measured
+from propulsion.training.trainer import TaskTrainer, isolated_randomness
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training run did.
+
+    Attributes:
+        losses: Loss of each step's batch, before the step.
+        seconds: Wall time.
+        trained_parameters: Number of parameters trained.
+        learning_rates: Peak learning rate of each role trained (see `propulsion.training.learning_rates`).
+        rate_reasons: Where each comes from, in words.
+    """
+
+    losses: tuple[float, ...]
+    seconds: float
+    trained_parameters: int
+    learning_rates: dict[str, float]
+    rate_reasons: dict[str, str]
+
+
+def apply_propulsion(
+    model: PreTrainedModel, *, degree: float, positions: Sequence[str] = ("all",), train_head: bool = True
+) -> PeftModel:
+    """Freeze a classifier and give it scale vectors to train, in place.
+
+    Args:
+        model: A classifier or regressor.
+        degree: Exponent k of the scales.
+        positions: Which layers carry a scale vector, as in `PropulsionConfig`.
+        train_head: Whether the head is trained too. It starts at random, so without it the scales must fit a random
+            readout.
+
+    Raises:
+        UserError: If the degree or a position cannot be used on this model.
+    """
+    # The task type is what makes peft train, and save, the head beside the adapter.
+    task_type = TaskType.SEQ_CLS if train_head else None
+    try:
+        config = PropulsionConfig(degree=degree, positions=list(positions), task_type=task_type)
+        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+
+
+def train(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TaskData,
+    config: TrainingConfig,
+    *,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainingResult:
+    """Train, in place, the parameters that require gradients. Writes no file.
+
+    The same seed gives bit-equal weights on the CPU with the same number of threads. The model's mode and the global
+    random states are left as they were.
+
+    Raises:
+        UserError: If nothing is trainable, an example is too long, or the loss or a weight stops being finite.
+    """
+    examples = check_inputs(data, tokenizer, Limits(config.max_length))
+    collator = kind_of(data.task).collator(tokenizer, model)
+    rates = Rates(config.learning_rate, config.head_learning_rate, config.rate_multiplier)
+    rates = with_measured(model, rates, examples, collator, batch_size=config.batch_size, seed=config.seed)
+    groups = parameter_groups(model, rates=rates, weight_decay=config.weight_decay)
+    if not groups:
+        raise UserError("the model has no trainable parameter: every requires_grad is False")
+    peaks = {group["role"]: group["lr"] for group in groups}
+    reasons = {role: rates.of(role, model_degree(model)).reason for role in peaks}
+    trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+    mode, start = model.training, time.perf_counter()
+    with (
+        isolated_randomness(),
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(total=config.steps, desc="training", unit="step", disable=None if progress else True) as bar,
+    ):
+
+        def show(loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        trainer = TaskTrainer(
+            model=model,
+            args=_arguments(model, config, folder),
+            train_dataset=examples,
+            data_collator=collator,
+            rates=rates,
+            on_loss=show,
+            autocast=torch.bfloat16 if config.bf16 else None,
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    trainer.check_finite()
+    model.zero_grad(set_to_none=True)
+    model.train(mode)
+    return TrainingResult(tuple(trainer.losses), time.perf_counter() - start, trained, peaks, reasons)
+
+
+def evaluate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TaskData,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """Return the task's metrics on the validation rows."""
+    kind, rows = kind_of(data.task), columns_of(data.validation)
+    limits = Limits(max_length, batch_size=batch_size)
+    return kind.measure(data.task, kind.predict(model, tokenizer, data.task, rows, limits), rows)
+
+
+def predict(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TaskData,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 64,
+) -> Float[Tensor, "n c"]:
+    """Return the logits, or the regression output, of the validation rows, without dropout and on the CPU."""
+    limits = Limits(max_length, batch_size=batch_size)
+    return torch.tensor(logits(model, tokenizer, data.task, columns_of(data.validation), limits), dtype=torch.float32)
+
+
+def _arguments(model: PreTrainedModel | PeftModel, config: TrainingConfig, folder: str) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        warmup_steps=config.warmup_ratio,
+        lr_scheduler_type=config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        data_seed=config.seed,
+        train_sampling_strategy=config.train_sampling_strategy,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=model.device.type != "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # Else the trainer would split over all devices and multiply the batch size.
+    return arguments

@@ -1,0 +1,177 @@
+"""Which learning rate and weight decay each parameter trains with: the one home of that rule.
+
+By default the rate of each role is measured on the model and the rows that it trains
+(`propulsion.training.measured_rates`). Beside it there is one fixed rate a role, whatever the model and the rows:
+
+    weight   a pre-trained weight, trained directly        WEIGHT_RATE
+    bias     a pre-trained bias, where only biases train   BIAS_RATE
+    scale    Propulsion's z, acting as z**k                SCALE_RATE / k
+    adapter  any other parameter that a method adds        ADAPTER_RATE
+    head     the task's head, which starts at random       HEAD_RATE
+
+A step of AdamW has a size set by its learning rate, whatever the gradient's scale. A step of size r on z, near z = 1,
+moves the multiplier z**k by about k*r; dividing by the degree therefore makes SCALE_RATE the relative change of an
+activation per step, the same for every degree.
+
+Weight decay pulls towards 0, and so applies to matrices only. Biases and norms are left out as is customary; z is left
+out because its neutral value is 1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftModel
+from torch import nn
+
+from propulsion.training_checks import SCALE_NAME, SCALE_RATE
+
+WEIGHT_RATE = 1e-4
+BIAS_RATE = 1e-3
+ADAPTER_RATE = 1e-3
+HEAD_RATE = 1e-3
+
+RateChoice = float | Literal["auto"] | None
+"""A learning rate as it is chosen: a number; "auto", measured; None, the fixed rate of the parameter's role."""
+
+
+def is_rate(choice: RateChoice) -> bool:
+    """Whether a choice is one: a number must be finite and above 0."""
+    return choice is None or choice == "auto" or (not isinstance(choice, str) and 0 < choice < float("inf"))
+
+
+@dataclass(frozen=True)
+class RoleRate:
+    """The learning rate of one role.
+
+    Attributes:
+        rate: The rate.
+        reason: Where it comes from, in words.
+    """
+
+    rate: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How learning rates are chosen.
+
+    Attributes:
+        body: Of weights, biases, scales and adapters; a number is taken as it is, not divided by the degree.
+        head: Of the head.
+        multiplier: Factor on the rates that are no numbers given.
+        measured: What "auto" stands for, by role: filled in by `propulsion.training.measured_rates.measured`.
+    """
+
+    body: RateChoice = None
+    head: RateChoice = None
+    multiplier: float = 1.0
+    measured: Mapping[str, RoleRate] = field(default_factory=dict)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether a rate is to be measured."""
+        return "auto" in (self.body, self.head)
+
+    def choice(self, role: str) -> RateChoice:
+        """What is chosen for a role."""
+        return self.head if role == "head" else self.body
+
+    def of(self, role: str, degree: float) -> RoleRate:
+        """The rate of a role, the factor on it included.
+
+        Args:
+            role: weight, bias, scale, adapter or head.
+            degree: Of the model, 1 without Propulsion.
+
+        Raises:
+            ValueError: It is to be measured and was not.
+        """
+        choice = self.choice(role)
+        if isinstance(choice, float | int):
+            return RoleRate(float(choice), f"given; the fixed one is {fixed_rate(role, degree).reason}")
+        if choice is None:
+            found = fixed_rate(role, degree)
+        elif role in self.measured:
+            found = self.measured[role]
+        else:
+            raise ValueError(f"the learning rate of role {role} is automatic and was not measured: call with_measured")
+        times = "" if self.multiplier == 1 else f", times {self.multiplier:g}"
+        return RoleRate(self.multiplier * found.rate, found.reason + times)
+
+
+def fixed_rate(role: str, degree: float) -> RoleRate:
+    """The rate of a role that no model and no rows change, for scales of a degree."""
+    if role == "scale":
+        words = (
+            f"{SCALE_RATE:g} / degree {degree:g}, so that a step moves a scale z^k by the same share at every degree"
+        )
+        return RoleRate(SCALE_RATE / degree, words)
+    rate, words = {"weight": (WEIGHT_RATE, "weights"), "bias": (BIAS_RATE, "biases alone"),
+                   "adapter": (ADAPTER_RATE, "adapters"), "head": (HEAD_RATE, "heads")}[role]  # fmt: skip
+    return RoleRate(rate, f"{rate:g}, the fixed rate of {words}")
+
+
+def parameter_groups(model: nn.Module, *, rates: Rates, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the trainable parameters as optimizer groups, one for each role and decay, each with its `role`."""
+    degree = model_degree(model)
+    roles = parameter_roles(model)
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        role = roles[name]
+        decays = parameter.ndim >= 2 and role != "scale"
+        group = groups.setdefault(
+            (role, decays),
+            {
+                "role": role,
+                "params": [],
+                "lr": rates.of(role, degree).rate,
+                "weight_decay": weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def parameter_roles(model: nn.Module) -> dict[str, str]:
+    """Return the role of every parameter by name: weight, bias, scale, adapter or head."""
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    # The head is what stands in the network outside its pre-trained body; by identity, since adapters rename
+    # parameters. Prompts stand outside the network.
+    body = getattr(network, getattr(network, "base_model_prefix", ""), network)
+    outside = {id(parameter) for parameter in network.parameters()} - {id(parameter) for parameter in body.parameters()}
+    inner = "adapter" if isinstance(model, PeftModel) else "bias" if _trains_biases_only(body) else "weight"
+    return {
+        name: "scale" if SCALE_NAME in name else "head" if id(parameter) in outside else inner
+        for name, parameter in model.named_parameters()
+    }
+
+
+def describe_rates(model: nn.Module, groups: list[dict[str, Any]], rates: Rates) -> str:
+    """The learning rates of `parameter_groups` and where they come from, in one line a role."""
+    k = model_degree(model)
+    lines = []
+    for role in dict.fromkeys(group["role"] for group in groups):
+        of_role = [group for group in groups if group["role"] == role]
+        count = sum(parameter.numel() for group in of_role for parameter in group["params"])
+        decay = max(group["weight_decay"] for group in of_role)
+        found = rates.of(role, k)
+        lines.append(
+            f"{role}: {count:,} parameters, learning rate {found.rate:.3g} ({found.reason}), weight decay {decay:g}"
+        )
+    return "\n".join(lines)
+
+
+def _trains_biases_only(body: nn.Module) -> bool:
+    trained = [name for name, parameter in body.named_parameters() if parameter.requires_grad]
+    return bool(trained) and all(name.endswith("bias") for name in trained)
+
+
+def model_degree(model: nn.Module) -> float:
+    """Return the degree of a Propulsion model, 1 for any other."""
+    if not isinstance(model, PeftModel):
+        return 1.0
+    return float(getattr(model.active_peft_config, "degree", 1.0))

@@ -1,0 +1,152 @@
+"""What a program wrote into a folder, by content: of all that is there, the only files that it may remove.
+
+The list lies in the folder itself. A file is the program's own as long as it has the content that the list gives it:
+what somebody else put there, changed or linked is theirs, whatever its name.
+"""
+
+import hashlib
+import json
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from propulsion.atomic import json_text, write_json
+
+MANIFEST = "files.json"
+_PARTIAL = f".{MANIFEST}.partial"
+_FORMAT = 1
+
+
+class Manifest:
+    """The files that a program wrote into one folder. Every call reads the list anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder has such a list."""
+        return self._read() is not None
+
+    def others(self) -> list[str]:
+        """Names in the folder that are no part of keeping the list, sorted."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path.name for path in self.folder.iterdir() if path.name not in (MANIFEST, _PARTIAL))
+
+    def start(self) -> None:
+        """Make the folder and a list without files."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write({})
+
+    def record(self, files: Mapping[str, Path]) -> None:
+        """Take files for the program's own.
+
+        Call it before they get their final names: a process that is killed between the two leaves an entry too many,
+        and never a file that nobody owns.
+
+        Args:
+            files: Where each file lies now, by its path within the folder.
+        """
+        self._write((self._read() or {}) | {name: _entry(path) for name, path in files.items()})
+
+    def write_json(self, path: Path, content: Any) -> None:
+        """Write a file of JSON into the folder, recorded; the caller has made sure that nobody else's is there."""
+        data = json_text(content).encode()
+        entry = {"bytes": len(data), "modified": None, "sha256": hashlib.sha256(data).hexdigest()}
+        self._write((self._read() or {}) | {self._name(path): entry})
+        write_json(path, content)
+
+    def not_own(self, path: Path) -> list[Path]:
+        """What lies at a path, or below it, and is not the program's own: files, links, empty folders."""
+        known = self._read() or {}
+        return [found for found in _below(path) if not _is(found, known.get(self._name(found)))]
+
+    def own(self) -> list[Path]:
+        """The recorded files that are there and have their content."""
+        paths = (
+            (self.folder.joinpath(*PurePosixPath(name).parts), entry) for name, entry in (self._read() or {}).items()
+        )
+        return [path for path, entry in paths if not _linked(self.folder, path) and _is(path, entry)]
+
+    def remove(self, path: Path) -> None:
+        """Remove one of the program's own files, and the folders that are empty without it.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        path.unlink()
+        for parent in path.parents:
+            if parent == self.folder or any(parent.iterdir()):
+                break
+            parent.rmdir()
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def _write(self, files: Mapping[str, Any]) -> None:
+        write_json(self.folder / MANIFEST, {"format": _FORMAT, "written by": "propulsion.train", "files": dict(files)})
+
+    def _read(self) -> dict[str, dict[str, Any]] | None:
+        try:
+            content = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT or content["written by"] != "propulsion.train":
+                return None
+            files = content["files"]
+            good = all(
+                _is_inside(name) and entry.keys() == {"bytes", "modified", "sha256"} for name, entry in files.items()
+            )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+        return files if good else None
+
+
+def files_below(folder: Path, as_if: str) -> dict[str, Path]:
+    """The files below a folder by the paths they have when it is called `as_if`, as `Manifest.record` takes them."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {f"{as_if}/{path.relative_to(folder).as_posix()}": path for path in found}
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """Files, links and empty folders at or below a path; links are not followed."""
+    if not path.is_symlink() and path.is_dir():
+        inside = list(path.iterdir())
+        if inside:
+            for entry in inside:
+                yield from _below(entry)
+            return
+    if path.is_symlink() or path.exists():
+        yield path
+
+
+def _linked(folder: Path, path: Path) -> bool:
+    """Whether a folder on the way to a path is a link."""
+    parts = path.relative_to(folder).parts
+    return any(folder.joinpath(*parts[:i]).is_symlink() for i in range(1, len(parts)))
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    found = path.stat()
+    return {"bytes": found.st_size, "modified": found.st_mtime_ns, "sha256": _digest(path)}
+
+
+def _is(path: Path, entry: Mapping[str, Any] | None) -> bool:
+    try:
+        found = path.lstat()
+        if entry is None or not stat.S_ISREG(found.st_mode) or found.st_size != entry["bytes"]:
+            return False
+        # Checkpoints are large: one that nobody touched since it was written is not read again.
+        return found.st_mtime_ns == entry["modified"] or _digest(path) == entry["sha256"]
+    except OSError:
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

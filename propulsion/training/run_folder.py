@@ -1,0 +1,311 @@
+"""The folder of a training run: whose it is, and how what was trained gets into it."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from propulsion.adapters import explain_loading, save_base
+from propulsion.errors import UserError
+from propulsion.pretrained import pooling_of
+from propulsion.training.checkpoints import checkpoints, clear_leftovers, latest_checkpoint, remove_checkpoint
+from propulsion.training.manifest import Manifest, files_below
+from propulsion.training.trainer import TaskTrainer
+
+RECORD, RATES, RESULT, PREDICTIONS, MODEL = "run.json", "rates.json", "result.json", "predictions.json", "model"
+LENGTHS = ("max_steps", "num_train_epochs")
+"""Fields that say how long a run is: it goes on where they are larger than they were."""
+_EXTENDED = "extended_at"
+_ANOTHER = "name another --output-dir"
+_ANEW = f"{_ANOTHER}, or pass --overwrite-output-dir to start anew"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a run finds in its folder.
+
+    Attributes:
+        finished: What the run found, where it is finished and there is nothing to do.
+        extended_at: Steps after which the run was made longer, the first time first; the last may be new.
+        replaces: Whether an earlier run is to be removed first.
+    """
+
+    finished: dict[str, Any] | None = None
+    extended_at: tuple[int, ...] = ()
+    replaces: bool = False
+
+
+def check_folder(output: Path, *, overwrite: bool) -> None:
+    """Make sure that a folder is empty, absent, or a run's: before anything is loaded, and without a change to it.
+
+    Raises:
+        UserError: It is a file, or holds something else.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file, expected a folder: {_ANOTHER}")
+    try:
+        manifest = Manifest(output)
+        names, known = manifest.others(), manifest.exists
+        if not names or (known and not overwrite):
+            return
+        if known:
+            _refuse_to_lose(manifest, [output / name for name in names if _is_a_runs(name)])
+            return
+    except OSError as error:
+        raise UserError(f"cannot use the folder {output}: {error.strerror or error}") from error
+    shown = f"{names[0]}{'' if len(names) == 1 else f' and {len(names) - 1} more'}"
+    what = "files that no run is known to have written" if RECORD in names else "something else"
+    raise UserError(f"{output} holds {what} ({shown}): {_ANOTHER}, which is empty or a run's")
+
+
+def standing(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Standing:
+    """Compare what is in a folder with a run, and change nothing.
+
+    Args:
+        output: The folder, which `check_folder` has let pass.
+        identity: What two runs must have in common for one to go on where the other stopped, as JSON has it.
+        overwrite: Whether an earlier run of whatever identity is removed first.
+
+    Raises:
+        UserError: It holds another run.
+    """
+    if overwrite:
+        return Standing(replaces=bool(Manifest(output).others()))
+    found = _stored(output)
+    if found is None:
+        if left := [name for name in Manifest(output).others() if _is_a_runs(name)]:
+            raise UserError(f"{output} has {left[0]} but no {RECORD} that says of which run: {_ANEW}")
+        return Standing()
+    extended = tuple(found.pop(_EXTENDED, ()))
+    if found == identity:
+        return Standing(result_of(output), extended)
+    names = sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name))
+    if set(names) <= set(LENGTHS) and _longer(output, found, identity):
+        return Standing(None, (*extended, _to_go_on_from(output, identity)))
+    shown = ", ".join(f"{name} {_short(found.get(name))} there, {_short(identity.get(name))} here" for name in names)
+    raise UserError(f"{output} holds a run of another configuration ({shown}): {_ANEW}")
+
+
+def claim(output: Path, identity: Mapping[str, Any], found: Standing) -> None:
+    """Make the folder this run's: new, in place of an earlier run, or longer than it was.
+
+    Of an earlier run only what it wrote is removed.
+
+    Raises:
+        UserError: Something is in the way that no run wrote, or the folder cannot be written.
+    """
+    manifest = Manifest(output)
+    record = dict(identity) | ({_EXTENDED: list(found.extended_at)} if found.extended_at else {})
+    try:
+        names = manifest.others()
+        if not names and not manifest.exists:
+            manifest.start()
+        if found.replaces:
+            _refuse_to_lose(manifest, [output / name for name in names if _is_a_runs(name)])
+            _clear(manifest)
+        elif names:
+            # What this run will replace. Older checkpoints with anything added to them are never removed.
+            _refuse_to_lose(manifest, [output / name for name in names if name in (MODEL, RESULT, PREDICTIONS)])
+            clear_leftovers(output)
+        if _stored(output) != record:
+            for path in (output / RESULT, output / PREDICTIONS):
+                if path.exists():
+                    _set_aside(manifest, path, found.extended_at[-1])
+            manifest.write_json(output / RECORD, record)
+    except OSError as error:
+        raise UserError(f"cannot use the folder {output}: {error.strerror or error}") from error
+
+
+def _is_a_runs(name: str) -> bool:
+    """Whether a run looks for something of that name."""
+    return name in (RECORD, RATES, RESULT, PREDICTIONS, MODEL) or name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+
+
+def _refuse_to_lose(manifest: Manifest, paths: Sequence[Path]) -> None:
+    for path in paths:
+        if others := manifest.not_own(path):
+            raise UserError(
+                f"{others[0]} is not as the run in {manifest.folder} wrote it, and would be lost: move it away, or "
+                f"{_ANOTHER}"
+            )
+
+
+def _clear(manifest: Manifest) -> None:
+    """Remove what a run wrote, the result first, so that what is left of it never looks finished."""
+    folder = manifest.folder
+    clear_leftovers(folder)
+    order = [RESULT, PREDICTIONS]
+    for path in [*(folder / name for name in order), *reversed(checkpoints(folder))]:
+        if path.is_dir():
+            remove_checkpoint(path)
+        elif path.exists():
+            manifest.remove(path)
+    for path in sorted(manifest.own(), key=lambda path: path == folder / RECORD):
+        manifest.remove(path)
+    manifest.start()
+    if kept := manifest.others():
+        print(f"the earlier run in {folder} is removed; kept, since it did not write them: {', '.join(kept)}")
+
+
+def _set_aside(manifest: Manifest, path: Path, step: int) -> None:
+    """Keep what the shorter run found under another name."""
+    kept = path.with_name(f"{path.stem}-{step}{path.suffix}")
+    if kept.exists():
+        if manifest.not_own(kept):
+            raise UserError(f"{kept} is in the way of what the shorter run found: move it away")
+        manifest.remove(kept)
+    manifest.record({kept.name: path})
+    os.rename(path, kept)
+
+
+def _stored(output: Path) -> dict[str, Any] | None:
+    record = output / RECORD
+    if not record.exists():
+        return None
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{record} is damaged: {_ANOTHER}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{record} is damaged: {_ANOTHER}")
+    return found
+
+
+def _longer(output: Path, found: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether a run is a longer one than that in its folder."""
+    steps, before = identity["max_steps"], found["max_steps"]
+    if steps > 0:
+        return steps > (before if before >= 0 else _done(output))
+    return steps == before and identity["num_train_epochs"] > found["num_train_epochs"]
+
+
+def _done(output: Path) -> int:
+    """Steps of the last checkpoint, and of the result where there is one."""
+    last = latest_checkpoint(output)
+    result = result_of(output) or {"steps": 0}
+    return max(0 if last is None else int(last.name.rpartition("-")[2]), result["steps"])
+
+
+def _to_go_on_from(output: Path, identity: Mapping[str, Any]) -> int:
+    last = latest_checkpoint(output)
+    if last is None and (output / RESULT).exists():
+        raise UserError(f"{output} holds a finished run without a checkpoint, from which it could go on: {_ANEW}")
+    if identity["method"] == "adalora":
+        raise UserError(f"adalora plans its ranks for the steps it was started with, and cannot go on longer: {_ANEW}")
+    return 0 if last is None else int(last.name.rpartition("-")[2])
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> None:
+    """Write what was trained, whole or not at all, with its tokenizer and its base model's fingerprint.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        if trainer.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+        if sharding is not None:  # Checkpoints may be in shards, what is kept is whole.
+            sharding.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(str(partial))
+        if trainer.args.should_save:
+            tokenizer.save_pretrained(partial)
+            if isinstance(trainer.model, PeftModel):
+                save_base(partial, base, getattr(trainer.model, "config", None), pooling_of(trainer.model))
+            explain_loading(partial, trainer.model)
+            manifest = Manifest(destination.parent)
+            if destination.exists():
+                # `claim` has looked before training; what was put there since stops it too.
+                _refuse_to_lose(manifest, [destination])
+                shutil.rmtree(destination)
+            manifest.record(files_below(partial, destination.name))
+            os.rename(partial, destination)
+    except OSError as error:
+        raise UserError(f"cannot write {destination}: {error.strerror or error}; the checkpoints are kept") from error
+
+
+def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) -> None:
+    """Write what a run found; with its result it is finished.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    manifest = Manifest(output)
+    try:
+        for path, content in ((output / PREDICTIONS, predictions), (output / RESULT, result)):
+            if path.exists():  # Left by a call that was killed between the two, or put there meanwhile.
+                _refuse_to_lose(manifest, [path])
+                manifest.remove(path)
+            manifest.write_json(path, content)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output / RESULT}: {error.strerror or error}; the checkpoints are kept"
+        ) from error
+
+
+def result_of(output: Path) -> dict[str, Any] | None:
+    """What a finished run found; None of a run that is not finished.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    return _read(output / RESULT, dict)
+
+
+def predictions_of(output: Path) -> list[Any] | None:
+    """What a finished run predicted, row by row; None of a run that kept none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    return _read(output.expanduser() / PREDICTIONS, list)
+
+
+def store_rates(output: Path, rates: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keep the learning rates that were measured, by role.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    try:
+        Manifest(output).write_json(output / RATES, rates)
+    except OSError as error:
+        raise UserError(f"cannot write {output / RATES}: {error.strerror or error}") from error
+
+
+def rates_of(output: Path) -> dict[str, Any] | None:
+    """The learning rates that the run in a folder measured, by role; None of a run that has measured none yet.
+
+    Raises:
+        UserError: The file is damaged or was changed, or is missing beside a checkpoint that was trained at them.
+    """
+    _refuse_to_lose(Manifest(output), [output / RATES])
+    found = _read(output / RATES, dict)
+    if found is None and (last := latest_checkpoint(output)) is not None:
+        raise UserError(f"{last} is there, but not the learning rates it was trained at, {output / RATES}: {_ANEW}")
+    return found
+
+
+def _read(path: Path, kind: type) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and run the same command again") from error
+    if not isinstance(found, kind):
+        raise UserError(f"{path} is damaged: remove it, and run the same command again")
+    return found
