@@ -56,7 +56,7 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(
         default_factory=lambda: RunConfig(
             n_train=2400, n_validation=300,
-            training=TrainingConfig(steps=150, batch_size=8, max_length=64, bf16=True,
+            training=TrainingConfig(steps=150, batch_size=8, max_length=64,
                                     train_sampling_strategy="group_by_length"),
         )
     )  # fmt: skip

@@ -4,7 +4,7 @@ How far a step of a given size goes differs a thousandfold between methods: the 
 or (IA)³ hardly at all. What a step does to the loss does not: at the rates at which methods learn best, one step of
 Adam changes the loss of rows that it was not taken on by about a per cent of what it was, in one direction or the
 other, whatever is trained. So the rate of each role (`propulsion.training.learning_rates`) is the one at which that is
-`SHARE`, or for the head `HEAD_SHARE`:
+the role's share (`SHARES`):
 
     mean over rows i and batches b of |l_i(theta - rate * Adam's step on b) - l_i(theta)|  =  share * mean of l_i(theta)
 
@@ -40,9 +40,11 @@ from propulsion.training.learning_rates import Rates, RoleRate, fixed_rate, mode
 from propulsion.training.trainer import isolated_randomness
 from propulsion.training_checks import LARGEST_STEP
 
-SHARE, HEAD_SHARE = 0.01, 0.05
-"""What one step changes the loss of a fresh row by, as a share of it: a step of the body, and one of the head, which
-starts near zero, is linear in what it reads and has the longer way to go."""
+SHARE = 0.01
+SHARES = {"head": 0.05, "weight": 0.03}
+"""What one step changes the loss of a fresh row by, as a share of it: `SHARE`, but for two roles. The head starts near
+zero, is linear in what it reads and has the longer way to go. Of a step of all weights, more is what the noise of its
+batch makes it, which later steps undo."""
 LOOK, STRIDE = 4, 4
 """Steps past the first, and how many times as long as others they are, after which a method is looked at that starts at
 a product of zero, whose factors matter as they grow."""
@@ -141,7 +143,7 @@ def _rate_of_role(probe: "_Probe", role: str, parameters: Mapping[str, nn.Parame
     The change grows as a power of the rate, 1 where the first step is measured, more where factors of a product grow
     together; the power is that between the last two rates tried.
     """
-    share = HEAD_SHARE if role == "head" else SHARE
+    share = SHARES.get(role, SHARE)
     fixed = fixed_rate(role, model_degree(probe.model))
     others = [p for p in probe.model.parameters() if p.requires_grad and all(p is not q for q in parameters.values())]
     with _frozen(others):

@@ -17,7 +17,7 @@ from propulsion.methods import Method, apply_method
 from propulsion.pretrained import load_classifier
 from propulsion.train import TrainConfig, run
 from propulsion.training.learning_rates import Rates, RoleRate, model_degree, parameter_groups, parameter_roles
-from propulsion.training.measured_rates import HEAD_SHARE, LOOK, SHARE, choose_rows, measured, with_measured
+from propulsion.training.measured_rates import LOOK, SHARE, SHARES, choose_rows, measured, with_measured
 from propulsion.training.run_folder import RATES
 
 AUTO = Rates("auto", "auto")
@@ -94,7 +94,7 @@ def test_a_step_changes_the_loss_by_the_stated_share(method):
             first, second = (nn.functional.cross_entropy(outputs, others["labels"], reduction="none")
                              for outputs in (before, before + moved - moved.mean(dim=0)))  # fmt: skip
             changes.append(float((second - first).abs().mean() / first.mean()))
-        share = HEAD_SHARE if role == "head" else SHARE
+        share = SHARES.get(role, SHARE)
         assert share / 3 < max(changes) < share * 3
 
 
