@@ -95,13 +95,12 @@ def write(config: Config, results: Mapping[str, Result], root: Path, folder: Pat
     if folder is None:
         return
     # Figures read results; only this last step of a command knows of them.
-    from figures.registry import DRAWINGS
+    from figures.all import captions
 
-    captions = {stem: caption for drawing in DRAWINGS.values() for stem, caption in drawing.captions.items()}
     files = {
         "claims.md": report.markdown(content, root, folder),
         "ledger.json": report.to_json(content),
-        "report.html": page(content, pictures(root, results, captions)),
+        "report.html": page(content, pictures(root, results, captions())),
     }
     write_texts(folder, files)
     print(f"{', '.join(files)} in {folder}")

@@ -40,6 +40,11 @@ def folders(root: Path) -> list[Path]:
     return found
 
 
+def captions() -> dict[str, str]:
+    """What every figure shows, and what its bars and bands are, by the figure's file name without suffix."""
+    return {stem: caption for drawing in DRAWINGS.values() for stem, caption in drawing.captions.items()}
+
+
 def main(config: Config) -> None:
     """Draw, folder by folder."""
     failed = False

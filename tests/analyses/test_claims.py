@@ -17,7 +17,7 @@ from analyses.core.cells import Grid
 from analyses.ledger import commands, report, runs
 from analyses.ledger.rows import CLAIMS, load_tree
 from analyses.records import RESULT_FILE, plain
-from figures.registry import DRAWINGS
+from figures.all import captions
 from propulsion.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -361,4 +361,4 @@ def test_mistakes(tmp_path):
 
 def test_figures_of_the_page_have_captions():
     stems = {path.stem for path in (ROOT / STORED).rglob("*.png")}
-    assert stems <= {stem for drawing in DRAWINGS.values() for stem in drawing.captions}
+    assert stems <= set(captions())
