@@ -23,7 +23,7 @@ import ntk
 from analyses.core.analysis import check_seeds
 from analyses.core.cells import Grid
 from analyses.core.errors import run_command
-from analyses.layer_agreement import place_methods, places_of
+from analyses.peft_kernels.layers import place_methods, places_of
 from analyses.records import Metric, Result, check_writable, environment, format_table, number, write_result
 from analyses.subjects.readout import Readout
 from analyses.subjects.training_run import RunConfig, chance_score, training_run

@@ -16,12 +16,12 @@ from analyses import (
     convergence,
     delta_weights,
     instruction_tuning,
-    kernel_drift,
     memory,
     method_comparison,
     parameter_count,
 )
 from analyses.core.errors import run_command
+from analyses.kernel_drift.tables import summary as kernel_drift_summary
 from analyses.records import Result, load_result
 from propulsion.errors import UserError
 
@@ -31,7 +31,7 @@ SUMMARIES: dict[str, Callable[..., str]] = {
     "convergence": convergence.summary,
     "delta_weights": delta_weights.summary,
     "instruction_tuning": instruction_tuning.summary,
-    "kernel_drift": kernel_drift.summary,
+    "kernel_drift": kernel_drift_summary,
     "memory": memory.summary,
     "method_comparison": method_comparison.summary,
     "parameter_count": parameter_count.summary,

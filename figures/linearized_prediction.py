@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analyses.linearized_prediction_tables import AGAIN, REGRESSION, SIGN
+from analyses.linearized_prediction.tables import AGAIN, REGRESSION, SIGN
 from analyses.records import Metric, Result
 from figures.command import command
 from figures.method_comparison import short

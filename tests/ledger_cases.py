@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from analyses.ledger.theory import DROPPED, PRETRAINED
-from analyses.ledger.training import ALL, ATTN
+from analyses.claims.theory import DROPPED, PRETRAINED
+from analyses.claims.training import ALL, ATTN
 from analyses.records import Metric, Result
 
 Value = float | tuple[float, float, float]

@@ -1,10 +1,23 @@
-"""Intervals over the seeds of repeated runs."""
+"""Intervals of metrics: over the examples a kernel was measured on, over seeds, and over both."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
+from jaxtyping import Float
 from scipy import stats
+from torch import Tensor
+
+import ntk
+from ntk import UndefinedMetricError
+
+Kernel = Float[Tensor, "n n"]
+Counts = Float[Tensor, "B n"]
+Values = Float[Tensor, "B"]
+
+# Of the uncentred norm's square: what is left of a constant kernel's centred one by rounding.
+_ROUNDING = 1e-10
 
 
 def over_seeds(seeds: Sequence[int], n_examples: int) -> str:
@@ -21,3 +34,171 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
         return mean, math.nan, math.nan
     half = stats.t.ppf((1 + level) / 2, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample))
     return mean, mean - float(half), mean + float(half)
+
+
+def bootstrap_interval(
+    metric: Callable[..., float],
+    kernels: Sequence[Tensor],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """A metric of kernels over the same n examples, with its bootstrap interval: (value, low, high).
+
+    Each resample draws n examples with replacement and takes the same rows and columns of every kernel (Efron and
+    Tibshirani 1993, ch. 8 and 13). An example drawn twice puts diagonal entries off the diagonal, about as many as the
+    diagonal has; they shift all resampled values of a metric alike. The interval therefore takes the percentiles'
+    distance from the bootstrap mean, and not the percentiles themselves, to either side of the value:
+
+        value + (q_low - mean),  value + (q_high - mean)
+
+    Resamples on which the metric is undefined (a constant kernel, say) are left out; what is undefined
+    altogether is NaN.
+
+    Raises:
+        ValueError: no kernel, kernels over different numbers of examples, or ``level`` outside (0, 1).
+    """
+    return seed_interval([resampled(metric, kernels, resamples=resamples, seed=seed)], seed=seed, level=level)
+
+
+def seed_interval(
+    each: Sequence[tuple[float, np.ndarray]], *, seed: int, level: float = 0.95
+) -> tuple[float, float, float]:
+    """The mean over S seeds of a metric, with an interval over seeds and examples: (value, low, high).
+
+    A hierarchical bootstrap (Davison and Hinkley 1997, sec. 3.8): each resample draws S seeds with replacement, and of
+    each drawn seed a resample of its examples. Student's interval over seeds would cover both as well, since seeds draw
+    their own examples, but of three seeds it is 4.3 standard errors wide to either side and leaves a metric's range.
+    Where examples make most of the variance this interval is too wide (they count within seeds and between them), by
+    up to sqrt(2 - 1/S); where seeds make most of it, too narrow, by down to sqrt(1 - 1/S). Of one seed it is
+    :func:`bootstrap_interval` and says nothing of others.
+
+    Args:
+        each: for each seed what :func:`resampled` returns, of equally many resamples.
+        seed: of the draws of seeds.
+        level: of the interval.
+
+    Raises:
+        ValueError: no seed, or ``level`` outside (0, 1).
+    """
+    if not each:
+        raise ValueError("seed_interval takes at least one seed")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1; got {level}")
+    value = float(np.mean([found for found, _ in each]))
+    # Each seed's resamples are moved so that their mean is its value: what examples drawn twice shift is taken out.
+    moved = [found + values - np.nanmean(values) if np.isfinite(values).any() else values for found, values in each]
+    count, generator = len(each), np.random.default_rng(seed)
+    places = np.arange(len(moved[0]))
+    drawn = generator.integers(0, count, size=(count, len(places)))
+    slots = [
+        # A seed drawn twice takes part with two resamples.
+        np.stack(moved)[drawn[slot], places if slot == 0 else generator.permutation(places)]
+        for slot in range(count)
+    ]
+    means = np.mean(slots, axis=0)
+    means = means[np.isfinite(means)]
+    if not np.isfinite(value) or not means.size:
+        return value, float("nan"), float("nan")
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail]) - means.mean()
+    return value, value + float(low), value + float(high)
+
+
+def resampled(
+    metric: Callable[..., float], kernels: Sequence[Tensor], *, resamples: int, seed: int
+) -> tuple[float, np.ndarray]:
+    """A metric of kernels over the same n examples, and its value on each resample of them; NaN where undefined.
+
+    Metrics in `RESAMPLED` are taken on all resamples at once.
+
+    Raises:
+        ValueError: no kernel, or kernels over different numbers of examples.
+    """
+    if not kernels or len({len(kernel) for kernel in kernels}) != 1:
+        raise ValueError("bootstrap_interval takes kernels over the same examples")
+    try:
+        value = metric(*kernels)
+    except UndefinedMetricError:
+        return float("nan"), np.full(resamples, np.nan)
+    generator = np.random.default_rng(seed)
+    n = len(kernels[0])
+    draws = generator.integers(0, n, size=(resamples, n))
+    at_once = RESAMPLED.get(metric)
+    if at_once is not None and all(kernel.ndim == 2 for kernel in kernels):
+        counts = np.stack([np.bincount(rows, minlength=n) for rows in draws]) if resamples else np.zeros((0, n))
+        return value, at_once(torch.from_numpy(counts).double(), *(kernel.double() for kernel in kernels)).numpy()
+    values = np.full(resamples, np.nan)
+    for place, rows in enumerate(torch.from_numpy(draws)):
+        try:
+            values[place] = metric(*(kernel[rows][:, rows] for kernel in kernels))
+        except UndefinedMetricError:
+            continue
+    return value, values
+
+
+# --- metrics on many resamples at once ---
+#
+# A resample takes rows and columns of a kernel K with repetition; example i is drawn w_i times, sum_i w_i = n. Sums
+# over the resampled matrix are then sums over K itself,
+#
+#     <K, L>_w = sum_ij w_i w_j K_ij L_ij,      tr_w K = sum_i w_i K_ii,
+#
+# and the inner product of both after centring is <K, L>_w - (2 / n) sum_i w_i (K w)_i (L w)_i + (w K w)(w L w) / n^2.
+# B resamples cost three products (B, n) x (n, n), where one at a time takes B copies of every kernel. Metrics that are
+# no such sums, as those of spectra, are taken one resample at a time (`resampled`).
+
+
+def alignment(counts: Counts, K: Kernel, L: Kernel) -> Values:
+    """:func:`ntk.kernel_alignment` on each resample; NaN where a kernel is zero."""
+    product, left, right = _inner(counts, K, L), _inner(counts, K, K), _inner(counts, L, L)
+    return product / _positive(left * right, 0 * left).sqrt()
+
+
+def cka(counts: Counts, K: Kernel, L: Kernel) -> Values:
+    """:func:`ntk.cka` on each resample; NaN where a kernel is constant."""
+    # Centred over all examples first, which resamples' own centring undoes, for the sake of rounding.
+    K, L = ntk.metrics.center(K), ntk.metrics.center(L)
+    left, right = (_positive(_centred(counts, A, A), _ROUNDING * _inner(counts, A, A)) for A in (K, L))
+    return _centred(counts, K, L) / (left * right).sqrt()
+
+
+def trace(counts: Counts, K: Kernel) -> Values:
+    """:func:`ntk.trace` on each resample."""
+    return counts @ K.diagonal()
+
+
+def trace_ratio(counts: Counts, K: Kernel, L: Kernel) -> Values:
+    """:func:`ntk.trace_ratio` on each resample; NaN where tr L is zero."""
+    below = trace(counts, L)
+    return trace(counts, K) / torch.where(below != 0, below, torch.nan)
+
+
+def matching_degree(counts: Counts, K: Kernel, L: Kernel) -> Values:
+    """:func:`ntk.matching_degree` on each resample."""
+    return trace_ratio(counts, K, L).sqrt()
+
+
+RESAMPLED: Mapping[Callable[..., float], Callable[..., Tensor]] = {
+    ntk.kernel_alignment: alignment,
+    ntk.cka: cka,
+    ntk.trace: trace,
+    ntk.trace_ratio: trace_ratio,
+    ntk.matching_degree: matching_degree,
+}
+
+
+def _inner(counts: Counts, K: Kernel, L: Kernel) -> Values:
+    return ((counts @ (K * L)) * counts).sum(1)
+
+
+def _centred(counts: Counts, K: Kernel, L: Kernel) -> Values:
+    n = counts.shape[1]
+    left, right = counts @ K, counts @ L
+    means = (left * counts).sum(1) * (right * counts).sum(1) / n**2
+    return _inner(counts, K, L) - 2 / n * (counts * left * right).sum(1) + means
+
+
+def _positive(values: Values, least: Values) -> Values:
+    return torch.where(values > least, values, torch.nan)

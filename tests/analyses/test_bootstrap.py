@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import ntk
-from analyses.core.bootstrap import bootstrap_interval, resampled, seed_interval
-from analyses.core.resampled_metrics import RESAMPLED
+from analyses.core.intervals import RESAMPLED, bootstrap_interval, resampled, seed_interval
 
 
 def kernels(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

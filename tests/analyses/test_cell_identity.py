@@ -20,7 +20,7 @@ from analyses import (
     pooling,
 )
 from analyses.core.cells import PLACES, Grid, settings_of
-from analyses.prediction_setting import Config as PredictionConfig
+from analyses.linearized_prediction.setting import Config as PredictionConfig
 from propulsion.data.tasks import get_task
 
 MODULES = {

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import tyro
 
-from analyses import ablation, claims
+from analyses import ablation
+from analyses.claims import __main__ as claims
+from analyses.claims import commands, report
+from analyses.claims import plan as runs
+from analyses.claims.judge import CLAIMS, load_tree
 from analyses.core.cells import Grid
-from analyses.ledger import commands, report, runs
-from analyses.ledger.rows import CLAIMS, load_tree
 from analyses.records import RESULT_FILE, plain
 from figures.all import captions
 from propulsion.errors import UserError
@@ -325,8 +327,8 @@ def test_the_full_plan_makes_all_that_the_claims_need():
 
 
 def test_every_command_line_can_be_read():
-    for path in sorted((ROOT / "analyses").glob("*.py")):
-        module = importlib.import_module(f"analyses.{path.stem}")
+    for path in sorted([*(ROOT / "analyses").glob("*.py"), *(ROOT / "analyses").glob("*/__main__.py")]):
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
         if "tyro.cli(Config" in path.read_text("utf-8"):
             with pytest.raises(SystemExit) as stop:
                 tyro.cli(module.Config, args=["--help"])

@@ -5,7 +5,7 @@ import torch
 from cases import autograd_kernel, batch, classifier, relative_error
 
 import ntk
-from analyses.common_component import mean_inputs, split_methods
+from analyses.peft_kernels.mean_split import mean_inputs, split_methods
 
 EXACT = 1e-10
 

@@ -8,9 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from analyses import kernel_distance
-from analyses.kernel_distance import Config, main, run
-from analyses.kernel_distance_tables import summary
+from analyses.kernel_distance import Config, analysis, main, run
+from analyses.kernel_distance.tables import summary
 from analyses.records import STAGES, load_result
 from propulsion.errors import UserError
 from propulsion.training import TrainingConfig
@@ -102,8 +101,8 @@ def test_several_seeds_are_averaged_and_a_killed_run_goes_on(config, result, tmp
             raise KeyboardInterrupt
         return measure(one)
 
-    measure = kernel_distance._measure
-    monkeypatch.setattr(kernel_distance, "_measure", killed_at_the_second)
+    measure = analysis._measure
+    monkeypatch.setattr(analysis, "_measure", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run(both)
     found = run(both)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from analyses import drift_metrics, drift_probe, kernel_drift
-from analyses.drift_metrics import OTHER_EXAMPLE, OTHER_HEAD, PERMUTED
-from analyses.kernel_drift_tables import is_lazy, summary
+from analyses import kernel_drift
+from analyses.kernel_drift import measures, probe
+from analyses.kernel_drift.measures import OTHER_EXAMPLE, OTHER_HEAD, PERMUTED
+from analyses.kernel_drift.tables import is_lazy, summary
 from analyses.records import Metric, load_result
 from analyses.subjects.training_run import RunConfig, training_run
 from figures import kernel_drift as figure
@@ -48,9 +49,9 @@ def moved(request, tiny_model):
     """A model in float64 moved away from its start, the start, and padded inputs."""
     model, tokenizer = load_classifier(tiny_model, num_labels=2, dtype=torch.float64)
     model = apply_method(model, Method.parse(request.param).with_defaults(degree=3), task_type="SEQ_CLS").eval()
-    start = drift_probe.trained_values(model)
+    start = probe.trained_values(model)
     generator = torch.Generator().manual_seed(1)
-    linearized = drift_probe.Linearized(model, "trainable")
+    linearized = probe.Linearized(model, "trainable")
     with torch.no_grad():
         for name, delta in zip(linearized.names, linearized.delta, strict=True):
             delta.copy_(0.02 * torch.randn(delta.shape, generator=generator, dtype=torch.float64))
@@ -74,14 +75,14 @@ def jacobians(model, inputs, names):
 
 def test_jacobians_and_kernels_are_autograds(moved):
     model, start, inputs, _ = moved
-    own = drift_probe.own_parameters(model)
-    block = drift_probe.Block.choose(model, own, "value", 5)
-    found = drift_probe.jacobian_drift(model, inputs, start, own, block)
+    own = probe.own_parameters(model)
+    block = probe.Block.choose(model, own, "value", 5)
+    found = probe.jacobian_drift(model, inputs, start, own, block)
     now = jacobians(model, inputs, own)
     head = {name: value for name, value in start.items() if name not in own}
-    with drift_probe.parameters_at(model, head):
+    with probe.parameters_at(model, head):
         same_head = jacobians(model, inputs, own)
-    with drift_probe.parameters_at(model, start):
+    with probe.parameters_at(model, start):
         before = jacobians(model, inputs, own)
         blocks = jacobians(model, inputs, [block.parameter])
     expected = {"moved": now - before, "moved_same_head": same_head - before, "start": before,
@@ -89,25 +90,25 @@ def test_jacobians_and_kernels_are_autograds(moved):
     for name, difference in expected.items():
         torch.testing.assert_close(getattr(found, name).sum(0), difference.square().sum((1, 2)), **EXACT)
     torch.testing.assert_close(found.block_start, blocks[:, 1, :5], **EXACT)
-    kernel = drift_probe.traced_kernel(model, inputs, own)
+    kernel = probe.traced_kernel(model, inputs, own)
     torch.testing.assert_close(kernel, torch.einsum("iap,jap->ij", now, now), **EXACT)
 
 
 def test_the_linearisation_is_the_jacobian_times_the_movement(moved):
     model, start, inputs, linearized = moved
-    with drift_probe.parameters_at(model, start):
-        initial = drift_probe.batched_outputs(model, inputs, lambda **named: model(**named).logits)
+    with probe.parameters_at(model, start):
+        initial = probe.batched_outputs(model, inputs, lambda **named: model(**named).logits)
         J = jacobians(model, inputs, list(start))
     delta = torch.cat([p.detach().flatten() for p in linearized.delta])
-    found = drift_probe.batched_outputs(model, inputs, linearized)
+    found = probe.batched_outputs(model, inputs, linearized)
     torch.testing.assert_close(found, initial + J @ delta, **EXACT)
     assert not torch.allclose(found, initial, rtol=1e-3)
 
 
 def test_parameters_come_back_after_an_error(moved):
     model, start, _, _ = moved
-    before = drift_probe.trained_values(model)
-    with pytest.raises(KeyError), drift_probe.parameters_at(model, start):
+    before = probe.trained_values(model)
+    with pytest.raises(KeyError), probe.parameters_at(model, start):
         raise KeyError
     assert all(torch.equal(value, model.get_parameter(name)) for name, value in before.items())
 
@@ -119,15 +120,15 @@ def test_parameters_come_back_after_an_error(moved):
 )  # fmt: skip
 def test_the_block_is_the_smallest_of_the_last_module(tiny_model, method, parameter):
     model = apply_method(load_classifier(tiny_model, num_labels=2)[0], Method.parse(method), task_type="SEQ_CLS")
-    own = drift_probe.own_parameters(model)
+    own = probe.own_parameters(model)
     assert not any("classifier" in name for name in own)
-    assert drift_probe.Block.choose(model, own, "value", 48).parameter.endswith(parameter)
+    assert probe.Block.choose(model, own, "value", 48).parameter.endswith(parameter)
 
 
 def test_the_head_alone_has_no_kernel_of_its_own(tiny_model):
     model = apply_method(load_classifier(tiny_model, num_labels=2)[0], Method("head"), task_type="SEQ_CLS")
     with pytest.raises(UserError, match="trains the head alone"):
-        drift_probe.own_parameters(model)
+        probe.own_parameters(model)
 
 
 # --- what is made of it -----------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def kernel():
 
 
 def test_a_kernel_that_only_grew(kernel):
-    found = dict(drift_metrics.method_estimates([planted([kernel, 3 * kernel])], 1, resamples=20))
+    found = dict(measures.method_estimates([planted([kernel, 3 * kernel])], 1, resamples=20))
     values = {name: estimate.value for name, estimate in found.items()}
     assert values["relative_kernel_drift"] == pytest.approx(2)
     assert values["kernel_alignment_with_start"] == pytest.approx(1)
@@ -165,13 +166,13 @@ def test_the_error_of_the_linearisation(kernel):
     start, step = torch.randn(8, 2, generator=generator), torch.randn(8, 2, generator=generator)
     outputs = torch.stack([start, start + step])
     cell = planted([kernel, kernel], outputs, torch.stack([start, start + 0.75 * step]))
-    found = dict(drift_metrics.method_estimates([cell, cell], 1, resamples=20))
+    found = dict(measures.method_estimates([cell, cell], 1, resamples=20))
     assert found["linearisation_error"].by_seed == pytest.approx((0.25, 0.25))
     assert found["linearised_movement"].value == pytest.approx(0.75)
     low, high = found["linearisation_error"].examples
     assert (low, high) == pytest.approx((0.25, 0.25))  # The same for every example.
-    nulls = {(name, right): e.value for name, right, e in drift_metrics.method_nulls([cell, cell], draws=2)}
-    order = drift_metrics.order(8, 0)
+    nulls = {(name, right): e.value for name, right, e in measures.method_nulls([cell, cell], draws=2)}
+    order = measures.order(8, 0)
     expected = float((step - 0.75 * step[order]).norm() / step.norm())
     assert nulls["null_linearisation_error", PERMUTED] == pytest.approx(expected)
     assert nulls["null_relative_jacobian_drift", OTHER_EXAMPLE] == pytest.approx(1)
@@ -181,19 +182,19 @@ def test_the_error_of_the_linearisation(kernel):
 
 def test_intervals_over_seeds_and_examples(kernel):
     cells = [planted([kernel, scale * kernel]) for scale in (1.1, 1.2, 1.3)]
-    drift = dict(drift_metrics.method_estimates(cells, 1, resamples=20))["relative_kernel_drift"]
+    drift = dict(measures.method_estimates(cells, 1, resamples=20))["relative_kernel_drift"]
     assert drift.by_seed == pytest.approx((0.1, 0.2, 0.3), rel=1e-5)
     assert drift.seeds == pytest.approx((0.2 - 0.1 * 4.302653 / 3**0.5, 0.2 + 0.1 * 4.302653 / 3**0.5), rel=1e-4)
     assert drift.examples == pytest.approx((0.2, 0.2), rel=1e-5)  # Scaling is the same on all examples.
     assert drift.ends == drift.seeds
-    single = dict(drift_metrics.method_estimates(cells[:1], 1, resamples=20))["relative_kernel_drift"]
+    single = dict(measures.method_estimates(cells[:1], 1, resamples=20))["relative_kernel_drift"]
     assert single.ends == single.examples
 
 
 def test_a_score_that_is_undefined_stays_so(kernel):
     cell = planted([kernel, kernel])
     cell["points"][0]["score"] = None  # As a cell keeps a correlation with constant predictions.
-    assert np.isnan(dict(drift_metrics.method_estimates([cell], 0, resamples=1))["score"].value)
+    assert np.isnan(dict(measures.method_estimates([cell], 0, resamples=1))["score"].value)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from ledger_cases import (
     widths,
 )
 
-from analyses.ledger.rows import CLAIMS, choose, judge, judge_claim
-from analyses.ledger.verdicts import EVERYWHERE, SOMEWHERE, Outcome, Quantity, Verdict, at_least, at_most
+from analyses.claims.claim import EVERYWHERE, SOMEWHERE, Outcome, Quantity, Verdict, at_least, at_most
+from analyses.claims.judge import CLAIMS, choose, judge, judge_claim
 from propulsion.errors import UserError
 
 HOLDS, CONDITIONS, FAILS, UNTESTABLE = (Verdict.HOLDS, Verdict.CONDITIONS, Verdict.FAILS, Verdict.UNTESTABLE)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import ntk
-from analyses import kernel_prediction, linearized_prediction
-from analyses.kernel_prediction import (
+from analyses import linearized_prediction
+from analyses.linearized_prediction import Config, predictors
+from analyses.linearized_prediction.cells import start_of
+from analyses.linearized_prediction.predictors import (
     alikeness,
     flow,
     folds,
@@ -18,10 +20,8 @@ from analyses.kernel_prediction import (
     regression,
     sign_regression,
 )
-from analyses.linearized_prediction import Config
-from analyses.linearized_prediction_tables import AGAIN, HIDDEN, PERMUTED, REGRESSION, SIGN, WITH_HEAD, summary
-from analyses.prediction_cells import start_of
-from analyses.prediction_setting import setting_of
+from analyses.linearized_prediction.setting import setting_of
+from analyses.linearized_prediction.tables import AGAIN, HIDDEN, PERMUTED, REGRESSION, SIGN, WITH_HEAD, summary
 from analyses.records import load_result
 from analyses.subjects.batch import model_inputs
 from analyses.subjects.readout import Readout, answering, load_label_words, packaged_model, prompted
@@ -158,11 +158,11 @@ def test_regression_is_ntk_s(toy):
 def test_what_a_kernel_can_say_is_predicted_with_a_small_ridge(toy):
     kernel, y, f0 = toy
     f, ridge = predict(regression, kernel, y[:30], torch.zeros(40), seed=0)
-    assert ridge == min(kernel_prediction.RIDGES)
+    assert ridge == min(predictors.RIDGES)
     torch.testing.assert_close(f, y[30:], rtol=1e-2, atol=1e-2)
     # Noise is not: the largest ridge, or what is worse on left-out rows, is chosen.
     _, ridge = predict(regression, kernel, f0[:30], torch.zeros(40), seed=0)
-    assert ridge == max(kernel_prediction.RIDGES)
+    assert ridge == max(predictors.RIDGES)
 
 
 def test_held_out_targets_play_no_part(toy):

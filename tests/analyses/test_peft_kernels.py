@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import ntk
-from analyses.peft_comparison import label_kernel
-from analyses.peft_kernels import FULL, REFERENCE, STAGE, Config, main, run
-from analyses.peft_kernels_tables import summary
-from analyses.peft_methods import MethodChoice
+from analyses.peft_kernels import Config, main, run
+from analyses.peft_kernels.analysis import STAGE
+from analyses.peft_kernels.measures import label_kernel
+from analyses.peft_kernels.methods import FULL, REFERENCE, MethodChoice
+from analyses.peft_kernels.tables import summary
 from analyses.records import load_result
 from analyses.subjects.readout import Readout
 from propulsion.data import draw_rows, load_task_data
@@ -109,7 +110,7 @@ def test_a_seed_is_as_it_is_alone_and_is_measured_once(config, result, tmp_path,
     alone = dataclasses.replace(config, seeds=(4,), output_dir=tmp_path / "alone")
     values = seed_values(run(alone), 4)
     assert values == seed_values(result, 4)
-    monkeypatch.setattr("analyses.peft_kernels._measure", lambda *_, **__: pytest.fail("measured twice"))
+    monkeypatch.setattr("analyses.peft_kernels.analysis._measure", lambda *_, **__: pytest.fail("measured twice"))
     again = run(config)
     assert [(m.name, m.value, m.low, m.high) for m in again.metrics] == [
         (m.name, m.value, m.low, m.high) for m in result.metrics

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from analyses.ledger import report
-from analyses.ledger.commands import arguments
+from analyses.claims import report
+from analyses.claims.commands import NOTE, arguments, through_pooler
 from analyses.records import RESULT_FILE, load_result
-from analyses.through_pooler import NOTE, through_pooler
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted((ROOT / "docs" / "results").glob("*/README.md"))

@@ -1,0 +1,112 @@
+"""The command: run or load, judge, print and write."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+import analyses.claims
+from analyses.claims import plan as runs
+from analyses.claims import report
+from analyses.claims.judge import TASKS, choose, judge, load_tree
+from analyses.claims.page import page, pictures
+from analyses.core.errors import run_command
+from analyses.records import Result
+from analyses.records.atomic import write_texts
+from propulsion.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """The ledger of the paper's claims."""
+
+    quick: bool = False
+    """Run the demonstration task at small sizes, and judge that."""
+    data_dir: Path | None = None
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
+    tasks: tuple[str, ...] = TASKS
+    """Tasks of the full run; what is measured on one task takes the first."""
+    language_model: Path | None = None
+    """GGUF file or folder of a causal language model, for the full run; without it, none is tuned."""
+    load: Path | None = None
+    """Judge the result folders below this one, and run nothing."""
+    only: tuple[str, ...] = ()
+    """Judge these claims alone, and run what they need; all by default."""
+    show_plan: bool = False
+    """Print the commands of the runs, and stop."""
+    output_dir: Path | None = None
+    """Folder of results and reports, results/claims or results/claims-quick by default. With --load, folder of the
+    reports; without it they are printed and not written."""
+
+
+def main(config: Config) -> None:
+    """Run or load, judge, print, write.
+
+    Raises:
+        UserError: Options that contradict each other, an unknown claim, folders that cannot be read or written.
+    """
+    claims = choose(config.only)
+    if config.load is not None:
+        if config.quick or config.show_plan:
+            raise UserError("--load runs nothing: leave out --quick and --show-plan")
+        write(config, load_tree(config.load), config.load, config.output_dir)
+        return
+    root = config.output_dir or Path("results") / ("claims-quick" if config.quick else "claims")
+    plan = runs.needed(_plan(config), claims, everything=not config.only)
+    if config.show_plan:
+        for run in plan:
+            print(" ".join(run.command(root)))
+        return
+    runs.check_root(root, quick=config.quick)
+    try:
+        failed = runs.carry_out(plan, root)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    write(config, load_tree(root), root, root)
+    if failed:
+        for name, message in failed.items():
+            print(f"{name}: {message}; log in {root / runs.LOGS}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def write(config: Config, results: Mapping[str, Result], root: Path, folder: Path | None) -> None:
+    """Judge the results of a folder, print the table, write the reports into another."""
+    content = report.ledger(
+        judge(choose(config.only), results), results, _as_given(root), quick=(root / runs.MARK).exists()
+    )
+    print(f"\n{report.text(content)}\n")
+    if content["quick"]:
+        print(f"{report.QUICK}\n")
+    if folder is None:
+        return
+    # Figures read results; only this last step of a command knows of them.
+    from figures.all import captions
+
+    files = {
+        "claims.md": report.markdown(content, root, folder),
+        "ledger.json": report.to_json(content),
+        "report.html": page(content, pictures(root, results, captions())),
+    }
+    write_texts(folder, files)
+    print(f"{', '.join(files)} in {folder}")
+
+
+def _plan(config: Config) -> list[runs.Run]:
+    if config.quick:
+        return runs.quick_plan()
+    if not config.tasks:
+        raise UserError("name one task at least")
+    return runs.full_plan(config.tasks, config.data_dir, config.language_model, gpu=torch.cuda.is_available())
+
+
+def _as_given(root: Path) -> str:
+    # A ledger names no folder of one machine.
+    return root.name if root.is_absolute() else root.as_posix()
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.claims", description=analyses.claims.__doc__)))

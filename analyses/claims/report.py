@@ -1,0 +1,223 @@
+"""The ledger as one plain structure, and that structure as a terminal table, as Markdown and as JSON."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analyses.claims.claim import Evidence, Outcome, Quantity, Verdict
+from analyses.claims.commands import NOTE, command, through_pooler
+from analyses.claims.judge import Row
+from analyses.records import RESULT_FILE, Result, format_table, plain
+
+WIDTH = 100
+SYMBOLS = {
+    Verdict.HOLDS: "✓",
+    Verdict.CONDITIONS: "◐",
+    Verdict.FAILS: "✗",
+    Verdict.UNTESTABLE: "?",
+    Verdict.MISSING: "…",
+}
+UNDECIDED = "no number is decided: each interval reaches across the threshold, or a single seed gives none"
+HOW_TO_READ = (
+    "Every verdict is computed from stored results by the rule that stands beside it; none is typed. A number comes "
+    "with its interval in brackets (95 %, of the analysis that made it), and beside a null: a null model, a rival, or "
+    "what the number would be if there were nothing. It meets a threshold if its whole interval does, misses it if its "
+    "whole interval does, and is undecided otherwise. Claims are put in our words."
+)
+QUICK = (
+    "Made by --quick: the demonstration task, few steps and few examples. The verdicts show how the ledger works, not "
+    "what the paper's claims are worth."
+)
+
+
+def ledger(rows: Sequence[Row], results: Mapping[str, Result], root: str, *, quick: bool = False) -> dict[str, Any]:
+    """All that the ledger says, as plain values.
+
+    Args:
+        rows: The claims judged.
+        results: The results they were judged by.
+        root: The folder of those results, as commands should name it.
+        quick: Whether they were made by a quick run.
+    """
+    counts = {verdict.value: sum(row.verdict == verdict for row in rows) for verdict in Verdict}
+    return {
+        "format": 1,
+        "root": root,
+        "quick": quick,
+        "counts": counts,
+        "rows": [_row(row, root) for row in rows],
+        "sources": {name: _source(result, f"{root}/{name}") for name, result in results.items()},
+    }
+
+
+def _row(row: Row, root: str) -> dict[str, Any]:
+    claim = row.claim
+    words = ("key", "title", "words", "where", "measure", "threshold")
+    source = "--data-dir glue" if row.missing else f"--load {root}"
+    undecided = UNDECIDED if row.verdict == Verdict.UNTESTABLE and not row.reason else row.reason
+    return {name: getattr(claim, name) for name in words} | {
+        "rule": claim.rule.words,
+        "verdict": row.verdict.value,
+        "number": None if row.decisive is None else _evidence(row.decisive),
+        "evidence": [_evidence(e) for e in row.evidence],
+        "results": list(row.folders),
+        "waits_for": list(row.missing),
+        "reason": undecided,
+        "command": f"python -m analyses.claims --only {claim.key} {source}",
+    }
+
+
+def _evidence(e: Evidence) -> dict[str, Any]:
+    null = None if e.null is None else _quantity(e.null)
+    return _quantity(e.found) | {"outcome": e.outcome.value, "null": null, "detail": e.detail}
+
+
+def _quantity(q: Quantity) -> dict[str, Any]:
+    return {"label": q.label, "text": str(q), "value": plain(q.value), "low": plain(q.low), "high": plain(q.high)}
+
+
+def _source(result: Result, folder: str) -> dict[str, Any]:
+    return {
+        "analysis": result.analysis,
+        "commit": result.environment.get("commit"),
+        "dirty": result.environment.get("dirty"),
+        "seed": result.seed,
+        "config": result.config,
+        "command": command(result, folder),
+        "through_pooler": through_pooler(result),
+    }
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """As `ledger.json`."""
+    return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def counts_in_words(content: Mapping[str, Any]) -> str:
+    """How many claims got which verdict."""
+    return ", ".join(f"{n} {verdict}" for verdict, n in content["counts"].items() if n)
+
+
+def note_in_words(content: Mapping[str, Any]) -> str:
+    """What must be said of results that were computed through an untrained pooler; "" if none were."""
+    marked = any(source["through_pooler"] for source in content["sources"].values())
+    return f"Results of MiniLM-L6: {NOTE[0].lower()}{NOTE[1:]}" if marked else ""
+
+
+def number_in_words(row: Mapping[str, Any]) -> str:
+    """The number that stands for a row's verdict, and what it is of."""
+    found = row["number"]
+    if found is None:
+        return f"waits for {', '.join(row['waits_for'])}" if row["waits_for"] else row["reason"] or "-"
+    return f"{found['text']} ({found['label']})"
+
+
+def met_in_words(row: Mapping[str, Any]) -> str:
+    """How many of a row's numbers meet the threshold."""
+    met = sum(e["outcome"] == Outcome.MET for e in row["evidence"])
+    return f"{met}/{len(row['evidence'])}" if row["evidence"] else ""
+
+
+def verdict_in_words(row: Mapping[str, Any]) -> str:
+    """Symbol and verdict."""
+    return f"{SYMBOLS[Verdict(row['verdict'])]} {row['verdict']}"
+
+
+def text(content: Mapping[str, Any], width: int = WIDTH) -> str:
+    """A table for the terminal, no wider than `width`."""
+    header = ("claim", "verdict", "met", "number")
+    rows = [tuple(f(row) for f in (_title, verdict_in_words, met_in_words, number_in_words)) for row in content["rows"]]
+    sizes = [max(map(len, column)) for column in zip(header, *rows, strict=True)][:-1]
+    sizes.append(width - sum(sizes) - 2 * len(sizes))
+    lines = [header, tuple("-" * size for size in sizes), *rows]
+    table = ["  ".join(_cut(cell, n).ljust(n) for cell, n in zip(line, sizes, strict=True)).rstrip() for line in lines]
+    return "\n".join([*table, "", counts_in_words(content)])
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    return row["title"]
+
+
+def _cut(words: str, width: int) -> str:
+    return words if len(words) <= width else words[: width - 1] + "…"
+
+
+def markdown(content: Mapping[str, Any], root: Path, folder: Path) -> str:
+    """The whole ledger as a document of its own in a folder, with links to the results below `root`."""
+    link = os.path.relpath(root.resolve(), folder.resolve()).replace(os.sep, "/")
+    made = f"python -m analyses.claims --load {content['root']} --output-dir {_as_given(folder)}"
+    blocks = [
+        "# The paper on trial",
+        f"{HOW_TO_READ} Symbols: {', '.join(f'{s} {v}' for v, s in SYMBOLS.items())}.",
+        *([f"**{QUICK}**"] if content["quick"] else []),
+        *([f"**{note_in_words(content)}**"] if note_in_words(content) else []),
+        f"Made by\n\n```sh\n{made}\n```",
+        f"**{counts_in_words(content)}.**",
+        format_table(
+            ["claim", "verdict", "met", "number"],
+            [[f"[{row['title']}](#{anchor(row['title'])})", verdict_in_words(row), met_in_words(row),
+              _cell(number_in_words(row))]
+             for row in content["rows"]],
+            markdown=True,
+        ),
+        *(_section(row) for row in content["rows"]),
+        "## Results",
+        *(_run(name, source, link) for name, source in content["sources"].items()),
+    ]  # fmt: skip
+    return "\n\n".join(blocks) + "\n"
+
+
+def _section(row: Mapping[str, Any]) -> str:
+    blocks = [f"## {row['title']}", f"{row['words']} *{row['where']}.*", f"**{verdict_in_words(row)}**"]
+    if row["reason"]:
+        blocks[-1] += f": {row['reason']}"
+    if row["waits_for"]:
+        blocks[-1] += f": waits for {', '.join(row['waits_for'])}"
+    blocks.append(f"- measured: {row['measure']}\n- threshold: {row['threshold']}\n- rule: {row['rule']}")
+    if row["evidence"]:
+        blocks.append(format_table(
+            ["of", "number", "says", "beside", "further"],
+            [[_cell(e["label"]), e["text"], e["outcome"], _cell(null_in_words(e)), _cell(e["detail"])]
+             for e in row["evidence"]],
+            markdown=True,
+        ))  # fmt: skip
+    judged = ", ".join(f"[{name}](#{anchor(name)})" for name in row["results"])
+    blocks.append(f"{f'Judged by {judged}; again' if judged else 'Run and judged'} by `{row['command']}`.")
+    return "\n\n".join(blocks)
+
+
+def _run(name: str, source: Mapping[str, Any], link: str) -> str:
+    made = f"[Configuration and numbers]({link}/{name}/{RESULT_FILE}), {commit_in_words(source)}."
+    made += " Through the untrained pooler." if source["through_pooler"] else ""
+    return f"### {name}\n\n{made}\n\n```sh\n{source['command']}\n```"
+
+
+def null_in_words(evidence: Mapping[str, Any]) -> str:
+    """What a number is to be seen beside."""
+    null = evidence["null"]
+    return "" if null is None else f"{null['label']}: {null['text']}"
+
+
+def commit_in_words(source: Mapping[str, Any]) -> str:
+    """The commit that made a result, and its seed."""
+    if source["commit"] is None:
+        return f"no commit known, seed {source['seed']}"
+    changed = " with uncommitted changes" if source["dirty"] else ""
+    return f"commit {source['commit'][:10]}{changed}, seed {source['seed']}"
+
+
+def anchor(title: str) -> str:
+    """The fragment that Markdown renderers give a heading."""
+    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
+    return kept.replace(" ", "-")
+
+
+def _cell(words: str) -> str:
+    return words.replace("|", "\\|")
+
+
+def _as_given(folder: Path) -> str:
+    # A document names no folder of one machine.
+    return folder.name if folder.is_absolute() else folder.as_posix()

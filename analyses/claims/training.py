@@ -1,0 +1,407 @@
+"""The paper's claims about training on trial: parameters, cost, speed, scores, and each choice in Propulsion."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from analyses.claims.claim import (
+    EVERYWHERE,
+    SOMEWHERE,
+    Claim,
+    Evidence,
+    Outcome,
+    Quantity,
+    Results,
+    at_least,
+    by_task,
+    quantity,
+)
+from analyses.core.intervals import mean_interval
+from analyses.records import Result
+from propulsion.errors import UserError
+
+ALL, ATTN = "propulsion:positions=all", "propulsion:positions=attn"
+PAPER_TOTAL, PAPER_TRAINED = 355.3e6, 0.086e6
+ROUNDING = 0.005
+"""Relative difference of a count from the paper's rounded one."""
+NEARLY = 1.5
+"""Factor within which a count is the paper's in part."""
+TIMES_FEWER = 10.0
+POINT = 0.01
+"""One point of accuracy or correlation: what does not matter."""
+SAVING = 1.25
+"""Memory of another method over Propulsion's: half of what the paper reports, 26 GB over 17.2 GB."""
+Z_RANGE = (0.98, 1.02)
+CENTRAL = ("q0.05", "q0.95")
+FULL_RANK = 0.9
+"""Share of a matrix's rank from which a change of it counts as full."""
+PEAK = "25"
+
+
+# --- parameters and cost --------------------------------------------------------------------------------------------
+
+
+def parameter_pair(results: Results) -> list[Evidence]:
+    """Trained parameters on the model whose size the abstract gives."""
+    rows = results["parameter_count"].tables["counts"]
+    model = min(rows, key=lambda row: abs(row["total"] - PAPER_TOTAL))
+    named = [f"{row['model']}: {row['everything']:,}" for row in rows
+             if abs(row["everything"] / PAPER_TRAINED - 1) < ROUNDING]  # fmt: skip
+    factor = model["everything"] / PAPER_TRAINED
+    if abs(model["total"] / PAPER_TOTAL - 1) > ROUNDING or factor > NEARLY or factor < 1 / NEARLY:
+        outcome = Outcome.UNMET
+    else:
+        outcome = Outcome.MET if abs(factor - 1) < ROUNDING else Outcome.PARTLY
+    found = Quantity(f"trained on {model['model']}, of {model['total']:,}", model["everything"])
+    null = Quantity("the abstract's", PAPER_TRAINED)
+    return [Evidence(found, outcome, null, f"the abstract's count is that of {', '.join(named) or 'no model'}")]
+
+
+def fewer_than_lora(results: Results) -> list[Evidence]:
+    """LoRA's trained parameters over Propulsion's: on one layer, and as the methods are used, heads aside."""
+    layer = {row["method"]: row["counted"] for row in results["complexity"].tables["methods"]}
+    rank = results["complexity"].config["rank"]
+    ratios = [Quantity(f"the same layer, rank {rank}", layer["lora"] / layer["propulsion"])]
+    for result in list(by_task(results, "method_comparison").values())[:1]:
+        trained = {row["method"]: row["trained_parameters"] for row in result.tables["summary"]}
+        head = trained.get("head", 0)
+        ratios += [
+            Quantity(f"peft's LoRA for the model, {name}", (trained["lora"] - head) / (trained[name] - head))
+            for name in (ALL, ATTN) if name in trained and "lora" in trained
+        ]  # fmt: skip
+    return [Evidence(q, at_least(q, TIMES_FEWER), Quantity("as many", 1.0)) for q in ratios]
+
+
+def table4(results: Results) -> list[Evidence]:
+    """Parameters and time of Propulsion on one layer beside the other adapters'."""
+    rows = {row["method"]: row for row in results["complexity"].tables["methods"]}
+    rivals = [row for name, row in rows.items() if name not in ("frozen", "full") and "propulsion" not in name]
+    own = rows["propulsion"]
+    wrong = [row["method"] for row in rows.values() if row["counted"] != row["parameters"]]
+    evidence = []
+    for name, words in (("counted", "parameters"), ("time_ratio", "time over frozen")):
+        best = min(rivals, key=lambda row: row[name])
+        met = own[name] <= best[name] and not (name == "counted" and wrong)
+        null = Quantity(best["method"], best[name])
+        evidence.append(Evidence(Quantity(words, own[name]), Outcome.MET if met else Outcome.UNMET, null))
+    return [replace(e, detail=f"formulas that miscount: {', '.join(wrong) or 'none'}") for e in evidence]
+
+
+def memory(results: Results) -> list[Evidence]:
+    """Peak memory of every other method over Propulsion's, from the rounds' lowest to highest."""
+    peaks: dict[str, list[float]] = {}
+    for run in results["memory"].tables["runs"]:
+        peaks.setdefault(run["method"], []).append(run["peak_bytes"])
+    own = peaks[ALL]
+    evidence = []
+    for name in peft_methods(peaks):
+        ratio = np.array(peaks[name]) / np.array(own)
+        q = Quantity(name, float(np.median(peaks[name]) / np.median(own)), float(ratio.min()), float(ratio.max()))
+        outcome = Outcome.PARTLY if 1 < q.lower < SAVING else at_least(q, SAVING)
+        evidence.append(Evidence(q, outcome, Quantity("as much", 1.0)))
+    return evidence
+
+
+def convergence(results: Results) -> list[Evidence]:
+    """Score averaged over the steps, of the better Propulsion beside every other adapter."""
+    result = results["convergence"]
+    name = "mean score over the steps"
+    curves = {m.left: quantity(m.left, m) for m in result.metrics if m.name == name}
+    own = _better(curves)
+    return [_apart(own, curves[rival]) for rival in peft_methods(curves)]
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def on_par(results: Results) -> list[Evidence]:
+    """Difference from full fine-tuning where full fine-tuning learned something."""
+    evidence = []
+    for task, result, metric in _compared(results):
+        m = result.metric(metric, stage=f"{task}, difference", left=ALL, right="full")
+        q = quantity(f"{task}, {metric}", m)
+        full, head = (quantity(name, result.metric(metric, stage=task, left=name)) for name in ("full", "head"))
+        learned = full.lower > head.upper
+        outcome = at_least(q, -POINT) if learned and q.has_interval else Outcome.OPEN
+        detail = f"full {full}" + ("" if learned else ", which is not above the head alone")
+        null = result.metric(metric, stage=f"{task}, difference", left="head", right="full")
+        evidence.append(Evidence(q, outcome, quantity("the head alone", null), detail))
+    return evidence
+
+
+def best_adapter(results: Results) -> list[Evidence]:
+    """Difference from full fine-tuning, of the better Propulsion beside every other adapter."""
+    evidence = []
+    for task, result, metric in _compared(results):
+        differences = {m.left: quantity(m.left, m) for m in result.metrics
+                       if (m.name, m.stage) == (metric, f"{task}, difference")}  # fmt: skip
+        own = _better(differences)
+        evidence += [_apart(own, differences[rival], f"{task}, ") for rival in peft_methods(differences)]
+    return evidence
+
+
+def large_models(results: Results) -> list[Evidence]:
+    """Accuracy of Propulsion on a language model, beside the untuned one; decided by the paper's models alone."""
+    result = results["instruction_tuning"]
+    scores = {m.left: quantity(m.left, m) for m in result.metrics if (m.name, m.stage) == ("accuracy", "trained")}
+    name, untuned = result.model["name"], scores["none"]
+    own = next(q for label, q in scores.items() if label.startswith("propulsion"))
+    gained = Outcome.MET if own.lower > untuned.upper else Outcome.UNMET if own.upper < untuned.lower else Outcome.OPEN
+    asked = any(word in name.lower() for word in ("bloomz-7b", "gpt-j-6b", "llama-7b", "llama-13b"))
+    found = replace(own, label=f"{result.dataset['name']}, {name}")
+    return [Evidence(found, gained if asked else Outcome.OPEN, replace(untuned, label="untuned"))]
+
+
+# --- choices in Propulsion ------------------------------------------------------------------------------------------
+
+
+def degree_optimum(results: Results) -> list[Evidence]:
+    """Score at the paper's best degree less that at the lowest and at the highest, seed by seed."""
+    evidence = []
+    words = {"ablation/degree_fixed_rate": "one rate for all", "ablation/degree": "rate divided by the degree"}
+    for name, rate in words.items():
+        if name not in results:
+            continue
+        scores = _settings(results[name])
+        ends = sorted((label for label in scores if label != PEAK), key=float)
+        for end in (ends[0], ends[-1]):
+            q = _difference(f"{PEAK} less {end}, {rate}", scores[PEAK], scores[end])
+            outcome = Outcome.OPEN if not q.has_interval else Outcome.MET if q.lower > 0 else at_least(q, POINT)
+            evidence.append(Evidence(q, outcome, Quantity("no peak", 0.0)))
+    return evidence
+
+
+def position_order(results: Results) -> list[Evidence]:
+    """Score of all positions less that of each choice of some, seed by seed; undecided where that has not learnt."""
+    result = results["ablation/positions"]
+    chance = float(result.dataset.get("chance", -math.inf))
+    scores = _settings(result)
+    # A choice that still gives one answer throughout has had too few steps, which is no order of what choices can do.
+    return [
+        replace(e, outcome=Outcome.OPEN, detail="has not learnt") if np.mean(scores[label]) <= chance + POINT else e
+        for label, e in zip((label for label in scores if label != "all"), _best(scores, "all"), strict=True)
+    ]
+
+
+def pooling(results: Results) -> list[Evidence]:
+    """Score of average pooling less that of each other pooling of as many vectors, seed by seed."""
+    scores = _settings(results["ablation/vectors"])
+    counts = dict.fromkeys(label.split()[0] for label in scores if " " in label)
+    return [
+        e for count in counts
+        for e in _best({label: s for label, s in scores.items() if label.startswith(f"{count} ")}, f"{count} mean")
+    ]  # fmt: skip
+
+
+def init_value(results: Results) -> list[Evidence]:
+    """Score of starting at 1 less that of each other start, seed by seed."""
+    return list(_best(_settings(results["ablation/init_value"]), "1"))
+
+
+def z_range(results: Results) -> list[Evidence]:
+    """Lowest and highest trained scale of every variant of Propulsion."""
+    evidence = []
+    for row in results["delta_weights"].tables["methods"]:
+        if "z q0" not in row:
+            continue
+        low, middle, high = (row[f"z {name}"] for name in ("q0", "q0.5", "q1"))
+        central = [row[f"z {name}"] for name in CENTRAL]
+        if Z_RANGE[0] <= low and high <= Z_RANGE[1]:
+            outcome = Outcome.MET
+        else:
+            inside = Z_RANGE[0] <= central[0] and central[1] <= Z_RANGE[1]
+            outcome = Outcome.PARTLY if inside else Outcome.UNMET
+        found = Quantity(f"median [lowest, highest], {row['method']}", middle, low, high)
+        detail = f"central 90 % from {central[0]:.4f} to {central[1]:.4f}"
+        evidence.append(Evidence(found, outcome, Quantity("untrained", 1.0), detail))
+    return evidence
+
+
+def delta_rank(results: Results) -> list[Evidence]:
+    """Rank of Propulsion's change of a matrix over the full rank, beside LoRA's."""
+    found = {m.left: quantity(m.left, m) for m in results["delta_weights"].metrics if m.name == "rank_share"}
+    lora = next((q for name, q in found.items() if name.startswith("lora")), None)
+    return [
+        Evidence(q, Outcome.MET if q.lower >= FULL_RANK else Outcome.PARTLY if q.value >= FULL_RANK else Outcome.UNMET,
+                 lora)
+        for name, q in found.items() if name in (ALL, ATTN)
+    ]  # fmt: skip
+
+
+# --- shared ---------------------------------------------------------------------------------------------------------
+
+
+def peft_methods(methods: Iterable[str]) -> list[str]:
+    """The parameter-efficient rivals among methods: neither Propulsion, nor full fine-tuning, nor the head alone."""
+    return [name for name in methods if name not in ("full", "head") and not name.startswith("propulsion")]
+
+
+def _compared(results: Results) -> Iterator[tuple[str, Result, str]]:
+    """Task, result and headline metric of every comparison."""
+    for result in by_task(results, "method_comparison").values():
+        for task in dict.fromkeys(row["task"] for row in result.tables["summary"]):
+            yield task, result, next(m.name for m in result.metrics if m.stage == task)
+
+
+def _better(found: dict[str, Quantity]) -> Quantity:
+    """The better of the paper's two variants, which gives its claims their best chance."""
+    variants = [q for name, q in found.items() if name in (ALL, ATTN)]
+    if not variants:
+        raise UserError(f"the result holds neither {ALL} nor {ATTN}")
+    return max(variants, key=lambda q: q.value)
+
+
+def _apart(own: Quantity, rival: Quantity, prefix: str = "") -> Evidence:
+    """Whether one number is above another, interval against interval."""
+    found = replace(own, label=f"{prefix}{own.label}")
+    if not (own.has_interval and rival.has_interval):
+        outcome = Outcome.OPEN
+    elif own.lower > rival.upper:
+        outcome = Outcome.MET
+    else:
+        outcome = Outcome.UNMET if own.upper < rival.lower else Outcome.OPEN
+    return Evidence(found, outcome, rival)
+
+
+def _settings(result: Result) -> dict[str, list[float]]:
+    """Scores of every seed, by setting; 0 for a run that diverged."""
+    return {row["setting"]: [score or 0.0 for score in row["scores"]] for row in result.tables["settings"]}
+
+
+def _difference(label: str, own: list[float], other: list[float]) -> Quantity:
+    """Mean over seeds of own - other, with Student's interval."""
+    value, low, high = mean_interval(np.subtract(own, other).tolist())
+    return Quantity(label, value, *(None if math.isnan(end) else end for end in (low, high)))
+
+
+def _best(scores: dict[str, list[float]], own: str) -> Iterator[Evidence]:
+    """Whether a setting scores above each other, beyond the interval of their difference."""
+    for other in scores:
+        if other == own:
+            continue
+        q = _difference(f"{own} less {other}", scores[own], scores[other])
+        if not q.has_interval or q.lower <= 0 <= q.upper:
+            outcome = Outcome.OPEN
+        else:
+            outcome = Outcome.MET if q.lower > 0 else Outcome.UNMET
+        yield Evidence(q, outcome, Quantity("no difference", 0.0))
+
+
+CLAIMS = (
+    Claim(
+        "parameter-pair", "355.3M parameters to 0.086M",
+        "Propulsion reduces the trained parameters of one model from 355.3 to 0.086 million.",
+        "Abstract",
+        "parameters that Propulsion trains on the model of 355.3 million, by the paper's own choice of layers",
+        f"0.086 million within {ROUNDING:.1%}; in part within a factor of {NEARLY:g}",
+        EVERYWHERE, ("parameter_count",), parameter_pair,
+    ),
+    Claim(
+        "fewer-than-lora", "Ten times fewer than LoRA",
+        "Propulsion trains over ten times fewer parameters than LoRA.",
+        "Abstract and Sec. 1",
+        "parameters of LoRA / parameters of Propulsion, heads aside",
+        f"at least {TIMES_FEWER:g}",
+        SOMEWHERE, ("complexity",), fewer_than_lora, ("method_comparison/*",),
+    ),
+    Claim(
+        "table4", "Table 4: least space and time",
+        "Per layer Propulsion needs fewest parameters and least time of the adapters.",
+        "Sec. 5, Table 4",
+        "counted parameters, and time over the frozen layer's, of a forward and backward pass",
+        "no more than the best other adapter, and parameters as by the formulas",
+        SOMEWHERE, ("complexity",), table4,
+    ),
+    Claim(
+        "memory", "Figure 4: least memory",
+        "Training takes a third less memory than other adapters (17.2 GB against 26 GB and more).",
+        "Sec. 5, Figure 4",
+        "peak memory of another adapter / Propulsion's, medians over rounds [lowest, highest]",
+        f"at least {SAVING:g}, half of the saving claimed; in part above 1, all rounds",
+        SOMEWHERE, ("memory",), memory,
+    ),
+    Claim(
+        "convergence", "Figure 3: fastest to converge",
+        "Propulsion converges faster than the other adapters.",
+        "Sec. 5, Figure 3",
+        "score averaged over the steps, of the better of All and Attn",
+        "above each other adapter's, interval against interval (several seeds)",
+        EVERYWHERE, ("convergence",), convergence,
+    ),
+    Claim(
+        "on-par", "On par with full fine-tuning",
+        "Propulsion scores as well as full fine-tuning.",
+        "Sec. 4, GLUE",
+        "score of Propulsion (All) less that of full fine-tuning, paired",
+        f"at least -{POINT:g} with its whole interval, where full fine-tuning is above the head alone (else undecided)",
+        SOMEWHERE, ("method_comparison/*",), on_par,
+    ),
+    Claim(
+        "best-adapter", "Better than other adapters",
+        "Propulsion scores above the other parameter-efficient methods.",
+        "Sec. 4",
+        "score less that of full fine-tuning, of the better of All and Attn",
+        "above each other adapter's, interval against interval",
+        EVERYWHERE, ("method_comparison/*",), best_adapter,
+    ),
+    Claim(
+        "large-models", "The same on 7B to 13B models",
+        "Propulsion tunes BLOOMz-7B, GPT-J-6B, LLaMA-7B and -13B as well.",
+        "Sec. 4, reasoning tasks",
+        "accuracy by generation after tuning",
+        "above the untuned model's, interval against interval, on one of these models (undecided on any other)",
+        EVERYWHERE, ("instruction_tuning",), large_models,
+    ),
+    Claim(
+        "degree", "Degree: a peak at about 25",
+        "Accuracy peaks at a degree of about 25 and falls afterwards.",
+        "App. E, degree ablation",
+        f"score at degree {PEAK} less that at the lowest and at the highest degree, paired by seed",
+        f"above 0 with its whole interval; not met if below {POINT:g} with its whole interval; runs that diverged "
+        "score 0",
+        SOMEWHERE, ("ablation/degree_fixed_rate",), degree_optimum, ("ablation/degree",),
+    ),
+    Claim(
+        "positions", "All positions are best",
+        "Scales on all layers beat scales on some.",
+        "App. E, positions",
+        "score of All less that of each other choice, paired by seed",
+        "above 0 with its whole interval; not met if below 0 with its whole interval; undecided for a choice that is "
+        f"not {POINT:g} above one answer given throughout",
+        EVERYWHERE, ("ablation/positions",), position_order,
+    ),
+    Claim(
+        "pooling", "Average pooling is best",
+        "Of several scales a layer, those pooled by their average do best.",
+        "App. F",
+        "score of average pooling less that of each other pooling of as many, paired by seed",
+        "above 0 with its whole interval; not met if below 0 with its whole interval",
+        EVERYWHERE, ("ablation/vectors",), pooling,
+    ),
+    Claim(
+        "initial-value", "Starting at 1 is best",
+        "Scales that start at 1 do best.",
+        "App. E, initialisation",
+        "score of starting at 1 less that of each other start, paired by seed",
+        "above 0 with its whole interval; not met if below 0 with its whole interval",
+        EVERYWHERE, ("ablation/init_value",), init_value,
+    ),
+    Claim(
+        "z-range", "Trained scales stay in 0.98-1.02",
+        "After training all scales lie between 0.98 and 1.02.",
+        "App. E",
+        "trained scales z of all layers",
+        f"all within {Z_RANGE[0]:g} to {Z_RANGE[1]:g}; in part if the central 90 % are",
+        SOMEWHERE, ("delta_weights",), z_range,
+    ),
+    Claim(
+        "table6", "Table 6: a full-rank change",
+        "Propulsion's change of a matrix is that of its rows' sizes, W ∘ Z, not of low rank.",
+        "Table 6",
+        "rank of the change / full rank, median over matrices [lowest, highest]",
+        f"at least {FULL_RANK:g} in every matrix; in part in the median one",
+        SOMEWHERE, ("delta_weights",), delta_rank,
+    ),
+)  # fmt: skip

@@ -1,0 +1,138 @@
+"""Kernels of several seeds compared: every metric as the mean over seeds, its interval, and its value in each seed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+import ntk
+from analyses.core.intervals import resampled, seed_interval
+from analyses.records import Metric
+from ntk import UndefinedMetricError
+
+Function = Callable[..., float]
+KERNEL_UNIT = "output²/parameter²"
+
+# Metrics of a pair (K1, K2): name -> (function, unit).
+PAIR_METRICS: dict[str, tuple[Callable[[Tensor, Tensor], float], str]] = {
+    "alignment": (ntk.kernel_alignment, ""),
+    "cka": (ntk.cka, ""),
+    "relative_frobenius": (ntk.kernel_distance, ""),
+    "relative_frobenius_scaled": (lambda a, b: ntk.kernel_distance(a, b, scaled=True), ""),
+    "mean_absolute": (lambda a, b: ntk.kernel_distance(a, b, kind="mean_absolute"), KERNEL_UNIT),
+    "mean_absolute_scaled": (lambda a, b: ntk.kernel_distance(a, b, kind="mean_absolute", scaled=True), KERNEL_UNIT),
+    "max_absolute": (lambda a, b: ntk.kernel_distance(a, b, kind="max_absolute"), KERNEL_UNIT),
+    "max_absolute_scaled": (lambda a, b: ntk.kernel_distance(a, b, kind="max_absolute", scaled=True), KERNEL_UNIT),
+    "best_scale": (ntk.best_scale, ""),
+    "trace_ratio": (ntk.trace_ratio, ""),
+}
+# Null models have no scale of their own to get right, so only scale-free metrics judge them.
+NULL_METRICS = ("alignment", "cka", "relative_frobenius_scaled")
+KERNEL_METRICS: dict[str, tuple[Callable[[Tensor], float], str]] = {
+    "trace": (ntk.trace, KERNEL_UNIT),
+    "effective_rank": (ntk.effective_rank, ""),
+}
+
+
+def draw_name(null: str, draw: int) -> str:
+    """The name of one draw of a null model among the kernels."""
+    return f"{null} ({draw})"
+
+
+@dataclass(frozen=True)
+class SeedComparison:
+    """Compares kernels of equal names over the examples of each seed.
+
+    Attributes:
+        kernels: for each seed, name -> kernel ``(n, n)``.
+        seeds: the seeds.
+        stage: what the metrics are filed under.
+        resamples: bootstrap resamples behind each interval.
+        seed: seed of the resamples; the same examples are drawn for every metric.
+        values: the value of every metric that was kept, in each seed: rows of seed, metric, left, right, value.
+    """
+
+    kernels: Sequence[Mapping[str, Tensor]]
+    seeds: Sequence[int]
+    stage: str
+    resamples: int
+    seed: int = 0
+    values: list[dict[str, Any]] = field(default_factory=list)
+
+    def pair(self, left: str, right: str) -> list[Metric]:
+        """Every metric of a pair."""
+        return [self.metric(name, left, right) for name in PAIR_METRICS]
+
+    def single(self, name: str) -> list[Metric]:
+        """Every metric of one kernel."""
+        return [self.metric(metric, name) for metric in KERNEL_METRICS]
+
+    def metric(self, name: str, left: str, right: str = "") -> Metric:
+        """A metric of one kernel or of a pair, by its name in `PAIR_METRICS` or `KERNEL_METRICS`."""
+        function, unit = (PAIR_METRICS if right else KERNEL_METRICS)[name]
+        return self.keep(name, function, unit, left, right)
+
+    def keep(self, name: str, function: Function, unit: str, left: str, right: str = "") -> Metric:
+        """As :meth:`measure`, its values by seed among `values`."""
+        each = self._each(function, left, right)
+        self._note(name, left, right, [value for value, _ in each])
+        return Metric(name, *seed_interval(each, seed=self.seed), unit, self.stage, left, right)
+
+    def measure(self, name: str, function: Function, unit: str, left: str, right: str = "") -> Metric:
+        """The mean over seeds of a function of one kernel or two, with its interval over seeds and examples."""
+        each = self._each(function, left, right)
+        return Metric(name, *seed_interval(each, seed=self.seed), unit, self.stage, left, right)
+
+    def mean(self, function: Function, left: str, right: str = "") -> float:
+        """The mean over seeds alone; not-a-number if the function is undefined in one."""
+        return float(np.mean([_value(function, kernels) for kernels in self._operands(left, right)]))
+
+    def nulls(self, full: str, counts: Mapping[str, int]) -> list[Metric]:
+        """The scale-free metrics of null models, by their numbers of draws, against one kernel."""
+        return [
+            metric
+            for null, count in counts.items()
+            for metric in self.null(full, null, [draw_name(null, draw) for draw in range(count)])
+        ]
+
+    def null(self, full: str, null: str, draws: Sequence[str]) -> list[Metric]:
+        """The scale-free metrics of a null model, whose draws are kernels of these names, against one kernel.
+
+        Averaged over its draws, undefined if one draw is; the interval reaches from the lowest end to the highest of
+        the draws' intervals.
+        """
+        metrics = []
+        for name in NULL_METRICS:
+            function, unit = PAIR_METRICS[name]
+            each = [self._each(function, full, draw) for draw in draws]
+            ends = np.array([seed_interval(found, seed=self.seed) for found in each])
+            value, low, high = float(ends[:, 0].mean()), float(ends[:, 1].min()), float(ends[:, 2].max())
+            metrics.append(Metric(name, value, low, high, unit, self.stage, full, null))
+            by_draw = [[value for value, _ in found] for found in each]
+            self._note(name, full, null, np.mean(by_draw, axis=0).tolist())
+        return metrics
+
+    def _operands(self, left: str, right: str) -> list[list[Tensor]]:
+        names = [left, right] if right else [left]
+        return [[kernels[name] for name in names] for kernels in self.kernels]
+
+    def _each(self, function: Function, left: str, right: str) -> list[tuple[float, np.ndarray]]:
+        return [
+            resampled(function, kernels, resamples=self.resamples, seed=self.seed)
+            for kernels in self._operands(left, right)
+        ]
+
+    def _note(self, metric: str, left: str, right: str, values: Sequence[float]) -> None:
+        self.values.extend(
+            {"seed": seed, "metric": metric, "left": left, "right": right, "value": value}
+            for seed, value in zip(self.seeds, values, strict=True)
+        )
+
+
+def _value(function: Function, kernels: Sequence[Tensor]) -> float:
+    try:
+        return function(*kernels)
+    except UndefinedMetricError:
+        return float("nan")

@@ -1,0 +1,393 @@
+"""Both kernels, before and after training, over seeds: the configuration, its measurement and its result."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+import ntk
+from analyses.core.analysis import check_seeds
+from analyses.core.cells import Cells, Grid
+from analyses.core.comparison import SeedComparison, draw_name
+from analyses.core.intervals import over_seeds
+from analyses.kernel_distance.kernels import ADAPTER, FULL, PAIRS, ModelKernels, full_kernels, propulsion_kernels
+from analyses.kernel_distance.tables import summary
+from analyses.publish import publish
+from analyses.records import STAGES, Metric, Result, environment
+from analyses.subjects.nulls import model_nulls
+from analyses.subjects.parameters import is_scale
+from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
+from propulsion.data.tasks import get_labelled_task
+from propulsion.errors import UserError
+from propulsion.identity import model_content
+from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, load_classifier, pooling_of
+from propulsion.training import TrainingConfig, apply_propulsion, evaluate, train
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+LABELS = "labels"
+
+
+FREE = ("task", "data_dir", "model", "training.seed", "seeds", "resamples", "memory_budget_gb")
+"""Fields that no cell depends on: its seed is its own, as are task, rows and model."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Full fine-tuning's kernel beside Propulsion's, at initialisation and after training."""
+
+    task: str = "demo"
+    """Task: demo (embedded, no network), or sst2, rte, cola, stsb, mrpc, qqp, mnli, qnli."""
+    data_dir: Path | None = None
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
+    model: str | None = None
+    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    pooling: Pooling = "auto"
+    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
+    n_examples: int = 24
+    """Held-out examples that the kernels are computed on."""
+    n_train: int | None = None
+    """Training examples, drawn by the seed; all of them by default."""
+    n_validation: int | None = None
+    """Held-out examples for the task scores, the kernels' among them; all of them by default."""
+    degree: float | None = None
+    """Propulsion's degree k; by default the paper's for the task."""
+    positions: tuple[str, ...] = ("all",)
+    """Which layers carry a scale vector: all, attn, mlp, embedding, query, key, value, attention_output."""
+    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(default_factory=lambda: TrainingConfig(steps=60))
+    """How both copies are trained."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of repetitions of all of it; by default the one of --seed."""
+    null_draws: int = 3
+    """Draws of each random null model, in each seed."""
+    resamples: int = 200
+    """Bootstrap resamples behind each interval."""
+    memory_budget_gb: float | None = None
+    """Memory for Jacobians and kernels in GB; by default half of what is free."""
+    runs_dir: Path | None = None
+    """Folder of the finished seeds, where there are several; by default the result folder's name with -runs."""
+    output_dir: Path | None = None
+    """Result folder; by default results/kernel_distance-TASK."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+    device: str = "cpu"
+    """Torch device, such as cpu or cuda."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the model and its kernels."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of a single run."""
+        return self.training.seed
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds of all repetitions."""
+        return self.seeds or (self.seed,)
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return self.output_dir or Path("results") / f"kernel_distance-{self.task}"
+
+    def of_seed(self, seed: int) -> "Config":
+        """The same with one seed alone."""
+        return replace(self, seeds=(), training=replace(self.training, seed=seed))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one run works on: two copies of one pre-trained model, the data, and the held-out batch."""
+
+    config: Config
+    data: TaskData
+    tokenizer: Any
+    full: Any
+    adapted: Any
+    inputs: dict[str, Tensor]
+    labels: np.ndarray
+    degree: float
+
+    @property
+    def number_of_scales(self) -> int:
+        """m, the number of scalar entries of all z."""
+        return sum(p.numel() for name, p in self.adapted.named_parameters() if is_scale(name))
+
+
+def prepare(config: Config) -> Setting:
+    """Load the data and two copies of the model, with the same head; adapt one of them by Propulsion.
+
+    Raises:
+        UserError: unusable data, model or options.
+    """
+    get_labelled_task(config.task)
+    data = load_task_data(
+        config.task,
+        data_dir=config.data_dir,
+        n_train=config.n_train,
+        n_validation=config.n_validation,
+        seed=config.seed,
+    )
+    degree = data.task.degree if config.degree is None else config.degree
+
+    def load() -> tuple[Any, Any]:
+        return load_classifier(
+            config.model,
+            num_labels=data.task.num_labels,
+            pooling=config.pooling,
+            seed=config.seed,
+            dtype=DTYPES[config.dtype],
+            device=config.device,
+        )
+
+    full, tokenizer = load()
+    # Everything is tokenized now, so that an example too long is reported before anything is computed.
+    for rows in (data.train, data.validation):
+        tokenize(rows, tokenizer, data.task, config.training.max_length)
+    drawn = draw_rows(data.validation, data.task, config.n_examples, config.seed)
+    held_out = tokenize(drawn, tokenizer, data.task, config.training.max_length)
+    adapted = apply_propulsion(load()[0], degree=degree, positions=config.positions)
+    columns = {name: held_out[name] for name in held_out.column_names if name != "labels"}
+    inputs = {name: value.to(config.device) for name, value in tokenizer.pad(columns, return_tensors="pt").items()}
+    return Setting(config, data, tokenizer, full, adapted, inputs, np.asarray(drawn["label"]), degree)
+
+
+def run(config: Config) -> Result:
+    """Measure both kernels, train both copies, measure again, for every seed; everything random follows the seeds.
+
+    Raises:
+        UserError: unusable data, model or options, more memory needed than there is, training that diverged, or
+            finished seeds of other settings.
+    """
+    started = time.time()
+    _check(config)
+    seeds = config.all_seeds
+    if len(seeds) == 1:
+        found = [_measure(config.of_seed(seeds[0]))]
+    else:
+        runs = config.runs_dir or config.folder.with_name(f"{config.folder.name}-runs")
+        cells = _cells(config, Grid(runs))
+        each = [cells.cell(f"seed {seed}", lambda seed: _measure(config.of_seed(seed)), seed=seed) for seed in seeds]
+        found = [cell for cell in each if cell is not None]
+    first = found[0]
+    draws = {f"{stage}.{draw_name(null, i)}" for stage, nulls in first["nulls"].items()
+             for null, count in nulls.items() for i in range(count)}  # fmt: skip
+    metrics, values, comparisons = [], [], {}
+    for stage in STAGES:
+        comparison = SeedComparison(
+            [_at_stage(cell["arrays"], stage) for cell in found], seeds, stage, config.resamples, seeds[0]
+        )
+        metrics += _metrics(comparison, first["nulls"][stage], first["degree"])
+        values += [{"stage": stage} | row for row in comparison.values]
+        comparisons[stage] = comparison
+    return Result(
+        analysis="kernel_distance",
+        config=asdict(config) | {"degree": first["degree"]},
+        seed=seeds[0],
+        metrics=metrics,
+        tables={
+            "scores": _mean_scores([cell["scores"] for cell in found]),
+            "layer_shares": first["layer_shares"],
+            "drift": _drift([comparisons[stage].kernels for stage in STAGES]),
+            "seed_values": values,
+            "seed_scores": [
+                {"seed": seed} | row for seed, cell in zip(seeds, found, strict=True) for row in cell["scores"]
+            ],
+        },
+        arrays={name: array for name, array in first["arrays"].items() if name not in draws},
+        model=first["model"],
+        dataset=first["dataset"],
+        environment=environment(),
+        seconds={
+            name: sum(cell["seconds"][name] for cell in found) for name in first["seconds"]
+        } | {"this call": time.time() - started},
+        coverage=first["coverage"],
+    )  # fmt: skip
+
+
+def _cells(config: Config, grid: Grid) -> Cells:
+    """The cells of a configuration; their rows are drawn from all of the task's."""
+    data = load_task_data(config.task, data_dir=config.data_dir)
+    model = load_classifier(
+        config.model, num_labels=data.task.num_labels, pooling=config.pooling, dtype=DTYPES[config.dtype]
+    )
+    return grid.of(config, data, model_content(*model), free=FREE)
+
+
+def _measure(config: Config) -> dict[str, Any]:
+    """One seed: kernels, null models and scores, before and after training."""
+    setting = prepare(config)
+    seconds: dict[str, float] = {}
+    scores = [{"model": "untrained"} | _scores(setting, setting.full)]
+    arrays, shares, nulls, coverage = {LABELS: setting.labels}, [], {}, {}
+    for stage in STAGES:
+        if stage == "trained":
+            for name, model in (("full fine-tuning", setting.full), ("Propulsion", setting.adapted)):
+                with _timed(seconds, f"training, {name}"):
+                    train(model, setting.tokenizer, setting.data, config.training)
+                scores.append({"model": name} | _scores(setting, model))
+        with _timed(seconds, f"kernels, {stage}"):
+            kernels = _kernels(setting)
+        with _timed(seconds, f"null models, {stage}"):
+            drawn = model_nulls(
+                setting.full, setting.inputs, kernels.whole[FULL], kernels.traced[ADAPTER], setting.number_of_scales,
+                draws=config.null_draws, seed=config.seed,
+            )  # fmt: skip
+        arrays |= _arrays(kernels, stage) | {
+            f"{stage}.{draw_name(null, i)}": kernel.numpy()
+            for null, draws in drawn.items()
+            for i, kernel in enumerate(draws)
+        }
+        shares += [{"stage": stage} | row for row in kernels.shares]
+        nulls[stage] = {null: len(draws) for null, draws in drawn.items()}
+        coverage = coverage or kernels.coverage
+    return {
+        "degree": setting.degree,
+        "scores": scores,
+        "layer_shares": shares,
+        "nulls": nulls,
+        "coverage": coverage,
+        "model": _model_identity(setting),
+        "dataset": _dataset_identity(setting.data),
+        "seconds": seconds,
+        "arrays": arrays,
+    }  # fmt: skip
+
+
+def _kernels(setting: Setting) -> ModelKernels:
+    """All four kernels, of both copies as they are now."""
+    budget = None if setting.config.memory_budget_gb is None else setting.config.memory_budget_gb * 1e9
+    try:
+        full = full_kernels(setting.full, setting.inputs, budget)
+        propulsion = propulsion_kernels(setting.adapted, setting.inputs, budget)
+    except MemoryError as error:
+        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
+    return ModelKernels(
+        whole=full.whole | propulsion.whole,
+        traced=full.traced | propulsion.traced,
+        coverage=full.coverage | propulsion.coverage,
+        shares=full.shares + propulsion.shares,
+    )
+
+
+def _metrics(comparison: SeedComparison, nulls: dict[str, int], degree: float) -> list[Metric]:
+    """Pairs, single kernels and null models at one stage; k* at z = 1, where it is defined."""
+    metrics = [metric for left, right in PAIRS for metric in comparison.pair(left, right)]
+    metrics += [metric for name in dict.fromkeys(name for pair in PAIRS for name in pair)
+                for metric in comparison.single(name)]  # fmt: skip
+    if comparison.stage == STAGES[0]:
+        # At z = 1, K_P(k) = k^2 K_P(1), and k* is over degree 1.
+        metrics.append(
+            comparison.keep(
+                "k_star", lambda full, adapter: degree * ntk.matching_degree(full, adapter), "", FULL, ADAPTER
+            )
+        )
+    return metrics + comparison.nulls(FULL, nulls)
+
+
+def _drift(stages: Sequence[Sequence[Mapping[str, Tensor]]]) -> list[dict[str, Any]]:
+    """How far training moved each kernel from itself: the paper's fixed features, as one number a kernel."""
+
+    def mean(function: Callable[[Tensor, Tensor], float], name: str) -> float:
+        return statistics.mean(function(before[name], after[name]) for before, after in zip(*stages, strict=True))
+
+    return [
+        {
+            "kernel": name,
+            "relative_frobenius": mean(ntk.kernel_distance, name),
+            "cka": mean(ntk.cka, name),
+            "trace_ratio": mean(lambda before, after: ntk.trace_ratio(after, before), name),
+        }
+        for name in dict.fromkeys(name for pair in PAIRS for name in pair)
+    ]
+
+
+def _mean_scores(each: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The scores of every model, as means over seeds; not-a-number where one is undefined."""
+
+    def mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+        return statistics.mean(math.nan if row[name] is None else row[name] for row in rows)
+
+    return [
+        {name: value if name == "model" else mean(rows, name) for name, value in rows[0].items()}
+        for rows in zip(*each, strict=True)
+    ]
+
+
+def _at_stage(arrays: Mapping[str, np.ndarray], stage: str) -> dict[str, Tensor]:
+    """The traced kernels and null models of one stage by their names, in double precision."""
+    return {
+        name.removeprefix(f"{stage}."): torch.from_numpy(array).double()
+        for name, array in arrays.items()
+        if name.startswith(f"{stage}.")
+    }
+
+
+def _scores(setting: Setting, model: Any) -> dict[str, float]:
+    return evaluate(model, setting.tokenizer, setting.data, max_length=setting.config.training.max_length)
+
+
+def _arrays(kernels: ModelKernels, stage: str) -> dict[str, np.ndarray]:
+    """Traced kernels, kernels with all outputs, and spectra of the traced ones, by name."""
+    arrays = {}
+    for name, traced in kernels.traced.items():
+        arrays[f"{stage}.{name}"] = traced.numpy()
+        arrays[f"all_outputs.{stage}.{name}"] = kernels.whole[name].numpy()
+        arrays[f"spectrum.{stage}.{name}"] = ntk.spectrum(traced).numpy()
+    return arrays
+
+
+def _model_identity(setting: Setting) -> dict[str, Any]:
+    model = setting.full
+    return {
+        "name": setting.config.model or DEFAULT_MODEL_NAME,
+        "architecture": type(model).__name__,
+        "pooling": pooling_of(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "scales": setting.number_of_scales,
+    }
+
+
+def _dataset_identity(data: TaskData) -> dict[str, Any]:
+    return {
+        "name": data.task.name,
+        "task": data.task.name,
+        "label_names": None if data.task.is_regression else list(data.task.label_names),
+        "source": data.source,
+        "fingerprint": data.fingerprint,
+    }
+
+
+def _check(config: Config) -> None:
+    check_seeds(config.all_seeds)
+    for name, least in (("n_examples", 2), ("null_draws", 1), ("resamples", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
+    if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
+        raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    print(f"{step} ...", flush=True)
+    start = time.time()
+    yield
+    seconds[step] = time.time() - start
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figures."""
+    about = f"intervals: 95 %, {over_seeds(config.all_seeds, config.n_examples)}"
+    publish(lambda: run(config), config.folder, summary=summary, overwrite=config.overwrite, about=about)

@@ -1,0 +1,82 @@
+"""The kernels of one model by the sets of parameters that an analysis tells apart."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+import ntk
+from analyses.subjects.parameters import is_backbone, is_scale
+from propulsion.errors import UserError
+
+# A kernel with the head is never set against one without it unawares: the names say what each covers.
+PAIRS = (("full_backbone", "propulsion_z"), ("full_all", "propulsion_z_head"), ("full_all", "propulsion_z"))
+FULL, ADAPTER = PAIRS[0]
+
+
+@dataclass(frozen=True)
+class ModelKernels:
+    """Kernels of one model on one batch, each over a stated set of parameters.
+
+    Attributes:
+        whole: name -> ``(n, n, c, c)``.
+        traced: name -> ``(n, n)``, traced over the outputs.
+        coverage: name -> which parameters it covers, in words with their count.
+        shares: one row for each kernel and parameter, with its share of the kernel's trace.
+    """
+
+    whole: dict[str, Tensor]
+    traced: dict[str, Tensor]
+    coverage: dict[str, str]
+    shares: list[dict[str, Any]]
+
+
+def full_kernels(model: Any, inputs: dict[str, Tensor], memory_budget: float | None) -> ModelKernels:
+    """Kernels of full fine-tuning: ``full_backbone`` without the new head, ``full_all`` with it."""
+    parts = {
+        "full_backbone": ("every parameter of the pre-trained backbone", lambda name: is_backbone(model, name)),
+        "full_all": ("every parameter, backbone and head", lambda name: True),
+    }
+    return _kernels(model, inputs, "all", parts, memory_budget)
+
+
+def propulsion_kernels(model: Any, inputs: dict[str, Tensor], memory_budget: float | None) -> ModelKernels:
+    """Kernels of Propulsion: ``propulsion_z`` of the scale vectors, ``propulsion_z_head`` with the head beside them."""
+    parts = {
+        "propulsion_z": ("the scale vectors z", is_scale),
+        "propulsion_z_head": ("the scale vectors z and the trained head", lambda name: True),
+    }
+    return _kernels(model, inputs, "trainable", parts, memory_budget)
+
+
+def _kernels(
+    model: Any,
+    inputs: dict[str, Tensor],
+    params: str,
+    parts: dict[str, tuple[str, Callable[[str], bool]]],
+    memory_budget: float | None,
+) -> ModelKernels:
+    """One pass over all parameters; a part's kernel is the sum of its parameters'."""
+    layers = ntk.layer_kernels(model, inputs, params=params, memory_budget=memory_budget, progress=True)
+    layers = {name: kernel.cpu() for name, kernel in layers.items()}
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    whole, coverage, shares = {}, {}, []
+    for part, (words, belongs) in parts.items():
+        names = [name for name in layers if belongs(name)]
+        if not names:
+            raise UserError(f"the model has no parameter for the kernel {part} ({words})")
+        whole[part] = sum((layers[name] for name in names[1:]), layers[names[0]])
+        coverage[part] = f"{words}: {sum(sizes[name] for name in names):,} parameters in {len(names)} tensors"
+        total = ntk.trace(whole[part])
+        shares += [
+            {
+                "kernel": part,
+                "parameter": name,
+                "parameters": sizes[name],
+                "trace_share": ntk.trace(layers[name]) / total if total else 0.0,
+            }
+            for name in names
+        ]
+    traced = {part: ntk.reduce_outputs(kernel, "trace") for part, kernel in whole.items()}
+    return ModelKernels(whole, traced, coverage, shares)

@@ -1,0 +1,98 @@
+"""A result of `analyses.kernel_distance` as tables, for the terminal and for documents."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from analyses.core.errors import run_command
+from analyses.kernel_distance.kernels import PAIRS
+from analyses.records import STAGES, Result, format_table, interval, load_result, number
+from propulsion.errors import UserError
+
+_FULL, _ADAPTER = PAIRS[0]
+_READABLE = {
+    "alignment": "cosine alignment",
+    "cka": "centred alignment (CKA)",
+    "relative_frobenius": "relative Frobenius distance",
+    "relative_frobenius_scaled": "relative Frobenius distance, best scale",
+    "mean_absolute": "mean absolute difference",
+    "mean_absolute_scaled": "mean absolute difference, best scale",
+    "max_absolute": "largest absolute difference",
+    "max_absolute_scaled": "largest absolute difference, best scale",
+    "best_scale": "best scale",
+    "trace_ratio": "trace ratio",
+    "k_star": "k* = sqrt(tr K_F / tr K_P(1))",
+    "trace": "trace",
+    "effective_rank": "effective rank",
+}
+
+
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """The result as tables: each pair and each kernel at both stages, null models, scores, coverage."""
+
+    def cell(name: str, stage: str, left: str, right: str = "") -> str:
+        found = [m for m in result.metrics if (m.name, m.stage, m.left, m.right) == (name, stage, left, right)]
+        return interval(found[0].value, found[0].low, found[0].high) if found else "-"
+
+    def rows_of(left: str, right: str) -> list[list[str]]:
+        names = dict.fromkeys(m.name for m in result.metrics if (m.left, m.right) == (left, right))
+        return [[_READABLE[name], *(cell(name, stage, left, right) for stage in STAGES)] for name in names]
+
+    stages = ["at initialisation", "after training"]
+    table = partial(format_table, markdown=markdown)
+    blocks = [table([f"{left} against {right}", *stages], rows_of(left, right)) for left, right in PAIRS]
+    nulls = dict.fromkeys(
+        m.right for m in result.metrics if m.left == _FULL and m.right not in {r for _, r in PAIRS} | {""}
+    )
+    rivals = [_ADAPTER, *nulls]
+    blocks.append(
+        table(
+            [f"CKA with {_FULL} of", *stages],
+            [[right, *(cell("cka", stage, _FULL, right) for stage in STAGES)] for right in rivals],
+        )
+    )
+    blocks.append(
+        table(
+            ["kernel alone", "trace before", "after", "effective rank before", "after", "CKA before/after"],
+            [
+                [
+                    row["kernel"],
+                    *(cell("trace", stage, row["kernel"]) for stage in STAGES),
+                    *(cell("effective_rank", stage, row["kernel"]) for stage in STAGES),
+                    number(row["cka"]),
+                ]
+                for row in result.tables["drift"]
+            ],
+        )
+    )
+    scores = result.tables["scores"]
+    names = [name for name in scores[0] if name != "model"]
+    blocks.append(
+        table(["score on validation", *names], [[row["model"], *(number(row[n]) for n in names)] for row in scores])
+    )
+    blocks.append(table(["kernel", "covers"], [[name, words] for name, words in result.coverage.items()]))
+    return "\n\n".join(blocks)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tables of stored results of analyses.kernel_distance, in Markdown."""
+
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Result folders."""
+
+
+def main(config: Config) -> None:
+    """Print the tables of each result, under its own heading."""
+    if not config.results:
+        raise UserError("name one or more result folders")
+    for folder in config.results:
+        result = load_result(folder)
+        print(f"## {result.dataset['name']}\n\n{summary(result, markdown=True)}\n")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.kernel_distance.tables")))

@@ -1,0 +1,233 @@
+"""Probes along training, over methods and seeds: the configuration, its cells and its result."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from torch import Tensor
+
+from analyses.core.analysis import check_seeds
+from analyses.core.cells import ARRAYS, Grid
+from analyses.kernel_drift.measures import Cells, jacobian_norms, method_estimates, pair_estimates, stage_metrics
+from analyses.kernel_drift.probe import Probe
+from analyses.kernel_drift.tables import summary
+from analyses.publish import publish
+from analyses.records import STAGES, Result, environment
+from analyses.subjects.learning_rates import tuned_factors
+from analyses.subjects.training_run import RunConfig, training_run
+from propulsion.data import TaskData, draw_rows, tokenize
+from propulsion.errors import UserError
+from propulsion.methods import Method, parse_methods
+from propulsion.training import evaluate
+
+FREE = ("task", "methods", "seeds", "comparison", "null_draws", "resamples", "memory_budget_gb", "run.data_dir",
+        "run.model")  # fmt: skip
+"""Fields that no cell depends on: its method, seed and factor are its own, as are task, rows and model."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Kernels and Jacobians along training, methods x seeds."""
+
+    task: str = "demo"
+    """Classification or regression task."""
+    methods: tuple[str, ...] = ("full", "propulsion:positions=all", "lora")
+    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of head, data order, dropout and of what methods draw themselves."""
+    checkpoints: tuple[float, ...] = (0.1, 0.3, 1.0)
+    """Shares of the steps after which to measure; before the first step and after the last are always measured."""
+    n_examples: int = 24
+    """Held-out examples that kernels and outputs are computed on, the same for all runs."""
+    n_jacobians: int = 8
+    """How many of them, the first, have their Jacobians compared."""
+    block: str = "value"
+    """Module whose last occurrence gives the gradients that are shown entry by entry."""
+    width: int = 48
+    """How many of its entries are shown."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    """What each run is."""
+    comparison: Path | None = None
+    """Result of analyses.method_comparison whose learning rates are used."""
+    null_draws: int = 3
+    """Draws of each random null model."""
+    resamples: int = 200
+    """Bootstrap resamples behind each interval over examples."""
+    memory_budget_gb: float | None = None
+    """Memory for kernels in GB; by default half of what is free."""
+    runs_dir: Path | None = None
+    """Folder of the finished cells; by default the result folder's name with -runs."""
+    max_runs: int | None = None
+    """Compute this many cells at most in this call."""
+    output_dir: Path = Path("results/kernel_drift")
+    """Result folder."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps after which to measure: 0, those of the checkpoints, the last."""
+        last = self.run.training.steps
+        return sorted({0, last} | {max(1, round(share * last)) for share in self.checkpoints})
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The examples that everything is measured on."""
+
+    inputs: dict[str, Tensor]
+    labels: np.ndarray
+    tokenizer: Any
+
+
+def run(config: Config) -> Result | None:
+    """Compute what is missing, up to ``max_runs``, and summarise; None if cells are still missing.
+
+    Raises:
+        UserError: Unusable options, data or model; a run that diverged; cells of other settings.
+    """
+    started = time.time()
+    _check(config)
+    methods = parse_methods(config.methods)
+    factors = _factors(config)
+    data = config.run.load(config.task)
+    held_out = _held_out(config, data)
+    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
+    grid = Grid(folder, config.max_runs)
+    shared = grid.of(config, data, config.run.identity(data), free=FREE)
+    compute = partial(_cell, config, data, held_out)
+    cells: Cells = {text: [] for text in methods}
+    for seed in config.seeds:
+        for text, method in methods.items():
+            label = f"{config.task}.{text}.x{factors[text]:.3g}.seed{seed}"
+            cell = shared.cell(label, compute, method=method, seed=seed, factor=factors[text])
+            if cell is not None:
+                cells[text].append(cell)
+    if grid.missing:
+        grid.say_missing()
+        return None
+    return _result(config, data, held_out, cells, time.time() - started)
+
+
+def _factors(config: Config) -> dict[str, float]:
+    """Every method's factor on its default learning rate."""
+    if config.comparison is None:
+        return dict.fromkeys(config.methods, 1.0)
+    factors = tuned_factors(config.comparison, config.task)
+    if absent := [text for text in config.methods if text not in factors]:
+        raise UserError(f"{config.comparison} holds no learning rate of {', '.join(absent)} on {config.task}")
+    return {text: factors[text] for text in config.methods}
+
+
+def _held_out(config: Config, data: TaskData) -> HeldOut:
+    tokenizer = config.run.start(data, seed=0)[1]
+    drawn = draw_rows(data.validation, data.task, config.n_examples, seed=0)
+    rows = tokenize(drawn, tokenizer, data.task, config.run.training.max_length)
+    columns = {name: rows[name] for name in rows.column_names if name != "labels"}
+    padded = tokenizer.pad(columns, return_tensors="pt")
+    inputs = {name: value.to(config.run.device) for name, value in padded.items()}
+    return HeldOut(inputs, np.asarray(drawn["label"]), tokenizer)
+
+
+def _cell(
+    config: Config, data: TaskData, held_out: HeldOut, *, method: Method, seed: int, factor: float
+) -> dict[str, Any]:
+    """Train once, measuring on the way."""
+    started = time.time()
+
+    def score(model: Any) -> float:
+        found = evaluate(model, held_out.tokenizer, data, max_length=config.run.training.max_length)
+        return next(iter(found.values()))
+
+    budget = None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
+    probe = Probe(config.steps[1:], held_out.inputs, n_jacobians=config.n_jacobians, module=config.block,
+                  width=config.width, score=score, memory_budget=budget)  # fmt: skip
+    try:
+        found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[probe])
+    except MemoryError as error:
+        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
+    probe.points[-1]["score"] = next(iter(found["scores"].values()))
+    kept = ("scores", "losses", "trained_parameters", "learning_rates", "seconds_per_step")
+    return {
+        "seed": seed,
+        "rate_factor": factor,
+        "points": probe.points,
+        "own_parameters": probe.own_size,
+        "places": probe.places,
+        "block": str(probe.block),
+        "seconds": {"all": time.time() - started, "measuring": probe.seconds},
+        ARRAYS: probe.arrays(),
+        **{name: found[name] for name in kept},
+    }
+
+
+def _result(config: Config, data: TaskData, held_out: HeldOut, cells: Cells, seconds: float) -> Result:
+    methods, checkpoints, pairs = [], [], []
+    arrays: dict[str, np.ndarray] = {"labels": held_out.labels, "steps": np.array(config.steps)}
+    for place, step in enumerate(config.steps):
+        for text, runs in cells.items():
+            found = method_estimates(runs, place, config.resamples)
+            checkpoints += [{"method": text, "step": step, "quantity": name} | e.row() for name, e in found]
+        pairs += [
+            {"left": left, "right": right, "step": step, "quantity": name} | e.row()
+            for name, left, right, e in pair_estimates(cells, place, config.resamples)
+        ]
+    for text, runs in cells.items():
+        kept = ("own_parameters", "trained_parameters", "rate_factor", "block", "places")
+        methods.append({"method": text, "seeds": len(runs)} | {name: runs[0][name] for name in kept})
+        norms = [jacobian_norms(run, -1) for run in runs]
+        # An example and place that the start's Jacobian does not reach has no relative movement.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = [np.sqrt(n["moved"].numpy() / n["start"].numpy()).T for n in norms]
+        arrays[f"jacobian_drift.{text}"] = np.mean(relative, axis=0)
+        for name in ("block_start", "block_now"):
+            arrays[f"{name}.{text}"] = runs[0][ARRAYS][name][-1]
+        for run in runs:
+            for stage, index in zip(STAGES, (0, -1)):
+                arrays[f"{stage}.{text}.seed{run['seed']}"] = run[ARRAYS]["kernels"][index]
+    return Result(
+        analysis="kernel_drift",
+        config=asdict(config),
+        seed=config.seeds[0],
+        metrics=stage_metrics(cells, config.resamples, config.null_draws),
+        tables={"methods": methods, "checkpoints": checkpoints, "pairs": pairs},
+        arrays=arrays,
+        model=config.run.model_identity(),
+        dataset={
+            "name": data.task.name,
+            "task": data.task.name,
+            "metric": data.task.metrics[0],
+            "label_names": None if data.task.is_regression else list(data.task.label_names),
+            "fingerprint": data.fingerprint,
+        },
+        environment=environment(),
+        seconds={"this call": seconds}
+        | {text: float(np.mean([run["seconds"]["all"] for run in runs])) for text, runs in cells.items()},
+        coverage={
+            row["method"]: f"{row['own_parameters']:,} parameters of the backbone that it trains, without the head"
+            for row in methods
+        },
+    )
+
+
+def _check(config: Config) -> None:
+    least = {"n_examples": 2, "n_jacobians": 2, "width": 1, "null_draws": 1, "resamples": 1}
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise UserError(f"{name} must be at least {value}; got {getattr(config, name)}")
+    if config.n_jacobians > config.n_examples:
+        raise UserError(f"n_jacobians must be at most the {config.n_examples} examples; got {config.n_jacobians}")
+    if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
+        raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
+    check_seeds(config.seeds)
+    if not all(0 < share <= 1 for share in config.checkpoints):
+        raise UserError(f"checkpoints are shares of the steps, above 0 and at most 1; got {config.checkpoints}")
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figures."""
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about="")

@@ -1,0 +1,265 @@
+"""How far kernels, Jacobians and outputs moved, from what the probe kept: values with both intervals.
+
+Every quantity is computed in each run and averaged over the seeds. Two intervals stand beside it: Student's over the
+seeds, and a bootstrap's over the held-out examples, the same resamples for all seeds, with the runs as they are.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ntk
+from analyses.core.intervals import bootstrap_interval, mean_interval
+from analyses.records import STAGES, Metric
+from ntk.dynamics import linearization_error, relative_drift
+
+Cell = dict[str, Any]
+Cells = dict[str, list[Cell]]
+Ends = tuple[float, float]
+
+PERMUTED = "examples permuted"
+OTHER_HEAD = "another seed's head"
+OTHER_EXAMPLE = "another example"
+
+_NONE: Ends = (math.nan, math.nan)
+
+DRIFTS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "relative_kernel_drift": relative_drift,
+    "kernel_alignment_with_start": ntk.kernel_alignment,
+    "kernel_cka_with_start": ntk.cka,
+    "kernel_trace_ratio": ntk.trace_ratio,
+}
+"""Of a kernel and the start's, of one method."""
+
+JACOBIANS = {"relative_jacobian_drift": "moved", "relative_jacobian_drift_same_head": "moved_same_head"}
+"""Of Jacobians and the start's: by name, the field of `JacobianDrift` with the squared movement."""
+
+PAIRS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "cka": ntk.cka,
+    "alignment": ntk.kernel_alignment,
+    "relative_distance_best_scale": lambda a, b: ntk.kernel_distance(a, b, scaled=True),
+}
+"""Of two methods' kernels at one step."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quantity of one method or pair at one step.
+
+    Attributes:
+        by_seed: its value in each run.
+        examples: its bootstrap interval over examples; not-a-number where none was taken.
+    """
+
+    by_seed: tuple[float, ...]
+    examples: Ends = _NONE
+
+    @property
+    def value(self) -> float:
+        """Mean over the seeds."""
+        return float(np.mean(self.by_seed))
+
+    @property
+    def seeds(self) -> Ends:
+        """Student's interval over the seeds; not-a-number for a single one."""
+        return mean_interval(self.by_seed)[1:]
+
+    @property
+    def ends(self) -> Ends:
+        """The interval over seeds; of a single run, that over examples."""
+        return self.seeds if len(self.by_seed) > 1 else self.examples
+
+    def row(self) -> dict[str, Any]:
+        """As a row of a table."""
+        both = {"seeds": self.seeds, "examples": self.examples}
+        ends = {f"{name}_{end}": v for name, found in both.items() for end, v in zip(("low", "high"), found)}
+        return {"value": self.value, **ends, "by_seed": list(self.by_seed)}
+
+    def metric(self, name: str, stage: str, left: str, right: str = "") -> Metric:
+        """As a metric of a result."""
+        return Metric(name, self.value, *self.ends, "", stage, left, right)
+
+
+# --- estimates ------------------------------------------------------------------------------------------------------
+
+
+def of_kernels(
+    metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Tensor, Tensor]], resamples: int = 0
+) -> Estimate:
+    """A metric of two kernels ``(n, n)`` in each run."""
+
+    def mean(*flat: Tensor) -> float:
+        return float(np.mean([metric(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)]))
+
+    by_seed = tuple(_or_nan(metric, *pair) for pair in runs)
+    if not resamples:
+        return Estimate(by_seed)
+    flat = [kernel for pair in runs for kernel in pair]
+    return Estimate(by_seed, bootstrap_interval(mean, flat, resamples=resamples, seed=0)[1:])
+
+
+def of_rows(metric: Callable[..., float], runs: Sequence[tuple[Tensor, ...]], resamples: int = 0) -> Estimate:
+    """A metric of tensors with one row an example, in each run; its bootstrap draws rows."""
+    by_seed = tuple(_or_nan(metric, *rows) for rows in runs)
+    n = len(runs[0][0])
+    generator = np.random.default_rng(0)
+    drawn = []
+    for _ in range(resamples):
+        index = torch.from_numpy(generator.integers(0, n, size=n))
+        drawn.append(np.mean([_or_nan(metric, *(t[index] for t in rows)) for rows in runs]))
+    if not np.isfinite(drawn).any():
+        return Estimate(by_seed)
+    # About their mean, as in `analyses.core.intervals`.
+    low, high = np.nanquantile(drawn, [0.025, 0.975]) - np.nanmean(drawn)
+    value = float(np.mean(by_seed))
+    return Estimate(by_seed, (value + float(low), value + float(high)))
+
+
+def relative_norm(moved: Tensor, start: Tensor) -> float:
+    """Of squared norms ``(m, ...)`` of differences and of starts: sqrt(sum of the first / sum of the second)."""
+    return float((moved.sum() / start.sum()).sqrt())
+
+
+def same_prediction(outputs: Tensor, linearized: Tensor, _: Tensor) -> float:
+    """Share of examples on which network and linearisation choose the same class."""
+    return float((outputs.argmax(1) == linearized.argmax(1)).double().mean())
+
+
+def linear_share(outputs: Tensor, linearized: Tensor, initial: Tensor) -> float:
+    """Size of the linearised movement against the true one, |f_lin - f_0| / |f_t - f_0|."""
+    return float((linearized - initial).norm() / (outputs - initial).norm())
+
+
+def _or_nan(metric: Callable[..., float], *arguments: Tensor) -> float:
+    """Undefined (outputs that did not move, a kernel constant over examples) is not-a-number."""
+    try:
+        return metric(*arguments)
+    except (ntk.UndefinedMetricError, ValueError) as error:
+        if isinstance(error, ntk.UndefinedMetricError) or "did not move" in str(error):
+            return math.nan
+        raise
+
+
+# --- of a method ----------------------------------------------------------------------------------------------------
+
+
+def method_estimates(cells: Sequence[Cell], place: int, resamples: int) -> Iterator[tuple[str, Estimate]]:
+    """Every quantity of one method at the checkpoint of index `place`, by name."""
+    kernels = [(tensor(cell, "kernels")[place], tensor(cell, "kernels")[0]) for cell in cells]
+    for name, metric in DRIFTS.items():
+        yield name, of_kernels(metric, kernels, resamples)
+    if place == 0:
+        yield from dict.fromkeys(JACOBIANS, Estimate((0.0,) * len(cells), (0.0, 0.0))).items()
+    else:
+        norms = [jacobian_norms(cell, place) for cell in cells]
+        for name, moved in JACOBIANS.items():
+            yield name, of_rows(relative_norm, [(n[moved], n["start"]) for n in norms], resamples)
+        movements = [movement(cell, place) for cell in cells]
+        yield "linearisation_error", of_rows(linearization_error, movements, resamples)
+        yield "linearised_movement", of_rows(linear_share, movements, resamples)
+        if movements[0][0].shape[1] > 1:
+            yield "linearised_agreement", of_rows(same_prediction, movements, resamples)
+    for name in ("parameter_drift", "head_drift", "score"):
+        found = (cell["points"][place][name] for cell in cells)
+        yield name, Estimate(tuple(math.nan if value is None else float(value) for value in found))
+
+
+def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, Estimate]]:
+    """The same at the end between things that have nothing to do with each other: (name, with what, value).
+
+    Pairs of seeds share runs, so that the interval over them is rough.
+    """
+    finals = [(tensor(cell, "kernels")[-1], tensor(cell, "kernels")[0]) for cell in cells]
+    for name in list(DRIFTS)[:3]:
+        metric = DRIFTS[name]
+        yield f"null_{name}", PERMUTED, averaged(metric, finals, draws)
+        if len(cells) > 1:
+            starts = [start for _, start in finals]
+            others = list(pairwise([*starts, starts[0]])) if len(cells) > 2 else [(starts[0], starts[1])]
+            yield f"null_{name}", OTHER_HEAD, of_kernels(metric, others)
+    norms = [jacobian_norms(cell, -1) for cell in cells]
+    # Relative to the Jacobian that it is compared with: the previous example's.
+    shifted = [(n["shifted"], n["start"].roll(1, 0)) for n in norms]
+    yield "null_relative_jacobian_drift", OTHER_EXAMPLE, of_rows(relative_norm, shifted)
+    wrong = [
+        (outputs, initial + (linearized - initial)[order(len(outputs), 0)], initial)
+        for outputs, linearized, initial in (movement(cell, -1) for cell in cells)
+    ]
+    yield "null_linearisation_error", PERMUTED, of_rows(linearization_error, wrong)
+
+
+def averaged(metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Tensor, Tensor]], draws: int) -> Estimate:
+    """A metric with the examples of the first kernel permuted, in each run its mean over the draws."""
+    values = []
+    for now, start in runs:
+        permuted = (now[p][:, p] for p in (order(len(now), draw) for draw in range(draws)))
+        values.append(float(np.mean([_or_nan(metric, kernel, start) for kernel in permuted])))
+    return Estimate(tuple(values))
+
+
+def order(n: int, seed: int) -> Tensor:
+    """A random order of n examples."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+# --- of two methods -------------------------------------------------------------------------------------------------
+
+
+def pair_estimates(cells: Cells, place: int, resamples: int) -> Iterator[tuple[str, str, str, Estimate]]:
+    """Every metric of every two methods' kernels at one checkpoint: (name, left, right, value)."""
+    for left, right in combinations(cells, 2):
+        runs = _kernels_of(cells, left, right, place)
+        for name, metric in PAIRS.items():
+            yield name, left, right, of_kernels(metric, runs, resamples)
+
+
+def pair_nulls(cells: Cells, place: int, draws: int) -> Iterator[tuple[str, str, str, Estimate]]:
+    """The same with the right kernel's examples permuted."""
+    for left, right in combinations(cells, 2):
+        runs = [(b, a) for a, b in _kernels_of(cells, left, right, place)]
+        for name, metric in PAIRS.items():
+            found = averaged(lambda b, a, metric=metric: metric(a, b), runs, draws)
+            yield f"null_{name}", left, f"{right}, {PERMUTED}", found
+
+
+def _kernels_of(cells: Cells, left: str, right: str, place: int) -> list[tuple[Tensor, Tensor]]:
+    both = zip(cells[left], cells[right], strict=True)
+    return [(tensor(a, "kernels")[place], tensor(b, "kernels")[place]) for a, b in both]
+
+
+# --- reading a cell -------------------------------------------------------------------------------------------------
+
+
+def tensor(cell: Cell, name: str) -> Tensor:
+    """An array of a cell."""
+    return torch.from_numpy(np.asarray(cell["arrays"][name]))
+
+
+def movement(cell: Cell, place: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs ``(n, c)`` at a checkpoint, those of the linearisation, and those at the start."""
+    return tensor(cell, "outputs")[place], tensor(cell, "linearized")[place], tensor(cell, "outputs")[0]
+
+
+def jacobian_norms(cell: Cell, place: int) -> dict[str, Tensor]:
+    """Squared norms ``(m, places)`` at a checkpoint that is not the start, by the fields of `JacobianDrift`."""
+    index = place - 1 if place > 0 else place
+    return {name: tensor(cell, name)[index].double().T for name in ("moved", "moved_same_head", "start", "shifted")}
+
+
+def stage_metrics(cells: Cells, resamples: int, draws: int) -> list[Metric]:
+    """The metrics of a result: every quantity and its null, before training and after."""
+    metrics = []
+    for stage, place in zip(STAGES, (0, len(next(iter(cells.values()))[0]["points"]) - 1)):
+        for text, runs in cells.items():
+            metrics += [e.metric(name, stage, text) for name, e in method_estimates(runs, place, resamples)]
+            if place:
+                metrics += [e.metric(name, stage, text, right) for name, right, e in method_nulls(runs, draws)]
+        for found in (pair_estimates(cells, place, resamples), pair_nulls(cells, place, draws)):
+            metrics += [e.metric(name, stage, left, right) for name, left, right, e in found]
+    return metrics

@@ -1,0 +1,113 @@
+"""How lazy is each method? The tables of a kernel_drift result, for the terminal and for Markdown."""
+
+import math
+from typing import Any
+
+from analyses.kernel_drift.measures import PAIRS, PERMUTED
+from analyses.records import STAGES, Metric, Result, format_table, interval, number
+
+LAZY = 0.1
+"""Training is called lazy where a relative drift is below this: a tenth of what there was at the start."""
+
+_END = STAGES[1]
+_COLUMNS = {
+    "kernel drift": "relative_kernel_drift",
+    "alignment": "kernel_alignment_with_start",
+    "CKA": "kernel_cka_with_start",
+    "Jacobian drift": "relative_jacobian_drift",
+    "with the start's head": "relative_jacobian_drift_same_head",
+    "linearisation error": "linearisation_error",
+    "parameters moved": "parameter_drift",
+    "head moved": "head_drift",
+}
+_NULLED = {column: _COLUMNS[column] for column in ("kernel drift", "alignment", "CKA", "Jacobian drift",
+                                                   "linearisation error")}  # fmt: skip
+
+
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """Four tables: each method at the end, its nulls, the way there, and the methods against each other."""
+    tables = [_methods(result), _nulls(result), _checkpoints(result), _pairs(result)]
+    parts = [format_table(header, rows, markdown=markdown) for header, rows in tables if rows]
+    return "\n\n".join([*parts, _notes(result)])
+
+
+def is_lazy(metric: Metric) -> str:
+    """Whether a drift is below `LAZY`: yes, no, or open where its interval holds both.
+
+    >>> is_lazy(Metric("relative_jacobian_drift", 0.3, 0.2, 0.4, "", "trained", "full", ""))
+    'no'
+    """
+    low, high = (metric.value if end is None or math.isnan(end) else end for end in (metric.low, metric.high))
+    return "yes" if high < LAZY else "no" if low > LAZY else "open"
+
+
+def _methods(result: Result) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for text in _texts(result):
+        found = {name: _at_end(result, name, text) for name in _COLUMNS.values()}
+        verdicts = [is_lazy(found[name]) for name in ("relative_jacobian_drift", "linearisation_error")]
+        scores = [number(result.metric("score", stage=stage, left=text).value) for stage in STAGES]
+        rows.append([text, *(_cell(metric) for metric in found.values()), " to ".join(scores), *verdicts])
+    header = [f"{result.dataset['name']}, trained", *_COLUMNS, result.dataset["metric"], "features fixed", "linear"]
+    return header, rows
+
+
+def _nulls(result: Result) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for text in _texts(result):
+        nulls = [m for m in result.metrics if m.left == text and m.name.removeprefix("null_") in _NULLED.values()
+                 and m.name.startswith("null_")]  # fmt: skip
+        for right in dict.fromkeys(m.right for m in nulls):
+            found = {m.name.removeprefix("null_"): m for m in nulls if m.right == right}
+            cells = [_cell(found[name]) if name in found else "" for name in _NULLED.values()]
+            rows.append([f"{text}, {right}", *cells])
+    return ["the same between the unrelated", *_NULLED], rows
+
+
+def _checkpoints(result: Result) -> tuple[list[str], list[list[str]]]:
+    table: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in result.tables["checkpoints"]:
+        table.setdefault((row["method"], row["step"]), {})[row["quantity"]] = row["value"]
+    names = {**_COLUMNS, "trace ratio": "kernel_trace_ratio", "same class": "linearised_agreement",
+             result.dataset["metric"]: "score"}  # fmt: skip
+    rows = [
+        [f"{text}, step {step}", *(number(found.get(name)) for name in names.values())]
+        for (text, step), found in table.items()
+    ]
+    return ["along training, means", *names], rows
+
+
+def _pairs(result: Result) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    pairs = dict.fromkeys((row["left"], row["right"]) for row in result.tables["pairs"])
+    for left, right in pairs:
+        for stage in STAGES:
+            for null in (False, True):
+                name, other = ("null_", f"{right}, {PERMUTED}") if null else ("", right)
+                cells = [_cell(result.metric(f"{name}{m}", stage=stage, left=left, right=other)) for m in PAIRS]
+                rows.append([f"{left} and {other}, {stage}", *cells])
+    return ["kernels of two methods", *PAIRS], rows
+
+
+def _notes(result: Result) -> str:
+    seeds = len(result.config["seeds"])
+    intervals = (
+        f"Student's over {seeds} seeds" if seeds > 1 else f"bootstrap over {result.config['n_examples']} examples"
+    )
+    return (
+        f"Intervals: 95 %, {intervals}; Jacobians on {result.config['n_jacobians']} examples. Drifts are relative to "
+        f"the start's size. Yes: the whole interval is below {LAZY}; no: above; open: it holds {LAZY}. The error of "
+        "the linearisation is relative to the outputs' movement: 1 is that of not moving."
+    )
+
+
+def _texts(result: Result) -> list[str]:
+    return [row["method"] for row in result.tables["methods"]]
+
+
+def _at_end(result: Result, name: str, text: str) -> Metric:
+    return result.metric(name, stage=_END, left=text)
+
+
+def _cell(metric: Metric) -> str:
+    return interval(metric.value, metric.low, metric.high)

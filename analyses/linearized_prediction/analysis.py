@@ -1,0 +1,165 @@
+"""Predictions beside trained networks, over sizes, methods and seeds: the cells and the result."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from analyses.core.cells import Cells, Grid
+from analyses.core.intervals import mean_interval
+from analyses.linearized_prediction.cells import kernel_cell, sign_cell, training_cell
+from analyses.linearized_prediction.setting import Config, Setting, setting_of
+from analyses.linearized_prediction.tables import (
+    FLOW,
+    MAJORITY,
+    REGRESSION,
+    SIGN,
+    START,
+    WITH_HEAD,
+    Outcome,
+    measures,
+    summary,
+)
+from analyses.publish import publish
+from analyses.records import Metric, Result, environment
+from propulsion.identity import model_content
+
+
+def run(config: Config) -> Result | None:
+    """Compute what is missing, up to ``max_runs``, and summarise; None if cells are still missing.
+
+    Raises:
+        UserError: Unusable options, data or model; a run that diverged; cells of other settings.
+    """
+    started = time.time()
+    setting = setting_of(config)
+    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
+    grid = Grid(folder, config.max_runs)
+    cells = grid.of(config, setting.data, model_content(*setting.load(0)), free=FREE)
+    outcomes: list[Outcome] = []
+    for seed in config.seeds:
+        outcomes += _outcomes(setting, cells, seed)
+    if grid.missing:
+        grid.say_missing()
+        return None
+    return _result(setting, outcomes, time.time() - started)
+
+
+FREE = ("data_dir", "model", "methods", "again", "sizes", "seeds", "train", "sign_limit", "comparison",
+        "memory_budget_gb")  # fmt: skip
+"""Fields that no cell depends on: its methods, sizes, seed and factor are its own, as are the rows and the model."""
+
+
+def _outcomes(setting: Setting, shared: Cells, seed: int) -> list[Outcome]:
+    """One outcome a size; none where a cell is missing."""
+    config = setting.config
+    small = tuple(size for size in config.sizes if size <= config.sign_limit)
+    which = {"methods": setting.methods, "seed": seed}
+    cells = [shared.cell(f"kernels.seed{seed}", partial(kernel_cell, setting), sizes=config.sizes, **which)]
+    if small:
+        cells.append(shared.cell(f"sign-kernels.seed{seed}", partial(sign_cell, setting), sizes=small, **which))
+    trained: dict[tuple[str, int, bool], dict[str, Any] | None] = {}
+    for size in config.sizes if config.train else ():
+        for text in config.methods:
+            for again in (False, True) if text in config.again else (False,):
+                factor = setting.factors[text]
+                name = f"trained.{text}.x{factor:.3g}.n{size}{'.again' if again else ''}.seed{seed}"
+                trained[text, size, again] = shared.cell(
+                    name, partial(training_cell, setting), method=setting.methods[text], factor=factor, size=size,
+                    seed=seed, again=again,
+                )  # fmt: skip
+    if any(cell is None for cell in (*cells, *trained.values())):
+        return []
+    return [_outcome(setting, size, seed, [c for c in cells if c is not None], trained) for size in config.sizes]
+
+
+def _outcome(setting: Setting, size: int, seed: int, cells: list[dict[str, Any]], trained: Mapping) -> Outcome:
+    kernels = cells[0]
+    found = [entry for cell in cells for entry in cell["predictions"] if entry["size"] == size]
+    return Outcome(
+        size=size,
+        seed=seed,
+        labels=np.asarray(setting.data.validation["label"]),
+        f0=np.asarray(kernels["f0"]),
+        kernel={(e["predictor"], e["method"]): np.asarray(e["f"]) for e in found},
+        strengths={(e["predictor"], e["method"]): e["strength"] for e in found},
+        permuted=np.asarray(kernels["permuted"][str(size)]),
+        trained={t: np.asarray(c["f"]) for (t, n, again), c in trained.items() if n == size and not again},
+        again={t: np.asarray(c["f"]) for (t, n, again), c in trained.items() if n == size and again},
+        losses={t: c["last_loss"] for (t, n, again), c in trained.items() if n == size and not again},
+    )
+
+
+def _result(setting: Setting, outcomes: list[Outcome], seconds: float) -> Result:
+    config = setting.config
+    values: dict[tuple[str, str, str, str], list[float]] = {}
+    for outcome in outcomes:
+        for key, value in measures(outcome, config.methods, setting.data.task.name).items():
+            values.setdefault((*key, f"n={outcome.size}"), []).append(value)
+    metrics = [
+        Metric(name, *mean_interval(sample), "", stage, left, right)
+        for (name, left, right, stage), sample in values.items()
+    ]
+    strengths = [
+        {"size": o.size, "seed": o.seed, "predictor": predictor, "method": method, "strength": strength}
+        for o in outcomes
+        for (predictor, method), strength in o.strengths.items()
+        if predictor not in (MAJORITY, START)
+    ]
+    arrays = {"labels": outcomes[0].labels}
+    for o in outcomes:
+        arrays[f"f0.seed{o.seed}"] = o.f0
+        key = f"n={o.size}.seed{o.seed}"
+        arrays |= {f"kernel.{predictor}.{method}.{key}": f for (predictor, method), f in o.kernel.items()}
+        arrays |= {f"trained.{method}.{key}": f for method, f in o.trained.items()}
+        arrays |= {f"again.{method}.{key}": f for method, f in o.again.items()}
+    return Result(
+        analysis="linearized_prediction", config=asdict(config), seed=config.seeds[0], metrics=metrics,
+        tables={
+            "methods": [{"method": text, "rate_factor": setting.factors[text]} for text in config.methods],
+            "sizes": [{"size": size} for size in config.sizes],
+            "strengths": strengths,
+            "losses": [{"size": o.size, "seed": o.seed, "method": t, "last_loss": v}
+                       for o in outcomes for t, v in o.losses.items()],
+        },
+        arrays=arrays, model={"name": config.readout.name_of(config.model), "head": config.readout.head,
+               "pooling": config.readout.pooling_of(config.model)},
+        dataset={"name": config.task, "task": config.task, "metric": setting.data.task.metrics[0],
+                 "source": setting.data.source.rsplit("/", 1)[-1], "fingerprint": setting.data.fingerprint},
+        environment=environment(), seconds={"this call": seconds}, coverage=_coverage(setting),
+    )  # fmt: skip
+
+
+def _coverage(setting: Setting) -> dict[str, str]:
+    """Which parameters each kernel covers, and what was left out, in words."""
+    config = setting.config
+    headed = not config.readout.in_words
+    body = (
+        "what the method trains in the backbone, without the head"
+        if headed
+        else "all that the method trains; adapters leave the readout of the vocabulary alone"
+    )
+    found = {
+        REGRESSION: f"{body}; ridge chosen on folds of the training rows",
+        FLOW: f"{body}; squared loss, stopped at a time chosen on folds of the training rows",
+        SIGN: "all that is trained, each parameter weighed by its learning rate; "
+        f"training sets of at most {config.sign_limit} rows",
+        "trained": "networks trained by AdamW on cross-entropy, head included" if headed else
+        "networks trained by AdamW on the cross-entropy of the label words",
+    }  # fmt: skip
+    if headed:
+        found[WITH_HEAD] = "all that is trained, the head included, at equal learning rates"
+    if not config.train:
+        found["trained"] = "left out: no network was trained (--no-train)"
+    if not any(size <= config.sign_limit for size in config.sizes):
+        found[SIGN] = "left out: every size is above --sign-limit"
+    return found
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figures."""
+    about = f"intervals: 95 %, Student's over {len(config.seeds)} seeds"
+    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)

@@ -1,0 +1,174 @@
+"""The cells of `analyses.linearized_prediction`: what kernels predict, and the networks that are really trained."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import concatenate_datasets
+from torch import Tensor
+
+import ntk
+from analyses.linearized_prediction import predictors as predictions
+from analyses.linearized_prediction.setting import Config, Setting
+from analyses.linearized_prediction.tables import (
+    FLOW,
+    HIDDEN,
+    MAJORITY,
+    REGRESSION,
+    SIGN,
+    START,
+    WITH_HEAD,
+)
+from analyses.subjects.batch import model_inputs
+from analyses.subjects.trained_methods import HEAD, Tangents, tangents, with_head
+from analyses.subjects.training_run import RunConfig, training_run
+from propulsion.errors import UserError
+from propulsion.methods import Method
+from propulsion.training import predict
+
+_ANOTHER_ORDER = 1000  # Added to the seed of a network trained again.
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model before training, on the training rows of one seed and the held-out rows behind them."""
+
+    model: Any
+    inputs: dict[str, Tensor]
+    tangents: Tangents
+    f0: Tensor
+
+
+def start_of(setting: Setting, methods: Mapping[str, Method], size: int, seed: int) -> Start:
+    """The model before training, its tangents by every method, and its outputs on all rows."""
+    config, data = setting.config, setting.data
+    model, tokenizer = setting.load(seed)
+    rows = concatenate_datasets([setting.rows(size, seed), data.validation])
+    length = config.training.max_length
+    degree = data.task.degree
+    found = tangents(model, methods, task_type=setting.task_type, seed=seed, degree=degree)
+    logits = predict(model, tokenizer, replace(data, validation=rows), max_length=length).double()
+    inputs = model_inputs(rows, tokenizer, data.task, max_length=length, device=config.device)
+    return Start(model, inputs, found, logits[:, 1] - logits[:, 0])
+
+
+def _budget(config: Config) -> float | None:
+    return None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
+
+
+def _rows(kernel: Tensor, size: int, largest: int) -> Tensor:
+    """The kernel ``(rows, rows)`` of the first training rows and all new ones, out of that of the largest set."""
+    keep = torch.tensor([*range(size), *range(largest, len(kernel))])
+    return kernel[keep][:, keep]
+
+
+def kernel_cell(
+    setting: Setting, *, methods: Mapping[str, Method], sizes: tuple[int, ...], seed: int
+) -> dict[str, Any]:
+    """Tangent kernels, computed once over all rows, and what they predict at every size."""
+    started, config = time.time(), setting.config
+    largest = max(sizes)
+    start = start_of(setting, methods, largest, seed)
+    try:
+        pieces = ntk.adapter_kernels(
+            start.model, start.inputs, start.tangents.methods, output=ntk.outputs.margin(), reduce="trace",
+            memory_budget=_budget(config), progress=True,
+        )  # fmt: skip
+    except MemoryError as error:
+        raise UserError(f"{error} (--sizes, --n-test, --memory-budget-gb)") from error
+    pieces = {name: kernel.cpu() for name, kernel in pieces.items()}
+    hidden = ntk.hidden_state_kernel(start.model, start.inputs).detach().cpu()
+    headed = HEAD in pieces
+    own = {(REGRESSION, text): pieces[text] for text in methods}
+    jobs = own | {(FLOW, text): kernel for (_, text), kernel in own.items()}
+    if headed:
+        both = with_head(pieces, list(methods))
+        jobs |= {(WITH_HEAD, text): both[text] for text in methods if text != HEAD}
+        jobs[REGRESSION, HEAD] = pieces[HEAD]
+    jobs[REGRESSION, HIDDEN] = hidden
+    found, permuted = [], {}
+    for size in sizes:
+        y, f0 = setting.targets(size, seed), _first(start.f0, size, largest)
+        for (predictor, name), kernel in jobs.items():
+            function = predictions.flow if predictor == FLOW else predictions.regression
+            f, strength = predictions.predict(function, _rows(kernel, size, largest), y, f0, seed=seed)
+            found.append(_entry(size, predictor, name, f, strength))
+        first = next(iter(methods))
+        chosen = {(e["size"], e["predictor"], e["method"]): e["strength"] for e in found}
+        ridge = chosen[size, REGRESSION, first]
+        kernel = _rows(pieces[first], size, largest)
+        permuted[size] = predictions.permuted_predictions(
+            kernel, y, f0, ridge, draws=config.permutations, seed=seed
+        ).tolist()  # fmt: skip
+        share = float((y > 0).double().mean())
+        majority = torch.full((len(setting.data.validation),), 1.0 if share > 0.5 else -1.0, dtype=torch.float64)
+        found.append(_entry(size, MAJORITY, "", majority, share))
+        found.append(_entry(size, START, "", f0[size:], 0.0))
+    return {
+        "f0": start.f0[largest:].tolist(),
+        "predictions": found,
+        "permuted": permuted,
+        "traces": {name: float(kernel.double().trace()) for name, kernel in pieces.items()},
+        "seconds": time.time() - started,
+    }
+
+
+def _first(values: Tensor, size: int, largest: int) -> Tensor:
+    return torch.cat([values[:size], values[largest:]])
+
+
+def _entry(size: int, predictor: str, method: str, f: Tensor, strength: float) -> dict[str, Any]:
+    return {"size": size, "predictor": predictor, "method": method, "f": f.tolist(), "strength": strength}
+
+
+def sign_cell(setting: Setting, *, methods: Mapping[str, Method], sizes: tuple[int, ...], seed: int) -> dict[str, Any]:
+    """Sign-gradient kernels of all that is trained, each parameter at its own learning rate, as Adam's steps have."""
+    started, config, largest = time.time(), setting.config, max(sizes)
+    start = start_of(setting, methods, largest, seed)
+    try:
+        pieces = ntk.sign_gradient_kernels(
+            start.model, start.inputs, start.tangents.methods, output=ntk.outputs.margin(),
+            memory_budget=_budget(config), progress=True,
+        )  # fmt: skip
+    except MemoryError as error:
+        raise UserError(f"{error} (--sign-limit, --n-test, --memory-budget-gb)") from error
+    kernels = with_head(
+        {name: ntk.reduce_outputs(kernel, "trace").cpu() for name, kernel in pieces.items()},
+        list(methods),
+        start.tangents.rates,
+    )
+    found = []
+    for size in sizes:
+        y, f0 = setting.targets(size, seed), _first(start.f0, size, largest)
+        for text, kernel in kernels.items():
+            f, strength = predictions.predict(
+                predictions.sign_regression, _rows(kernel, size, largest), y, f0, seed=seed
+            )
+            found.append(_entry(size, SIGN, text, f, strength))
+    return {"predictions": found, "seconds": time.time() - started}
+
+
+def training_cell(
+    setting: Setting, *, method: Method, factor: float, size: int, seed: int, again: bool
+) -> dict[str, Any]:
+    """The network that a method trains on the training rows, from the same start as the kernels'."""
+    config = setting.config
+    run_config = RunConfig(training=config.training, device=config.device)
+    data = replace(setting.data, train=setting.rows(size, seed))
+    found = training_run(
+        run_config, data, method, seed=seed + (_ANOTHER_ORDER if again else 0),
+        rate_multiplier=factor, keep_logits=True, load=lambda: setting.load(seed),
+        task_type=setting.task_type,
+    )  # fmt: skip
+    logits = found["logits"]
+    return {
+        "f": (logits[:, 1] - logits[:, 0]).tolist(),
+        "scores": found["scores"],
+        "last_loss": float(np.mean(found["losses"][-10:])),
+        "learning_rates": found["learning_rates"],
+        "seconds_per_step": found["seconds_per_step"],
+        "trained_parameters": found["trained_parameters"],
+    }

@@ -1,0 +1,276 @@
+"""The kernels of all methods over seeds: the configuration, its measurement and its result."""
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+import ntk
+from analyses.core.analysis import check_seeds
+from analyses.core.cells import Grid
+from analyses.core.comparison import SeedComparison, draw_name
+from analyses.core.intervals import over_seeds
+from analyses.peft_kernels.layers import Place, agreement, place_methods, places_of
+from analyses.peft_kernels.mean_split import mean_inputs, split_methods
+from analyses.peft_kernels.measures import (
+    LABELS,
+    angle_table,
+    degree_table,
+    label_kernel,
+    map_tables,
+    method_metrics,
+    split_metrics,
+    split_table,
+)
+from analyses.peft_kernels.methods import FULL, REFERENCE, MethodChoice, methods_of, with_degree
+from analyses.peft_kernels.tables import summary
+from analyses.publish import publish
+from analyses.records import STAGES, Result, environment
+from analyses.subjects.nulls import model_nulls
+from analyses.subjects.readout import Readout
+from ntk.adapters import layers_of
+from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
+from propulsion.errors import UserError
+from propulsion.identity import model_content
+from propulsion.pretrained import fingerprint, pooling_of
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+STAGE = STAGES[0]
+
+
+FREE = ("task", "data_dir", "model", "seeds", "top", "resamples", "memory_budget_gb")
+"""Fields that no cell depends on: its seed is its own, as are task, rows and model."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Kernels of parameter-efficient methods beside full fine-tuning's."""
+
+    task: str = "demo"
+    """Task: demo (embedded, no network), or sst2, rte, cola, stsb, mrpc, qqp, mnli, qnli."""
+    data_dir: Path | None = None
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
+    model: str | None = None
+    """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)
+    """What is differentiated: the outputs of a classifier's new head; of label words, their difference."""
+    n_examples: int = 24
+    """Held-out examples that the kernels of each seed are computed on."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each of its own examples, head, random matrices and null models."""
+    methods: tyro.conf.OmitArgPrefixes[MethodChoice] = field(default_factory=MethodChoice)
+    """Which methods."""
+    top: int = 8
+    """How many leading eigenvectors the overlap of eigenspaces compares."""
+    null_draws: int = 3
+    """Draws of each random null model, in each seed."""
+    resamples: int = 200
+    """Bootstrap resamples behind each interval."""
+    memory_budget_gb: float | None = None
+    """Memory for features and kernels in GB; by default half of what is free."""
+    runs_dir: Path | None = None
+    """Folder of the finished seeds, with all of their kernels; by default the result folder's name with -runs."""
+    output_dir: Path | None = None
+    """Result folder; by default results/peft_kernels-TASK."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder."""
+    device: str = "cpu"
+    """Torch device, such as cpu or cuda."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the model and its kernels."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return self.output_dir or Path("results") / f"peft_kernels-{self.task}"
+
+    @property
+    def model_name(self) -> str:
+        """The model without the place where it is."""
+        return self.readout.name_of(self.model)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model, what is differentiated, and the examples.
+
+    Attributes:
+        model: the model.
+        inputs: a padded batch.
+        output: None for a classifier's logits.
+        labels: of the examples.
+    """
+
+    model: Any
+    inputs: dict[str, Tensor]
+    output: ntk.outputs.Output | None
+    labels: np.ndarray
+
+
+def run(config: Config) -> Result:
+    """Measure every seed's kernels once, or take them from their cells, and compare them.
+
+    Raises:
+        UserError: unusable data, model or options, cells of other settings, or more memory needed than there is.
+    """
+    _check(config)
+    started = time.time()
+    data = config.readout.rows(load_task_data(config.task, data_dir=config.data_dir))
+    runs = config.runs_dir or config.folder.with_name(f"{config.folder.name}-runs")
+    cells = Grid(runs).of(config, data, _identity(config, data), free=FREE)
+    each = [cells.cell(f"seed {seed}", partial(_measure, config, data), seed=seed) for seed in config.seeds]
+    found = [cell for cell in each if cell is not None]
+    kernels = [_with_labels(cell["arrays"], regression=data.task.is_regression) for cell in found]
+    comparison = SeedComparison(kernels, config.seeds, STAGE, config.resamples)
+    first = found[0]
+    names, places = first["methods"], [Place.of(row) for row in first["places"]]
+    measured = time.time()
+    metrics = method_metrics(comparison, names, config.top)
+    metrics += comparison.nulls(FULL, first["nulls"])
+    metrics += split_metrics(comparison)
+    degrees = [with_degree(k) for k in config.methods.degrees]
+    shown = [name for name in names if name not in degrees]
+    tables = {
+        "methods": [{"method": name} for name in shown],
+        "left_out": [{"method": name, "reason": why} for name, why in first["left_out"].items()],
+        "nulls": [{"null": null} for null in first["nulls"]],
+        "split": split_table(metrics),
+        "degree": degree_table(comparison, config.methods.degrees),
+        "principal_angles": angle_table(comparison, shown[1:], config.top),
+        "layers": agreement(places, comparison),
+        **map_tables(comparison, shown),
+        "seed_values": comparison.values,
+    }
+    return Result(
+        analysis="peft_kernels",
+        config=asdict(config) | {"model": config.model and config.model_name},
+        seed=config.seeds[0],
+        metrics=metrics,
+        tables=tables,
+        arrays=_published(first),
+        model=first["model"],
+        dataset={
+            "name": data.task.name,
+            "task": data.task.name,
+            "label_names": None if data.task.is_regression else list(data.task.label_names),
+            "source": data.source,
+            "fingerprint": data.fingerprint,
+        },
+        environment=environment(),
+        seconds={
+            **{f"seed {seed}": cell["seconds"] for seed, cell in zip(config.seeds, found, strict=True)},
+            "comparison": time.time() - measured,
+            "this call": time.time() - started,
+        },
+        coverage={name: "the backbone, without the head" for name in names}
+        | {name: "linear layers of the backbone" for name in first["parts"]},
+    )
+
+
+def _identity(config: Config, data: TaskData) -> str:
+    """The model, known by its content."""
+    return model_content(*config.readout.load(config.model, num_labels=data.task.num_labels, seed=0))
+
+
+def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
+    """All kernels of one seed, traced over the outputs, by name."""
+    started, seconds = time.time(), {}
+    network = _network(config, data, seed)
+    model = network.model
+    methods, left_out = methods_of(model, config.methods, seed)
+    places = places_of(model)
+    parts = {f"linear: {name}": m for name, m in split_methods(mean_inputs(model, network.inputs)).items()}
+    budget = None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
+    try:
+        whole = ntk.adapter_kernels(
+            model, network.inputs, methods | place_methods(places) | parts, output=network.output,
+            memory_budget=budget, progress=True,
+        )  # fmt: skip
+    except MemoryError as error:
+        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
+    full = whole[FULL].cpu()
+    kernels = {name: ntk.reduce_outputs(kernel, "trace").cpu() for name, kernel in whole.items()}
+    del whole
+    seconds["kernels"] = time.time() - started
+    scales = sum(map(_outputs, layers_of(model).values()))
+    nulls = model_nulls(
+        model, network.inputs, full, kernels[REFERENCE], scales, draws=config.null_draws, seed=seed,
+        output=network.output,
+    )  # fmt: skip
+    for null, draws in nulls.items():
+        kernels |= {draw_name(null, i): kernel for i, kernel in enumerate(draws)}
+    seconds["with null models"] = time.time() - started
+    print(f"{len(kernels)} kernels in {time.time() - started:.0f} s", flush=True)
+    return {
+        "methods": list(methods),
+        "left_out": left_out,
+        "places": [asdict(place) for place in places],
+        "parts": list(parts),
+        "nulls": {null: len(draws) for null, draws in nulls.items()},
+        "seconds": seconds,
+        "model": {
+            "name": config.model_name,
+            "architecture": type(model).__name__,
+            "pooling": None if config.readout.in_words else pooling_of(model),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "scales": scales,
+            "fingerprint": fingerprint(model),
+            "prompt": asdict(config.readout) if config.readout.in_words else None,
+        },
+        "arrays": {LABELS: network.labels} | {name: kernel.numpy() for name, kernel in kernels.items()},
+    }
+
+
+def _network(config: Config, data: TaskData, seed: int) -> Network:
+    """The model with its head and the examples of one seed."""
+    model, tokenizer = config.readout.load(
+        config.model, num_labels=data.task.num_labels, seed=seed, dtype=DTYPES[config.dtype], device=config.device
+    )
+    drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
+    rows = tokenize(drawn, tokenizer, data.task)
+    inputs = tokenizer.pad({n: rows[n] for n in rows.column_names if n != "labels"}, return_tensors="pt")
+    output = ntk.outputs.margin() if config.readout.in_words else None
+    on_device = {name: value.to(config.device) for name, value in inputs.items()}
+    return Network(model, on_device, output, np.asarray(drawn["label"]))
+
+
+def _outputs(module: Any) -> int:
+    """The length of a layer's output."""
+    return module.weight.shape[0 if isinstance(module, nn.Linear) else 1]
+
+
+def _with_labels(arrays: dict[str, np.ndarray], *, regression: bool) -> dict[str, Tensor]:
+    """The kernels of one seed in double precision, that of the labels among them."""
+    kernels = {name: torch.from_numpy(array).double() for name, array in arrays.items() if name != LABELS}
+    return kernels | {LABELS: label_kernel(arrays[LABELS], regression=regression)}
+
+
+def _published(cell: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of the first seed that go with the result: methods, their split, labels; the cells have all."""
+    names = [*cell["methods"], *cell["parts"]]
+    return {LABELS: cell["arrays"][LABELS]} | {f"{STAGE}.{name}": cell["arrays"][name] for name in names}
+
+
+def _check(config: Config) -> None:
+    for name, least in (("n_examples", 2), ("null_draws", 1), ("resamples", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
+    check_seeds(config.seeds)
+    if not 1 <= config.top <= config.n_examples:
+        raise UserError(f"top must be between 1 and the {config.n_examples} examples; got {config.top}")
+    if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
+        raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
+    config.methods.check()
+
+
+def main(config: Config) -> None:
+    """Run, print, write the result folder, draw the figures."""
+    config = replace(config, output_dir=config.folder)
+    about = f"intervals: 95 %, {over_seeds(config.seeds, config.n_examples)}"
+    publish(lambda: run(config), config.folder, summary=summary, overwrite=config.overwrite, about=about)

@@ -1,0 +1,113 @@
+"""What `analyses.peft_kernels` makes of the kernels of its seeds: metrics with intervals, and tables."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ntk
+from analyses.core.comparison import KERNEL_METRICS, SeedComparison
+from analyses.peft_kernels.mean_split import PARTS
+from analyses.peft_kernels.method_map import classical_scaling
+from analyses.peft_kernels.methods import FULL, REFERENCE, with_degree
+from analyses.records import Metric
+
+LABELS = "labels"
+# Of the metrics of a pair, those that an overview of many methods has room for.
+_METRICS = ("alignment", "cka", "trace_ratio")
+
+
+def label_kernel(labels: np.ndarray, *, regression: bool) -> Tensor:
+    """The kernel of the labels: whether two classes are equal, or the product of two values."""
+    y = torch.from_numpy(labels).double()
+    return y[:, None] * y if regression else (y[:, None] == y).double()
+
+
+def method_metrics(comparison: SeedComparison, names: Sequence[str], top: int) -> list[Metric]:
+    """Every method alone, against the labels, and against full fine-tuning."""
+    metrics = []
+    overlap = partial(ntk.eigenspace_overlap, rank=top)
+    for name in names:
+        metrics += [comparison.metric(metric, name) for metric in KERNEL_METRICS]
+        metrics.append(comparison.keep("label_cka", ntk.cka, "", name, LABELS))
+        if name == FULL:
+            continue
+        metrics += [comparison.metric(metric, FULL, name) for metric in _METRICS]
+        metrics.append(comparison.keep("eigenspace_overlap", overlap, "", FULL, name))
+        if name.startswith(REFERENCE) and "degree" not in name:
+            metrics.append(comparison.keep("k_star", ntk.matching_degree, "", FULL, name))
+    return metrics
+
+
+def split_metrics(comparison: SeedComparison) -> list[Metric]:
+    """How well Propulsion and BitFit follow full fine-tuning of the same layers, and the parts' shares of the trace."""
+    metrics = []
+    for part in PARTS:
+        for other in (f"Propulsion, {part}", "BitFit"):
+            metrics += [comparison.metric(m, f"linear: full, {part}", f"linear: {other}") for m in _METRICS]
+    for name in ("full", "Propulsion"):
+        for part in PARTS[1:]:
+            pair = (f"linear: {name}, {part}", f"linear: {name}, whole")
+            metrics.append(comparison.keep("trace_share", ntk.trace_ratio, "", *pair))
+    return metrics
+
+
+def split_table(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """Shares of the trace of the common and the residual part, which cross terms complete to 1."""
+    table = []
+    for name in ("full", "Propulsion"):
+        shares = {m.left.rpartition(", ")[2]: m for m in metrics
+                  if m.name == "trace_share" and m.left.startswith(f"linear: {name},")}  # fmt: skip
+        row: dict[str, Any] = {"kernel": name} | {part: metric.value for part, metric in shares.items()}
+        row["cross"] = 1 - sum(metric.value for metric in shares.values())
+        for part, metric in shares.items():
+            row |= {f"{part}_low": metric.low, f"{part}_high": metric.high}
+        table.append(row)
+    return table
+
+
+def degree_table(comparison: SeedComparison, degrees: Sequence[float]) -> list[dict[str, Any]]:
+    """Whether a degree k changes anything but the size: tr K(k) / tr K(1), and ||K(k) - k^2 K(1)|| / ||k^2 K(1)||."""
+    rows = []
+    for k in degrees:
+        pair = (with_degree(k), REFERENCE)
+        deviations = [
+            ntk.kernel_distance(kernels[REFERENCE] * k**2, kernels[pair[0]]) for kernels in comparison.kernels
+        ]
+        rows.append({"degree": k, "trace_ratio": comparison.mean(ntk.trace_ratio, *pair), "expected": k**2,
+                     "deviation": max(deviations)})  # fmt: skip
+    return rows
+
+
+def angle_table(comparison: SeedComparison, names: Sequence[str], top: int) -> list[dict[str, Any]]:
+    """Principal angles between each method's leading eigenspace and full fine-tuning's in degrees, means over seeds."""
+    rows = []
+    for name in names:
+        try:
+            found = [ntk.principal_angles(kernels[FULL], kernels[name], top) for kernels in comparison.kernels]
+            angles = torch.stack(found).mean(0).rad2deg().tolist()
+        except ntk.UndefinedMetricError:
+            angles = None
+        rows.append({"method": name, "degrees": angles})
+    return rows
+
+
+def map_tables(comparison: SeedComparison, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """CKA of every two methods, its mean over seeds; and the methods as points, near one another where it is high.
+
+    Methods with an undefined CKA have no point.
+    """
+    values = {(a, b): comparison.mean(ntk.cka, a, b) for i, a in enumerate(names) for b in names[i:]}  # symmetric
+    matrix = np.array([[values.get((a, b), values.get((b, a))) for b in names] for a in names], dtype=float)
+    kept = [i for i in range(len(names)) if np.isfinite(matrix[i, i])]
+    points, shares = classical_scaling(matrix[np.ix_(kept, kept)])
+    return {
+        "similarity": [
+            {"left": a, "right": b, "cka": matrix[i, j]} for i, a in enumerate(names) for j, b in enumerate(names)
+        ],
+        "embedding": [{"method": names[i], "x": x, "y": y} for i, (x, y) in zip(kept, points.tolist(), strict=True)],
+        "embedding_axes": [{"axis": axis, "share": share} for axis, share in zip("xy", shares.tolist(), strict=True)],
+    }
