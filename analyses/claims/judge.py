@@ -7,6 +7,7 @@ from pathlib import Path
 
 from analyses.claims import theory, training
 from analyses.claims.claim import TRIED_RATES, Claim, Evidence, Outcome, Results, Verdict
+from analyses.core.errors import MISTAKES
 from analyses.records import RESULT_FILE, Result, load_result
 from propulsion.errors import UserError, one_line
 
@@ -101,7 +102,7 @@ def judge_claim(claim: Claim, results: Results) -> Row:
         return Row(claim, Verdict.MISSING, (), tuple(folders), missing)
     try:
         evidence = tuple(claim.judge({name: results[name] for name in folders}))
-    except (UserError, KeyError) as error:
+    except (*MISTAKES, KeyError) as error:
         reason = f"a result holds no {error}" if isinstance(error, KeyError) else one_line(error)
         return Row(claim, Verdict.UNTESTABLE, (), tuple(folders), reason=reason)
     return Row(claim, claim.rule.combine([e.outcome for e in evidence]), evidence, tuple(folders))
