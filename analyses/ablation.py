@@ -6,34 +6,27 @@ Degree is varied twice: with the learning rate divided by it, as `propulsion.tra
 rate for all, as in the paper, where a degree is also a learning rate (for Adam, k times as large).
 """
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import tyro
 
-from analyses.core.analysis import check_seeds
-from analyses.core.cells import Grid
-from analyses.core.errors import run_command
+from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.intervals import mean_interval
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table, interval, number
+from analyses.records import Metric, Result, format_table, interval, number
 from analyses.subjects.training_run import RunConfig, chance_score, training_run
 from propulsion.data import TaskData
-from propulsion.errors import Diverged, UserError
+from propulsion.errors import Diverged
 from propulsion.methods import Method
 from propulsion.training.learning_rates import SCALE_RATE
+
+COST = "twenty minutes"
 
 Factor = Literal["degree", "degree_fixed_rate", "positions", "init_value", "layers", "vectors"]
 DEGREES = (1, 5, 15, 25, 55, 75, 100)
 POSITIONS = ("all", "attn", "query", "key", "value", "attention_output", "mlp", "embedding", "norm")
-
-
-FREE = ("task", "factor", "reference_degree", "n_layers", "seeds", "run.data_dir", "run.model")
-"""Fields that no cell depends on: its setting, which follows from the factor, and its seed are its own."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(GridOutput):
     """One choice in Propulsion varied, all else at its default."""
 
     task: str = "demo"
@@ -67,14 +60,6 @@ class Config:
     """Seeds of the runs."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     """What each run is."""
-    runs_dir: Path | None = None
-    """Folder of the finished cells; by default the result folder's name with -runs."""
-    max_runs: int | None = None
-    """Compute this many cells at most in this call."""
-    output_dir: Path | None = None
-    """Result folder; by default results/ablation-FACTOR."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
 
 def settings_of(config: Config) -> list[Setting]:
@@ -102,22 +87,13 @@ def _counts(n: int) -> list[int]:
     return sorted({1, max(1, n // 3), max(1, 2 * n // 3), n})
 
 
-def run(config: Config) -> Result | None:
-    """Compute what is missing, up to ``max_runs``, and summarise; None if cells are still missing.
+def find(config: Config, runs: Runs) -> Findings | None:
+    """Compute what is missing and summarise.
 
     A run that diverges is a result too: its score counts as undefined, and the table says so.
-
-    Raises:
-        UserError: Unusable options, data or model; cells of other settings.
     """
-    started = time.time()
-    check_seeds(config.seeds)
-    if config.n_layers < 1 or config.reference_degree <= 0:
-        raise UserError("n_layers and reference_degree must be positive")
     data, chosen = config.run.load(config.task), settings_of(config)
-    folder = config.runs_dir or _output(config).with_name(f"{_output(config).name}-runs")
-    grid = Grid(folder, config.max_runs)
-    cells = grid.of(config, data, config.run.identity(data), free=FREE)
+    cells = runs.of(data, config.run.identity(data))
     found: dict[str, list[dict[str, Any]]] = {setting.label: [] for setting in chosen}
 
     def compute(*, setting: Setting, seed: int) -> dict[str, Any]:
@@ -129,10 +105,7 @@ def run(config: Config) -> Result | None:
             cell = cells.cell(label, compute, setting=setting, seed=seed)
             if cell is not None:
                 found[setting.label].append(cell)
-    if grid.missing:
-        grid.say_missing()
-        return None
-    return _result(config, data, found, time.time() - started)
+    return None if runs.missing else _summarised(config, data, found)
 
 
 def _train(shared: RunConfig, data: TaskData, setting: Setting, seed: int) -> dict[str, Any]:
@@ -152,7 +125,7 @@ def _train(shared: RunConfig, data: TaskData, setting: Setting, seed: int) -> di
     }
 
 
-def _result(config: Config, data: TaskData, found: dict[str, list[dict[str, Any]]], seconds: float) -> Result:
+def _summarised(config: Config, data: TaskData, found: dict[str, list[dict[str, Any]]]) -> Findings:
     rows, metrics = [], []
     for label, cells in found.items():
         for name in ("score", "last_loss"):
@@ -164,12 +137,10 @@ def _result(config: Config, data: TaskData, found: dict[str, list[dict[str, Any]
             "diverged": sum(bool(cell["diverged"]) for cell in cells),
             "scores": [cell["score"] for cell in cells],
         })  # fmt: skip
-    return Result(
-        analysis="ablation", config=asdict(config), seed=config.seeds[0], metrics=metrics, tables={"settings": rows},
-        arrays={}, model=config.run.model_identity(),
+    return Findings(
+        metrics, tables={"settings": rows}, model=config.run.model_identity(),
         dataset={"name": config.task, "metric": data.task.metrics[0], "chance": chance_score(data),
                  "fingerprint": data.fingerprint},
-        environment=environment(), seconds={"this call": seconds}, coverage={},
     )  # fmt: skip
 
 
@@ -185,15 +156,19 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     return format_table(header, rows, markdown=markdown)
 
 
-def _output(config: Config) -> Path:
-    return config.output_dir or Path("results") / f"ablation-{config.factor}"
-
-
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    about = f"intervals: 95 %, Student's over {len(config.seeds)} seeds"
-    publish(lambda: run(config), _output(config), summary=summary, overwrite=config.overwrite, about=about)
-
+ANALYSIS = Analysis(
+    "ablation",
+    Config,
+    find,
+    summary,
+    least={"n_layers": 1},
+    above={"reference_degree": 0},
+    # The setting of a cell, which follows from the factor, and its seed are its own, as are task, rows and model.
+    free=("task", "factor", "reference_degree", "n_layers", "seeds", "run.data_dir", "run.model"),
+    about=lambda config: f"intervals: 95 %, Student's over {len(config.seeds)} seeds",
+    variant=lambda config: f"-{config.factor}",
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.ablation", description=__doc__)))
+    ANALYSIS.command(__doc__)

@@ -9,23 +9,20 @@ such formula counts, are what a method costs.
 """
 
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from analyses.core.errors import run_command
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table, number
+from analyses.core.analysis import Analysis, Findings, Output
+from analyses.records import Metric, Result, format_table, number
 from analyses.subjects.cost import StepClock
-from propulsion.errors import UserError
 from propulsion.methods import option_config
+
+COST = "seconds"
 
 WARM_UP = 3
 
@@ -100,7 +97,7 @@ COSTS: dict[str, Cost] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Output):
     """Cost of every method on one linear layer."""
 
     n: int = 768
@@ -117,10 +114,6 @@ class Config:
     """Timed passes of each method, in turn."""
     device: str = "cpu"
     """Torch device."""
-    output_dir: Path = Path("results/complexity")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
 
 class OneLayer(nn.Module):
@@ -148,16 +141,8 @@ def build(name: str, shape: Shape) -> nn.Module:
     return model
 
 
-def run(config: Config) -> Result:
-    """Count and time every method.
-
-    Raises:
-        UserError: A size below 1.
-    """
-    started = time.time()
-    sizes = ("n", "m", "tokens", "rank", "vectors", "repeats")
-    if low := [name for name in sizes if getattr(config, name) < 1]:
-        raise UserError(f"{', '.join(low)} must be at least 1")
+def find(config: Config) -> Findings:
+    """Count and time every method."""
     shape = Shape(config.n, config.m, config.tokens, config.rank, config.vectors)
     models = {name: build(name, shape).to(config.device) for name in COSTS}
     x = torch.randn(shape.tokens, shape.n, device=config.device, requires_grad=True)
@@ -173,11 +158,8 @@ def run(config: Config) -> Result:
     rows = [_row(name, shape, models[name], seconds, seconds["frozen"]) for name in COSTS]
     metrics = [Metric("time over frozen", row["time_ratio"], None, None, "", "initialisation", row["method"], "")
                for row in rows]  # fmt: skip
-    return Result(
-        analysis="complexity", config=asdict(config), seed=0, metrics=metrics, tables={"methods": rows}, arrays={},
-        model={"name": f"one linear layer, {config.n} to {config.m}"}, dataset={"name": "random"},
-        environment=environment(), seconds={"total": time.time() - started}, coverage={},
-    )  # fmt: skip
+    model = {"name": f"one linear layer, {config.n} to {config.m}"}
+    return Findings(metrics, tables={"methods": rows}, model=model, dataset={"name": "random"})
 
 
 def _row(
@@ -209,10 +191,14 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     return format_table(header, rows, markdown=markdown)
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about="")
-
+ANALYSIS = Analysis(
+    "complexity",
+    Config,
+    find,
+    summary,
+    least=dict.fromkeys(("n", "m", "tokens", "rank", "vectors", "repeats"), 1),
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.complexity", description=__doc__)))
+    ANALYSIS.command(__doc__)

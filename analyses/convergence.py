@@ -26,6 +26,8 @@ from propulsion.methods import Method, parse_methods
 from propulsion.training import evaluate
 from propulsion.training.trainer import isolated_randomness
 
+COST = "twenty minutes"
+
 SHARES = (0.9, 0.95)
 """Of a method's own gain, from its first score to its best: how many steps until it is reached."""
 

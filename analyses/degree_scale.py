@@ -7,37 +7,37 @@ layer's kernels differ by the variance of its weights' entries, so k* is about 1
 """
 
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers as hf
-import tyro
 from torch import Tensor
 
 import ntk
-from analyses.core.errors import run_command
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table, interval, number
-from analyses.theorem1 import Body
+from analyses.core.analysis import Analysis, Findings, Output
+from analyses.records import Metric, Result, format_table, interval, number
+from analyses.subjects.batch import held_out
+from analyses.subjects.parameters import backbone_prefix, backbone_tuning, is_backbone
 from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels
 from ntk.infinite.networks import MLP, Recipe, is_multiplier
-from propulsion.data import check_folders, draw_rows, load_task_data, tokenize
+from propulsion.data import check_folders, load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_pooling, load_classifier
+
+COST = "a minute"
 
 # Accuracy over the degree peaks there in the paper's ablation (Kowsher, Prottasha and Bhat 2024, App. E).
 PAPER_BEST = (25, 75)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Output):
     """tr K_F / tr K_P(1), and the degree k* that matches the kernels' sizes."""
 
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -58,10 +58,6 @@ class Config:
     """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     seed: int = 0
     """Of inputs, networks and heads."""
-    output_dir: Path = Path("results/degree_scale")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
 
 def mlp_rows(config: Config) -> Iterator[dict[str, Any]]:
@@ -133,9 +129,7 @@ def pretrained_rows(config: Config) -> Iterator[dict[str, Any]]:
         model, tokenizer = load_classifier(
             name, num_labels=data.task.num_labels, pooling=config.pooling, seed=config.seed
         )
-        rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
-        columns = {name: rows[name] for name in rows.column_names if name != "labels"}
-        inputs = dict(tokenizer.pad(columns, return_tensors="pt"))
+        inputs, _ = held_out(data, tokenizer, config.n_examples, config.seed)
         sizes = model.config
         paper = data.task.degree if task != "demo" else None
         label = Path(name).name if name else "MiniLM-L6"
@@ -145,16 +139,14 @@ def pretrained_rows(config: Config) -> Iterator[dict[str, Any]]:
 
 def _weight_scale(model: Any) -> float:
     """1 / the root mean square of the entries of the body's matrices: k* if they were random, as in docs/theory.md."""
-    matrices = [
-        p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(f"{model.base_model_prefix}.")
-    ]
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and is_backbone(model, name)]
     return math.sqrt(sum(p.numel() for p in matrices) / sum(float(p.detach().square().sum()) for p in matrices))
 
 
 def _diagonals(model: Any, inputs: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Diagonals of the kernels of full fine-tuning without the head, and of Propulsion, over the examples."""
-    body = f"{model.base_model_prefix}.".replace(".", r"\.") + ".*"
-    methods = {"full": Body(f"{model.base_model_prefix}."), "propulsion": Propulsion(modules=body)}
+    body = backbone_prefix(model).replace(".", r"\.") + ".*"
+    methods = {"full": backbone_tuning(model), "propulsion": Propulsion(modules=body)}
     kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
     full, propulsion = (kernels[name].diagonal().double().numpy() for name in methods)
     return full, propulsion
@@ -182,43 +174,36 @@ def _row(
             "paper_degree": paper}  # fmt: skip
 
 
-def run(config: Config) -> Result:
-    """Measure all.
-
-    Raises:
-        UserError: numbers out of range, unusable data.
-    """
-    if not config.widths or not config.depths or min(*config.widths, *config.depths) < 1 or config.draws < 1:
-        raise UserError("expected widths, depths and draws of at least 1")
+def _check(config: Config) -> None:
+    if not config.widths or not config.depths:
+        raise UserError("there must be a width and a depth")
     if any(w % 4 for w in config.widths):
         raise UserError(f"widths must be multiples of 4, the number of attention heads; got {config.widths}")
     for task in config.tasks:
         get_labelled_task(task)
-    start, rows = time.time(), []
+
+
+def find(config: Config) -> Findings:
+    """Measure random networks, random architectures and pre-trained models."""
+    rows = []
     for part in (mlp_rows, architecture_rows, pretrained_rows):
         print(f"{part.__name__} ...", flush=True)
         rows += list(part(config))
-    return Result(
-        analysis="degree_scale",
-        config=asdict(config) | {"output_dir": str(config.output_dir), "data_dir": str(config.data_dir or "")},
-        seed=config.seed,
+    return Findings(
         metrics=[
             Metric("matching_degree", r["matching_degree"], r["low"], r["high"], "degree", "initialisation", "full",
                    f"{r['kind']}, {r['model']}, width {r['width']}, depth {r['depth']}")
             for r in rows
         ],
         tables={"ratios": rows},
-        arrays={},
         model={"name": ", ".join(("random networks", "the packaged encoder", *config.models)),
                "pooling": [find_pooling(name, config.pooling) for name in (None, *config.models)]},
         dataset={"name": ", ".join(config.tasks)},
-        environment=environment(),
-        seconds={"all": time.time() - start},
         coverage={"full": "every parameter but the head", "propulsion": "a multiplier on every layer but the head"},
     )  # fmt: skip
 
 
-def summary(result: Result) -> str:
+def summary(result: Result, *, markdown: bool = False) -> str:
     """One row a model."""
     rows = [
         [
@@ -228,14 +213,19 @@ def summary(result: Result) -> str:
         for r in result.tables["ratios"]
     ]  # fmt: skip
     header = ["model", "width", "depth", "tr K_F / tr K_P(1)", "k*", "k* expected", "paper's degree"]
-    return format_table(header, rows)
+    return format_table(header, rows, markdown=markdown)
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    about = f"the paper's best degrees are about {PAPER_BEST[0]} to {PAPER_BEST[1]}"
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
-
+ANALYSIS = Analysis(
+    "degree_scale",
+    Config,
+    find,
+    summary,
+    least={"widths": 1, "depths": 1, "draws": 1},
+    check=_check,
+    about=lambda config: f"the paper's best degrees are about {PAPER_BEST[0]} to {PAPER_BEST[1]}",
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.degree_scale", description=__doc__)))
+    ANALYSIS.command(__doc__)

@@ -7,9 +7,8 @@ from 1 stands beside it.
     python -m analyses.delta_weights --task sst2 --data-dir glue --comparison results/method_comparison
 """
 
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,16 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 
-from analyses.core.errors import run_command
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table, interval, number
+from analyses.core.analysis import Analysis, Findings, Output
+from analyses.records import Metric, Result, format_table, interval, number
 from analyses.subjects.learning_rates import tuned_factors
 from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.errors import UserError
 from propulsion.layer import PropulsionLayer
 from propulsion.methods import parse_methods
 from propulsion.training_checks import SCALE_NAME
+
+COST = "three minutes"
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 MEASURES = {
@@ -40,7 +40,7 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Output):
     """Rank and size of every method's change of the weights."""
 
     task: str = "demo"
@@ -54,10 +54,6 @@ class Config:
     """What each run is; its seed is that of all."""
     comparison: Path | None = None
     """Result of analyses.method_comparison whose learning rates are used."""
-    output_dir: Path = Path("results/delta_weights")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
     @property
     def seed(self) -> int:
@@ -115,13 +111,12 @@ def scales(model: nn.Module) -> dict[str, np.ndarray]:
     return {} if not z else {"z": torch.cat(z).numpy(), "z^k": torch.cat(powers).numpy()}
 
 
-def run(config: Config) -> Result:
-    """Train every method once and look at what changed.
+def find(config: Config) -> Findings:
+    """Train every method once and measure what changed.
 
     Raises:
-        UserError: Unusable options, data or model; a method that cannot be merged; a run that diverged.
+        UserError: A method cannot be merged.
     """
-    started = time.time()
     methods = parse_methods(config.methods)
     data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
     network = config.run.start(data, seed=config.seed)[0]
@@ -145,12 +140,9 @@ def run(config: Config) -> Result:
             values = [measures[measure] for measures in changed.values()] or [0.0]
             low, high = float(np.min(values)), float(np.max(values))
             metrics.append(Metric(measure, float(np.median(values)), low, high, "", "trained", text, ""))
-    return Result(
-        analysis="delta_weights", config=asdict(config), seed=config.seed, metrics=metrics,
-        tables={"methods": rows, "layers": layers}, arrays=arrays,
-        model=config.run.model_identity(),
+    return Findings(
+        metrics, tables={"methods": rows, "layers": layers}, arrays=arrays, model=config.run.model_identity(),
         dataset={"name": config.task, "metric": data.task.metrics[0], "fingerprint": data.fingerprint},
-        environment=environment(), seconds={"total": time.time() - started}, coverage={},
     )  # fmt: skip
 
 
@@ -171,11 +163,10 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     return "\n\n".join(blocks)
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    about = "medians and [lowest, highest] over layers"
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
-
+ANALYSIS = Analysis(
+    "delta_weights", Config, find, summary, about=lambda config: "medians and [lowest, highest] over layers"
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.delta_weights", description=__doc__)))
+    ANALYSIS.command(__doc__)

@@ -17,6 +17,8 @@ from analyses.records import Metric, Result, format_table, number
 from ntk.bounds import clopper_pearson, simulate, tail, tail_bound, variance
 from propulsion.errors import UserError
 
+COST = "half a minute"
+
 # The exact tail is accurate down to here.
 SMALLEST = 1e-40
 
@@ -107,12 +109,12 @@ def _check(config: Config) -> None:
         raise UserError(f"confidence must lie between 0 and 1; got {config.confidence}")
 
 
-def summary(result: Result) -> str:
+def summary(result: Result, *, markdown: bool = False) -> str:
     """The counts, and the tail at one error by dimension."""
     rho, epsilon = (sorted(result.config[name])[len(result.config[name]) // 2] for name in ("rhos", "epsilons"))
     chosen = [c for c in result.tables["tail"] if (c["rho"], c["epsilon"]) == (rho, epsilon)]
     rows = [[str(int(c["d"])), number(c["probability"]), number(c["exact"]), number(c["bound"])] for c in chosen]
-    table = format_table(["d", "drawn", "exact", "bound"], rows)
+    table = format_table(["d", "drawn", "exact", "bound"], rows, markdown=markdown)
     counts = {m.name: m.value for m in result.metrics}
     return (
         f"rho = {rho:g}, eps = {epsilon:g}\n\n{table}\n\nbound exceeded in {counts['cells_above_bound']:.0f} of "

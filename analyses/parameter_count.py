@@ -10,23 +10,21 @@ RoBERTa-large, the second is Propulsion on RoBERTa-base: two models.
     python -m analyses.parameter_count
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers as hf
-import tyro
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from analyses.core.errors import run_command
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table
+from analyses.core.analysis import Analysis, Findings, Output
+from analyses.records import Metric, Result, format_table
 from propulsion.errors import UserError
 from propulsion.positions import resolve
+
+COST = "seconds"
 
 
 def _roberta(size: int, layers: int, heads: int) -> nn.Module:
@@ -89,15 +87,11 @@ COUNTS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Output):
     """Trained parameters of Propulsion in the paper's models."""
 
     models: tuple[str, ...] = tuple(MODELS)
     """Models by name."""
-    output_dir: Path = Path("results/parameter_count")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
 
 def counts(model: nn.Module) -> dict[str, int]:
@@ -124,15 +118,8 @@ def width(module: nn.Module) -> int | None:
     return module.embedding_dim if isinstance(module, nn.Embedding) else None
 
 
-def run(config: Config) -> Result:
-    """Count.
-
-    Raises:
-        UserError: There is no such model.
-    """
-    started = time.time()
-    if unknown := [name for name in config.models if name not in MODELS]:
-        raise UserError(f"no model {', '.join(unknown)}; there are {', '.join(MODELS)}")
+def find(config: Config) -> Findings:
+    """Count."""
     rows: list[dict[str, Any]] = []
     for name in config.models:
         with torch.device("meta"):
@@ -142,11 +129,14 @@ def run(config: Config) -> Result:
         for row in rows
         for count in COUNTS
     ]
-    return Result(
-        analysis="parameter_count", config=asdict(config), seed=0, metrics=metrics, tables={"counts": rows}, arrays={},
-        model={"name": ", ".join(config.models)}, dataset={"name": "none"}, environment=environment(),
-        seconds={"total": time.time() - started}, coverage={},
-    )  # fmt: skip
+    return Findings(
+        metrics, tables={"counts": rows}, model={"name": ", ".join(config.models)}, dataset={"name": "none"}
+    )
+
+
+def _check(config: Config) -> None:
+    if unknown := [name for name in config.models if name not in MODELS]:
+        raise UserError(f"no model {', '.join(unknown)}; there are {', '.join(MODELS)}")
 
 
 def summary(result: Result, *, markdown: bool = False) -> str:
@@ -155,10 +145,8 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     return format_table(["model", *COUNTS.values()], rows, markdown=markdown)
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about="")
-
+ANALYSIS = Analysis("parameter_count", Config, find, summary, check=_check)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.parameter_count", description=__doc__)))
+    ANALYSIS.command(__doc__)

@@ -14,28 +14,28 @@ output, the difference of the logits; more than two are traced. Seeds draw the e
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from scipy import stats
+from scipy.optimize import brentq
 
 import ntk
-from analyses.core.analysis import check_seeds
-from analyses.core.errors import run_command
+from analyses.core.analysis import Analysis, Findings, Output
 from analyses.core.intervals import mean_interval
-from analyses.publish import publish
-from analyses.records import STAGES, Metric, Result, environment, format_table, interval, load_result
-from analyses.subjects.batch import model_inputs
+from analyses.records import STAGES, Metric, Result, format_table, interval, load_result
+from analyses.subjects.batch import held_out
 from analyses.subjects.trained_methods import HEAD, one_output, tangents, with_head
 from analyses.subjects.training_run import model_identity
-from propulsion.data import draw_rows, load_task_data
+from propulsion.data import TaskData, load_task_data
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
 from propulsion.pretrained import Pooling, load_classifier
+
+COST = "a minute"
 
 STAGE = STAGES[0]
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -52,7 +52,7 @@ _UNIT = "1 / mean eigenvalue"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Output):
     """Spectra of methods' kernels."""
 
     task: str = "demo"
@@ -77,10 +77,6 @@ class Config:
     """Result of analyses.convergence whose measured speeds the predicted ones are held against."""
     memory_budget_gb: float | None = None
     """Memory for features and kernels in GB; by default half of what is free."""
-    output_dir: Path = Path("results/spectrum")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
     device: str = "cpu"
     """Torch device, such as cpu or cuda."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -137,7 +133,7 @@ def learnt(values: np.ndarray, energies: np.ndarray, times: np.ndarray) -> np.nd
 
 
 def time_to_learn(values: np.ndarray, energies: np.ndarray, share: float) -> float:
-    """When `learnt` reaches a share, by bisection; infinity where the kernel's null space holds too much."""
+    """When `learnt` reaches a share; infinity where the kernel's null space holds too much."""
     if energies[values > len(values) * np.finfo(float).eps * values.max()].sum() <= share:
         return math.inf
     low, high = 0.0, 1.0
@@ -145,28 +141,19 @@ def time_to_learn(values: np.ndarray, energies: np.ndarray, share: float) -> flo
         low, high = high, 2 * high
         if not math.isfinite(high):
             return math.inf
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if learnt(values, energies, np.array([middle]))[0] < share else (low, middle)
-    return high
+    return float(brentq(lambda time: learnt(values, energies, np.array([time]))[0] - share, low, high, xtol=1e-300))
 
 
-def run(config: Config) -> Result:
-    """Decompose every method's kernel for every seed.
-
-    Raises:
-        UserError: unusable options, data, model or methods, or more memory needed than there is.
-    """
+def find(config: Config) -> Findings:
+    """Decompose every method's kernel for every seed."""
     started = time.time()
-    _check(config)
     methods = parse_methods(config.methods)
     steps = _measured(config)
     data = load_task_data(config.task, data_dir=config.data_dir)
     found: dict[str, list[Spectral]] = {}
     for seed in config.seeds:
-        kernels = _kernels(config, methods, data, seed)
-        drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
-        y = label_vectors(np.asarray(drawn["label"]), regression=data.task.is_regression)
+        kernels, labels = _kernels(config, methods, data, seed)
+        y = label_vectors(labels, regression=data.task.is_regression)
         for name, kernel in kernels.items():
             found.setdefault(name, []).append(decompose(kernel, y, draws=config.null_draws, seed=seed))
         print(f"seed {seed}: {len(kernels)} kernels, {time.time() - started:.0f} s", flush=True)
@@ -176,20 +163,23 @@ def run(config: Config) -> Result:
     arrays: dict[str, np.ndarray] = {"ridges": RIDGES, "times": TIMES}
     for name in shown:
         arrays |= {f"{curve}.{name}": values for curve, values in _curves(found[name]).items()}
-    return Result(
-        analysis="spectrum", config=asdict(config), seed=config.seeds[0], metrics=metrics,
-        tables={"methods": [{"method": name} for name in shown]}, arrays=arrays,
+    return Findings(
+        metrics, tables={"methods": [{"method": name} for name in shown]}, arrays=arrays,
         model=model_identity(config.model, config.pooling),
         dataset={"name": data.task.name, "task": data.task.name, "source": data.source.rsplit("/", 1)[-1],
                  "fingerprint": data.fingerprint},
-        environment=environment(), seconds={"total": time.time() - started},
         coverage={name: "the head alone" if name == HEAD else "the backbone, without the head" for name in shown}
         | {f"{name} + head": "backbone and head" for name in config.methods if name != HEAD},
     )  # fmt: skip
 
 
-def _kernels(config: Config, methods: dict[str, Method], data: Any, seed: int) -> dict[str, torch.Tensor]:
-    """Kernels ``(n, n)``: of each method's own parameters, of the head, and of both together as "METHOD + head"."""
+def _kernels(
+    config: Config, methods: dict[str, Method], data: TaskData, seed: int
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """Kernels ``(n, n)``, and the labels.
+
+    The kernels are those of each method's own parameters, of the head, and of both together as "METHOD + head".
+    """
     model, tokenizer = load_classifier(
         config.model,
         num_labels=data.task.num_labels,
@@ -198,8 +188,7 @@ def _kernels(config: Config, methods: dict[str, Method], data: Any, seed: int) -
         dtype=DTYPES[config.dtype],
         device=config.device,
     )
-    drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
-    inputs = model_inputs(drawn, tokenizer, data.task, device=config.device)
+    inputs, labels = held_out(data, tokenizer, config.n_examples, seed, device=config.device)
     wanted = tangents(model, methods, task_type="SEQ_CLS", seed=seed, degree=data.task.degree)
     budget = None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
     try:
@@ -209,7 +198,7 @@ def _kernels(config: Config, methods: dict[str, Method], data: Any, seed: int) -
     except MemoryError as error:
         raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
     own = [text for text in methods if text != HEAD]
-    return kernels | {f"{text} + head": kernel for text, kernel in with_head(kernels, own).items()}
+    return kernels | {f"{text} + head": kernel for text, kernel in with_head(kernels, own).items()}, labels
 
 
 def _curves(each: Sequence[Spectral]) -> dict[str, np.ndarray]:
@@ -326,20 +315,16 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     return "\n\n".join(blocks)
 
 
-def _check(config: Config) -> None:
-    for name, least in (("n_examples", 4), ("null_draws", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
-    check_seeds(config.seeds)
-    if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
-        raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
-
-
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    about = f"intervals: 95 %, Student's over {len(config.seeds)} seeds"
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
-
+ANALYSIS = Analysis(
+    "spectrum",
+    Config,
+    find,
+    summary,
+    least={"n_examples": 4, "null_draws": 1},
+    above={"memory_budget_gb": 0},
+    about=lambda config: f"intervals: 95 %, Student's over {len(config.seeds)} seeds",
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.spectrum", description=__doc__)))
+    ANALYSIS.command(__doc__)

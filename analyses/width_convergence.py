@@ -8,26 +8,24 @@ Propulsion's is the same as in NTK parametrisation.
 """
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
-from analyses.core.errors import run_command
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table, interval, number
+from analyses.core.analysis import Analysis, Findings, Output
+from analyses.records import Metric, Result, format_table, interval, number
 from ntk.infinite import ACTIVATIONS, mlp_kernels
 from ntk.infinite.networks import MLP, PARAMETRIZATIONS, Recipe, is_multiplier
 from propulsion.errors import UserError
 
+COST = "half a minute"
+
 
 @dataclass(frozen=True)
-class Config:
+class Config(Output):
     """Kernels of finite networks against their infinite-width limits."""
 
     activations: tuple[str, ...] = tuple(ACTIVATIONS)
@@ -50,20 +48,10 @@ class Config:
     """Of the slopes' intervals, by bootstrap over networks."""
     seed: int = 0
     """Of the inputs, networks and resamples."""
-    output_dir: Path = Path("results/width_convergence")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
 
-def run(config: Config) -> Result:
-    """Draw networks, compare their kernels with the limits, fit the slopes.
-
-    Raises:
-        UserError: numbers out of range, an unknown activation.
-    """
-    _check(config)
-    start = time.time()
+def find(config: Config) -> Findings:
+    """Draw networks, compare their kernels with the limits, fit the slopes."""
     generator = torch.Generator().manual_seed(config.seed)
     x = torch.randn(config.inputs, 5, generator=generator, dtype=torch.float64)
     rows, metrics = [], []
@@ -85,17 +73,12 @@ def run(config: Config) -> Result:
                 metrics.append(
                     Metric("slope", slope, low, high, "per factor e of width", "initialisation", name, label)
                 )
-    return Result(
-        analysis="width_convergence",
-        config=asdict(config) | {"output_dir": str(config.output_dir)},
-        seed=config.seed,
-        metrics=metrics,
+    return Findings(
+        metrics,
         tables={"widths": rows},
         arrays={"inputs": x.numpy()},
         model={"name": f"multilayer perceptrons of {config.depth} hidden layers"},
         dataset={"name": f"{config.inputs} Gaussian inputs"},
-        environment=environment(),
-        seconds={"all": time.time() - start},
         coverage={"full": "every weight and bias", "propulsion": "a multiplier on every hidden layer"},
     )
 
@@ -172,13 +155,11 @@ def _root_mean_square(values: np.ndarray) -> float:
 def _check(config: Config) -> None:
     if unknown := [a for a in config.activations if a not in ACTIVATIONS]:
         raise UserError(f"unknown activation {unknown[0]!r}; there are {', '.join(ACTIVATIONS)}")
-    if len(config.widths) < 2 or min(config.widths) < 1 or config.draws < 2 or config.inputs < 2 or config.depth < 1:
-        raise UserError("expected at least two widths, two draws, two inputs and one hidden layer")
-    if not (config.sigma_w > 0 and config.sigma_b >= 0 and config.degree > 0):
-        raise UserError("expected sigma_w > 0, sigma_b >= 0 and degree > 0")
+    if len(config.widths) < 2:
+        raise UserError(f"there must be at least two widths to fit a slope; got {config.widths}")
 
 
-def summary(result: Result) -> str:
+def summary(result: Result, *, markdown: bool = False) -> str:
     """Slopes, and the gap at the largest width, by activation."""
     rows = []
     widest = max(result.config["widths"])
@@ -197,14 +178,22 @@ def summary(result: Result) -> str:
             number(last["gap"]), number(last["gap_of_the_limits"]),
         ])  # fmt: skip
     header = ["activation", "slope, K_F", "slope, K_P", f"gap at {widest}", "gap of the limits"]
-    return format_table(header, rows)
+    return format_table(header, rows, markdown=markdown)
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    about = f"gaps relative to K_F of the hidden layers; intervals: {config.confidence:.0%}, over networks"
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
-
+ANALYSIS = Analysis(
+    "width_convergence",
+    Config,
+    find,
+    summary,
+    least={"widths": 1, "draws": 2, "inputs": 2, "depth": 1, "sigma_b": 0},
+    above={"sigma_w": 0, "degree": 0},
+    check=_check,
+    about=lambda config: (
+        f"gaps relative to K_F of the hidden layers; intervals: {config.confidence:.0%}, over networks"
+    ),
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.width_convergence", description=__doc__)))
+    ANALYSIS.command(__doc__)

@@ -1,6 +1,27 @@
-"""Which part of a model a parameter belongs to, by its name."""
+"""Which part of a model a parameter belongs to, by its name, and full fine-tuning of such parts."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor, nn
+
+from ntk.adapters import Method
+
+
+@dataclass(frozen=True)
+class SelectedParameters(Method):
+    """Full fine-tuning of the parameters that a predicate selects by name and value.
+
+    Attributes:
+        selects: Whether a parameter is trained.
+    """
+
+    selects: Callable[[str, Tensor], bool]
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """All of a selected parameter's kernel, and nothing of the others'."""
+        return float(self.selects(name, parameter))
 
 
 def is_scale(name: str) -> bool:
@@ -16,3 +37,13 @@ def backbone_prefix(model: Any) -> str:
 def is_backbone(model: Any, name: str) -> bool:
     """Whether a parameter belongs to the pre-trained part of a Hugging Face model, and not to its head."""
     return name.startswith(backbone_prefix(model))
+
+
+def backbone_tuning(model: Any) -> SelectedParameters:
+    """Full fine-tuning of a Hugging Face model without its head."""
+    return SelectedParameters(lambda name, parameter: is_backbone(model, name))
+
+
+def backbone_weights(model: Any) -> SelectedParameters:
+    """Full fine-tuning of the matrices and embeddings of a Hugging Face model without its head."""
+    return SelectedParameters(lambda name, parameter: parameter.ndim == 2 and is_backbone(model, name))

@@ -26,7 +26,7 @@ def config(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(config):
-    spectrum.main(config)
+    spectrum.ANALYSIS.publish(config)
     return load_result(config.output_dir, analysis="spectrum")
 
 

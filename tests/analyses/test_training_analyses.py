@@ -202,7 +202,7 @@ def test_when_a_share_of_the_gain_is_reached():
 def test_ablations(runs, tmp_path, factor):
     config = ablation.Config(factor=factor, seeds=(0,), n_layers=1, output_dir=tmp_path / factor,
                              run=replace(runs, training=replace(runs.training, steps=1)))  # fmt: skip
-    ablation.main(config)
+    ablation.ANALYSIS.publish(config)
     result = load_result(config.output_dir, analysis="ablation")
     rows = {row["setting"]: row for row in result.tables["settings"]}
     assert list(rows) == [setting.label for setting in ablation.settings_of(config)]
@@ -263,7 +263,7 @@ def test_a_change_of_rank_one():
 
 def test_changes_of_all_methods(runs, tmp_path):
     config = delta_weights.Config(run=replace(runs, degree=None), output_dir=tmp_path / "delta")
-    delta_weights.main(config)
+    delta_weights.ANALYSIS.publish(config)
     rows = {row["method"]: row for row in load_result(config.output_dir).tables["methods"]}
     assert rows["bitfit"]["changed_matrices"] == 0
     assert rows["full"]["changed_matrices"] == rows["propulsion:positions=all"]["changed_matrices"] == 7
@@ -291,7 +291,7 @@ def test_a_child_that_fails_is_one_line(runs, tmp_path, monkeypatch):
 
 def test_formulas_count_what_is_there(tmp_path):
     config = complexity.Config(n=24, m=16, tokens=8, rank=4, vectors=3, repeats=1, output_dir=tmp_path / "complexity")
-    complexity.main(config)
+    complexity.ANALYSIS.publish(config)
     rows = load_result(config.output_dir, analysis="complexity").tables["methods"]
     assert len(rows) == len(complexity.COSTS)
     assert all(row["parameters"] == row["counted"] for row in rows)
@@ -313,7 +313,7 @@ RECOUNTED = {
 
 def test_the_papers_parameters_are_recounted(tmp_path):
     config = parameter_count.Config(output_dir=tmp_path / "count")
-    parameter_count.main(config)
+    parameter_count.ANALYSIS.publish(config)
     rows = {row["model"]: row for row in load_result(config.output_dir, analysis="parameter_count").tables["counts"]}
     found = {
         name: (row["everything"], row["blocks"], row["attn"], row["total"] if RECOUNTED[name][3] else None)

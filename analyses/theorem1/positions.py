@@ -1,17 +1,17 @@
-"""Theorem 1 position by position of a transformer: each layer's multiplier against its own weights.
+"""Theorem 1 by the position of a layer in a transformer: each layer's multiplier against its own weights.
 
 docs/theory.md says that at random weights the two kernels agree, up to a width's fluctuation, wherever a layer's
 outputs meet no elementwise nonlinearity before the next random matrix: everywhere but before the feed-forward block's.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import ntk
+from analyses.subjects.parameters import SelectedParameters
 from ntk.adapters import Method, Propulsion, chosen
 from ntk.infinite.networks import Recipe, Transformer
 
@@ -27,15 +27,11 @@ POSITIONS = {
 }
 
 
-@dataclass(frozen=True)
-class WeightsOf(Method):
-    """Full fine-tuning of the matrices of some modules."""
-
-    modules: str
-
-    def share(self, name: str, parameter: Tensor, module: torch.nn.Module, layer: str | None) -> float:
-        """The matrices."""
-        return float(name.endswith(".weight") and chosen(self.modules, name.removesuffix(".weight")))
+def weights_of(modules: str) -> SelectedParameters:
+    """Full fine-tuning of the matrices of the modules whose names match a pattern."""
+    return SelectedParameters(
+        lambda name, parameter: name.endswith(".weight") and chosen(modules, name.removesuffix(".weight"))
+    )
 
 
 def transformer_kernels(
@@ -61,7 +57,7 @@ def encoder_kernels(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Te
     """The same of a BERT encoder, in one pass."""
     methods: dict[str, Method] = {}
     for position, modules in POSITIONS.items():
-        methods |= {f"weights {position}": WeightsOf(modules), f"multipliers {position}": Propulsion(modules=modules)}
+        methods |= {f"weights {position}": weights_of(modules), f"multipliers {position}": Propulsion(modules=modules)}
     kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
     parts = ({p: kernels[f"{kind} {p}"].double() for p in POSITIONS} for kind in ("weights", "multipliers"))
     return next(parts), next(parts)

@@ -6,34 +6,35 @@ parameters (the claim), against full fine-tuning of the weights (the corrected t
 best single scale. A second table does it position by position of transformers, each layer against its own weights.
 """
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 import ntk
-from analyses.core.errors import run_command
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table, number
-from analyses.theorem1_positions import POSITIONS, encoder_kernels, rows_of, transformer_kernels
-from ntk.adapters import Full, Method, Propulsion
+from analyses.core.analysis import Analysis, Findings, Output
+from analyses.records import Metric, Result, format_table, number
+from analyses.subjects.batch import held_out
+from analyses.subjects.parameters import backbone_prefix, backbone_tuning, backbone_weights
+from analyses.theorem1.positions import POSITIONS, encoder_kernels, rows_of, transformer_kernels
+from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels, residual_kernels
 from ntk.infinite.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
-from propulsion.data import draw_rows, load_task_data, tokenize
+from propulsion.data import load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_pooling, load_classifier
+
+COST = "ten seconds"
 
 Kernels = tuple[Tensor, Tensor, Tensor]  # full fine-tuning, its weights, Propulsion
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Output):
     """Theorem 1, literal and corrected."""
 
     inputs: int = 6
@@ -60,10 +61,6 @@ class Config:
     """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     seed: int = 0
     """Of inputs, networks and the head."""
-    output_dir: Path = Path("results/theorem1")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
 
 def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
@@ -169,58 +166,28 @@ def _finite(network: torch.nn.Module, x: Tensor) -> Kernels:
     return full, weights, multipliers
 
 
-@dataclass(frozen=True)
-class Weights(Method):
-    """Matrices and embeddings of the pre-trained body."""
-
-    prefix: str
-
-    def share(self, name: str, parameter: Tensor, module: torch.nn.Module, layer: str | None) -> float:
-        """All parameters of two axes, the head's aside."""
-        return float(parameter.ndim == 2 and name.startswith(self.prefix))
-
-
-@dataclass(frozen=True)
-class Body(Full):
-    """The pre-trained body without the head."""
-
-    prefix: str = ""
-
-    def share(self, name: str, parameter: Tensor, module: torch.nn.Module, layer: str | None) -> float:
-        """Everything in the body."""
-        return float(name.startswith(self.prefix))
-
-
 def _encoder(config: Config) -> tuple[Any, dict[str, Tensor]]:
-    get_labelled_task(config.task)
     data = load_task_data(config.task, data_dir=config.data_dir, seed=config.seed)
     model, tokenizer = load_classifier(num_labels=data.task.num_labels, pooling=config.pooling, seed=config.seed)
-    rows = tokenize(draw_rows(data.validation, data.task, config.n_examples, config.seed), tokenizer, data.task)
-    columns = {name: rows[name] for name in rows.column_names if name != "labels"}
-    return model, dict(tokenizer.pad(columns, return_tensors="pt"))
+    return model, held_out(data, tokenizer, config.n_examples, config.seed)[0]
 
 
 def _pretrained(config: Config) -> Kernels:
     model, inputs = _encoder(config)
-    prefix = f"{model.base_model_prefix}."
-    methods = {"full": Body(prefix), "weights": Weights(prefix), "propulsion": Propulsion(modules=f"{prefix}.*")}
+    methods = {"full": backbone_tuning(model), "weights": backbone_weights(model),
+               "propulsion": Propulsion(modules=f"{backbone_prefix(model)}.*")}  # fmt: skip
     kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
     return kernels["full"].double(), kernels["weights"].double(), kernels["propulsion"].double()
 
 
-def run(config: Config) -> Result:
-    """Compute every case.
-
-    Raises:
-        UserError: numbers out of range, unusable data.
-    """
-    if min(config.inputs, config.draws, config.depth, config.transformer_draws) < 1:
-        raise UserError("expected at least one input, draw and layer")
-    if config.width < 2 or config.n_examples < 2 or config.inputs < 2:
-        raise UserError("expected a width, inputs and examples of at least 2")
+def _check(config: Config) -> None:
+    get_labelled_task(config.task)
     if not config.transformer_widths or any(w < 2 or w % 2 for w in config.transformer_widths):
         raise UserError(f"transformer widths must be even, for two heads; got {config.transformer_widths}")
-    start = time.time()
+
+
+def find(config: Config) -> Findings:
+    """Compute every case."""
     rows, arrays = [], {}
     for name, where, compute in cases(config):
         print(f"{name} ...", flush=True)
@@ -242,10 +209,7 @@ def run(config: Config) -> Result:
     print("transformers by position ...", flush=True)
     by_position = list(positions(config))
     measures = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
-    return Result(
-        analysis="theorem1",
-        config=asdict(config) | {"output_dir": str(config.output_dir), "data_dir": str(config.data_dir or "")},
-        seed=config.seed,
+    return Findings(
         metrics=[
             Metric(measure, row[measure], None, None, "", "initialisation", row["case"], "propulsion")
             for row in rows for measure in measures
@@ -254,33 +218,31 @@ def run(config: Config) -> Result:
         arrays=arrays,
         model={"name": "random networks and the packaged encoder", "pooling": find_pooling(None, config.pooling)},
         dataset={"name": f"Gaussian inputs, {config.task}"},
-        environment=environment(),
-        seconds={"all": time.time() - start},
         coverage={"full": "every parameter but a transformer's head", "weights": "matrices and embeddings",
                   "propulsion": "a multiplier on every layer but the readout"},
     )  # fmt: skip
 
 
-def summary(result: Result) -> str:
-    """One row a case."""
+def summary(result: Result, *, markdown: bool = False) -> str:
+    """One row a case, and one a position of transformers."""
     header = ["case", "compared", "|K_F - K_P| / |K_F|", "of the weights", "best scale", "CKA", "tr K_F / tr K_P"]
     keys = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
-    cases_table = format_table(
-        header, [[r["case"], r["compared"], *(number(r[k]) for k in keys)] for r in result.tables["cases"]]
-    )
+    cases_rows = [[r["case"], r["compared"], *(number(r[k]) for k in keys)] for r in result.tables["cases"]]
+    cases_table = format_table(header, cases_rows, markdown=markdown)
     by_position = result.tables["positions"]
     networks = list(dict.fromkeys(r["network"] for r in by_position))
     found = {(r["network"], r["position"]): number(r["best_scale"]) for r in by_position}
     rows = [[position, *(found[network, position] for network in networks)] for position in POSITIONS]
-    return f"{cases_table}\n\nbest scale, each position against its own weights\n\n" + format_table(
-        ["position", *networks], rows
-    )
+    positions_table = format_table(["position", *networks], rows, markdown=markdown)
+    return f"{cases_table}\n\nbest scale, each position against its own weights\n\n{positions_table}"
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about="")
-
-
-if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.theorem1", description=__doc__)))
+ANALYSIS = Analysis(
+    "theorem1",
+    Config,
+    find,
+    summary,
+    least={"inputs": 2, "width": 2, "depth": 1, "draws": 1, "transformer_draws": 1, "n_examples": 2},
+    check=_check,
+)
+run = ANALYSIS.run
