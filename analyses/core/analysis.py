@@ -209,8 +209,9 @@ class Runs:
 
 
 def seeds_of(config: Any) -> tuple[int, ...]:
-    """The seeds of a configuration: its `seeds`, or else its one `seed`, or else 0."""
-    return tuple(getattr(config, "seeds", ())) or (getattr(config, "seed", 0),)
+    """The seeds of a configuration: its `seeds`, or else its one `seed`; 0 where it has neither field."""
+    one = getattr(config, "seed", None if hasattr(config, "seeds") else 0)
+    return tuple(getattr(config, "seeds", ())) or (() if one is None else (one,))
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
