@@ -6,15 +6,18 @@ Figures are written beside their results, or into the same tree below --output-d
 figure module is named and passed over; one that cannot be read or drawn is named too, and the exit code is then 1.
 """
 
+import importlib
+import pkgutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+import figures
 from analyses.records import RESULT_FILE, load_result
 from analyses.records.errors import UserError, one_line, run_command
-from figures.registry import DRAWINGS
+from figures.figure import Drawing, Write
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,19 @@ def folders(root: Path) -> list[Path]:
     return found
 
 
+def writer(analysis: str) -> Write | None:
+    """What draws the results of an analysis into a folder: `write` of the module of its name, if there is one."""
+    if analysis not in {module.name for module in pkgutil.iter_modules(figures.__path__)}:
+        return None
+    return getattr(importlib.import_module(f"figures.{analysis}"), "write", None)
+
+
 def captions() -> dict[str, str]:
     """What every figure shows, and what its bars and bands are, by the figure's file name without suffix."""
-    return {stem: caption for drawing in DRAWINGS.values() for stem, caption in drawing.captions.items()}
+    names = [module.name for module in pkgutil.walk_packages(figures.__path__, "figures.")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith(("__main__", ".all"))]
+    drawings = [found for module in modules if isinstance(found := getattr(module, "draw", None), Drawing)]
+    return {drawing.stem: drawing.caption for drawing in drawings}
 
 
 def main(config: Config) -> None:
@@ -52,12 +65,12 @@ def main(config: Config) -> None:
         name = folder.relative_to(config.root)
         try:
             result = load_result(folder)
-            drawing = DRAWINGS.get(result.analysis)
-            if drawing is None:
+            write = writer(result.analysis)
+            if write is None:
                 print(f"{name}: no figure module for {result.analysis}")
                 continue
             target = folder if config.output_dir is None else config.output_dir / name
-            print(f"{name}: {', '.join(path.name for path in drawing.write(result, target))}")
+            print(f"{name}: {', '.join(path.name for path in write(result, target))}")
         except (UserError, KeyError, ValueError) as error:
             failed = True
             print(f"{name}: {one_line(error)}", file=sys.stderr)

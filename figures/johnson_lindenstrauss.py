@@ -1,57 +1,52 @@
 """The tail and the variance of a random projection, drawn, bounded and exact, from a result folder."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
 
 from analyses.records import Result
-from figures.command import command
-from figures.style import PAGE_WIDTH, PALETTE, save, style
+from figures.figure import figure
+from figures.style import PAGE_WIDTH, PALETTE
 
 
+@figure("johnson_lindenstrauss")
 def draw(result: Result) -> Figure:
-    """Left: probability of an error of at least eps over d, at one rho. Right: d times the variance over rho."""
+    """Left: probability of an error of at least ε over the dimension; lines exact, dashes the bound, dots drawn. Right:
+    d times the variance. Bars are 99.9 % intervals of the draws.
+    """
     cells, rows, curves = (result.tables[name] for name in ("tail", "variance", "curves"))
     rho = curves[0]["rho"]
-    with style():
-        figure = Figure(figsize=(PAGE_WIDTH, 2.5), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        floor = 1 / (3 * result.config["draws"])
-        epsilons = sorted({c["epsilon"] for c in cells})
-        for epsilon, color in zip(epsilons, PALETTE):
-            curve = [c for c in curves if c["epsilon"] == epsilon]
-            d = np.array([c["d"] for c in curve])
-            left.plot(d, [c["exact"] for c in curve], color=color, label=rf"$\varepsilon$ = {epsilon:g}")
-            left.plot(d, [c["bound"] for c in curve], color=color, linestyle="--", linewidth=0.9)
-            seen = [c for c in cells if (c["rho"], c["epsilon"]) == (rho, epsilon) and c["probability"] > 0]
-            p = np.array([c["probability"] for c in seen])
-            bars = [p - [c["lower"] for c in seen], [c["upper"] for c in seen] - p]
-            left.errorbar([c["d"] for c in seen], p, bars, color=color, fmt="o", markersize=2.5, linewidth=0.8)
-        left.set(xscale="log", yscale="log", ylim=(floor, 2), xlabel="dimension d",
-                 ylabel=r"Pr[ |S − ρ| ≥ ε ]", title=f"Tail at ρ = {rho:g}: exact, bound (dashed), drawn")  # fmt: skip
-        left.legend(loc="lower left")
-        fine = np.linspace(-1, 1, 101)
-        right.plot(fine, 1 + fine**2, color="0.3", label="exact, 1 + ρ²")
-        dimensions = sorted({r["d"] for r in rows})
-        for i, (d, color) in enumerate(zip(dimensions[:: max(1, len(dimensions) // 3)], PALETTE)):
-            line = [r for r in rows if r["d"] == d]
-            value = np.array([r["variance"] for r in line]) * d
-            ends = [d * np.array([r[end] for r in line]) for end in ("lower", "upper")]
-            bars = [value - ends[0], ends[1] - value]
-            x = np.array([r["rho"] for r in line]) + 0.02 * i
-            right.errorbar(x, value, bars, color=color, fmt="o", markersize=2.5, linewidth=0.8, label=f"d = {d}")
-        right.set(xlabel="inner product ρ", ylabel="d · Var[S]", title="Variance")
-        right.legend(loc="upper center")
-    return figure
+    page = Figure(figsize=(PAGE_WIDTH, 2.5), layout="constrained")
+    left, right = page.subplots(1, 2, width_ratios=(3, 2))
+    floor = 1 / (3 * result.config["draws"])
+    epsilons = sorted({c["epsilon"] for c in cells})
+    for epsilon, color in zip(epsilons, PALETTE):
+        curve = [c for c in curves if c["epsilon"] == epsilon]
+        d = np.array([c["d"] for c in curve])
+        left.plot(d, [c["exact"] for c in curve], color=color, label=rf"$\varepsilon$ = {epsilon:g}")
+        left.plot(d, [c["bound"] for c in curve], color=color, linestyle="--", linewidth=0.9)
+        seen = [c for c in cells if (c["rho"], c["epsilon"]) == (rho, epsilon) and c["probability"] > 0]
+        p = np.array([c["probability"] for c in seen])
+        bars = [p - [c["lower"] for c in seen], [c["upper"] for c in seen] - p]
+        left.errorbar([c["d"] for c in seen], p, bars, color=color, fmt="o", markersize=2.5, linewidth=0.8)
+    left.set(xscale="log", yscale="log", ylim=(floor, 2), xlabel="dimension d",
+             ylabel=r"Pr[ |S − ρ| ≥ ε ]", title=f"Tail at ρ = {rho:g}: exact, bound (dashed), drawn")  # fmt: skip
+    left.legend(loc="lower left")
+    fine = np.linspace(-1, 1, 101)
+    right.plot(fine, 1 + fine**2, color="0.3", label="exact, 1 + ρ²")
+    dimensions = sorted({r["d"] for r in rows})
+    for i, (d, color) in enumerate(zip(dimensions[:: max(1, len(dimensions) // 3)], PALETTE)):
+        line = [r for r in rows if r["d"] == d]
+        value = np.array([r["variance"] for r in line]) * d
+        ends = [d * np.array([r[end] for r in line]) for end in ("lower", "upper")]
+        bars = [value - ends[0], ends[1] - value]
+        x = np.array([r["rho"] for r in line]) + 0.02 * i
+        right.errorbar(x, value, bars, color=color, fmt="o", markersize=2.5, linewidth=0.8, label=f"d = {d}")
+    right.set(xlabel="inner product ρ", ylabel="d · Var[S]", title="Variance")
+    right.legend(loc="upper center")
+    return page
 
 
-def write(result: Result, folder: Path) -> list[Path]:
-    """Draw into a folder."""
-    return save(draw(result), folder, "johnson_lindenstrauss")
-
+write = draw.write
 
 if __name__ == "__main__":
-    command("johnson_lindenstrauss", write, __doc__)
+    draw.command(__doc__)

@@ -6,8 +6,6 @@ label. The scale ends at the 99th percentile of the entries off the diagonal: a 
 times the rest, and would leave it one colour.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from dataclasses import dataclass
@@ -25,8 +23,8 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from analyses.records import STAGES, Metric, Result
 from analyses.records.errors import UserError, run_command
-from figures.command import redraw
-from figures.style import DIVERGING, PAGE_WIDTH, PALETTE, SEQUENTIAL, save, style
+from figures.figure import figure, redraw
+from figures.style import DIVERGING, PAGE_WIDTH, PALETTE, SEQUENTIAL, save
 
 FULL = "full_backbone"
 ADAPTER = "propulsion_z"
@@ -52,16 +50,16 @@ class Row:
     scale: float
 
 
+@figure("kernel_distance")
 def draw(result: Result, *, full: str = FULL, adapter: str = ADAPTER) -> Figure:
-    """Draw the comparison of two kernels at every stage that the result holds them for.
+    """Kernel of full fine-tuning, of Propulsion at the best single scale, their absolute difference on one colour
+    scale, and both spectra; before and after training. Brackets in the headings are 95 % bootstrap intervals over
+    examples.
 
     Args:
         result: A result of the analysis `kernel_distance`.
         full: Name of the kernel drawn as K_F.
         adapter: Name of the kernel compared with it.
-
-    Returns:
-        A figure one page wide.
 
     Raises:
         UserError: If the result does not hold both kernels at any stage, or holds them with values that are not finite.
@@ -74,26 +72,18 @@ def draw(result: Result, *, full: str = FULL, adapter: str = ADAPTER) -> Figure:
     if names is not None and not set(labels.tolist()) <= set(range(len(names))):
         raise UserError(f"the result has labels outside 0 to {len(names) - 1}, the places of its label_names")
     order = np.argsort(labels, kind="stable")
-    with style():
-        figure = Figure(figsize=(PAGE_WIDTH, _ROW_HEIGHT * len(rows) + 0.2), layout="constrained")
-        figure.suptitle(_subject(result, labels.size), x=0.01, ha="left", color="0.35", fontsize=7)
-        panels = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
-        for panel, row in zip(panels, rows, strict=True):
-            _draw_row(panel, row, result, labels, order, (full, adapter))
-        # Fixed now: a later draw outside this style would lay the same figure out differently.
-        figure.draw_without_rendering()
-    return figure
+    page = Figure(figsize=(PAGE_WIDTH, _ROW_HEIGHT * len(rows) + 0.2), layout="constrained")
+    page.suptitle(_subject(result, labels.size), x=0.01, ha="left", color="0.35", fontsize=7)
+    panels = page.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for panel, row in zip(panels, rows, strict=True):
+        _draw_row(panel, row, result, labels, order, (full, adapter))
+    return page
 
 
 def write(result: Result, folder: Path | str, *, full: str = FULL, adapter: str = ADAPTER) -> list[Path]:
-    """Draw and write `kernel_distance.png` and `.pdf`, the pair in the name where it is not the default one.
-
-    Raises:
-        UserError: As `draw` does, or if the folder cannot be written.
-    """
-    default = (full, adapter) == (FULL, ADAPTER)
-    stem = "kernel_distance" if default else f"kernel_distance.{full}.{adapter}"
-    return save(draw(result, full=full, adapter=adapter), folder, stem)
+    """Draw and write `kernel_distance.png` and `.pdf`, the pair in the name where it is not the default one."""
+    pair = "" if (full, adapter) == (FULL, ADAPTER) else f".{full}.{adapter}"
+    return save(draw(result, full=full, adapter=adapter), folder, f"kernel_distance{pair}")
 
 
 def color_limits(full: Float[np.ndarray, "n n"], scaled: Float[np.ndarray, "n n"]) -> tuple[float, float]:
@@ -107,9 +97,6 @@ def color_limits(full: Float[np.ndarray, "n n"], scaled: Float[np.ndarray, "n n"
     # One example, or unrelated ones: nothing off the diagonal to see, so show the diagonal.
     limit = limit or float(max(np.abs(full).max(), np.abs(scaled).max())) or 1.0
     return (-limit if min(full.min(), scaled.min()) < -_VISIBLE * limit else 0.0), limit
-
-
-# --- reading the result --------------------------------------------------------------------------------------------
 
 
 def _stages(result: Result, full: str, adapter: str) -> list[str]:
@@ -155,9 +142,6 @@ def _metric(result: Result, name: str, stage: str, pair: tuple[str, str]) -> Met
         return result.metric(name, stage=stage, left=pair[0], right=pair[1])
     except UserError:
         return None
-
-
-# --- drawing -------------------------------------------------------------------------------------------------------
 
 
 def _draw_row(
@@ -264,9 +248,6 @@ def _draw_spectra(ax: Axes, row: Row, symbol: str) -> None:
     ax.legend(loc="lower left", handlelength=1.6)
 
 
-# --- words ---------------------------------------------------------------------------------------------------------
-
-
 def _heading(result: Result, row: Row, pair: tuple[str, str]) -> str:
     said = {
         "relative Frobenius distance {}": "relative_frobenius",
@@ -304,9 +285,6 @@ def _words(kernel: str) -> str:
 
 def _symbol(adapter: str) -> str:
     return "K_P" if adapter.startswith("propulsion") else "K_A"
-
-
-# --- command -------------------------------------------------------------------------------------------------------
 
 
 def main(

@@ -1,16 +1,10 @@
 """Drift along training, from a result folder: how far kernels, Jacobians and outputs leave the start, by method.
 
-Above, lines over the steps, means over the seeds with bands from the lowest run to the highest: drift of the kernel and
-of the Jacobian relative to their size at the start, the error of the linearised network relative to the outputs'
-movement; CKA of the kernel with the start's and with full fine-tuning's, and the score. Below, one column a method:
-relative movement of the Jacobian by place in the network and example, after training, mean over the seeds; and, of the
-first run, the entries of a small block of the Jacobian before training, and how far training moved them, both in
-units of the root mean square of the former: equal colours are equal sizes. Drifts and colours are logarithmic.
+Drifts are relative to the size at the start, the error of the linearised network to the outputs' movement. The block of
+the Jacobian is of the first run, in units of the root mean square of its entries before training: equal colours are
+equal sizes. Drifts and colours are logarithmic.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +14,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 
 from analyses.records import Result
-from figures.command import command
-from figures.method_comparison import short
-from figures.style import PAGE_WIDTH, PALETTE, SEQUENTIAL, save, style
+from figures.figure import figure
+from figures.methods import color_of_line, short
+from figures.style import PAGE_WIDTH, SEQUENTIAL
 
 _MARKERS = "os^Dv"
 _LOGARITHMIC = ("relative_kernel_drift", "relative_jacobian_drift")
@@ -30,29 +24,20 @@ _LOGARITHMIC = ("relative_kernel_drift", "relative_jacobian_drift")
 _TICKS = (0.1, 1, 10, 100)
 
 
+@figure("kernel_drift")
 def draw(result: Result) -> Figure:
-    """Draw lines and heat maps, one page wide."""
-    methods = [row["method"] for row in result.tables["methods"]]
-    with style():
-        figure = Figure(figsize=(PAGE_WIDTH, 7.2), layout="constrained")
-        lines, places, blocks = figure.subfigures(3, 1, height_ratios=(3.3, 1.85, 2.0))
-        _lines(lines, result, methods)
-        _places(places, result, methods)
-        _blocks(blocks, result, methods)
-        figure.draw_without_rendering()
-    return figure
-
-
-def write(result: Result, folder: Path | str) -> list[Path]:
-    """Draw and write `kernel_drift.png` and `.pdf`.
-
-    Raises:
-        UserError: The folder cannot be written.
+    """Above: drift of kernel, Jacobian and linearised network over the steps, CKA with the start and with full
+    fine-tuning, score; means over seeds, bands from the lowest run to the highest. Below: relative movement of the
+    Jacobian by place and example after training, and entries of a block of it before training and how far they moved.
+    No interval is drawn there.
     """
-    return save(draw(result), folder, "kernel_drift")
-
-
-# --- lines ----------------------------------------------------------------------------------------------------------
+    methods = [row["method"] for row in result.tables["methods"]]
+    page = Figure(figsize=(PAGE_WIDTH, 7.2), layout="constrained")
+    lines, places, blocks = page.subfigures(3, 1, height_ratios=(3.3, 1.85, 2.0))
+    _lines(lines, result, methods)
+    _places(places, result, methods)
+    _blocks(blocks, result, methods)
+    return page
 
 
 def _lines(panel: SubFigure, result: Result, methods: list[str]) -> None:
@@ -78,9 +63,7 @@ def _lines(panel: SubFigure, result: Result, methods: list[str]) -> None:
             _line(ax, found, place, short(method))
         name, label, title = entry or ("cka", f"CKA with {short(methods[0])}", f"same kernel as {short(methods[0])}?")
         ax.set_title(title, loc="left")
-        ax.set_ylabel(label)
-        ax.set_xlabel("optimizer step")
-        ax.set_xlim(-0.03 * last, 1.03 * last)
+        ax.set(xlabel="optimizer step", ylabel=label, xlim=(-0.03 * last, 1.03 * last))
         if "cka" in name:
             ax.set_ylim(min(0.0, ax.get_ylim()[0]), 1.03)
         elif name in _LOGARITHMIC:
@@ -98,15 +81,12 @@ def _line(ax: Axes, rows: list[dict[str, Any]], place: int, label: str) -> None:
     rows = [row for row in rows if row["value"] is not None]
     if not rows:
         return
-    color = PALETTE[place % len(PALETTE)]
+    color = color_of_line(place)
     steps = [row["step"] for row in rows]
     ax.plot(steps, [row["value"] for row in rows], marker=_MARKERS[place % len(_MARKERS)], markersize=3.5, color=color,
             label=label)  # fmt: skip
     runs = np.array([row["by_seed"] for row in rows], dtype=float)
     ax.fill_between(steps, runs.min(axis=1), runs.max(axis=1), color=color, alpha=0.15, linewidth=0)
-
-
-# --- heat maps ------------------------------------------------------------------------------------------------------
 
 
 def _places(panel: SubFigure, result: Result, methods: list[str]) -> None:
@@ -165,5 +145,7 @@ def _block_name(text: str) -> str:
     return ".".join(parts[-6:])
 
 
+write = draw.write
+
 if __name__ == "__main__":
-    command("kernel_drift", write, __doc__)
+    draw.command(__doc__)

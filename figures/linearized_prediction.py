@@ -1,15 +1,11 @@
 """Kernel predictions against trained networks by training-set size, from a result folder.
 
-Left, the scores: solid lines are trained networks, dashed ones regression under the same method's tangent kernel,
-dotted grey ones the nulls. Middle, how often a network and its kernel's regression give the same class; the thin dotted
-line of the same colour is what independent errors at the same accuracy would give, black a network trained again with
-another data order. Right, correlation of the logits, initial ones subtracted, for the tangent kernel (dashed) and the
-sign-gradient kernel (dash-dotted). Bars are 95 % Student intervals over seeds, shifted sideways to be told apart; with
-few seeds they are wide, and cut where a panel ends. Everything has a marker, since a result may be of one size.
+Agreement is how often a network and its kernel's regression give the same class; independent errors are at the same
+accuracies; black is a network trained again with another data order. Logits have the initial ones subtracted; the
+sign-gradient kernel is dash-dotted. Bars are shifted sideways to be told apart, and cut where a panel ends.
 """
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,13 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analyses.linearized_prediction.tables import AGAIN, REGRESSION, SIGN
 from analyses.records import Metric, Result
-from figures.command import command
-from figures.method_comparison import short
-from figures.style import PAGE_WIDTH, PALETTE, save, style
+from figures.figure import figure
+from figures.methods import color_of_line, short
+from figures.style import PAGE_WIDTH
 
 _HEIGHT = 2.9
+# Names of predictors in the results of the analysis.
+REGRESSION, SIGN, AGAIN = "kernel regression", "sign kernel regression", "trained again"
 _NULLS: dict[str, tuple[Literal[":"], str]] = {
     "null: hidden states": (":", "o"),
     "null: majority class": (":", "x"),
@@ -34,47 +31,49 @@ _MARGIN = 0.08
 _SHIFT = 0.06  # Of the distance between sizes, as a share of a factor of e.
 
 
+@figure("linearized_prediction")
 def draw(result: Result) -> Figure:
-    """Draw the three panels, a page wide."""
+    """Trained networks (solid), regression under their kernels (dashed) and nulls (dotted) by training-set size: score;
+    agreement of network and kernel beside that of independent errors (thin dotted); correlation of logits. Bars are 95
+    % Student intervals over seeds.
+    """
     methods = [row["method"] for row in result.tables["methods"]]
     sizes = [row["size"] for row in result.tables["sizes"]]
-    colors = {method: PALETTE[place % len(PALETTE)] for place, method in enumerate(methods)}
+    colors = {method: color_of_line(place) for place, method in enumerate(methods)}
     lines = _Lines(result, sizes)
-    with style():
-        figure = Figure(figsize=(PAGE_WIDTH, _HEIGHT), layout="constrained")
-        score, agreement, correlation = figure.subplots(1, 3)
-        for place, (method, color) in enumerate(colors.items()):
-            shift = place - (len(methods) - 1) / 2
-            lines.draw(score, "score", f"trained: {method}", "", shift, color=color, marker=_TRAINED)
-            kernel: dict[str, Any] = {"color": color, "linestyle": "--", "marker": _REGRESSION}
-            lines.draw(score, "score", f"kernel: {method}", "", shift, **kernel)
-            lines.draw(agreement, "prediction_agreement", method, REGRESSION, shift, **kernel)
-            lines.draw(agreement, "independent_errors_agreement", method, REGRESSION, shift, bars=False, color=color,
-                       linestyle=":", linewidth=0.9, marker=_CHANCE, markersize=6)  # fmt: skip
-            lines.draw(correlation, "logit_correlation", method, REGRESSION, shift, **kernel)
-            lines.draw(correlation, "logit_correlation", method, SIGN, shift, color=color, linestyle="-.", marker=_SIGN)
-        for name, (linestyle, marker) in _NULLS.items():
-            lines.draw(score, "score", name, "", 0, bars=False, color="0.5", linestyle=linestyle, marker=marker)
-        for panel, prefix in ((agreement, "trained_agreement"), (correlation, "trained_logit_correlation")):
-            for method in methods:
-                lines.draw(panel, prefix, method, AGAIN, 0, color="black", linestyle="-", linewidth=0.9, marker=_AGAIN)
-        for panel, title in (
-            (score, f"{result.dataset['metric']}, held-out rows"),
-            (agreement, "agreement of network and kernel"),
-            (correlation, "correlation of logits"),
-        ):
-            panel.set(xscale="log", title=title, xlabel="training rows")
-            panel.set_xticks(sizes, [str(size) for size in sizes])
-            panel.minorticks_off()
-            if len(sizes) == 1:
-                panel.set_xlim(sizes[0] / 1.5, sizes[0] * 1.5)
-            panel.grid(color="0.9", linewidth=0.5)
-            # By the values: Student's intervals of two or three seeds may reach beyond what the quantity can be.
-            if values := lines.values.get(panel):  # Without trained networks there is no agreement with them.
-                panel.set_ylim(min(values) - _MARGIN, max(values) + _MARGIN)
-        figure.legend(handles=_legend(colors, result), loc="outside lower center", ncols=4)
-        figure.draw_without_rendering()
-    return figure
+    page = Figure(figsize=(PAGE_WIDTH, _HEIGHT), layout="constrained")
+    score, agreement, correlation = page.subplots(1, 3)
+    for place, (method, color) in enumerate(colors.items()):
+        shift = place - (len(methods) - 1) / 2
+        lines.draw(score, "score", f"trained: {method}", "", shift, color=color, marker=_TRAINED)
+        kernel: dict[str, Any] = {"color": color, "linestyle": "--", "marker": _REGRESSION}
+        lines.draw(score, "score", f"kernel: {method}", "", shift, **kernel)
+        lines.draw(agreement, "prediction_agreement", method, REGRESSION, shift, **kernel)
+        lines.draw(agreement, "independent_errors_agreement", method, REGRESSION, shift, bars=False, color=color,
+                   linestyle=":", linewidth=0.9, marker=_CHANCE, markersize=6)  # fmt: skip
+        lines.draw(correlation, "logit_correlation", method, REGRESSION, shift, **kernel)
+        lines.draw(correlation, "logit_correlation", method, SIGN, shift, color=color, linestyle="-.", marker=_SIGN)
+    for name, (linestyle, marker) in _NULLS.items():
+        lines.draw(score, "score", name, "", 0, bars=False, color="0.5", linestyle=linestyle, marker=marker)
+    for panel, prefix in ((agreement, "trained_agreement"), (correlation, "trained_logit_correlation")):
+        for method in methods:
+            lines.draw(panel, prefix, method, AGAIN, 0, color="black", linestyle="-", linewidth=0.9, marker=_AGAIN)
+    for panel, title in (
+        (score, f"{result.dataset['metric']}, held-out rows"),
+        (agreement, "agreement of network and kernel"),
+        (correlation, "correlation of logits"),
+    ):
+        panel.set(xscale="log", title=title, xlabel="training rows")
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.minorticks_off()
+        if len(sizes) == 1:
+            panel.set_xlim(sizes[0] / 1.5, sizes[0] * 1.5)
+        panel.grid(color="0.9", linewidth=0.5)
+        # By the values: Student's intervals of two or three seeds may reach beyond what the quantity can be.
+        if values := lines.values.get(panel):  # Without trained networks there is no agreement with them.
+            panel.set_ylim(min(values) - _MARGIN, max(values) + _MARGIN)
+    page.legend(handles=_legend(colors, result), loc="outside lower center", ncols=4)
+    return page
 
 
 class _Lines:
@@ -127,14 +126,7 @@ def _legend(colors: dict[str, str], result: Result) -> list[Line2D]:
     return handles
 
 
-def write(result: Result, folder: Path | str) -> list[Path]:
-    """Draw and write `linearized_prediction.png` and `.pdf`.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    return save(draw(result), folder, "linearized_prediction")
-
+write = draw.write
 
 if __name__ == "__main__":
-    command("linearized_prediction", write, __doc__)
+    draw.command(__doc__)

@@ -1,42 +1,32 @@
 """Peak memory and time of a training step, one bar a method."""
 
-from pathlib import Path
-
 from matplotlib.figure import Figure
 
 from analyses.records import Result
-from figures.command import command
-from figures.method_comparison import short
-from figures.style import PAGE_WIDTH, PALETTE, save, style
+from figures.figure import figure
+from figures.methods import short
+from figures.style import PAGE_WIDTH, PALETTE
 
 
+@figure("memory")
 def draw(result: Result) -> Figure:
-    """Draw the medians, and every round as a dot."""
+    """Peak memory and time of a step: bars are medians over rounds, dots the rounds."""
     rows, runs = result.tables["methods"], result.tables["runs"]
     panels = {"peak_bytes": ("peak memory, MB", 2**20), "seconds_per_step": ("seconds a step", 1)}
-    with style():
-        figure = Figure(figsize=(PAGE_WIDTH, 0.24 * len(rows) + 0.6), layout="constrained")
-        axes = figure.subplots(1, 2, sharey=True)
-        for ax, (name, (words, unit)) in zip(axes, panels.items()):
-            ax.barh(range(len(rows)), [row[name] / unit for row in rows], height=0.6, color=PALETTE[5])
-            for place, row in enumerate(rows):
-                each = [run[name] / unit for run in runs if run["method"] == row["method"]]
-                ax.plot(each, [place] * len(each), "o", color=PALETTE[6], markersize=2)
-            ax.set_xlabel(words)
-        axes[0].set_yticks(range(len(rows)), [short(row["method"]) for row in rows])
-        axes[0].invert_yaxis()
-        figure.draw_without_rendering()
-    return figure
+    page = Figure(figsize=(PAGE_WIDTH, 0.24 * len(rows) + 0.6), layout="constrained")
+    axes = page.subplots(1, 2, sharey=True)
+    for ax, (name, (words, unit)) in zip(axes, panels.items()):
+        ax.barh(range(len(rows)), [row[name] / unit for row in rows], height=0.6, color=PALETTE[5])
+        for place, row in enumerate(rows):
+            each = [run[name] / unit for run in runs if run["method"] == row["method"]]
+            ax.plot(each, [place] * len(each), "o", color=PALETTE[6], markersize=2)
+        ax.set_xlabel(words)
+    axes[0].set_yticks(range(len(rows)), [short(row["method"]) for row in rows])
+    axes[0].invert_yaxis()
+    return page
 
 
-def write(result: Result, folder: Path | str) -> list[Path]:
-    """Draw and write `memory.png` and `.pdf`.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    return save(draw(result), folder, "memory")
-
+write = draw.write
 
 if __name__ == "__main__":
-    command("memory", write, __doc__)
+    draw.command(__doc__)

@@ -4,71 +4,64 @@ Lines are means over seeds, bands reach from the lowest to the highest seed. The
 95 % of permuted labels, of all methods' kernels together. Dashed: the head's kernel alone.
 """
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analyses.records import Result
-from figures.command import command
-from figures.method_comparison import short
-from figures.style import PAGE_WIDTH, PALETTE, save, style
+from figures.figure import figure
+from figures.methods import color_of_line, short
+from figures.style import PAGE_WIDTH
 
 _HEIGHT = 4.4
 _FLOOR = 1e-7  # Of the trace: eigenvalues of float32 kernels are rounding below this.
 _HEAD = "head"
 
 
+@figure("spectrum")
 def draw(result: Result) -> Figure:
-    """Draw the four panels, a page wide."""
+    """Decay of eigenvalues, effective dimension, share of the labels in the leading eigenvectors, and speed of
+    learning, by method; means over seeds, bands from the lowest seed to the highest. The grey band holds 95 % of
+    permuted labels; dashed is the head's kernel alone.
+    """
     methods = [row["method"] for row in result.tables["methods"]]
-    with style():
-        figure = Figure(figsize=(PAGE_WIDTH, _HEIGHT), layout="constrained")
-        axes = figure.subplots(2, 2).ravel()
-        number = result.arrays[f"eigenvalues.{methods[0]}"].shape[1]
-        count = np.arange(1, number + 1)
-        panels = (
-            ("eigenvalues", count, "eigenvalue, by size", "share of the trace"),
-            ("effective_dimension", result.arrays["ridges"], "ridge / mean eigenvalue", "effective dimension"),
-            ("alignment", count, "leading eigenvectors", "share of the labels' energy"),
-            ("learnt", result.arrays["times"], "time × mean eigenvalue", "share of the labels learnt"),
-        )
-        for panel, (curve, x, label, title) in zip(axes, panels, strict=True):
-            _lines(panel, result, methods, curve, x)
-            panel.set(xscale="log", xlabel=label, ylabel=title, xlim=(x[0], x[-1]))
-            panel.grid(color="0.9", linewidth=0.5)
-        smallest = min(result.arrays[f"eigenvalues.{method}"].min() for method in methods)
-        axes[0].set(yscale="log", ylim=(max(_FLOOR, smallest / 2), 1))
-        axes[1].set(yscale="log", ylim=(0.8, 1.1 * number))
-        _, low, high = np.stack([result.arrays[f"null_alignment.{method}"] for method in methods]).transpose(1, 0, 2)
-        axes[2].fill_between(count, low.min(axis=0), high.max(axis=0), color="0.85", lw=0, zorder=0,
-                             label="permuted labels, 95 %")  # fmt: skip
-        for panel in axes[2:]:
-            panel.set_ylim(0, 1.02)
-        figure.legend(*axes[2].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-        figure.draw_without_rendering()
-    return figure
+    page = Figure(figsize=(PAGE_WIDTH, _HEIGHT), layout="constrained")
+    axes = page.subplots(2, 2).ravel()
+    number = result.arrays[f"eigenvalues.{methods[0]}"].shape[1]
+    count = np.arange(1, number + 1)
+    panels = (
+        ("eigenvalues", count, "eigenvalue, by size", "share of the trace"),
+        ("effective_dimension", result.arrays["ridges"], "ridge / mean eigenvalue", "effective dimension"),
+        ("alignment", count, "leading eigenvectors", "share of the labels' energy"),
+        ("learnt", result.arrays["times"], "time × mean eigenvalue", "share of the labels learnt"),
+    )
+    for panel, (curve, x, label, title) in zip(axes, panels, strict=True):
+        _lines(panel, result, methods, curve, x)
+        panel.set(xscale="log", xlabel=label, ylabel=title, xlim=(x[0], x[-1]))
+        panel.grid(color="0.9", linewidth=0.5)
+    smallest = min(result.arrays[f"eigenvalues.{method}"].min() for method in methods)
+    axes[0].set(yscale="log", ylim=(max(_FLOOR, smallest / 2), 1))
+    axes[1].set(yscale="log", ylim=(0.8, 1.1 * number))
+    _, low, high = np.stack([result.arrays[f"null_alignment.{method}"] for method in methods]).transpose(1, 0, 2)
+    axes[2].fill_between(count, low.min(axis=0), high.max(axis=0), color="0.85", lw=0, zorder=0,
+                         label="permuted labels, 95 %")  # fmt: skip
+    for panel in axes[2:]:
+        panel.set_ylim(0, 1.02)
+    page.legend(*axes[2].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return page
 
 
 def _lines(axes: Axes, result: Result, methods: list[str], curve: str, x: np.ndarray) -> None:
     for place, method in enumerate(methods):
         values = result.arrays[f"{curve}.{method}"]
         head = method == _HEAD
-        color = "0.35" if head else PALETTE[place % len(PALETTE)]
+        color = "0.35" if head else color_of_line(place)
         label = "head alone" if head else short(method)
         axes.plot(x, values.mean(axis=0), color=color, linestyle="--" if head else "-", label=label)
         axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, lw=0)
 
 
-def write(result: Result, folder: Path | str) -> list[Path]:
-    """Draw and write `spectrum.png` and `.pdf`.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    return save(draw(result), folder, "spectrum")
-
+write = draw.write
 
 if __name__ == "__main__":
-    command("spectrum", write, __doc__)
+    draw.command(__doc__)

@@ -4,8 +4,7 @@ Figures are drawn at their printed size, one column or one page wide, so that a 
 They are made without pyplot: no window, no global state, safe to draw inside a long run.
 """
 
-from __future__ import annotations
-
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,14 @@ from cycler import cycler
 from matplotlib.figure import Figure
 
 from analyses.records import UserError
+from analyses.records.atomic import whole
 
 COLUMN_WIDTH = 3.4
 """Width of one column, inches."""
 PAGE_WIDTH = 7.0
 """Width of the text on a page, inches."""
 PNG_DPI = 300
+_RESOLUTION = b"\0\0\0\x09pHYs" + 2 * struct.pack(">I", round(PNG_DPI / 0.0254)) + b"\x01"
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, told apart under every common colour blindness; the first two are the most distinct."""
@@ -72,7 +73,7 @@ def style() -> Iterator[None]:
 
 
 def save(figure: Figure, folder: Path | str, stem: str) -> list[Path]:
-    """Write a figure as `STEM.png` and `STEM.pdf`, byte for byte the same for the same data.
+    """Write a figure as `STEM.png` and `STEM.pdf`, byte for byte the same for the same data, each whole or not at all.
 
     Args:
         figure: A figure at its printed size; it is not cropped, so that its type keeps its size.
@@ -83,17 +84,29 @@ def save(figure: Figure, folder: Path | str, stem: str) -> list[Path]:
         The two paths.
 
     Raises:
-        UserError: If the folder cannot be written.
+        UserError: If the folder cannot be written, or holds a file of that name that this function did not write.
     """
     # The writers' own dates and version would make every run differ.
     metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None, "ModDate": None}}
     paths = [Path(folder) / f"{stem}.{suffix}" for suffix in metadata]
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        if foreign := [path for path in paths if path.exists() and not _is_saved(path)]:
+            raise UserError(f"will not replace {foreign[0]}, which is no figure of this project; move it away first")
         with style():
-            for path, entries in zip(paths, metadata.values(), strict=True):
+            for path, (suffix, entries) in zip(paths, metadata.items(), strict=True):
                 # The PDF too: its heat maps are images, rendered at this resolution.
-                figure.savefig(path, dpi=PNG_DPI, metadata=entries)
+                with whole(path) as partial:
+                    figure.savefig(partial, format=suffix, dpi=PNG_DPI, metadata=entries)
     except OSError as error:
         raise UserError(f"cannot write the figure to {folder}: {error.strerror or error}") from error
     return paths
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save` wrote a file: matplotlib did, and was told to leave out what it writes by default."""
+    content = path.read_bytes()
+    if path.suffix == ".pdf":
+        return b"(Matplotlib pdf backend v" in content and b"/CreationDate" not in content
+    # Of a PNG without a text, the resolution in dots a metre follows right after the header.
+    return content[:8] == b"\x89PNG\r\n\x1a\n" and content[33:50] == _RESOLUTION

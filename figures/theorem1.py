@@ -1,16 +1,12 @@
 """Theorem 1, literal, corrected and up to scale, case by case and position by position, from a result folder."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analyses.records import Result
-from figures.command import command
-from figures.style import PAGE_WIDTH, PALETTE, save, style
+from figures.figure import figure
+from figures.style import PAGE_WIDTH, PALETTE
 
 EXACT = 1e-12
 LOOKS = {
@@ -20,29 +16,29 @@ LOOKS = {
 }
 
 
+@figure("theorem1")
 def draw(result: Result) -> Figure:
-    """Left: distance of K_P from three kernels of full fine-tuning, by case. Right: by position of transformers."""
+    """Left: relative distance of Propulsion's kernel from that of full fine-tuning, by case. Right: of each position of
+    transformers from its own weights. Means over networks; no interval is drawn.
+    """
     rows = result.tables["cases"]
-    with style():
-        figure = Figure(figsize=(PAGE_WIDTH, 0.24 * len(rows) + 1.25), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(5, 4))
-        _cases(left, rows)
-        _positions(right, result.tables["positions"])
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=1)
-        figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, columnspacing=1)
-    return figure
+    page = Figure(figsize=(PAGE_WIDTH, 0.24 * len(rows) + 1.25), layout="constrained")
+    left, right = page.subplots(1, 2, width_ratios=(5, 4))
+    _cases(left, rows)
+    _positions(right, result.tables["positions"])
+    page.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=1)
+    page.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, columnspacing=1)
+    return page
 
 
 def _cases(axes: Axes, rows: list[dict]) -> None:
     places = np.arange(len(rows))[::-1]
     for (key, (words, marker)), color, size in zip(LOOKS.items(), PALETTE, (6.5, 4.5, 2.5)):
-        axes.plot(
-            [row[key] for row in rows], places, marker, color=color, markersize=size, fillstyle="none", label=words
-        )
+        values = [row[key] for row in rows]
+        axes.plot(values, places, marker, color=color, markersize=size, fillstyle="none", label=words)
     for place, row in zip(places, rows):
-        if exact := [
-            words for key, words in (("literal", "claim"), ("corrected", "of the weights")) if row[key] < EXACT
-        ]:
+        names = {"literal": "claim", "corrected": "of the weights"}
+        if exact := [words for key, words in names.items() if row[key] < EXACT]:
             text = "exact" if len(exact) == 2 else f"{exact[0]}: exact"
             axes.annotate(text, (0.0, place), (9 if len(exact) == 2 else 4, 4), textcoords="offset points", color="0.4")
     _lines(axes, places)
@@ -80,10 +76,7 @@ def _lines(axes: Axes, places: np.ndarray) -> None:
     axes.set_ylim(-0.6, len(places) - 0.4)
 
 
-def write(result: Result, folder: Path) -> list[Path]:
-    """Draw into a folder."""
-    return save(draw(result), folder, "theorem1")
-
+write = draw.write
 
 if __name__ == "__main__":
-    command("theorem1", write, __doc__)
+    draw.command(__doc__)

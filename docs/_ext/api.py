@@ -39,6 +39,7 @@ def modules(package: str) -> list[Module]:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         command = any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
+        command |= path.name == "__init__.py" and path.with_name("__main__.py").exists()
         found.append(Module(name, ast.get_docstring(tree) or "", command))
     return found
 

@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from analyses import degree_scale, johnson_lindenstrauss, theorem1, width_convergence
 from analyses.records import load_result
-from figures.command import redraw
+from figures.figure import redraw
 from propulsion import PropulsionConfig
 from propulsion.errors import UserError
 

@@ -1,38 +1,82 @@
-"""Every figure again from stored results alone: the registry is whole, and a published figure comes out the same."""
+"""Every figure again from stored results alone: modules are found, and a published figure comes out the same."""
 
-import ast
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from analyses.linearized_prediction import tables as computed
 from analyses.records import UserError, load_result, write_result
 from figures import all as every
-from figures.registry import DRAWINGS
+from figures import linearized_prediction as drawn
 
 ROOT = Path(__file__).parent.parent.parent
 STORED = ROOT / "docs" / "results"
 
 
-def writes(path: Path) -> bool:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return any(isinstance(node, ast.FunctionDef) and node.name == "write" for node in tree.body)
-
-
-def test_the_registry_names_every_module_that_writes_figures():
-    modules = {path.stem for path in (ROOT / "figures").glob("*.py") if writes(path)} - {"registry"}
-    assert set(DRAWINGS) == {drawing.module for drawing in DRAWINGS.values()} == modules
-    for name in DRAWINGS:
-        assert (ROOT / "analyses" / f"{name}.py").exists()
+def test_every_analysis_with_a_stored_figure_has_a_writer_and_each_figure_a_caption():
+    stored = {path for path in STORED.rglob("*.png")}
+    assert stored
+    assert {path.stem for path in stored} == set(every.captions())
+    analyses = {load_result(folder).analysis for folder in {path.parent for path in stored}}
+    assert all(every.writer(name) for name in analyses)
+    assert not any(every.writer(name) for name in ("style", "figure", "methods", "all", "nothing", "peft_kernels.map"))
 
 
 def test_captions_say_what_bars_and_bands_are():
-    for drawing in DRAWINGS.values():
-        for caption in drawing.captions.values():
-            assert any(word in caption.lower() for word in ("interval", "band", "shade", "bars")), caption
+    for caption in every.captions().values():
+        assert any(word in caption.lower() for word in ("interval", "band", "shade", "bars")), caption
+
+
+def test_figures_load_records_alone():
+    """Neither a model library nor an analysis nor what computes kernels, whichever figure is drawn."""
+    script = (
+        "import sys, figures.all; figures.all.captions(); "
+        "print(*{'.'.join(name.split('.')[:2]) for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = set(done.stdout.split())
+    assert "figures.spectrum" in loaded
+    assert not {"torch", "peft", "transformers", "ntk", "propulsion"} & loaded
+    assert {name for name in loaded if name.startswith("analyses")} == {"analyses", "analyses.records"}
+
+
+def test_names_of_predictors_are_those_of_the_analysis():
+    names = ("REGRESSION", "SIGN", "AGAIN")
+    assert [getattr(drawn, name) for name in names] == [getattr(computed, name) for name in names]
+
+
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path):
+    result = load_result(STORED / "parameter_count")
+    write = every.writer("parameter_count")
+    assert write is not None
+    files = write(result, tmp_path)
+    first = [path.read_bytes() for path in files]
+    assert [path.read_bytes() for path in write(result, tmp_path)] == first
+    for path in files:
+        kept = path.read_bytes()
+        for content in (b"", b"notes", _other(path.suffix, tmp_path)):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=f"will not replace {path}"):
+                write(result, tmp_path)
+            assert path.read_bytes() == content
+        path.write_bytes(kept)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files}
+
+
+def _other(suffix: str, folder: Path) -> bytes:
+    """A plot that matplotlib wrote, but not this project."""
+    path = folder / f"other{suffix}"
+    Figure().savefig(path, dpi=300)
+    content = path.read_bytes()
+    path.unlink()
+    return content
 
 
 def test_a_published_figure_comes_out_the_same(tmp_path):

@@ -10,8 +10,7 @@ from matplotlib.text import Text
 
 from analyses.peft_kernels.method_map import classical_scaling
 from analyses.records import Metric, Result
-from figures import peft_layers, peft_map
-from figures.peft_kernels import draw, write
+from figures.peft_kernels import draw, layers, map, write
 
 FULL = "full fine-tuning"
 METHODS = (
@@ -87,7 +86,7 @@ def test_a_dot_a_method_at_its_value_and_the_nulls_after_them():
 
 
 def test_the_matrix_is_the_table_in_the_order_of_full_fine_tuning():
-    axes, points = peft_map.draw(result()).axes
+    axes, points = map.draw(result()).axes
     matrix = np.asarray(axes.get_images()[0].get_array())
     assert matrix[0] == pytest.approx(sorted(matrix[0], reverse=True))
     np.testing.assert_allclose(matrix, matrix.T)
@@ -97,7 +96,7 @@ def test_the_matrix_is_the_table_in_the_order_of_full_fine_tuning():
 
 def test_every_layer_has_its_value_once_and_nothing_where_there_is_none():
     shown = result()
-    own, whole, *_ = peft_layers.draw(shown).axes
+    own, whole, *_ = layers.draw(shown).axes
     words = sorted(t.get_text() for t in whole.texts)
     values = [row["propulsion_cka"] for row in shown.tables["layers"] if row["propulsion_cka"] is not None]
     assert words == sorted(f"{value:.2f}" for value in values)
@@ -109,13 +108,13 @@ def test_every_layer_has_its_value_once_and_nothing_where_there_is_none():
             assert found == pytest.approx(row["propulsion_cka"])
 
 
-@pytest.mark.parametrize("figure", [draw, peft_map.draw, peft_layers.draw])
+@pytest.mark.parametrize("figure", [draw, map.draw, layers.draw])
 def test_words_are_apart_and_on_the_page(figure):
     assert_apart_and_inside(figure(result()))
 
 
 def test_many_blocks_stay_readable():
-    assert_apart_and_inside(peft_layers.draw(result(blocks=30)))
+    assert_apart_and_inside(layers.draw(result(blocks=30)))
 
 
 def test_three_figures_are_written(tmp_path):

@@ -1,32 +1,29 @@
-"""Methods by their kernels, from a result folder: how close each is to full fine-tuning, to each other, and where.
+"""How close each method is to full fine-tuning: centred alignment (CKA) of the two kernels, one dot a method.
 
-`peft_kernels` shows the centred alignment (CKA) of each method's kernel with that of full fine-tuning; bars are 95 %
-bootstrap intervals over seeds and examples; a null model's reaches over all of its draws. Propulsion is orange, null
-models are grey squares on a grey ground. `peft_kernels_map` (`figures.peft_map`) shows the CKA of every two methods
-and the methods as points, `peft_kernels_layers` (`figures.peft_layers`) which layers carry the agreement.
+Bars are 95 % bootstrap intervals over seeds and examples; a null model's reaches over all of its draws. Propulsion is
+orange, null models are grey squares on a grey ground.
 """
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analyses.records import STAGES, Metric, Result
-from figures import peft_layers, peft_map
-from figures.command import command
-from figures.style import COLUMN_WIDTH, PALETTE, save, style
+from figures.figure import figure
+from figures.methods import color_of_method
+from figures.style import COLUMN_WIDTH
 
 _STAGE = STAGES[0]
 _ROW = 0.135
 """Inches of a method's row."""
 
 
+@figure("peft_kernels")
 def draw(result: Result) -> Figure:
-    """Draw the methods as dots, one column wide, ordered by their CKA with full fine-tuning.
+    """Above: CKA of each method's kernel with that of full fine-tuning; bars are 95 % bootstrap intervals over
+    examples, a null model's over all of its draws (squares, grey ground). Below: CKA of every two methods.
 
     Raises:
         UserError: the result lacks a metric.
@@ -37,20 +34,9 @@ def draw(result: Result) -> Figure:
         row["null"]: result.metric("cka", stage=_STAGE, left=full, right=row["null"]) for row in result.tables["nulls"]
     }
     order = sorted(others, key=lambda name: -np.nan_to_num(found[name].value, nan=-1))
-    with style():
-        figure = Figure(figsize=(COLUMN_WIDTH, _ROW * (len(order) + len(nulls)) + 0.5), layout="constrained")
-        _dots(figure.subplots(), [found[name] for name in order], order, nulls, full)
-        figure.draw_without_rendering()
-    return figure
-
-
-def write(result: Result, folder: Path | str) -> list[Path]:
-    """Draw and write all three figures, as PNG and PDF."""
-    return [
-        *save(draw(result), folder, "peft_kernels"),
-        *save(peft_map.draw(result), folder, "peft_kernels_map"),
-        *save(peft_layers.draw(result), folder, "peft_kernels_layers"),
-    ]
+    page = Figure(figsize=(COLUMN_WIDTH, _ROW * (len(order) + len(nulls)) + 0.5), layout="constrained")
+    _dots(page.subplots(), [found[name] for name in order], order, nulls, full)
+    return page
 
 
 def _dots(axes: Axes, metrics: list[Metric], names: list[str], nulls: dict[str, Metric], full: str) -> None:
@@ -58,7 +44,7 @@ def _dots(axes: Axes, metrics: list[Metric], names: list[str], nulls: dict[str, 
     rows = [*metrics, *nulls.values()]
     for place, metric in enumerate(rows):
         null = place >= len(names)
-        color = "0.45" if null else PALETTE[1] if names[place].startswith("Propulsion") else PALETTE[0]
+        color = "0.45" if null else color_of_method(names[place])
         low, high = (metric.value if end is None else end for end in (metric.low, metric.high))
         ends = [[metric.value - low], [high - metric.value]]
         axes.errorbar([metric.value], [place], xerr=np.clip(ends, 0, None), fmt="s" if null else "o", markersize=3,
@@ -74,7 +60,3 @@ def _dots(axes: Axes, metrics: list[Metric], names: list[str], nulls: dict[str, 
 def _short(name: str) -> str:
     """A name without its counts, which would take the column's width; the tables have them."""
     return re.sub(r" of (size )?[\d,]+( weights)?$", "", name).replace("examples ", "").replace("_", " ")
-
-
-if __name__ == "__main__":
-    command("peft_kernels", write, __doc__)

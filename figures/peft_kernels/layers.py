@@ -1,11 +1,8 @@
 """Which layers carry the agreement of full fine-tuning and Propulsion: heat maps, block by kind of layer.
 
-A cell is a layer's own part of a kernel, a row across all kinds is a place outside of blocks. Above, the CKA of a
-layer's two kernels with each other, and of its Propulsion kernel with all of full fine-tuning's; below, its shares of
-the two traces in per cent, colours on a logarithmic scale. Values are means over seeds.
+A cell is a layer's own part of a kernel; a row across all kinds is a place outside of blocks. Shares of traces are in
+per cent, their colours on a logarithmic scale.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +13,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from analyses.records import Result
-from figures.style import PAGE_WIDTH, SEQUENTIAL, style
+from figures.figure import figure
+from figures.style import PAGE_WIDTH, SEQUENTIAL
 
 _ROW = 0.14
 _TEXT = 6.0
@@ -24,8 +22,11 @@ _TEXT = 6.0
 Row = dict[str, Any]
 
 
+@figure("peft_kernels_layers")
 def draw(result: Result) -> Figure:
-    """Draw four panels, one page wide."""
+    """Layer by layer, block by kind: CKA of the layer's two kernels, of its Propulsion kernel with all of full
+    fine-tuning's, and its shares of both traces. Means over seeds; no interval is drawn.
+    """
     rows = result.tables["layers"]
     kinds = list(dict.fromkeys(row["kind"] for row in rows if row["block"] is not None))
     lines = list(dict.fromkeys((row["kind"] if row["block"] is None else "", row["block"]) for row in rows))
@@ -37,15 +38,13 @@ def draw(result: Result) -> Figure:
         ("share of the whole full kernel's trace, %", "full_share", share, _percent),
         ("share of the whole Propulsion kernel's trace, %", "propulsion_share", share, _percent),
     )
-    with style():
-        height = 2 * (_ROW * len(lines) + 0.22) + 0.6
-        figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
-        grid = figure.subplots(2, 2, sharex=True, sharey=True)
-        for axes, (title, column, norm, words) in zip(grid.flat, panels, strict=True):
-            _panel(axes, rows, lines, kinds, column, norm, words)
-            axes.set_title(title[0].upper() + title[1:])
-        figure.draw_without_rendering()
-    return figure
+    height = 2 * (_ROW * len(lines) + 0.22) + 0.6
+    page = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
+    grid = page.subplots(2, 2, sharex=True, sharey=True)
+    for axes, (title, column, norm, words) in zip(grid.flat, panels, strict=True):
+        _panel(axes, rows, lines, kinds, column, norm, words)
+        axes.set_title(title[0].upper() + title[1:])
+    return page
 
 
 def _panel(

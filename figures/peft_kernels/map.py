@@ -1,20 +1,20 @@
 """A map of methods by their kernels: the CKA of every two, and points that are near where it is high.
 
-Above, methods ordered by their CKA with full fine-tuning, columns in the order of the rows. Below, classical scaling of
-the distances sqrt(2 (1 - CKA)), in equal units on both axes, which name their shares of the variance. Orange is
-Propulsion, on the layers named; the star is full fine-tuning. Values are means over seeds.
+Points are the classical scaling of the distances sqrt(2 (1 - CKA)), in equal units on both axes, which name their
+shares of the variance. Orange is Propulsion, on the layers named; the star is full fine-tuning.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
 
 from analyses.records import Result
-from figures.style import PAGE_WIDTH, PALETTE, SEQUENTIAL, style
+from figures.figure import figure
+from figures.methods import color_of_method
+from figures.style import PAGE_WIDTH, PALETTE, SEQUENTIAL
 
 _ROW, _MAP = 0.15, 3.1
 _TEXT = 6.0
@@ -24,22 +24,23 @@ _COLUMN = 0.22
 Points = dict[str, tuple[float, float]]
 
 
+@figure("peft_kernels_map")
 def draw(result: Result) -> Figure:
-    """Draw both panels, one page wide."""
+    """Above: CKA of every two methods' kernels, ordered by their CKA with full fine-tuning. Below: the methods as
+    points that are near where it is high (classical scaling). Means over seeds; no interval is drawn.
+    """
     names = [row["method"] for row in result.tables["methods"]]
     values = {(row["left"], row["right"]): row["cka"] for row in result.tables["similarity"]}
     order = sorted(names, key=lambda name: -(values[names[0], name] or -1.0))
     points = {row["method"]: (row["x"], row["y"]) for row in result.tables["embedding"]}
     shares = {row["axis"]: row["share"] for row in result.tables["embedding_axes"]}
-    with style():
-        height = _ROW * len(names)
-        figure = Figure(figsize=(PAGE_WIDTH, height + _MAP + 0.7), layout="constrained")
-        # Parts of their own, or the map would leave as much room for names at its left as the matrix does.
-        above, below = figure.subfigures(2, 1, height_ratios=(height + 0.25, _MAP + 0.45))
-        _similarity(above.subplots(), values, order)
-        _points(below.subplots(), points, shares, names[0])
-        figure.draw_without_rendering()
-    return figure
+    height = _ROW * len(names)
+    page = Figure(figsize=(PAGE_WIDTH, height + _MAP + 0.7), layout="constrained")
+    # Parts of their own, or the map would leave as much room for names at its left as the matrix does.
+    above, below = page.subfigures(2, 1, height_ratios=(height + 0.25, _MAP + 0.45))
+    _similarity(above.subplots(), values, order)
+    _points(below.subplots(), points, shares, names[0])
+    return page
 
 
 def _similarity(axes: Axes, values: dict[tuple[str, str], float | None], names: Sequence[str]) -> None:
@@ -82,7 +83,7 @@ def _points(axes: Axes, points: Points, shares: dict[str, float], full: str) -> 
 
 
 def _color(name: str, full: str) -> str:
-    return PALETTE[6] if name == full else PALETTE[1] if name.startswith("Propulsion") else PALETTE[0]
+    return PALETTE[6] if name == full else color_of_method(name)
 
 
 def _limits(axes: Axes, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -103,11 +104,6 @@ def _spread(wanted: Sequence[float], low: float, high: float, gap: float) -> lis
         return []
     gap = min(gap, (high - low) / max(1, len(wanted) - 1))
     steps = gap * np.arange(len(wanted))
-    # Least squares under place[i + 1] >= place[i] + gap is a monotone fit once the gaps are taken off: pool violators.
-    pools: list[list[float]] = []
-    for value in np.asarray(wanted) - steps:
-        pools.append([float(value)])
-        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
-            pools[-2].extend(pools.pop())
-    fitted = np.concatenate([np.full(len(pool), np.mean(pool)) for pool in pools])
+    # Least squares under place[i + 1] >= place[i] + gap is a monotone fit once the gaps are taken off.
+    fitted = isotonic_regression(np.asarray(wanted) - steps).x
     return (fitted.clip(low, high - steps[-1]) + steps).tolist()

@@ -1,0 +1,109 @@
+"""What a figure's module declares: a function that draws a result, its docstring the caption. The rest follows.
+
+@figure("memory")
+def draw(result: Result) -> Figure:
+    '''Peak memory of a step: bars are medians over rounds, dots the rounds.'''
+
+
+write = draw.write
+
+if __name__ == "__main__":
+    draw.command(__doc__)
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from matplotlib.figure import Figure
+
+from analyses.records import Result, load_result
+from analyses.records.errors import run_command
+from figures.style import save, style
+
+Write = Callable[[Result, Path], list[Path]]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure of the results of one analysis.
+
+    Attributes:
+        stem: Name of its files without suffix.
+        caption: What it shows, and what its bars and bands are.
+        function: Draws a result.
+        settled: Whether the layout is computed once more before the figure is written, and so stays in a later draw.
+    """
+
+    stem: str
+    caption: str
+    function: Callable[..., Figure]
+    settled: bool = True
+
+    def __call__(self, result: Result, **options: Any) -> Figure:
+        """Draw a result in the project's style.
+
+        Raises:
+            UserError: The result lacks what is drawn.
+        """
+        with style():
+            drawn = self.function(result, **options)
+            if self.settled:
+                drawn.draw_without_rendering()
+        return drawn
+
+    def write(self, result: Result, folder: Path | str, **options: Any) -> list[Path]:
+        """Draw a result, and write it into a folder as PNG and PDF; return the two paths.
+
+        Raises:
+            UserError: As `__call__` and `save` do.
+        """
+        return save(self(result, **options), folder, self.stem)
+
+    def command(self, description: str | None) -> None:
+        """The command line of a module with this one figure, which has the name of its analysis."""
+        command(self.stem, self.write, description)
+
+
+def figure(stem: str, *, settled: bool = True) -> Callable[[Callable[..., Figure]], Drawing]:
+    """Make a function that draws a result a `Drawing`, with the first paragraph of its docstring as the caption.
+
+    Args:
+        stem: Name of its files without suffix; of an analysis with one figure, the name of the analysis.
+        settled: As of `Drawing`.
+    """
+
+    def decorate(function: Callable[..., Figure]) -> Drawing:
+        caption = (inspect.getdoc(function) or "").partition("\n\n")[0]
+        return Drawing(stem, " ".join(caption.split()), function, settled)
+
+    return decorate
+
+
+def redraw(analysis: str, write: Write, result: Path, output_dir: Path | None = None) -> None:
+    """Draw a stored result of an analysis into a folder, by default its own; print the files.
+
+    Raises:
+        UserError: The result is absent, damaged, of another analysis or lacks what is drawn; nowhere to write.
+    """
+    loaded = load_result(result, analysis=analysis)
+    for path in write(loaded, output_dir or (result.parent if result.is_file() else result)):
+        print(path)
+
+
+def command(analysis: str, write: Write, description: str | None) -> None:
+    """The command line ``python -m figures.ANALYSIS``, with the docstring of the module as its help."""
+
+    def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
+        """Draw again.
+
+        Args:
+            result: Result folder, as written by the analysis.
+            output_dir: Where to write PNG and PDF; the result folder if not given.
+        """
+        redraw(analysis, write, result, output_dir)
+
+    run_command(lambda: tyro.cli(main, prog=f"python -m figures.{analysis}", description=description))
