@@ -29,7 +29,7 @@ from analyses.subjects.training_run import RunConfig, chance_score, scores, trai
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError
 from propulsion.methods import Method, parse_methods
-from propulsion.training import TrainingConfig
+from propulsion.training import TrainingOptions
 
 AUTO, FIXED = "auto", "fixed"
 _KEPT = ("validation_loss", "learning_rates", "trained_parameters", "seconds_per_step")
@@ -56,7 +56,7 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(
         default_factory=lambda: RunConfig(
             n_train=2400, n_validation=300,
-            training=TrainingConfig(steps=150, batch_size=8, max_length=64,
+            training=TrainingOptions(max_steps=150, per_device_train_batch_size=8, max_length=64,
                                     train_sampling_strategy="group_by_length"),
         )
     )  # fmt: skip

@@ -29,7 +29,7 @@ from analyses.subjects.cost import peak_bytes, reset_peak
 from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
-from propulsion.training import TrainingConfig
+from propulsion.training import TrainingOptions
 
 _MEGABYTE = 2**20
 
@@ -46,9 +46,10 @@ class Config:
     """Processes of each method, in turn."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(
         default_factory=lambda: RunConfig(
-            n_train=400, n_validation=50, training=TrainingConfig(steps=12, batch_size=32, max_length=64)
+            n_train=400, n_validation=50,
+            training=TrainingOptions(max_steps=12, per_device_train_batch_size=32, max_length=64),
         )
-    )
+    )  # fmt: skip
     """What each run is."""
     output_dir: Path = Path("results/memory")
     """Result folder."""

@@ -195,7 +195,7 @@ def tried_rates(comparison: Path) -> dict[str, dict[float, Trial]]:
 def _tune(config: Config, cells: Cells, data: TaskData, text: str, method: Method) -> dict[float, Trial]:
     """Held-out training rows by factor; empty if a cell is missing."""
     part = tuning_split(data)
-    shorter = replace(config.run, training=replace(config.run.training, steps=config.tuning_steps))
+    shorter = replace(config.run, training=replace(config.run.training, max_steps=config.tuning_steps))
 
     def compute(*, tuned: Method, factor: float) -> dict[str, float | None]:
         try:

@@ -32,7 +32,7 @@ from propulsion.errors import UserError
 from propulsion.identity import model_content
 from propulsion.methods import parse_methods
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, check_pooling
-from propulsion.training import TrainingConfig
+from propulsion.training import TrainingOptions
 
 FREE = ("tasks", "poolings", "methods", "seeds", "run.data_dir", "run.model")
 """Fields that no cell depends on: its pooling, method and seed are its own, as are task, rows and model."""
@@ -53,7 +53,7 @@ class Config:
     n_examples: int = 32
     """Held-out examples of the kernels."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(
-        default_factory=lambda: RunConfig(training=TrainingConfig(steps=150, batch_size=16, max_length=96))
+        default_factory=lambda: RunConfig(training=TrainingOptions(max_steps=150, max_length=96))
     )
     """What each run is."""
     output_dir: Path = Path("results/pooling")

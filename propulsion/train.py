@@ -152,7 +152,7 @@ def run(config: TrainConfig) -> TrainResult:
             )
         stored: dict[str, Any] = found.finished | {"extended_at": found.extended_at}
         return TrainResult(**stored)
-    rates, stored_rates = Rates(config.learning_rate, config.head_learning_rate), None
+    rates, stored_rates = Rates(config.learning_rate, config.head_learning_rate, config.rate_multiplier), None
     if config.max_steps != 0:
         if not trainable_parameters(model):
             raise UserError(f"method {config.method} trains nothing: choose another one, or max_steps 0 to evaluate")

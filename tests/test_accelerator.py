@@ -25,7 +25,7 @@ from propulsion.data import load_task_data
 from propulsion.methods import Method
 from propulsion.train import TrainConfig
 from propulsion.train import run as train_run
-from propulsion.training import TrainingConfig
+from propulsion.training import TrainingOptions
 from propulsion.training import trainer as trainer_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -133,7 +133,7 @@ def test_scales_stay_float32_over_narrow_weights(dtype):
 def test_every_method_trains_as_on_a_processor(tiny_model, method, bf16):
     """A few steps from the same start; dropout draws other numbers there, so the first loss alone is compared."""
     data = load_task_data("demo", n_train=16, n_validation=8)
-    training = TrainingConfig(steps=6, batch_size=4, max_length=32, learning_rate=1e-3, bf16=bf16)
+    training = TrainingOptions(max_steps=6, per_device_train_batch_size=4, max_length=32, learning_rate=1e-3, bf16=bf16)
     runs = [
         training_run(RunConfig(model=str(tiny_model), training=training, device=device), data, Method.parse(method),
                      seed=0, keep_model=True)
@@ -223,7 +223,7 @@ def test_spectra(tiny_model, tmp_path):
 
 
 def test_analyses_that_train(tiny_model, tmp_path):
-    training = TrainingConfig(steps=4, batch_size=4, max_length=32, learning_rate=0.01)
+    training = TrainingOptions(max_steps=4, per_device_train_batch_size=4, max_length=32, learning_rate=0.01)
     runs = RunConfig(model=str(tiny_model), n_train=16, n_validation=12, training=training, device="cuda")
     distance = kernel_distance.run(kernel_distance.Config(
         model=str(tiny_model), n_examples=6, resamples=5, device="cuda", training=training,
@@ -244,7 +244,7 @@ def test_analyses_that_train(tiny_model, tmp_path):
 
 def test_memory_is_the_accelerators(tiny_model):
     run = RunConfig(model=str(tiny_model), n_train=16, n_validation=8, device="cuda",
-                    training=TrainingConfig(steps=6, batch_size=4, max_length=32))  # fmt: skip
+                    training=TrainingOptions(max_steps=6, per_device_train_batch_size=4, max_length=32))  # fmt: skip
     result = measure_memory(MemoryConfig(methods=("full", "bitfit"), rounds=1, run=run))
     full, bitfit = result.tables["methods"]
     assert full["over_model_bytes"] > bitfit["over_model_bytes"] > 0

@@ -48,7 +48,7 @@ def words(options: str) -> tuple[str, ...]:
 
 
 _FEW_METHODS = "--methods full propulsion:positions=all propulsion:positions=attn lora head"
-_TINY = "--steps 6 --batch-size 8 --n-train 48 --n-validation 24 --max-length 32"
+_TINY = "--max-steps 6 --per-device-train-batch-size 8 --n-train 48 --n-validation 24 --max-length 32"
 
 
 def quick_plan() -> list[Run]:
@@ -64,9 +64,10 @@ def quick_plan() -> list[Run]:
         Run("degree_scale", words("--widths 32 64 --depths 1 2 --draws 2 --n-examples 4")),
         Run("complexity", words("--n 256 --m 256 --tokens 256 --repeats 5")),
         Run("peft_kernels/demo", words("--n-examples 8 --seeds 0 1 --resamples 50 --null-draws 1 --top 4")),
-        Run("kernel_distance/demo", words("--n-examples 8 --steps 12 --batch-size 8 --resamples 50 --null-draws 1")),
-        Run("memory", words("--methods full propulsion:positions=all lora --rounds 1 --steps 3 --batch-size 8 "
-                            "--n-train 24 --n-validation 8 --max-length 32")),
+        Run("kernel_distance/demo", words("--n-examples 8 --max-steps 12 --per-device-train-batch-size 8 "
+                                          "--resamples 50 --null-draws 1")),
+        Run("memory", words("--methods full propulsion:positions=all lora --rounds 1 --max-steps 3 "
+                            "--per-device-train-batch-size 8 --n-train 24 --n-validation 8 --max-length 32")),
         Run("method_comparison/demo", words(f"{_FEW_METHODS} --seeds 0 1 {_TINY} --tuning-steps 3 --rate-extensions 0 "
                                             "--resamples 100")),
         Run("convergence", words(f"{_FEW_METHODS} --seeds 0 1 --every 3 {_TINY}") + rates, comparison),
@@ -77,8 +78,8 @@ def quick_plan() -> list[Run]:
         Run("spectrum/demo", words("--n-examples 12 --seeds 0 1 --null-draws 20 "
                                    "--methods full propulsion:positions=all lora")),
         Run("linearized_prediction/demo", words("--sizes 16 --n-test 24 --seeds 0 1 --sign-limit 0 --again "
-                                                "--permutations 5 --methods full propulsion:positions=all --steps 6 "
-                                                "--batch-size 8 --max-length 32")),
+                                                "--permutations 5 --methods full propulsion:positions=all "
+                                                "--max-steps 6 --per-device-train-batch-size 8 --max-length 32")),
         *(Run(f"ablation/{factor}", words(f"--factor {factor} --seeds 0 1 {_TINY}"))
           for factor in ("degree_fixed_rate", "positions", "vectors", "init_value")),
     ]  # fmt: skip
@@ -112,9 +113,10 @@ def full_plan(
 
     one, comparison, rates = in_all(first), rated(first), rates_of(first)
     models = () if language_model is None else ("--models", language_model.as_posix())
-    small = words("--steps 60 --n-train 960 --n-validation 400") + FIXED
+    small = words("--max-steps 60 --n-train 960 --n-validation 400") + FIXED
     # Scales on few layers learn nothing in runs so short, at the rate that suits scales on all.
-    sizes = {"positions": words("--steps 150 --n-train 2400 --n-validation 400 --rate-multiplier 2") + GROUPED + FIXED}
+    longer = words("--max-steps 150 --n-train 2400 --n-validation 400 --rate-multiplier 2")
+    sizes = {"positions": longer + GROUPED + FIXED}
     plan = [
         Run("parameter_count"),
         Run("theorem1", of(first)),
@@ -127,14 +129,14 @@ def full_plan(
         *(Run(f"kernel_distance/{task}", of(task) + words("--n-examples 128 --seeds 0 1 2 --memory-budget-gb 8")
               + DISTANCES.get(task, DISTANCE) + FIXED) for task in tasks),
         *(run for task in tasks for run in _comparisons(task, every)),
-        Run("convergence", one + words("--steps 100 --every 20 --n-train 1600 --n-validation 300") + GROUPED + FIXED
+        Run("convergence", one + words("--max-steps 100 --every 20 --n-train 1600 --n-validation 300") + GROUPED + FIXED
             + rates, comparison),
         Run("delta_weights", one + words("--n-validation 400") + GROUPED + FIXED + rates, comparison),
         *(Run(f"kernel_drift/{task}", in_all(task) + words("--n-examples 128") + DRIFTS.get(task, DRIFT)
               + FIXED + rates_of(task), rated(task)) for task in tasks),
         *(Run(f"spectrum/{task}", of(task) + words("--n-examples 128")) for task in tasks),
         *(Run(f"linearized_prediction/{task}", in_all(task) + words("--sizes 32 128 512 --n-test 128 --again "
-                                                                    "--steps 60") + FIXED + rates_of(task),
+                                                                    "--max-steps 60") + FIXED + rates_of(task),
               rated(task))
           for task in tasks if get_labelled_task(task).num_labels == 2),
         Run("default_rates", ("--tasks", *tasks, *every)),
@@ -149,13 +151,15 @@ def full_plan(
         plan += [
             Run("peft_kernels/sst2-label_words", of("sst2") + in_words + words("--n-examples 64 --memory-budget-gb 4")),
             Run("linearized_prediction/sst2-label_words", in_all("sst2") + in_words + words(
-                "--sizes 32 --n-test 64 --seeds 0 --again --steps 20 --batch-size 8 --sign-limit 32") + FIXED),
+                "--sizes 32 --n-test 64 --seeds 0 --again --max-steps 20 --per-device-train-batch-size 8 "
+                "--sign-limit 32") + FIXED),
         ]  # fmt: skip
     if gpu:
         on_gpu, rows = words("--device cuda"), words("--n-train 9600 --n-validation 872")
         plan += [
-            Run("memory/gpu", in_all("rte") + words("--rounds 1 --batch-size 128 --max-length 128") + FIXED + on_gpu),
-            Run("convergence/gpu", one + words("--steps 600 --every 60") + rows + GROUPED + FIXED + rates + on_gpu,
+            Run("memory/gpu", in_all("rte") + words("--rounds 1 --per-device-train-batch-size 128 --max-length 128")
+                + FIXED + on_gpu),
+            Run("convergence/gpu", one + words("--max-steps 600 --every 60") + rows + GROUPED + FIXED + rates + on_gpu,
                 comparison),
         ]  # fmt: skip
     return plan
@@ -165,27 +169,30 @@ FIXED = words("--learning-rate None --head-learning-rate None")
 """The rates of what is published: the fixed ones of each role, and what comparisons chose as multiples of them."""
 GROUPED = words("--train-sampling-strategy group_by_length")
 COMPARISONS = {
-    "sst2": words("--steps 150 --tuning-steps 150 --rate-extensions 4 --n-train 2400"),
-    "stsb": words("--steps 250 --tuning-steps 250 --rate-extensions 4 --n-train 2000 --n-validation 500 --bf16"),
-    "cola": words("--steps 800 --tuning-steps 400 --batch-size 32 --n-train 8551 --n-validation 1043 --bf16"),
-    "rte": words("--steps 700 --max-length 128 --n-train 2489 --n-validation 277 --bf16"),
+    "sst2": words("--max-steps 150 --tuning-steps 150 --rate-extensions 4 --n-train 2400"),
+    "stsb": words("--max-steps 250 --tuning-steps 250 --rate-extensions 4 --n-train 2000 --n-validation 500 --bf16"),
+    "cola": words("--max-steps 800 --tuning-steps 400 --per-device-train-batch-size 32 --n-train 8551 "
+                  "--n-validation 1043 --bf16"),
+    "rte": words("--max-steps 700 --max-length 128 --n-train 2489 --n-validation 277 --bf16"),
 }  # fmt: skip
-COMPARISON = words("--steps 250 --tuning-steps 100 --n-train 2000 --n-validation 500")
+COMPARISON = words("--max-steps 250 --tuning-steps 100 --n-train 2000 --n-validation 500")
 DISTANCES = {
-    "cola": words("--steps 600 --batch-size 32 --bf16") + GROUPED,  # In fewer, both models give one answer.
-    "rte": words("--steps 200 --bf16") + GROUPED,
-    "stsb": words("--steps 200 --bf16"),
+    # In fewer steps, both models give one answer.
+    "cola": words("--max-steps 600 --per-device-train-batch-size 32 --bf16") + GROUPED,
+    "rte": words("--max-steps 200 --bf16") + GROUPED,
+    "stsb": words("--max-steps 200 --bf16"),
 }
 """How the two models of each task are trained whose kernels are compared; by default `DISTANCE`."""
-DISTANCE = words("--steps 200")
+DISTANCE = words("--max-steps 200")
 DRIFTS = {
-    "stsb": words("--steps 250 --n-train 2000 --n-validation 500 --bf16"),
-    "cola": words("--steps 400 --batch-size 32 --n-train 8551 --n-validation 400 --bf16") + GROUPED,
-    "rte": words("--steps 350 --schedule constant_with_warmup --n-train 2489 --bf16") + GROUPED,
-}
+    "stsb": words("--max-steps 250 --n-train 2000 --n-validation 500 --bf16"),
+    "cola": words("--max-steps 400 --per-device-train-batch-size 32 --n-train 8551 --n-validation 400 --bf16")
+            + GROUPED,
+    "rte": words("--max-steps 350 --lr-scheduler-type constant_with_warmup --n-train 2489 --bf16") + GROUPED,
+}  # fmt: skip
 """How each task is trained while drift is measured, nearly as in its comparison; by default `DRIFT`."""
-DRIFT = words("--steps 100 --n-train 1600 --n-validation 400")
-RATES = {"rte": words("--steps 1000 --tuning-steps 1000 --max-length 128 --n-train 2489 --n-validation 277")}
+DRIFT = words("--max-steps 100 --n-train 1600 --n-validation 400")
+RATES = {"rte": words("--max-steps 1000 --tuning-steps 1000 --max-length 128 --n-train 2489 --n-validation 277")}
 """Comparisons that try learning rates for that of the same task, which chooses by the score: what fits RTE's rows makes
 the held-out loss worse, so that by the loss the rate is chosen at which least is learnt."""
 

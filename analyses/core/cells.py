@@ -25,7 +25,7 @@ from propulsion.errors import Interrupted, UserError
 
 ARRAYS = "arrays"
 """What a cell found under this name, arrays by their names, is kept as arrays, and not as text."""
-CELL_FORMAT = 2
+CELL_FORMAT = 3
 """Raise it when cells are computed in another way: older ones are then computed again."""
 _LONGEST = 120  # Characters of a cell's name in its file's name, which file systems limit.
 PLACES = frozenset({"output_dir", "runs_dir", "overwrite", "max_runs"})

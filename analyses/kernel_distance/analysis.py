@@ -30,7 +30,7 @@ from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.identity import model_content
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, load_classifier, pooling_of
-from propulsion.training import TrainingConfig, apply_propulsion, evaluate, train
+from propulsion.training import TrainingOptions, apply_propulsion, evaluate, train
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LABELS = "labels"
@@ -62,7 +62,7 @@ class Config:
     """Propulsion's degree k; by default the paper's for the task."""
     positions: tuple[str, ...] = ("all",)
     """Which layers carry a scale vector: all, attn, mlp, embedding, query, key, value, attention_output."""
-    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(default_factory=lambda: TrainingConfig(steps=60))
+    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=lambda: TrainingOptions(max_steps=60))
     """How both copies are trained."""
     seeds: tuple[int, ...] = ()
     """Seeds of repetitions of all of it; by default the one of --seed."""

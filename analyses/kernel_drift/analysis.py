@@ -71,7 +71,7 @@ class Config:
     @property
     def steps(self) -> list[int]:
         """Steps after which to measure: 0, those of the checkpoints, the last."""
-        last = self.run.training.steps
+        last = self.run.training.max_steps
         return sorted({0, last} | {max(1, round(share * last)) for share in self.checkpoints})
 
 

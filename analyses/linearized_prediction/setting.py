@@ -16,7 +16,7 @@ from analyses.subjects.readout import Readout
 from propulsion.data import TaskData, load_task_data
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
-from propulsion.training import TrainingConfig
+from propulsion.training import TrainingOptions
 
 _LABEL_SCALE = 1.0  # Regression targets are plus and minus this, logit differences.
 
@@ -44,8 +44,8 @@ class Config:
     """Held-out rows, the same for all seeds."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the training rows, the head, the data order, dropout and what methods draw."""
-    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(
-        default_factory=lambda: TrainingConfig(steps=100, batch_size=16, max_length=96)
+    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(
+        default_factory=lambda: TrainingOptions(max_steps=100, max_length=96)
     )
     """How every network is trained; its seed is replaced by each run's own."""
     train: bool = True

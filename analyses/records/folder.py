@@ -33,6 +33,13 @@ RESULT_FILE = "result.json"
 ARRAYS_FILE = "kernels.npz"
 
 _FORMAT = 1
+_RENAMED = {
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "warmup_ratio": "warmup_steps",
+    "schedule": "lr_scheduler_type",
+}
+"""Training options by the name that they had in results of earlier versions."""
 _FIGURE_SUFFIXES = {".png", ".pdf", ".svg"}
 
 
@@ -128,6 +135,7 @@ def load_result(path: Path | str, *, analysis: str | None = None) -> Result:
         metrics = [Metric(**_undefined_as_nan(m)) for m in content.pop("metrics")]
         if not (folder / ARRAYS_FILE).is_file():
             raise UserError(f"{folder} is incomplete: it has no {ARRAYS_FILE}")
+        content["config"] = _renamed(content["config"])
         result = Result(metrics=metrics, arrays=read_arrays(folder / ARRAYS_FILE, shapes), **content)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / RESULT_FILE} is damaged or was written by another version: {error}") from error
@@ -258,6 +266,14 @@ def _read_json(folder: Path) -> dict[str, Any]:
     if (found := content.pop("format")) != _FORMAT:
         raise UserError(f"{folder} has result format {found}, this version reads {_FORMAT}: upgrade propulsion-ntk")
     return content
+
+
+def _renamed(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with its training options under the names that they have now."""
+    nested = {name: _renamed(value) if isinstance(value, dict) else value for name, value in config.items()}
+    if "training" in nested:
+        nested["training"] = {_RENAMED.get(name, name): value for name, value in nested["training"].items()}
+    return nested
 
 
 def _undefined_as_nan(metric: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from propulsion.data.tasks import get_labelled_task, get_task
 from propulsion.identity import model_content
 from propulsion.methods import Method, apply_method, trainable_parameters
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_pooling, load_classifier
-from propulsion.training import TrainingConfig, predict, train
+from propulsion.training import TrainingOptions, predict, train
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class RunConfig:
     """Validation rows drawn, the same for all runs; all of them where the task has fewer."""
     degree: float | None = None
     """Propulsion's degree; by default the paper's for the task."""
-    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(
-        default_factory=lambda: TrainingConfig(steps=100, batch_size=16, max_length=96)
+    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(
+        default_factory=lambda: TrainingOptions(max_steps=100, max_length=96)
     )
     """How every run trains; its seed is replaced by each run's own."""
     device: str = "cpu"

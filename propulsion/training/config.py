@@ -4,70 +4,86 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+import tyro
+from transformers import SchedulerType
 
 from propulsion.data import Limits, TaskData
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling
-from propulsion.training.learning_rates import is_rate
+from propulsion.training.learning_rates import RateChoice, is_rate
 
 Strategy = Literal["no", "steps", "epoch"]
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a model is trained: AdamW with a warm-up and a schedule."""
+def _formerly(name: str) -> Any:
+    """The name that an option had in the analyses, which command lines still take."""
+    return tyro.conf.arg(aliases=[name])
 
-    steps: int = 200
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a model is trained: AdamW with a warm-up and a schedule. Options of `transformers` have its names."""
+
+    max_steps: Annotated[int, _formerly("--steps")] = 200
     """Optimizer steps."""
-    batch_size: int = 16
-    """Examples per step."""
-    learning_rate: float | Literal["auto"] | None = "auto"
-    """Learning rate of weights or adapter: auto, measured on a few training batches; None, fixed."""
-    head_learning_rate: float | Literal["auto"] | None = "auto"
+    per_device_train_batch_size: Annotated[int, _formerly("--batch-size")] = 16
+    """Rows of a batch."""
+    learning_rate: RateChoice = "auto"
+    """Learning rate of what the method trains: a number, as it is; auto, measured on a few training batches
+    (propulsion.training.measured_rates); None, the fixed rate of its role (propulsion.training.learning_rates)."""
+    head_learning_rate: RateChoice = "auto"
     """Learning rate of the head, likewise."""
     rate_multiplier: float = 1.0
-    """Factor on every learning rate that is not given."""
-    warmup_ratio: float = 0.06
-    """Share of the steps over which the learning rate rises from 0."""
-    schedule: str = "linear"
+    """Factor on every learning rate that is not given as a number."""
+    warmup_steps: Annotated[float, _formerly("--warmup-ratio")] = 0.06
+    """Steps over which the learning rate rises from 0; below 1, their share."""
+    lr_scheduler_type: Annotated[str, _formerly("--schedule")] = "linear"
     """Schedule after the warm-up, such as linear, cosine or constant_with_warmup."""
     weight_decay: float = 0.01
     """Weight decay of matrices; biases, norms and Propulsion's scales have none."""
     max_grad_norm: float = 1.0
     """Gradients longer than this, all parameters together, are shortened to it; 0 for no limit."""
     train_sampling_strategy: Literal["random", "group_by_length"] = "random"
-    """Order of the rows: random, or group_by_length, random but for batches of similar lengths, which saves padding."""
+    """Order of the rows: random, or group_by_length, random batches of rows of similar length, which saves padding."""
     bf16: bool = False
     """Train in mixed precision, bfloat16: faster where the processor multiplies such matrices, as recent ones do."""
     max_length: int | None = None
-    """Cut examples to this many tokens; without it, longer ones than the model takes are an error."""
+    """Cut inputs to this many tokens; without it, inputs that are too long for the model are an error."""
     seed: int = 0
     """Seed of every random draw: the head, the rows drawn, the data order, dropout."""
 
+    LEAST: ClassVar[dict[str, float]] = {
+        "max_steps": 1, "per_device_train_batch_size": 1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0,
+        "seed": 0,
+    }  # fmt: skip
+    """The least value of an option."""
+
     def __post_init__(self) -> None:
-        checks = {
-            "steps": self.steps >= 1,
-            "batch_size": self.batch_size >= 1,
-            "learning_rate": is_rate(self.learning_rate),
-            "head_learning_rate": is_rate(self.head_learning_rate),
-            "rate_multiplier": 0 < self.rate_multiplier < float("inf"),
-            "train_sampling_strategy": self.train_sampling_strategy in ("random", "group_by_length"),
-            "warmup_ratio": 0 <= self.warmup_ratio < 1,
-            "weight_decay": self.weight_decay >= 0,
-            "max_grad_norm": self.max_grad_norm >= 0,
-            "seed": 0 <= self.seed < 2**32,
-        }
-        for name, good in checks.items():
-            if not good:
-                raise UserError(f"{name} is {getattr(self, name)}, which is out of range")
+        for name, least in self.LEAST.items():
+            if not getattr(self, name) >= least:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        for name in ("learning_rate", "head_learning_rate"):
+            if not is_rate(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)}, expected a number above 0, auto or None")
+        if not 0 < self.rate_multiplier < float("inf"):
+            raise UserError(f"rate_multiplier is {self.rate_multiplier}, expected a number above 0")
+        if not self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}, expected less than 2**32")
+        for name, known in (("lr_scheduler_type", _SCHEDULES), ("train_sampling_strategy", _ORDERS)):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+
+
+_SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
+_ORDERS = ("random", "group_by_length")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One training run."""
+class Subject:
+    """What is trained: a model by a method on a task."""
 
     task: str = "demo"
     """Task; an unknown name lists them all."""
@@ -92,35 +108,24 @@ class TrainConfig:
     """How several vectors are pooled: mean, max, min or l2."""
     adapter: Path | None = None
     """Start from this saved adapter, which must be of the same base model; the method's options are its own."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(TrainingOptions, Subject):
+    """One training run."""
+
+    max_steps: int = -1
+    """Optimizer steps; -1 goes by epochs, 0 evaluates only."""
     output_dir: Path = Path("results/train")
     """Folder of the run."""
     overwrite_output_dir: bool = False
     """Start anew, and remove what an earlier run wrote into the folder; what it did not write is kept."""
-    max_steps: int = -1
-    """Optimizer steps; -1 goes by epochs, 0 evaluates only."""
     num_train_epochs: float = 3.0
     """Passes over the training rows."""
-    per_device_train_batch_size: int = 16
-    """Rows of a batch."""
     per_device_eval_batch_size: int = 64
     """Rows of a batch in evaluation."""
     gradient_accumulation_steps: int = 1
     """Batches of an optimizer step."""
-    learning_rate: float | Literal["auto"] | None = "auto"
-    """Learning rate of what the method trains: a number, as it is; auto, measured on a few training batches
-    (propulsion.training.measured_rates); None, the fixed rate of its role (propulsion.training.learning_rates)."""
-    head_learning_rate: float | Literal["auto"] | None = "auto"
-    """Learning rate of the head, likewise."""
-    lr_scheduler_type: str = "linear"
-    """Schedule after the warm-up."""
-    warmup_steps: float = 0.06
-    """Steps over which the learning rate rises from 0; below 1, their share."""
-    weight_decay: float = 0.01
-    """Weight decay of matrices; biases, norms and Propulsion's scales have none."""
-    max_grad_norm: float = 1.0
-    """Longer gradients are shortened to this; 0 for no limit."""
-    max_length: int | None = None
-    """Cut inputs to this many tokens."""
     max_target_length: int = 64
     """Cut summaries to this many tokens; generate no more."""
     generation_max_length: int | None = None
@@ -153,8 +158,6 @@ class TrainConfig:
     """Less memory, more time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the pre-trained weights; Propulsion's scales are float32 over either."""
-    bf16: bool = False
-    """Train in mixed precision, bfloat16."""
     torch_compile: bool = False
     """Compile the model."""
     use_cpu: bool = False
@@ -165,22 +168,16 @@ class TrainConfig:
     """Where losses and metrics are reported: tensorboard, wandb, ...; event files of TensorBoard are in runs."""
     disable_tqdm: bool = False
     """No progress bar."""
-    seed: int = 0
-    """Seed of every random draw: the head, the rows drawn, the data order, dropout."""
     training_options: tuple[str, ...] = ()
     """Any other fields of transformers.TrainingArguments, each as NAME=VALUE."""
 
+    LEAST: ClassVar[dict[str, float]] = TrainingOptions.LEAST | {
+        "max_steps": -1, "per_device_eval_batch_size": 1, "eval_steps": 1, "gradient_accumulation_steps": 1,
+        "save_steps": 1, "logging_steps": 1, "max_target_length": 1, "generation_num_beams": 1,
+    }  # fmt: skip
+
     def __post_init__(self) -> None:
-        least = {"max_steps": -1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "eval_steps": 1,
-                 "gradient_accumulation_steps": 1, "save_steps": 1, "logging_steps": 1, "seed": 0, "warmup_steps": 0,
-                 "weight_decay": 0, "max_grad_norm": 0, "max_target_length": 1,
-                 "generation_num_beams": 1}  # fmt: skip
-        for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise UserError(f"{name} is {getattr(self, name)}, expected at least {low}")
-        for name in ("learning_rate", "head_learning_rate"):
-            if not is_rate(getattr(self, name)):
-                raise UserError(f"{name} is {getattr(self, name)}, expected a number above 0, auto or None")
+        super().__post_init__()
         for name in ("num_train_epochs", "early_stopping_patience"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -215,7 +212,7 @@ class TrainConfig:
 
 
 # Fields that older records do not have: recorded where they are used, so that older runs go on.
-_YOUNGER = ("generation_max_length", "generation_num_beams")
+_YOUNGER = ("generation_max_length", "generation_num_beams", "rate_multiplier", "train_sampling_strategy")
 
 # Fields that may differ when a run is resumed: they change no weight, or what they name is recorded by its content.
 _FREE = frozenset(

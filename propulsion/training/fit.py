@@ -19,7 +19,7 @@ from propulsion.data.kinds import Limits, kind_of
 from propulsion.data.kinds.base import columns_of
 from propulsion.data.kinds.classification import logits
 from propulsion.errors import UserError, one_line
-from propulsion.training.config import TrainingConfig
+from propulsion.training.config import TrainingOptions
 from propulsion.training.learning_rates import Rates, model_degree, parameter_groups
 from propulsion.training.measured_rates import with_measured
 from propulsion.training.trainer import TaskTrainer, isolated_randomness
@@ -72,7 +72,7 @@ def train(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     data: TaskData,
-    config: TrainingConfig,
+    config: TrainingOptions,
     *,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
@@ -88,7 +88,8 @@ def train(
     examples = check_inputs(data, tokenizer, Limits(config.max_length))
     collator = kind_of(data.task).collator(tokenizer, model)
     rates = Rates(config.learning_rate, config.head_learning_rate, config.rate_multiplier)
-    rates = with_measured(model, rates, examples, collator, batch_size=config.batch_size, seed=config.seed)
+    size = config.per_device_train_batch_size
+    rates = with_measured(model, rates, examples, collator, batch_size=size, seed=config.seed)
     groups = parameter_groups(model, rates=rates, weight_decay=config.weight_decay)
     if not groups:
         raise UserError("the model has no trainable parameter: every requires_grad is False")
@@ -99,7 +100,7 @@ def train(
     with (
         isolated_randomness(),
         tempfile.TemporaryDirectory() as folder,
-        tqdm(total=config.steps, desc="training", unit="step", disable=None if progress else True) as bar,
+        tqdm(total=config.max_steps, desc="training", unit="step", disable=None if progress else True) as bar,
     ):
 
         def show(loss: float) -> None:
@@ -151,13 +152,13 @@ def predict(
     return torch.tensor(logits(model, tokenizer, data.task, columns_of(data.validation), limits), dtype=torch.float32)
 
 
-def _arguments(model: PreTrainedModel | PeftModel, config: TrainingConfig, folder: str) -> TrainingArguments:
+def _arguments(model: PreTrainedModel | PeftModel, config: TrainingOptions, folder: str) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=folder,
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        warmup_steps=config.warmup_ratio,
-        lr_scheduler_type=config.schedule,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type=config.lr_scheduler_type,
         max_grad_norm=config.max_grad_norm,
         weight_decay=config.weight_decay,
         seed=config.seed,

@@ -8,7 +8,7 @@ from analyses import default_rates
 from analyses.records import load_result
 from analyses.subjects.training_run import RunConfig
 from propulsion.errors import UserError
-from propulsion.training import TrainingConfig
+from propulsion.training import TrainingOptions
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def config(tiny_model, tmp_path):
     return default_rates.Config(
         methods=("full", "head"), factors=(3.0,), resamples=20, output_dir=tmp_path / "result",
         run=RunConfig(model=str(tiny_model), n_train=16, n_validation=12,
-                      training=TrainingConfig(steps=2, batch_size=4, max_length=32)),
+                      training=TrainingOptions(max_steps=2, per_device_train_batch_size=4, max_length=32)),
     )  # fmt: skip
 
 

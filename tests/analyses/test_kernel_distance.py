@@ -12,12 +12,12 @@ from analyses.kernel_distance import Config, analysis, main, run
 from analyses.kernel_distance.tables import summary
 from analyses.records import STAGES, load_result
 from propulsion.errors import UserError
-from propulsion.training import TrainingConfig
+from propulsion.training import TrainingOptions
 
 
 @pytest.fixture(scope="module")
 def config(tiny_model):
-    training = TrainingConfig(steps=3, batch_size=4, seed=3)
+    training = TrainingOptions(max_steps=3, per_device_train_batch_size=4, seed=3)
     return Config(model=str(tiny_model), n_examples=8, n_validation=12, training=training, null_draws=2, resamples=10)
 
 
@@ -134,7 +134,7 @@ def test_the_command_prints_a_table_and_writes_numbers_kernels_and_figures(confi
     files = {path.name for path in (tmp_path / "result").iterdir()}
     assert files == {"result.json", "kernels.npz", "kernel_distance.png", "kernel_distance.pdf"}
     stored = load_result(tmp_path / "result")
-    assert stored.config["training"]["steps"] == 3
+    assert stored.config["training"]["max_steps"] == 3
     assert summary(stored) in printed
     assert json.loads((tmp_path / "result" / "result.json").read_text())["seed"] == 3
 

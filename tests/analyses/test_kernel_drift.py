@@ -18,7 +18,7 @@ from figures.style import PAGE_WIDTH, save
 from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method
 from propulsion.pretrained import load_classifier
-from propulsion.training import TrainingConfig
+from propulsion.training import TrainingOptions
 
 METHODS = ("full", "propulsion:positions=all", "lora")
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -27,7 +27,8 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 @pytest.fixture(scope="module")
 def config(tiny_model, tmp_path_factory):
     runs = RunConfig(model=str(tiny_model), n_train=16, n_validation=12, degree=3,
-                     training=TrainingConfig(steps=4, batch_size=4, max_length=32, learning_rate=0.01))  # fmt: skip
+                     training=TrainingOptions(max_steps=4, per_device_train_batch_size=4, max_length=32,
+                                              learning_rate=0.01))  # fmt: skip
     return kernel_drift.Config(
         seeds=(0, 1), n_examples=6, n_jacobians=3, width=8, resamples=10, checkpoints=(0.4,), run=runs,
         output_dir=tmp_path_factory.mktemp("drift") / "result",

@@ -32,10 +32,10 @@ from propulsion.data.tasks import get_task
 from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method
 from propulsion.pretrained import load_model
-from propulsion.training import TrainingConfig
+from propulsion.training import TrainingOptions
 
 METHODS = ("full", "propulsion:positions=all", "lora:r=2")
-TRAINING = TrainingConfig(steps=2, batch_size=4, max_length=32)
+TRAINING = TrainingOptions(max_steps=2, per_device_train_batch_size=4, max_length=32)
 
 
 @pytest.fixture(scope="module")

@@ -30,15 +30,15 @@ from propulsion.data.instructions import Exchange
 from propulsion.data.tasks import get_task
 from propulsion.errors import UserError
 from propulsion.methods import Method
-from propulsion.training import TrainingConfig
+from propulsion.training import TrainingOptions
 from propulsion.training.learning_rates import SCALE_RATE, WEIGHT_RATE
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model):
     return RunConfig(model=str(tiny_model), n_train=16, n_validation=12, degree=3,
-                     training=TrainingConfig(steps=3, batch_size=4, max_length=32, learning_rate=None,
-                                             head_learning_rate=None))  # fmt: skip
+                     training=TrainingOptions(max_steps=3, per_device_train_batch_size=4, max_length=32,
+                                              learning_rate=None, head_learning_rate=None))  # fmt: skip
 
 
 METHODS = ("full", "propulsion:positions=all", "lora:r=2", "head")
@@ -201,7 +201,7 @@ def test_when_a_share_of_the_gain_is_reached():
 @pytest.mark.parametrize("factor", ["degree", "degree_fixed_rate", "positions", "init_value", "layers", "vectors"])
 def test_ablations(runs, tmp_path, factor):
     config = ablation.Config(factor=factor, seeds=(0,), n_layers=1, output_dir=tmp_path / factor,
-                             run=replace(runs, training=replace(runs.training, steps=1)))  # fmt: skip
+                             run=replace(runs, training=replace(runs.training, max_steps=1)))  # fmt: skip
     ablation.ANALYSIS.publish(config)
     result = load_result(config.output_dir, analysis="ablation")
     rows = {row["setting"]: row for row in result.tables["settings"]}

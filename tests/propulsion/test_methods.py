@@ -11,7 +11,7 @@ from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method, head_modules, method_names, parse_options, trainable_parameters
 from propulsion.positions import is_norm
 from propulsion.pretrained import load_classifier
-from propulsion.training import TrainingConfig, train
+from propulsion.training import TrainingOptions, train
 from propulsion.training.learning_rates import BIAS_RATE, Rates, parameter_groups
 
 METHODS = ["full", "bitfit", "head", "propulsion:degree=2", "propulsion:positions=attn", "lora:r=2", "ia3", "loha:r=2",
@@ -62,7 +62,7 @@ def test_all_methods_see_the_same_rows_in_the_same_order(tiny_models):
             model,
             tokenizer,
             data,
-            TrainingConfig(steps=5, batch_size=4, learning_rate=None, head_learning_rate=None),
+            TrainingOptions(max_steps=5, per_device_train_batch_size=4, learning_rate=None, head_learning_rate=None),
             progress=False,
         )
     assert all(order == orders["full"] for order in orders.values())

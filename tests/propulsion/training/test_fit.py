@@ -11,10 +11,12 @@ from transformers import TrainerCallback
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
 from propulsion.pretrained import load_classifier
-from propulsion.training import TrainingConfig, apply_propulsion, evaluate, predict, train
+from propulsion.training import TrainingOptions, apply_propulsion, evaluate, predict, train
 from propulsion.training.learning_rates import HEAD_RATE, SCALE_RATE
 
-CONFIG = TrainingConfig(steps=4, batch_size=4, seed=1, learning_rate=None, head_learning_rate=None)
+CONFIG = TrainingOptions(
+    max_steps=4, per_device_train_batch_size=4, seed=1, learning_rate=None, head_learning_rate=None
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_another_seed_gives_other_weights(tiny_model, data):
     weights = []
     for seed in (1, 2):
         model, tokenizer = load(tiny_model)
-        train(model, tokenizer, data, replace(CONFIG, steps=2, seed=seed), progress=False)
+        train(model, tokenizer, data, replace(CONFIG, max_steps=2, seed=seed), progress=False)
         weights.append(snapshot(model))
     assert any(not torch.equal(p, weights[1][name]) for name, p in weights[0].items())
 
@@ -62,13 +64,14 @@ def test_only_scales_and_head_move(tiny_model, data):
     assert all("propulsion_z" in name or "classifier" in name for name in moved)
     assert result.trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert result.learning_rates == {"scale": SCALE_RATE / 3, "head": HEAD_RATE}
-    assert len(result.losses) == CONFIG.steps
+    assert len(result.losses) == CONFIG.max_steps
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_loss_falls(tiny_model, data):
     model, tokenizer = load(tiny_model, propulsion=False)
-    result = train(model, tokenizer, data, TrainingConfig(steps=40, batch_size=12, learning_rate=1e-2), progress=False)
+    options = TrainingOptions(max_steps=40, per_device_train_batch_size=12, learning_rate=1e-2)
+    result = train(model, tokenizer, data, options, progress=False)
     assert np.mean(result.losses[-5:]) < 0.5 * np.mean(result.losses[:5])
 
 
@@ -127,7 +130,7 @@ def test_regression(tiny_model, tmp_path):
 
 def test_divergence_is_one_line(tiny_model, data):
     model, tokenizer = load(tiny_model)
-    config = TrainingConfig(steps=6, batch_size=4, learning_rate=1e30, warmup_ratio=0.0)
+    config = TrainingOptions(max_steps=6, per_device_train_batch_size=4, learning_rate=1e30, warmup_steps=0.0)
     with pytest.raises(UserError, match=r"training diverged: .*lower the learning rate") as caught:
         train(model, tokenizer, data, config, progress=False)
     assert "\n" not in str(caught.value)
@@ -175,12 +178,14 @@ def test_scores_are_those_of_the_predictions(tiny_model, data):
 @pytest.mark.parametrize(
     "mistake",
     [
-        {"steps": 0},
-        {"batch_size": 0},
+        {"max_steps": 0},
+        {"per_device_train_batch_size": 0},
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
         {"head_learning_rate": -1.0},
-        {"warmup_ratio": 1.0},
+        {"warmup_steps": -0.1},
+        {"lr_scheduler_type": "straight"},
+        {"rate_multiplier": 0.0},
         {"weight_decay": -0.1},
         {"max_grad_norm": -1.0},
         {"seed": -1},
@@ -189,8 +194,8 @@ def test_scores_are_those_of_the_predictions(tiny_model, data):
 )
 def test_configurations_out_of_range(mistake):
     (name,) = mistake
-    with pytest.raises(UserError, match=f"{name} is .* out of range"):
-        TrainingConfig(**mistake)
+    with pytest.raises(UserError, match=f"{name} is .*, expected"):
+        TrainingOptions(**mistake)
 
 
 @pytest.mark.parametrize(
