@@ -12,33 +12,30 @@ with ``--partial`` of what has both of the former.
 """
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
 
-from analyses.core.cells import Grid
-from analyses.core.errors import run_command
-from analyses.records import Metric, Result, check_writable, environment, format_table, number, write_result
+from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
+from analyses.records import Metric, Result, format_table, number
 from analyses.subjects.training_run import RunConfig, chance_score, scores, training_run
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError
 from propulsion.methods import Method, parse_methods
 from propulsion.training import TrainingOptions
 
+COST = "hours"
+
 AUTO, FIXED = "auto", "fixed"
 _KEPT = ("validation_loss", "learning_rates", "trained_parameters", "seconds_per_step")
-FREE = ("tasks", "methods", "factors", "resamples", "partial", "run.data_dir", "run.model")
-"""Fields that no cell depends on: its method and factor are its own, as are task, rows and model."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(GridOutput):
     """Methods x tasks x learning rates, one seed."""
 
     tasks: tuple[str, ...] = ("demo",)
@@ -63,16 +60,13 @@ class Config:
     """What each run is; its learning rates are those of each cell, and all have its seed."""
     resamples: int = 1000
     """Bootstrap resamples of the validation rows behind each interval."""
-    runs_dir: Path | None = None
-    """Folder of the finished cells; by default the result folder's name with -runs."""
-    max_runs: int | None = None
-    """Compute this many cells at most in this call."""
     partial: bool = False
     """Write a result of the tasks and methods that have both automatic and fixed rates, though others have not."""
-    output_dir: Path = Path("results/default_rates")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
+
+    @property
+    def seed(self) -> int:
+        """The one seed of the runs."""
+        return self.run.training.seed
 
 
 @dataclass(frozen=True)
@@ -104,20 +98,11 @@ def cells_of(config: Config) -> Iterator[Cell]:
         yield from (Cell(task, method, factor) for task in config.tasks for method in config.methods)
 
 
-def run(config: Config) -> Result | None:
-    """Compute what is missing, up to ``max_runs``, and summarise; None if automatic or fixed rates are missing.
-
-    Raises:
-        UserError: Unusable options, data or model; cells of other settings.
-    """
-    started = time.time()
+def find(config: Config, runs: Runs) -> Findings | None:
+    """Compute what is missing and summarise; None if automatic or fixed rates are missing."""
     methods = parse_methods(config.methods)
-    if not config.tasks or config.resamples < 1 or not all(0 < f < math.inf and f != 1 for f in config.factors):
-        raise UserError("there must be a task and a resample, and factors must be positive and other than 1")
-    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    grid = Grid(folder, config.max_runs)
     data = config.run.load_all(config.tasks)
-    cells = {task: grid.of(config, rows, config.run.identity(rows), free=FREE) for task, rows in data.items()}
+    cells = {task: runs.of(rows, config.run.identity(rows)) for task, rows in data.items()}
     rows = []
     for cell in cells_of(config):
         label = f"{cell.task}.{cell.method}.{cell.setting}"
@@ -125,15 +110,19 @@ def run(config: Config) -> Result | None:
         found = cells[cell.task].cell(label, compute, method=methods[cell.method], factor=cell.factor)
         if found is not None:
             rows.append(_row(config, cell, data[cell.task], found))
-    if grid.missing:
-        grid.say_missing()
     have = {(row["task"], row["method"], row["setting"]) for row in rows}
     pairs = [(task, text) for task in data for text in methods]
     whole = {pair for pair in pairs if all((*pair, setting) in have for setting in (AUTO, FIXED))}
     if not whole or (len(whole) < len(pairs) and not config.partial):
         return None
     rows = [row for row in rows if (row["task"], row["method"]) in whole]
-    return _result(config, data, rows, len(grid.missing), time.time() - started)
+    return _summarised(config, data, rows, len(runs.missing))
+
+
+def _check(config: Config) -> None:
+    parse_methods(config.methods)
+    if not config.tasks or 1 in config.factors:
+        raise UserError("there must be a task, and factors must be other than 1, which is always computed")
 
 
 def _train(config: Config, data: TaskData, *, method: Method, factor: float | None) -> dict[str, Any]:
@@ -177,26 +166,17 @@ def _interval(data: TaskData, predictions: np.ndarray, resamples: int) -> tuple[
     return score(np.arange(n)), float(low), float(high)
 
 
-def _result(
-    config: Config, data: Mapping[str, TaskData], rows: Sequence[dict[str, Any]], missing: int, seconds: float
-) -> Result:
+def _summarised(config: Config, data: Mapping[str, TaskData], rows: Sequence[dict[str, Any]], missing: int) -> Findings:
     metrics = [
         Metric(data[row["task"]].task.metrics[0], row["score"], row["low"], row["high"], "", row["setting"],
                row["method"], row["task"])
         for row in rows if row["score"] is not None
     ]  # fmt: skip
-    return Result(
-        analysis="default_rates",
-        config=asdict(config),
-        seed=config.run.training.seed,
-        metrics=metrics,
+    return Findings(
+        metrics,
         tables={"runs": list(rows), "summary": compared(rows), "missing": [{"cells": missing}]},
-        arrays={},
         model=config.run.model_identity(),
         dataset={"name": ", ".join(data), "fingerprints": {task: d.fingerprint for task, d in data.items()}},
-        environment=environment(),
-        seconds={"this call": seconds},
-        coverage={},
     )
 
 
@@ -239,15 +219,19 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [row["method"], shown(FIXED), shown(AUTO), bounds, best, row["best setting"], str(row["grid points"]), rates]
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    if result is None:
-        return
-    print(f"\n{summary(result)}\n")
-    print(f"result in {write_result(result, config.output_dir, overwrite=config.overwrite)}")
-
+ANALYSIS = Analysis(
+    "default_rates",
+    Config,
+    find,
+    summary,
+    least={"resamples": 1},
+    above={"factors": 0},
+    check=_check,
+    # The method and the factor of a cell are its own, as are task, rows and model.
+    free=("tasks", "methods", "factors", "resamples", "partial", "run.data_dir", "run.model"),
+    draws=False,
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.default_rates", description=__doc__)))
+    ANALYSIS.command(__doc__)

@@ -7,21 +7,18 @@ one goes on from its last checkpoint. A model in a GGUF file is dequantised firs
 methods: always saying the commonest answer of the validation rows, and choosing at random where there are choices.
 """
 
-import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 from jaxtyping import Int
 from scipy import stats
 
-from analyses.core.errors import run_command
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table, interval, number
+from analyses.core.analysis import Analysis, Findings, Output
+from analyses.records import Metric, Result, format_table, interval, number
 from propulsion.data import load_task_data
 from propulsion.data.instructions import Exchange, extract
 from propulsion.data.kinds.base import columns_of
@@ -33,13 +30,15 @@ from propulsion.train import TrainConfig, TrainResult
 from propulsion.train import run as train_run
 from propulsion.training.run_folder import predictions_of
 
+COST = "fifteen minutes"
+
 UNTUNED = "none"
 MAJORITY, CHANCE = "commonest answer", "chance"
 RESAMPLES = 2000
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Output):
     """Methods on one instruction task, by generation."""
 
     model: str
@@ -66,29 +65,25 @@ class Config:
     """Seed of every random draw."""
     runs_dir: Path | None = None
     """Folder of the runs; by default the result folder's name with -runs."""
-    output_dir: Path = Path("results/instruction_tuning")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
 
-def run(config: Config) -> Result:
-    """Train and evaluate every method.
-
-    Raises:
-        UserError: Unusable options, data or model; a run that diverged.
-    """
-    started = time.time()
+def _check(config: Config) -> None:
+    parse_methods(config.methods)
     task = get_task(config.task)
     if task.kind != "instruction":
         raise UserError(f"task {task.name} is no instruction: choose sst2_instruction, boolq, gsm8k or their like")
+
+
+def find(config: Config) -> Findings:
+    """Train and evaluate every method."""
     methods = parse_methods(config.methods)
     data = load_task_data(
         config.task, data_dir=config.data_dir, n_train=config.max_train_samples, n_validation=config.max_eval_samples,
         seed=config.seed,
     )  # fmt: skip
     exchanges = exchanges_of(columns_of(data.validation))
-    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
+    result_folder = ANALYSIS.folder(config)
+    folder = config.runs_dir or result_folder.with_name(f"{result_folder.name}-runs")
     found, said = {}, {}
     for text, method in methods.items():
         print(f"{text} ...", flush=True)
@@ -99,13 +94,12 @@ def run(config: Config) -> Result:
     rows = [{"method": text} | _row(result) for text, result in found.items()]
     right = {text: np.array([e.is_right(t) for e, t in zip(exchanges, texts, strict=True)], dtype=np.int8)
              for text, texts in said.items()}  # fmt: skip
-    return Result(
-        analysis="instruction_tuning", config=asdict(config) | {"model": Path(config.model).name}, seed=config.seed,
+    return Findings(
         metrics=[*_accuracies(rows, len(exchanges)), *_differences(right)],
         tables={"methods": rows, "baselines": baselines(exchanges), "said": _said(exchanges, said)},
         arrays={f"right.{text}": values for text, values in right.items()},
         model={"name": Path(config.model).name}, dataset={"name": config.task, "fingerprint": data.fingerprint},
-        environment=environment(), seconds={"this call": time.time() - started}, coverage={},
+        config={"model": Path(config.model).name},
     )  # fmt: skip
 
 
@@ -207,13 +201,17 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     return format_table(header, rows, markdown=markdown)
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    about = (
+ANALYSIS = Analysis(
+    "instruction_tuning",
+    Config,
+    find,
+    summary,
+    check=_check,
+    about=lambda config: (
         f"intervals: 95 %, Wilson's over {config.max_eval_samples} rows; of differences, bootstrap over the same rows"
-    )
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
-
+    ),
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.instruction_tuning", description=__doc__)))
+    ANALYSIS.command(__doc__)

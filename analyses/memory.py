@@ -8,34 +8,35 @@ model takes by itself: gradients, optimizer, activations.
 """
 
 import json
+import pickle
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tyro
 from transformers import TrainerCallback
 
-from analyses.core.command_line import option
+from analyses.core.analysis import Analysis, Findings, Output
 from analyses.core.errors import run_command
 from analyses.method_comparison import Config as ComparisonConfig
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table, number
+from analyses.records import Metric, Result, format_table, number
 from analyses.subjects.cost import peak_bytes, reset_peak
 from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
 from propulsion.training import TrainingOptions
 
+COST = "six minutes"
+
 _MEGABYTE = 2**20
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Output):
     """Peak memory and time of a step, a fresh process for each method and round."""
 
     task: str = "demo"
@@ -51,14 +52,6 @@ class Config:
         )
     )  # fmt: skip
     """What each run is."""
-    output_dir: Path = Path("results/memory")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
-    child: str | None = None
-    """Measure this method in this process, and write what was found into child_output."""
-    child_output: Path | None = None
-    """File of the child's JSON."""
 
 
 class _Before(TrainerCallback):
@@ -73,25 +66,16 @@ class _Before(TrainerCallback):
         self.bytes = peak_bytes(device)
 
 
-def measure(config: Config, method: str) -> dict[str, Any]:
-    """One method, in this process."""
-    before = _Before()
-    data = config.run.load(config.task)
-    found = training_run(config.run, data, Method.parse(method), seed=0, callbacks=[before])
-    kept = ("trained_parameters", "seconds_per_step", "peak_bytes")
-    return {name: found[name] for name in kept} | {"model_bytes": before.bytes}
+def _check(config: Config) -> None:
+    parse_methods(config.methods)
 
 
-def run(config: Config) -> Result:
+def find(config: Config) -> Findings:
     """Measure every method in turn, `rounds` times.
 
     Raises:
-        UserError: Unusable options, data, model or method.
+        UserError: A method cannot be measured.
     """
-    started = time.time()
-    if config.rounds < 1:
-        raise UserError(f"rounds is {config.rounds}, expected at least 1")
-    parse_methods(config.methods)
     config.run.load(config.task)  # Mistakes in the data are said once, before any process starts.
     found: dict[str, list[dict[str, Any]]] = {text: [] for text in config.methods}
     for _ in range(config.rounds):
@@ -107,10 +91,9 @@ def run(config: Config) -> Result:
     runs = [
         {"method": text, "round": place} | entry for text, each in found.items() for place, entry in enumerate(each)
     ]
-    return Result(
-        analysis="memory", config=asdict(config), seed=0, metrics=metrics, tables={"methods": rows, "runs": runs},
-        arrays={}, model=config.run.model_identity(), dataset={"name": config.task},
-        environment=environment(), seconds={"total": time.time() - started}, coverage={},
+    return Findings(
+        metrics, tables={"methods": rows, "runs": runs}, model=config.run.model_identity(),
+        dataset={"name": config.task},
     )  # fmt: skip
 
 
@@ -123,21 +106,34 @@ def _summarised(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _in_own_process(config: Config, method: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "analyses.memory", "--task", config.task, "--child", method, "--child-output",
-                   str(file), *_words(config.run)]  # fmt: skip
+        asked, found = Path(folder) / "asked.pickle", Path(folder) / "found.json"
+        asked.write_bytes(pickle.dumps((config.run, config.task, method)))
+        program = "import sys; from analyses.memory import child; child(*sys.argv[1:])"
+        command = [sys.executable, "-c", program, str(asked), str(found)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise UserError(f"method {method} failed: {last[0].removeprefix('error: ')}")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(found.read_text(encoding="utf-8"))
 
 
-def _words(run: RunConfig) -> list[str]:
-    """A run's configuration as options."""
-    training = {name: value for name, value in asdict(run.training).items() if name != "seed"}
-    fields = {name: value for name, value in vars(run).items() if name != "training"} | training
-    return [word for name, value in fields.items() if value is not None for word in option(name, value)]
+def child(asked: str, found: str) -> None:
+    """Measure one method in this process.
+
+    Args:
+        asked: File of the pickled `RunConfig`, task and method.
+        found: File that the measurements are written to, as JSON.
+    """
+
+    def measure() -> None:
+        run, task, method = pickle.loads(Path(asked).read_bytes())
+        before = _Before()
+        measured = training_run(run, run.load(task), Method.parse(method), seed=0, callbacks=[before])
+        kept = ("trained_parameters", "seconds_per_step", "peak_bytes")
+        numbers = {name: measured[name] for name in kept} | {"model_bytes": before.bytes}
+        Path(found).write_text(json.dumps(numbers), encoding="utf-8")
+
+    run_command(measure)
 
 
 def summary(result: Result, *, markdown: bool = False) -> str:
@@ -150,16 +146,15 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     return format_table(["method", "peak MB", "over the model, MB", "s/step", "trained"], rows, markdown=markdown)
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figure; or be a child."""
-    if config.child is not None:
-        if config.child_output is None:
-            raise UserError("child needs child_output")
-        config.child_output.write_text(json.dumps(measure(config, config.child)), encoding="utf-8")
-        return
-    config = replace(config, child_output=None)
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about="")
-
+ANALYSIS = Analysis(
+    "memory",
+    Config,
+    find,
+    summary,
+    least={"rounds": 1},
+    check=_check,
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.memory", description=__doc__)))
+    ANALYSIS.command(__doc__)

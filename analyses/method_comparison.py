@@ -14,37 +14,31 @@ A killed grid goes on where it was; ``--max-runs 10`` computes ten more cells an
 
 import math
 import statistics
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
 
-from analyses.core.analysis import check_seeds
-from analyses.core.cells import Cells, Grid
-from analyses.core.errors import run_command
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment, format_table, interval, load_result, number
+from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
+from analyses.core.cells import Cells
+from analyses.records import Metric, Result, format_table, interval, load_result, number
 from analyses.subjects.learning_rates import trained_factor, tuned_factors
 from analyses.subjects.training_run import RunConfig, scores, training_run, tuning_split
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError
 from propulsion.methods import Method, parse_methods
 
+COST = "an hour"
+
 REFERENCE = "full"
 FACTOR = 3.0  # Between neighbouring learning rates.
 
 
-FREE = ("tasks", "methods", "seeds", "rates_from", "chosen_by", "rate_extensions", "resamples", "partial",
-        "run.data_dir", "run.model")  # fmt: skip
-"""Fields that no cell depends on: its task, method, seed and factor are its own, as are the rows and the model."""
-
-
 @dataclass(frozen=True)
-class Config:
+class Config(GridOutput):
     """Methods x tasks x seeds."""
 
     tasks: tuple[str, ...] = ("demo",)
@@ -67,16 +61,8 @@ class Config:
     """How many learning rates beyond the first three may be tried, where the best is at the edge."""
     resamples: int = 500
     """Bootstrap resamples behind each interval."""
-    runs_dir: Path | None = None
-    """Folder of the finished cells; by default the result folder's name with -runs."""
-    max_runs: int | None = None
-    """Compute this many cells at most in this call."""
     partial: bool = False
     """Write a result of the tasks that are complete for one seed at least, though cells are missing."""
-    output_dir: Path = Path("results/method_comparison")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
 
 class Trial(NamedTuple):
@@ -97,33 +83,22 @@ class Comparison:
     runs: dict[str, list[dict[str, Any]]]
 
 
-def run(config: Config) -> Result | None:
-    """Compute what is missing, up to ``max_runs``, and summarise; None if cells are still missing.
-
-    Raises:
-        UserError: Unusable tasks, methods, data or model; a run that diverged; cells of other settings.
-    """
-    started = time.time()
+def find(config: Config, runs: Runs) -> Findings | None:
+    """Compute what is missing and summarise the tasks that are complete for one seed at least."""
     methods = parse_methods(config.methods)
-    check_seeds(config.seeds)
-    if not config.tasks:
-        raise UserError("there must be a task")
-    if config.resamples < 1 or config.rate_extensions < 0:
-        raise UserError("resamples must be at least 1, rate_extensions not negative")
-    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    grid = Grid(folder, config.max_runs)
     compared, sources = [], {}
     for task, data in config.run.load_all(config.tasks).items():
         sources[task] = {"source": data.source.rsplit("/", 1)[-1], "fingerprint": data.fingerprint}
-        cells = grid.of(config, data, config.run.identity(data), free=FREE)
-        compared += _task(config, cells, data, methods)
-    if grid.missing:
-        grid.say_missing()
-        if not config.partial:
-            return None
-    if not compared:
+        compared += _task(config, runs.of(data, config.run.identity(data)), data, methods)
+    if not compared or (runs.missing and not config.partial):
         return None
-    return _result(config, compared, sources, time.time() - started)
+    return _summarised(config, compared, sources)
+
+
+def _check(config: Config) -> None:
+    parse_methods(config.methods)
+    if not config.tasks:
+        raise UserError("there must be a task")
 
 
 def _task(config: Config, cells: Cells, data: TaskData, methods: dict[str, Method]) -> list[Comparison]:
@@ -240,7 +215,7 @@ def best_factor(tried: dict[float, Trial], chosen_by: str) -> float:
 # --- summary --------------------------------------------------------------------------------------------------------
 
 
-def _result(config: Config, compared: Iterable[Comparison], sources: dict[str, Any], seconds: float) -> Result:
+def _summarised(config: Config, compared: Iterable[Comparison], sources: dict[str, Any]) -> Findings:
     metrics, summary, runs, tuning, arrays = [], [], [], [], {}
     for found in compared:
         bounds = score_intervals(found, config.resamples)
@@ -257,18 +232,12 @@ def _result(config: Config, compared: Iterable[Comparison], sources: dict[str, A
                 {"task": found.task, "method": text, "factor": factor} | trial._asdict()
                 for factor, trial in found.tried[text].items()
             ]
-    return Result(
-        analysis="method_comparison",
-        config=asdict(config),
-        seed=config.seeds[0],
-        metrics=metrics,
+    return Findings(
+        metrics,
         tables={"summary": summary, "runs": runs, "tuning": tuning},
         arrays=arrays,
         model=config.run.model_identity(),
         dataset={"name": ", ".join(sources), "tasks": sources},
-        environment=environment(),
-        seconds={"this call": seconds},
-        coverage={},
     )
 
 
@@ -378,11 +347,19 @@ def _cells(result: Result, row: dict[str, Any], names: Sequence[str]) -> list[st
     ]
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    about = "intervals: 95 %, bootstrap over seeds and validation rows"
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
-
+ANALYSIS = Analysis(
+    "method_comparison",
+    Config,
+    find,
+    summary,
+    least={"resamples": 1, "rate_extensions": 0},
+    check=_check,
+    # The task, the method, the seed and the factor of a cell are its own, as are the rows and the model.
+    free=("tasks", "methods", "seeds", "rates_from", "chosen_by", "rate_extensions", "resamples", "partial",
+          "run.data_dir", "run.model"),
+    about=lambda config: "intervals: 95 %, bootstrap over seeds and validation rows",
+)  # fmt: skip
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.method_comparison", description=__doc__)))
+    ANALYSIS.command(__doc__)

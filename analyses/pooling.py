@@ -8,38 +8,33 @@ in the trace of full fine-tuning's kernel at initialisation, the head left out, 
 One cell a run: a killed grid goes on where it was.
 """
 
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 
 import ntk
-from analyses.core.analysis import check_seeds
-from analyses.core.cells import Grid
-from analyses.core.errors import run_command
+from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.peft_kernels.layers import place_methods, places_of
-from analyses.records import Metric, Result, check_writable, environment, format_table, number, write_result
+from analyses.records import Metric, Result, format_table, number
+from analyses.subjects.batch import held_out
 from analyses.subjects.readout import Readout
 from analyses.subjects.training_run import RunConfig, chance_score, training_run
-from propulsion.data import TaskData, draw_rows, tokenize
+from propulsion.data import TaskData
 from propulsion.errors import UserError
 from propulsion.identity import model_content
 from propulsion.methods import parse_methods
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, check_pooling
 from propulsion.training import TrainingOptions
 
-FREE = ("tasks", "poolings", "methods", "seeds", "run.data_dir", "run.model")
-"""Fields that no cell depends on: its pooling, method and seed are its own, as are task, rows and model."""
+COST = "five minutes"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(GridOutput):
     """Poolings x methods x tasks x seeds."""
 
     tasks: tuple[str, ...] = ("demo",)
@@ -56,52 +51,44 @@ class Config:
         default_factory=lambda: RunConfig(training=TrainingOptions(max_steps=150, max_length=96))
     )
     """What each run is."""
-    output_dir: Path = Path("results/pooling")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
 
-def run(config: Config) -> Result:
-    """Train every method and take every kernel, or read them from their cells.
-
-    Raises:
-        UserError: Unusable tasks, methods, data or model; a run that diverged; cells of other settings.
-    """
-    started, methods = time.time(), parse_methods(config.methods)
-    check_seeds(config.seeds)
+def _check(config: Config) -> None:
+    parse_methods(config.methods)
     for pooling in config.poolings:
         check_pooling(pooling)
     if not config.poolings or not config.tasks:
         raise UserError("there must be a pooling and a task")
     if config.run.pooling != "auto":
         raise UserError("give the poolings to compare by --poolings, and leave out --pooling")
+
+
+def find(config: Config, runs: Runs) -> Findings | None:
+    """Train every method and compute every kernel, or read them from their cells."""
+    methods = parse_methods(config.methods)
     data = config.run.load_all(config.tasks)
-    grid = Grid(config.output_dir.with_name(f"{config.output_dir.name}-runs"))
     scores, shares = [], []
     for task, pooling, seed in _cases(config):
         place = {"task": task, "pooling": pooling, "seed": seed}
         model = model_content(*_load(config, data[task], pooling, 0))
-        cells = grid.of(config, data[task], model, free=FREE)
+        cells = runs.of(data[task], model)
         compute = partial(_kernel, config, data[task])
         found = cells.cell(f"{task} {pooling} kernel seed {seed}", compute, pooling=pooling, seed=seed)
-        assert found is not None
-        shares += [place | row for row in found["shares"]]
+        shares += [place | row for row in found["shares"]] if found else []
         for text, method in methods.items():
             label, compute = f"{task} {pooling} {text} seed {seed}", partial(_trained, config, data[task])
             cell = cells.cell(label, compute, pooling=pooling, method=method, seed=seed)
-            assert cell is not None
-            scores.append(place | {"method": text} | cell)
+            scores += [place | {"method": text} | cell] if cell else []
+    if runs.missing:
+        return None
     chances = {task: chance_score(rows) for task, rows in data.items()}
-    return Result(
-        analysis="pooling", config=asdict(config), seed=config.seeds[0],
+    return Findings(
         metrics=[_mean(f"{r['task']}, {r['pooling']}, {r['method']}", "score", "trained", scores, r)
                  for r in scores if r["seed"] == config.seeds[0]],
         tables={"scores": scores, "shares": shares, "chance": [{"task": t, "score": s} for t, s in chances.items()]},
-        arrays={}, model={"name": config.run.model or DEFAULT_MODEL_NAME, "pooling": list(config.poolings)},
+        model={"name": config.run.model or DEFAULT_MODEL_NAME, "pooling": list(config.poolings)},
         dataset={"name": ", ".join(config.tasks), "metric": {t: rows.task.metrics[0] for t, rows in data.items()},
                  "fingerprint": {task: rows.fingerprint for task, rows in data.items()}},
-        environment=environment(), seconds={"this call": time.time() - started},
         coverage={"full": "the backbone, without the head"},
     )  # fmt: skip
 
@@ -133,10 +120,8 @@ def _trained(config: Config, data: TaskData, *, pooling: Pooling, method: Any, s
 def _kernel(config: Config, data: TaskData, *, pooling: Pooling, seed: int) -> dict[str, Any]:
     """Shares of the places of a model in the trace of the kernel of its backbone, and of Propulsion's."""
     model, tokenizer = _load(config, data, pooling, seed)
-    drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
-    rows = tokenize(drawn, tokenizer, data.task, config.run.training.max_length)
-    columns = {name: rows[name] for name in rows.column_names if name != "labels"}
-    inputs = dict(tokenizer.pad(columns, return_tensors="pt").to(torch.device(config.run.device)))
+    length, device = config.run.training.max_length, config.run.device
+    inputs, _ = held_out(data, tokenizer, config.n_examples, seed, max_length=length, device=device)
     places = places_of(model)
     kernels = ntk.adapter_kernels(model, inputs, place_methods(places), reduce="trace")
     traces = {name: float(ntk.trace(kernel)) for name, kernel in kernels.items()}
@@ -178,13 +163,17 @@ def _share(result: Result, task: str, pooling: str, key: str, label: Any) -> flo
     return sum(row["full"] for row in rows) / len(result.config["seeds"])
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder."""
-    check_writable(config.output_dir, overwrite=config.overwrite)
-    result = run(config)
-    print(f"\n{summary(result)}\n")
-    print(f"result in {write_result(result, config.output_dir, overwrite=config.overwrite)}")
-
+ANALYSIS = Analysis(
+    "pooling",
+    Config,
+    find,
+    summary,
+    check=_check,
+    # The pooling, the method and the seed of a cell are its own, as are task, rows and model.
+    free=("tasks", "poolings", "methods", "seeds", "run.data_dir", "run.model"),
+    draws=False,
+)
+run = ANALYSIS.run
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.pooling", description=__doc__)))
+    ANALYSIS.command(__doc__)

@@ -1,6 +1,5 @@
-"""The command ``python -m analyses.theorem1``."""
+"""The command."""
 
-from analyses.theorem1 import analysis
+from analyses.theorem1 import ANALYSIS, __doc__
 
-if __name__ == "__main__":
-    analysis.ANALYSIS.command(analysis.__doc__)
+ANALYSIS.command(__doc__)

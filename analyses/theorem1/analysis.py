@@ -1,10 +1,4 @@
-"""Theorem 1 of the paper as it is written, as it is right, and where it fails: side by side.
-
-The claim is K_F ≈ K_P. Cases with a limit are compared in the limit; the others on finite networks of random weights,
-and on a pre-trained encoder. Each kernel of Propulsion, of degree 1 at z = 1, is set against full fine-tuning of all
-parameters (the claim), against full fine-tuning of the weights (the corrected theorem), and against the claim up to the
-best single scale. A second table does it position by position of transformers, each layer against its own weights.
-"""
+"""The cases of Theorem 1, what is found in each, and the command of the analysis."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,8 +21,6 @@ from propulsion.data import load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_pooling, load_classifier
-
-COST = "ten seconds"
 
 Kernels = tuple[Tensor, Tensor, Tensor]  # full fine-tuning, its weights, Propulsion
 

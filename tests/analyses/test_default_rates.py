@@ -21,16 +21,16 @@ def config(tiny_model, tmp_path):
 
 
 def test_automatic_and_fixed_rates_come_first_and_make_a_result(config, capsys):
-    default_rates.main(replace(config, max_runs=3))
+    default_rates.ANALYSIS.publish(replace(config, max_runs=3))
     assert not config.output_dir.exists()
     part = replace(config, max_runs=0, partial=True, output_dir=config.output_dir.with_name("part"),
                    runs_dir=config.output_dir.with_name("result-runs"))  # fmt: skip
-    default_rates.main(part)
+    default_rates.ANALYSIS.publish(part)
     assert [row["method"] for row in load_result(part.output_dir).tables["summary"]] == ["full"]
-    default_rates.main(replace(config, max_runs=2))
+    default_rates.ANALYSIS.publish(replace(config, max_runs=2))
     rows = {row["method"]: row for row in load_result(config.output_dir).tables["summary"]}
     assert [row["grid points"] for row in rows.values()] == [2, 1]
-    default_rates.main(replace(config, overwrite=True))
+    default_rates.ANALYSIS.publish(replace(config, overwrite=True))
     result = load_result(config.output_dir, analysis="default_rates")
     runs = {(row["method"], row["setting"]): row for row in result.tables["runs"]}
     assert len(runs) == 6

@@ -51,7 +51,7 @@ def compared(runs, tmp_path_factory):
         output_dir=tmp_path_factory.mktemp("compared") / "comparison",
     )  # fmt: skip
     while not (config.output_dir / "result.json").exists():
-        method_comparison.main(replace(config, max_runs=7))
+        method_comparison.ANALYSIS.publish(replace(config, max_runs=7))
     return config
 
 
@@ -103,7 +103,7 @@ def test_learning_rates_of_an_earlier_result(compared, tmp_path):
     # What all rates of a comparison were multiplied by goes with them.
     training = replace(compared.run.training, rate_multiplier=0.5)
     halved = replace(other, run=replace(compared.run, training=training), output_dir=tmp_path / "halved")
-    method_comparison.main(halved)
+    method_comparison.ANALYSIS.publish(halved)
     assert tuned_factors(halved.output_dir) == {m: before[m] / 2 for m in METHODS[:2]}
     assert f"{before['full'] / 2:.3g}" in method_comparison.summary(load_result(halved.output_dir))
     with pytest.raises(UserError, match="holds no learning rate of ia3"):
@@ -129,14 +129,14 @@ def test_a_rate_that_diverges_is_not_chosen(chosen_by, best):
 def test_learning_rates_by_the_score_among_those_tried(compared, tmp_path):
     tried = load_result(compared.output_dir).tables["tuning"]
     config = replace(compared, rates_from=compared.output_dir, chosen_by="score", seeds=(0,), output_dir=tmp_path / "s")
-    method_comparison.main(config)
+    method_comparison.ANALYSIS.publish(config)
     result = load_result(config.output_dir)
     assert result.tables["tuning"] == tried
     for row in result.tables["summary"]:
         scores = {t["factor"]: t["score"] for t in tried if t["method"] == row["method"]}
         assert scores[row["rate_factor"]] == max(scores.values())
     by_loss = replace(compared, rates_from=compared.output_dir, seeds=(0,), output_dir=tmp_path / "l")
-    method_comparison.main(by_loss)
+    method_comparison.ANALYSIS.publish(by_loss)
     with pytest.raises(UserError, match="tried no learning rates itself"):
         method_comparison.run(replace(config, rates_from=by_loss.output_dir))
 
@@ -274,7 +274,7 @@ def test_changes_of_all_methods(runs, tmp_path):
 
 def test_memory_in_a_process_of_its_own(runs, tmp_path):
     config = memory.Config(methods=("head",), rounds=1, run=runs, output_dir=tmp_path / "memory")
-    memory.main(config)
+    memory.ANALYSIS.publish(config)
     (row,) = load_result(config.output_dir, analysis="memory").tables["methods"]
     assert row["trained_parameters"] == 66
     assert row["peak_bytes"] > row["over_model_bytes"] >= 0
@@ -330,7 +330,7 @@ def test_the_papers_parameters_are_recounted(tmp_path):
     [
         (parameter_count, parameter_count.Config(models=("GPT-5",)), "no model GPT-5; there are RoBERTa-base"),
         (complexity, complexity.Config(tokens=0), "tokens must be at least 1"),
-        (memory, memory.Config(rounds=0), "rounds is 0"),
+        (memory, memory.Config(rounds=0), "rounds must be at least 1"),
         (memory, memory.Config(methods=("lorra",)), "unknown method 'lorra'"),
         (convergence, convergence.Config(every=0), "every must be at least 1"),
         (ablation, ablation.Config(seeds=()), "seeds must be one or more"),
@@ -373,7 +373,7 @@ def test_instructions_are_tuned_and_generated(tiny_decoder, tmp_path):
         max_steps=2, max_train_samples=8, max_eval_samples=4, max_length=48, per_device_train_batch_size=4,
         output_dir=tmp_path / "result",
     )  # fmt: skip
-    instruction_tuning.main(config)
+    instruction_tuning.ANALYSIS.publish(config)
     rows = {row["method"]: row for row in load_result(config.output_dir).tables["methods"]}
     assert [row["steps"] for row in rows.values()] == [0, 2, 2]
     assert rows["none"]["trained_parameters"] == 0
