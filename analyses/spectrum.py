@@ -141,7 +141,11 @@ def time_to_learn(values: np.ndarray, energies: np.ndarray, share: float) -> flo
         low, high = high, 2 * high
         if not math.isfinite(high):
             return math.inf
-    return float(brentq(lambda time: learnt(values, energies, np.array([time]))[0] - share, low, high, xtol=1e-300))
+
+    def lacking(time: float) -> float:
+        return learnt(values, energies, np.array([time]))[0] - share
+
+    return float(brentq(lacking, low, high, xtol=1e-300))  # pyright: ignore[reportArgumentType]
 
 
 def find(config: Config) -> Findings:
