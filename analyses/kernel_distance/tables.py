@@ -1,16 +1,9 @@
 """A result of `analyses.kernel_distance` as tables, for the terminal and for documents."""
 
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from analyses.core.errors import run_command
 from analyses.kernel_distance.kernels import PAIRS
-from analyses.records import STAGES, Result, format_table, interval, load_result, number
-from propulsion.errors import UserError
+from analyses.records import STAGES, Result, format_table, interval, number
 
 _FULL, _ADAPTER = PAIRS[0]
 _READABLE = {
@@ -75,24 +68,3 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     )
     blocks.append(table(["kernel", "covers"], [[name, words] for name, words in result.coverage.items()]))
     return "\n\n".join(blocks)
-
-
-@dataclass(frozen=True)
-class Config:
-    """The tables of stored results of analyses.kernel_distance, in Markdown."""
-
-    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Result folders."""
-
-
-def main(config: Config) -> None:
-    """Print the tables of each result, under its own heading."""
-    if not config.results:
-        raise UserError("name one or more result folders")
-    for folder in config.results:
-        result = load_result(folder)
-        print(f"## {result.dataset['name']}\n\n{summary(result, markdown=True)}\n")
-
-
-if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.kernel_distance.tables")))

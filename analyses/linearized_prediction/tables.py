@@ -3,15 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 
-from analyses.core.errors import run_command
 from analyses.linearized_prediction.predictors import alikeness, classes
-from analyses.records import Metric, Result, format_table, interval, load_result
+from analyses.records import Metric, Result, format_table, interval
 from analyses.subjects.training_run import scores
 
 REGRESSION, FLOW = "kernel regression", "gradient flow"
@@ -176,18 +172,3 @@ def _cell(metric: Metric | None) -> str:
 def _place(pair: tuple[str, str]) -> int:
     kinds = ["trained", *PREDICTORS.values(), "null"]
     return kinds.index(pair[0].partition(":")[0])
-
-
-def main(results: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:
-    """Print the tables of stored results, in Markdown.
-
-    Args:
-        results: Result folders, as written by python -m analyses.linearized_prediction.
-    """
-    for folder in results:
-        result = load_result(folder, analysis="linearized_prediction")
-        print(f"## {result.dataset['name']}, {result.model['name']}\n\n{summary(result, markdown=True)}\n")
-
-
-if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main, prog="python -m analyses.linearized_prediction.tables"))

@@ -1,14 +1,10 @@
 """A result of `analyses.peft_kernels` as tables, for the terminal and for documents."""
 
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from analyses.core.errors import run_command
 from analyses.peft_kernels.mean_split import PARTS
-from analyses.records import STAGES, Result, format_table, interval, load_result, number
+from analyses.records import STAGES, Result, format_table, interval, number
 
 
 def summary(result: Result, *, markdown: bool = False) -> str:
@@ -74,18 +70,3 @@ def _layer(row: dict[str, Any]) -> list[str]:
     name = row["kind"] if row["block"] is None else f"block {row['block']}, {row['kind']}"
     ckas = (interval(row[c], row[f"{c}_low"], row[f"{c}_high"]) for c in ("cka", "propulsion_cka", "full_cka"))
     return [name, *ckas, number(row["full_share"]), number(row["propulsion_share"])]
-
-
-def main(results: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:
-    """Print the tables of stored results, in Markdown.
-
-    Args:
-        results: Result folders, as written by python -m analyses.peft_kernels.
-    """
-    for folder in results:
-        result = load_result(folder, analysis="peft_kernels")
-        print(f"## {result.dataset['name']}\n\n{summary(result, markdown=True)}\n")
-
-
-if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main, prog="python -m analyses.peft_kernels.tables"))

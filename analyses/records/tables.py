@@ -25,6 +25,8 @@ def interval(value: float | None, low: float | None, high: float | None) -> str:
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
     """Columns padded to their widest cell, the first aligned left and the others right."""
     cells = [list(header), *map(list, rows)]
+    if markdown:  # A bar would end the cell.
+        cells = [[cell.replace("|", r"\|") for cell in row] for row in cells]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:

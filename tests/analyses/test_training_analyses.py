@@ -19,7 +19,7 @@ from analyses import (
     memory,
     method_comparison,
     parameter_count,
-    training_tables,
+    readme,
 )
 from analyses.records import load_result
 from analyses.subjects.learning_rates import tuned_factors
@@ -55,7 +55,7 @@ def compared(runs, tmp_path_factory):
     return config
 
 
-def test_methods_are_compared_in_pieces(compared, capsys):
+def test_methods_are_compared_in_pieces(compared):
     result = load_result(compared.output_dir, analysis="method_comparison")
     rows = {row["method"]: row for row in result.tables["summary"]}
     assert tuple(rows) == METHODS
@@ -78,13 +78,10 @@ def test_methods_are_compared_in_pieces(compared, capsys):
     assert method_comparison.run(replace(compared, max_runs=0)) is not None
     assert sorted(compared.output_dir.with_name("comparison-runs").iterdir()) == before
     assert (compared.output_dir / "method_comparison.png").exists()
-    capsys.readouterr()
-    training_tables.main(training_tables.Config((compared.output_dir,)))
-    assert "| head  " in capsys.readouterr().out
-    training_tables.main(training_tables.Config((compared.output_dir,), trials=True))
+    assert "| head  " in readme.tables(result)
     (chosen,) = (row for row in result.tables["summary"] if row["method"] == "full")
     (best,) = (t for t in result.tables["tuning"] if t["method"] == "full" and t["factor"] == chosen["rate_factor"])
-    assert f"**{best['loss']:.3f}, {best['score']:.3f}**" in capsys.readouterr().out
+    assert f"**{best['loss']:.3f}, {best['score']:.3f}**" in readme.tables(result, trials=True)
 
 
 def test_learning_rates_of_an_earlier_result(compared, tmp_path):
@@ -99,7 +96,7 @@ def test_learning_rates_of_an_earlier_result(compared, tmp_path):
     }
     assert result.tables["tuning"] == []
     with pytest.raises(UserError, match="tried no learning rates"):
-        training_tables.table(result, trials=True)
+        readme.tables(result, trials=True)
     # What all rates of a comparison were multiplied by goes with them.
     training = replace(compared.run.training, rate_multiplier=0.5)
     halved = replace(other, run=replace(compared.run, training=training), output_dir=tmp_path / "halved")

@@ -1,0 +1,104 @@
+"""Published tables: every marked block of a README is written anew from the stored result that it names.
+
+    python -m analyses.readme docs/results
+
+A block begins with a line ``<!-- table: FOLDER -->`` and ends with a line ``<!-- end -->``. FOLDER is a result folder,
+relative to the README (``.`` for its own folder). ``<!-- table: FOLDER, trials -->`` is the table of the learning rates
+that a comparison of methods tried. A result folder that no block names is listed, and nothing is written for it.
+"""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import analyses
+from analyses.records import RESULT_FILE, Result, UserError, load_result
+from analyses.records.atomic import write_texts
+from analyses.records.errors import run_command
+
+README = "README.md"
+_START, _END = "<!-- table:", "<!-- end -->"
+_BLOCK = re.compile(rf"^{_START} ([^\n]+?)(, trials)? -->\n.*?^{_END}$", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tables of stored results, into the marked blocks of READMEs."""
+
+    root: tyro.conf.Positional[Path]
+    """Folder with READMEs and result folders, at any depth."""
+
+
+def tables(result: Result, *, trials: bool = False) -> str:
+    """The tables of a result in Markdown, or, of a comparison of methods, of the learning rates that it tried.
+
+    Raises:
+        UserError: There is no such analysis, or the result tried no learning rates.
+    """
+    if result.analysis not in {module.name for module in pkgutil.iter_modules(analyses.__path__)}:
+        raise UserError(f"there is no analysis {result.analysis!r}")
+    module = importlib.import_module(f"analyses.{result.analysis}")
+    if trials:
+        if not result.tables.get("tuning"):
+            raise UserError(f"this result of {result.analysis} tried no learning rates")
+        return module.trials(result)
+    if hasattr(module, "__path__"):  # A question that is a folder.
+        parts = {part.name for part in pkgutil.iter_modules(module.__path__)}
+        module = importlib.import_module(f"{module.__name__}.{'tables' if 'tables' in parts else 'analysis'}")
+    return module.summary(result, markdown=True)
+
+
+def named(page: Path) -> Iterator[Path]:
+    """The result folders that the blocks of a README name."""
+    for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
+        yield (page.parent / block[1]).resolve()
+
+
+def rewritten(page: Path) -> str:
+    """The text of a README with the tables of the stored results in its blocks.
+
+    Raises:
+        UserError: A block has no end, or its result cannot be read.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        try:
+            text = tables(load_result(page.parent / found[1]), trials=bool(found[2]))
+        except UserError as error:
+            raise UserError(f"{page}: {error}") from error
+        return f"{_START} {found[1]}{found[2] or ''} -->\n\n{text}\n\n{_END}"
+
+    text = page.read_text(encoding="utf-8")
+    if not text.count(_START) == text.count(_END) == len(_BLOCK.findall(text)):
+        raise UserError(f"{page}: every line '{_START} FOLDER -->' needs one line '{_END}' below it")
+    return _BLOCK.sub(block, text)
+
+
+def main(config: Config) -> None:
+    """Write the blocks of every README anew; list the results that stand in none.
+
+    Raises:
+        UserError: There is no result, or a block cannot be written.
+    """
+    found = [path.parent for path in config.root.rglob(RESULT_FILE)]
+    # Hidden folders are what killed runs left.
+    results = {p.resolve() for p in found if not any(part.startswith(".") for part in p.relative_to(config.root).parts)}
+    if not results:
+        raise UserError(f"{config.root} holds no result folder")
+    for page in sorted(config.root.rglob(README)):
+        results -= set(named(page))
+        text = rewritten(page)
+        if text != page.read_text(encoding="utf-8"):
+            write_texts(page.parent, {README: text})
+            print(f"{page}: written")
+    for folder in sorted(results):
+        print(f"{folder.relative_to(config.root.resolve())}: in no block")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.readme", description=__doc__)))
