@@ -1,14 +1,15 @@
-"""What a figure's module declares: a function that draws a result, its docstring the caption. The rest follows.
+"""What a figure's module declares: a function that draws a result, with the caption as its docstring.
 
-@figure("memory")
-def draw(result: Result) -> Figure:
-    '''Peak memory of a step: bars are medians over rounds, dots the rounds.'''
+    @figure("memory")
+    def draw(result: Result) -> Figure:
+        '''Peak memory and time of a step: bars are medians over rounds, dots the rounds.'''
 
+    write = draw.write
 
-write = draw.write
+    if __name__ == "__main__":
+        draw.command(__doc__)
 
-if __name__ == "__main__":
-    draw.command(__doc__)
+The files, the command and redrawing follow from it.
 """
 
 import inspect

@@ -33,8 +33,7 @@ def draw(result: Result) -> Figure:
             left.axvline(row["accuracy"], color=PALETTE[2], linewidth=0.9, linestyle=_LINES[row["baseline"]],
                          label=label, zorder=0)  # fmt: skip
     left.set_yticks(range(len(rows)), names)
-    left.set_ylim(len(rows) - 0.5, -0.5)
-    left.set_xlabel(f"accuracy, {result.dataset['name']}")
+    left.set(xlabel=f"accuracy, {result.dataset['name']}", ylim=(len(rows) - 0.5, -0.5))
     right.set(xlabel="share of rows with an answer", xlim=(0, 1))
     for ax in (left, right):
         ax.grid(axis="x", linewidth=0.3, alpha=0.6)

@@ -42,10 +42,9 @@ def _cases(axes: Axes, rows: list[dict]) -> None:
             text = "exact" if len(exact) == 2 else f"{exact[0]}: exact"
             axes.annotate(text, (0.0, place), (9 if len(exact) == 2 else 4, 4), textcoords="offset points", color="0.4")
     _lines(axes, places)
-    axes.set(xlim=(-0.04, 1.08), xlabel="relative distance of K_P, ‖K − K_P‖ / ‖K‖")
-    where = [row["case"] + ("" if "," in row["case"] else f", {row['compared']}") for row in rows]
-    axes.set_yticks(places, where)
-    axes.set_title("From full fine-tuning, by case")
+    words = "relative distance of K_P, ‖K − K_P‖ / ‖K‖"
+    axes.set(xlim=(-0.04, 1.08), xlabel=words, title="From full fine-tuning, by case")
+    axes.set_yticks(places, [r["case"] + ("" if "," in r["case"] else f", {r['compared']}") for r in rows])
 
 
 def _positions(axes: Axes, rows: list[dict]) -> None:
@@ -63,10 +62,10 @@ def _positions(axes: Axes, rows: list[dict]) -> None:
         )  # fmt: skip
     _lines(axes, places)
     axes.set_yticks(places, positions)
-    axes.set(xscale="log", xlabel="relative distance at the best scale")
+    title = "From the layer's own weights, by position"
+    axes.set(xscale="log", xlabel="relative distance at the best scale", title=title)
     axes.set_xticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
     axes.minorticks_off()
-    axes.set_title("From the layer's own weights, by position")
 
 
 def _lines(axes: Axes, places: np.ndarray) -> None:
