@@ -190,21 +190,24 @@ class Runs:
     """The runs of one grid: each is computed once, in a cell, and read from its file afterwards."""
 
     def __init__(self, config: GridOutput, free: Sequence[str], folder: Path) -> None:
-        self._config, self._free = config, free
-        self._grid = Grid(config.runs_dir or folder.with_name(f"{folder.name}-runs"), config.max_runs)
+        self._config, self._free, self._folder = config, free, folder
+        self._grid: Grid | None = None
 
     @property
     def missing(self) -> list[str]:
         """Names of the cells that were asked for and are not there, since ``max_runs`` was reached."""
-        return self._grid.missing
+        return self._grid.missing if self._grid else []
 
     def of(self, data: TaskData, model: str) -> Cells:
         """The cells of this configuration on one task's rows and one model, known by its content."""
+        if self._grid is None:  # Its folder is made when the first cells are asked for.
+            runs_dir = self._config.runs_dir or self._folder.with_name(f"{self._folder.name}-runs")
+            self._grid = Grid(runs_dir, self._config.max_runs)
         return self._grid.of(self._config, data, model, free=self._free)
 
     def say_missing(self) -> None:
         """Say how many cells are missing, if any are."""
-        if self.missing:
+        if self._grid and self._grid.missing:
             self._grid.say_missing()
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from analyses.core.lazy import lazy
 
 if TYPE_CHECKING:
-    from analyses.kernel_distance.analysis import FREE, Config, main, run
+    from analyses.kernel_distance.analysis import ANALYSIS, Config, run
 
-__all__ = ["FREE", "Config", "main", "run"]
+COST = "two minutes"
+__all__ = ["ANALYSIS", "Config", "run"]
 __getattr__ = lazy(__name__, __all__)

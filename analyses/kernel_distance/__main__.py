@@ -1,8 +1,6 @@
-"""The command."""
+"""The command ``python -m analyses.kernel_distance``."""
 
-import tyro
+from analyses.kernel_distance import ANALYSIS, __doc__
 
-from analyses.core.errors import run_command
-from analyses.kernel_distance import Config, __doc__, main
-
-run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.kernel_distance", description=__doc__)))
+if __name__ == "__main__":
+    ANALYSIS.command(__doc__)

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,33 +15,30 @@ import tyro
 from torch import Tensor
 
 import ntk
-from analyses.core.analysis import check_seeds
-from analyses.core.cells import Cells, Grid
+from analyses.core.analysis import Analysis, Findings, GridOutput, Runs, seeds_of
+from analyses.core.cells import Cells
 from analyses.core.comparison import SeedComparison, draw_name
 from analyses.core.intervals import over_seeds
 from analyses.kernel_distance.kernels import ADAPTER, FULL, PAIRS, ModelKernels, full_kernels, propulsion_kernels
 from analyses.kernel_distance.tables import summary
-from analyses.publish import publish
-from analyses.records import STAGES, Metric, Result, environment
+from analyses.records import STAGES, Metric
+from analyses.subjects.batch import held_out
+from analyses.subjects.cost import memory_budget
 from analyses.subjects.nulls import model_nulls
 from analyses.subjects.parameters import is_scale
-from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
+from analyses.subjects.training_run import dataset_identity
+from propulsion.data import TaskData, load_task_data, tokenize
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.identity import model_content
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, load_classifier, pooling_of
 from propulsion.training import TrainingOptions, apply_propulsion, evaluate, train
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LABELS = "labels"
 
 
-FREE = ("task", "data_dir", "model", "training.seed", "seeds", "resamples", "memory_budget_gb")
-"""Fields that no cell depends on: its seed is its own, as are task, rows and model."""
-
-
 @dataclass(frozen=True)
-class Config:
+class Config(GridOutput):
     """Full fine-tuning's kernel beside Propulsion's, at initialisation and after training."""
 
     task: str = "demo"
@@ -72,12 +69,6 @@ class Config:
     """Bootstrap resamples behind each interval."""
     memory_budget_gb: float | None = None
     """Memory for Jacobians and kernels in GB; by default half of what is free."""
-    runs_dir: Path | None = None
-    """Folder of the finished seeds, where there are several; by default the result folder's name with -runs."""
-    output_dir: Path | None = None
-    """Result folder; by default results/kernel_distance-TASK."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
     device: str = "cpu"
     """Torch device, such as cpu or cuda."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -87,16 +78,6 @@ class Config:
     def seed(self) -> int:
         """The seed of a single run."""
         return self.training.seed
-
-    @property
-    def all_seeds(self) -> tuple[int, ...]:
-        """The seeds of all repetitions."""
-        return self.seeds or (self.seed,)
-
-    @property
-    def folder(self) -> Path:
-        """Where the result goes."""
-        return self.output_dir or Path("results") / f"kernel_distance-{self.task}"
 
     def of_seed(self, seed: int) -> "Config":
         """The same with one seed alone."""
@@ -144,7 +125,7 @@ def prepare(config: Config) -> Setting:
             num_labels=data.task.num_labels,
             pooling=config.pooling,
             seed=config.seed,
-            dtype=DTYPES[config.dtype],
+            dtype=getattr(torch, config.dtype),
             device=config.device,
         )
 
@@ -152,31 +133,24 @@ def prepare(config: Config) -> Setting:
     # Everything is tokenized now, so that an example too long is reported before anything is computed.
     for rows in (data.train, data.validation):
         tokenize(rows, tokenizer, data.task, config.training.max_length)
-    drawn = draw_rows(data.validation, data.task, config.n_examples, config.seed)
-    held_out = tokenize(drawn, tokenizer, data.task, config.training.max_length)
+    inputs, labels = held_out(
+        data, tokenizer, config.n_examples, config.seed, max_length=config.training.max_length, device=config.device
+    )
     adapted = apply_propulsion(load()[0], degree=degree, positions=config.positions)
-    columns = {name: held_out[name] for name in held_out.column_names if name != "labels"}
-    inputs = {name: value.to(config.device) for name, value in tokenizer.pad(columns, return_tensors="pt").items()}
-    return Setting(config, data, tokenizer, full, adapted, inputs, np.asarray(drawn["label"]), degree)
+    return Setting(config, data, tokenizer, full, adapted, inputs, labels, degree)
 
 
-def run(config: Config) -> Result:
-    """Measure both kernels, train both copies, measure again, for every seed; everything random follows the seeds.
-
-    Raises:
-        UserError: unusable data, model or options, more memory needed than there is, training that diverged, or
-            finished seeds of other settings.
-    """
-    started = time.time()
-    _check(config)
-    seeds = config.all_seeds
+def find(config: Config, runs: Runs) -> Findings | None:
+    """Measure both kernels, train both copies, measure again, for every seed; everything random follows the seeds."""
+    seeds = seeds_of(config)
     if len(seeds) == 1:
         found = [_measure(config.of_seed(seeds[0]))]
     else:
-        runs = config.runs_dir or config.folder.with_name(f"{config.folder.name}-runs")
-        cells = _cells(config, Grid(runs))
+        cells = _cells(config, runs)
         each = [cells.cell(f"seed {seed}", lambda seed: _measure(config.of_seed(seed)), seed=seed) for seed in seeds]
         found = [cell for cell in each if cell is not None]
+    if runs.missing:
+        return None
     first = found[0]
     draws = {f"{stage}.{draw_name(null, i)}" for stage, nulls in first["nulls"].items()
              for null, count in nulls.items() for i in range(count)}  # fmt: skip
@@ -188,10 +162,8 @@ def run(config: Config) -> Result:
         metrics += _metrics(comparison, first["nulls"][stage], first["degree"])
         values += [{"stage": stage} | row for row in comparison.values]
         comparisons[stage] = comparison
-    return Result(
-        analysis="kernel_distance",
-        config=asdict(config) | {"degree": first["degree"]},
-        seed=seeds[0],
+    return Findings(
+        config={"degree": first["degree"]},
         metrics=metrics,
         tables={
             "scores": _mean_scores([cell["scores"] for cell in found]),
@@ -205,21 +177,18 @@ def run(config: Config) -> Result:
         arrays={name: array for name, array in first["arrays"].items() if name not in draws},
         model=first["model"],
         dataset=first["dataset"],
-        environment=environment(),
-        seconds={
-            name: sum(cell["seconds"][name] for cell in found) for name in first["seconds"]
-        } | {"this call": time.time() - started},
+        seconds={name: sum(cell["seconds"][name] for cell in found) for name in first["seconds"]},
         coverage=first["coverage"],
-    )  # fmt: skip
+    )
 
 
-def _cells(config: Config, grid: Grid) -> Cells:
+def _cells(config: Config, runs: Runs) -> Cells:
     """The cells of a configuration; their rows are drawn from all of the task's."""
     data = load_task_data(config.task, data_dir=config.data_dir)
     model = load_classifier(
-        config.model, num_labels=data.task.num_labels, pooling=config.pooling, dtype=DTYPES[config.dtype]
+        config.model, num_labels=data.task.num_labels, pooling=config.pooling, dtype=getattr(torch, config.dtype)
     )
-    return grid.of(config, data, model_content(*model), free=FREE)
+    return runs.of(data, model_content(*model))
 
 
 def _measure(config: Config) -> dict[str, Any]:
@@ -256,7 +225,7 @@ def _measure(config: Config) -> dict[str, Any]:
         "nulls": nulls,
         "coverage": coverage,
         "model": _model_identity(setting),
-        "dataset": _dataset_identity(setting.data),
+        "dataset": dataset_identity(setting.data) | {"source": setting.data.source},
         "seconds": seconds,
         "arrays": arrays,
     }  # fmt: skip
@@ -264,12 +233,9 @@ def _measure(config: Config) -> dict[str, Any]:
 
 def _kernels(setting: Setting) -> ModelKernels:
     """All four kernels, of both copies as they are now."""
-    budget = None if setting.config.memory_budget_gb is None else setting.config.memory_budget_gb * 1e9
-    try:
+    with memory_budget(setting.config.memory_budget_gb) as budget:
         full = full_kernels(setting.full, setting.inputs, budget)
         propulsion = propulsion_kernels(setting.adapted, setting.inputs, budget)
-    except MemoryError as error:
-        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
     return ModelKernels(
         whole=full.whole | propulsion.whole,
         traced=full.traced | propulsion.traced,
@@ -356,23 +322,7 @@ def _model_identity(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _dataset_identity(data: TaskData) -> dict[str, Any]:
-    return {
-        "name": data.task.name,
-        "task": data.task.name,
-        "label_names": None if data.task.is_regression else list(data.task.label_names),
-        "source": data.source,
-        "fingerprint": data.fingerprint,
-    }
-
-
 def _check(config: Config) -> None:
-    check_seeds(config.all_seeds)
-    for name, least in (("n_examples", 2), ("null_draws", 1), ("resamples", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
-    if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
-        raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
@@ -387,7 +337,17 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     seconds[step] = time.time() - start
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    about = f"intervals: 95 %, {over_seeds(config.all_seeds, config.n_examples)}"
-    publish(lambda: run(config), config.folder, summary=summary, overwrite=config.overwrite, about=about)
+ANALYSIS = Analysis(
+    "kernel_distance",
+    Config,
+    find,
+    summary,
+    least={"n_examples": 2, "null_draws": 1, "resamples": 1},
+    above={"memory_budget_gb": 0},
+    check=_check,
+    # The seed of a cell is its own, as are task, rows and model.
+    free=("task", "data_dir", "model", "training.seed", "seeds", "resamples", "memory_budget_gb"),
+    about=lambda config: f"intervals: 95 %, {over_seeds(seeds_of(config), config.n_examples)}",
+    variant=lambda config: f"-{config.task}",
+)
+run = ANALYSIS.run

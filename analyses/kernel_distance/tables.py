@@ -2,10 +2,9 @@
 
 from functools import partial
 
-from analyses.kernel_distance.kernels import PAIRS
+from analyses.kernel_distance.kernels import ADAPTER, FULL, PAIRS
 from analyses.records import STAGES, Result, format_table, interval, number
 
-_FULL, _ADAPTER = PAIRS[0]
 _READABLE = {
     "alignment": "cosine alignment",
     "cka": "centred alignment (CKA)",
@@ -38,13 +37,13 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     table = partial(format_table, markdown=markdown)
     blocks = [table([f"{left} against {right}", *stages], rows_of(left, right)) for left, right in PAIRS]
     nulls = dict.fromkeys(
-        m.right for m in result.metrics if m.left == _FULL and m.right not in {r for _, r in PAIRS} | {""}
+        m.right for m in result.metrics if m.left == FULL and m.right not in {r for _, r in PAIRS} | {""}
     )
-    rivals = [_ADAPTER, *nulls]
+    rivals = [ADAPTER, *nulls]
     blocks.append(
         table(
-            [f"CKA with {_FULL} of", *stages],
-            [[right, *(cell("cka", stage, _FULL, right) for stage in STAGES)] for right in rivals],
+            [f"CKA with {FULL} of", *stages],
+            [[right, *(cell("cka", stage, FULL, right) for stage in STAGES)] for right in rivals],
         )
     )
     blocks.append(

@@ -1,7 +1,7 @@
 """Probes along training, over methods and seeds: the configuration, its cells and its result."""
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,27 +10,24 @@ import numpy as np
 import tyro
 from torch import Tensor
 
-from analyses.core.analysis import check_seeds
-from analyses.core.cells import ARRAYS, Grid
+from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
+from analyses.core.cells import ARRAYS
 from analyses.kernel_drift.measures import Cells, jacobian_norms, method_estimates, pair_estimates, stage_metrics
 from analyses.kernel_drift.probe import Probe
 from analyses.kernel_drift.tables import summary
-from analyses.publish import publish
-from analyses.records import STAGES, Result, environment
+from analyses.records import STAGES
+from analyses.subjects.batch import held_out
+from analyses.subjects.cost import memory_budget
 from analyses.subjects.learning_rates import tuned_factors
-from analyses.subjects.training_run import RunConfig, training_run
-from propulsion.data import TaskData, draw_rows, tokenize
+from analyses.subjects.training_run import RunConfig, dataset_identity, training_run
+from propulsion.data import TaskData
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
 from propulsion.training import evaluate
 
-FREE = ("task", "methods", "seeds", "comparison", "null_draws", "resamples", "memory_budget_gb", "run.data_dir",
-        "run.model")  # fmt: skip
-"""Fields that no cell depends on: its method, seed and factor are its own, as are task, rows and model."""
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(GridOutput):
     """Kernels and Jacobians along training, methods x seeds."""
 
     task: str = "demo"
@@ -59,14 +56,6 @@ class Config:
     """Bootstrap resamples behind each interval over examples."""
     memory_budget_gb: float | None = None
     """Memory for kernels in GB; by default half of what is free."""
-    runs_dir: Path | None = None
-    """Folder of the finished cells; by default the result folder's name with -runs."""
-    max_runs: int | None = None
-    """Compute this many cells at most in this call."""
-    output_dir: Path = Path("results/kernel_drift")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
 
     @property
     def steps(self) -> list[int]:
@@ -84,22 +73,17 @@ class HeldOut:
     tokenizer: Any
 
 
-def run(config: Config) -> Result | None:
-    """Compute what is missing, up to ``max_runs``, and summarise; None if cells are still missing.
-
-    Raises:
-        UserError: Unusable options, data or model; a run that diverged; cells of other settings.
-    """
-    started = time.time()
-    _check(config)
+def find(config: Config, runs: Runs) -> Findings | None:
+    """Compute the cells that are missing, and summarise."""
     methods = parse_methods(config.methods)
     factors = _factors(config)
     data = config.run.load(config.task)
-    held_out = _held_out(config, data)
-    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    grid = Grid(folder, config.max_runs)
-    shared = grid.of(config, data, config.run.identity(data), free=FREE)
-    compute = partial(_cell, config, data, held_out)
+    tokenizer = config.run.start(data, seed=0)[1]
+    length = config.run.training.max_length
+    inputs, labels = held_out(data, tokenizer, config.n_examples, 0, max_length=length, device=config.run.device)
+    examples = HeldOut(inputs, labels, tokenizer)
+    shared = runs.of(data, config.run.identity(data))
+    compute = partial(_cell, config, data, examples)
     cells: Cells = {text: [] for text in methods}
     for seed in config.seeds:
         for text, method in methods.items():
@@ -107,10 +91,7 @@ def run(config: Config) -> Result | None:
             cell = shared.cell(label, compute, method=method, seed=seed, factor=factors[text])
             if cell is not None:
                 cells[text].append(cell)
-    if grid.missing:
-        grid.say_missing()
-        return None
-    return _result(config, data, held_out, cells, time.time() - started)
+    return None if runs.missing else _summarised(config, data, examples, cells)
 
 
 def _factors(config: Config) -> dict[str, float]:
@@ -123,33 +104,20 @@ def _factors(config: Config) -> dict[str, float]:
     return {text: factors[text] for text in config.methods}
 
 
-def _held_out(config: Config, data: TaskData) -> HeldOut:
-    tokenizer = config.run.start(data, seed=0)[1]
-    drawn = draw_rows(data.validation, data.task, config.n_examples, seed=0)
-    rows = tokenize(drawn, tokenizer, data.task, config.run.training.max_length)
-    columns = {name: rows[name] for name in rows.column_names if name != "labels"}
-    padded = tokenizer.pad(columns, return_tensors="pt")
-    inputs = {name: value.to(config.run.device) for name, value in padded.items()}
-    return HeldOut(inputs, np.asarray(drawn["label"]), tokenizer)
-
-
 def _cell(
-    config: Config, data: TaskData, held_out: HeldOut, *, method: Method, seed: int, factor: float
+    config: Config, data: TaskData, examples: HeldOut, *, method: Method, seed: int, factor: float
 ) -> dict[str, Any]:
     """Train once, measuring on the way."""
     started = time.time()
 
     def score(model: Any) -> float:
-        found = evaluate(model, held_out.tokenizer, data, max_length=config.run.training.max_length)
+        found = evaluate(model, examples.tokenizer, data, max_length=config.run.training.max_length)
         return next(iter(found.values()))
 
-    budget = None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
-    probe = Probe(config.steps[1:], held_out.inputs, n_jacobians=config.n_jacobians, module=config.block,
-                  width=config.width, score=score, memory_budget=budget)  # fmt: skip
-    try:
+    with memory_budget(config.memory_budget_gb) as budget:
+        probe = Probe(config.steps[1:], examples.inputs, n_jacobians=config.n_jacobians, module=config.block,
+                      width=config.width, score=score, memory_budget=budget)  # fmt: skip
         found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[probe])
-    except MemoryError as error:
-        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
     probe.points[-1]["score"] = next(iter(found["scores"].values()))
     kept = ("scores", "losses", "trained_parameters", "learning_rates", "seconds_per_step")
     return {
@@ -165,9 +133,9 @@ def _cell(
     }
 
 
-def _result(config: Config, data: TaskData, held_out: HeldOut, cells: Cells, seconds: float) -> Result:
+def _summarised(config: Config, data: TaskData, examples: HeldOut, cells: Cells) -> Findings:
     methods, checkpoints, pairs = [], [], []
-    arrays: dict[str, np.ndarray] = {"labels": held_out.labels, "steps": np.array(config.steps)}
+    arrays: dict[str, np.ndarray] = {"labels": examples.labels, "steps": np.array(config.steps)}
     for place, step in enumerate(config.steps):
         for text, runs in cells.items():
             found = method_estimates(runs, place, config.resamples)
@@ -189,24 +157,13 @@ def _result(config: Config, data: TaskData, held_out: HeldOut, cells: Cells, sec
         for run in runs:
             for stage, index in zip(STAGES, (0, -1)):
                 arrays[f"{stage}.{text}.seed{run['seed']}"] = run[ARRAYS]["kernels"][index]
-    return Result(
-        analysis="kernel_drift",
-        config=asdict(config),
-        seed=config.seeds[0],
+    return Findings(
         metrics=stage_metrics(cells, config.resamples, config.null_draws),
         tables={"methods": methods, "checkpoints": checkpoints, "pairs": pairs},
         arrays=arrays,
         model=config.run.model_identity(),
-        dataset={
-            "name": data.task.name,
-            "task": data.task.name,
-            "metric": data.task.metrics[0],
-            "label_names": None if data.task.is_regression else list(data.task.label_names),
-            "fingerprint": data.fingerprint,
-        },
-        environment=environment(),
-        seconds={"this call": seconds}
-        | {text: float(np.mean([run["seconds"]["all"] for run in runs])) for text, runs in cells.items()},
+        dataset=dataset_identity(data) | {"metric": data.task.metrics[0]},
+        seconds={text: float(np.mean([run["seconds"]["all"] for run in runs])) for text, runs in cells.items()},
         coverage={
             row["method"]: f"{row['own_parameters']:,} parameters of the backbone that it trains, without the head"
             for row in methods
@@ -215,19 +172,22 @@ def _result(config: Config, data: TaskData, held_out: HeldOut, cells: Cells, sec
 
 
 def _check(config: Config) -> None:
-    least = {"n_examples": 2, "n_jacobians": 2, "width": 1, "null_draws": 1, "resamples": 1}
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise UserError(f"{name} must be at least {value}; got {getattr(config, name)}")
     if config.n_jacobians > config.n_examples:
         raise UserError(f"n_jacobians must be at most the {config.n_examples} examples; got {config.n_jacobians}")
-    if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
-        raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
-    check_seeds(config.seeds)
     if not all(0 < share <= 1 for share in config.checkpoints):
         raise UserError(f"checkpoints are shares of the steps, above 0 and at most 1; got {config.checkpoints}")
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about="")
+ANALYSIS = Analysis(
+    "kernel_drift",
+    Config,
+    find,
+    summary,
+    least={"n_examples": 2, "n_jacobians": 2, "width": 1, "null_draws": 1, "resamples": 1},
+    above={"memory_budget_gb": 0},
+    check=_check,
+    # The method, the seed and the factor of a cell are its own, as are task, rows and model.
+    free=("task", "methods", "seeds", "comparison", "null_draws", "resamples", "memory_budget_gb", "run.data_dir",
+          "run.model"),
+)  # fmt: skip
+run = ANALYSIS.run

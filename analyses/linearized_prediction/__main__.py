@@ -1,8 +1,6 @@
-"""The command."""
+"""The command ``python -m analyses.linearized_prediction``."""
 
-import tyro
+from analyses.linearized_prediction import ANALYSIS, __doc__
 
-from analyses.core.errors import run_command
-from analyses.linearized_prediction import Config, __doc__, main
-
-run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.linearized_prediction", description=__doc__)))
+if __name__ == "__main__":
+    ANALYSIS.command(__doc__)

@@ -1,18 +1,16 @@
 """Predictions beside trained networks, over sizes, methods and seeds: the cells and the result."""
 
-import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from analyses.core.cells import Cells, Grid
+from analyses.core.analysis import Analysis, Findings, Runs
+from analyses.core.cells import Cells
 from analyses.core.intervals import mean_interval
 from analyses.linearized_prediction.cells import kernel_cell, sign_cell, training_cell
-from analyses.linearized_prediction.setting import Config, Setting, setting_of
-from analyses.linearized_prediction.tables import (
+from analyses.linearized_prediction.measures import (
     FLOW,
     MAJORITY,
     REGRESSION,
@@ -21,36 +19,19 @@ from analyses.linearized_prediction.tables import (
     WITH_HEAD,
     Outcome,
     measures,
-    summary,
 )
-from analyses.publish import publish
-from analyses.records import Metric, Result, environment
+from analyses.linearized_prediction.setting import Config, Setting, setting_of
+from analyses.linearized_prediction.tables import summary
+from analyses.records import Metric
 from propulsion.identity import model_content
 
 
-def run(config: Config) -> Result | None:
-    """Compute what is missing, up to ``max_runs``, and summarise; None if cells are still missing.
-
-    Raises:
-        UserError: Unusable options, data or model; a run that diverged; cells of other settings.
-    """
-    started = time.time()
+def find(config: Config, runs: Runs) -> Findings | None:
+    """Compute the cells that are missing, and summarise."""
     setting = setting_of(config)
-    folder = config.runs_dir or config.output_dir.with_name(f"{config.output_dir.name}-runs")
-    grid = Grid(folder, config.max_runs)
-    cells = grid.of(config, setting.data, model_content(*setting.load(0)), free=FREE)
-    outcomes: list[Outcome] = []
-    for seed in config.seeds:
-        outcomes += _outcomes(setting, cells, seed)
-    if grid.missing:
-        grid.say_missing()
-        return None
-    return _result(setting, outcomes, time.time() - started)
-
-
-FREE = ("data_dir", "model", "methods", "again", "sizes", "seeds", "train", "sign_limit", "comparison",
-        "memory_budget_gb")  # fmt: skip
-"""Fields that no cell depends on: its methods, sizes, seed and factor are its own, as are the rows and the model."""
+    cells = runs.of(setting.data, model_content(*setting.load(0)))
+    outcomes = [outcome for seed in config.seeds for outcome in _outcomes(setting, cells, seed)]
+    return None if runs.missing else _summarised(setting, outcomes)
 
 
 def _outcomes(setting: Setting, shared: Cells, seed: int) -> list[Outcome]:
@@ -93,7 +74,7 @@ def _outcome(setting: Setting, size: int, seed: int, cells: list[dict[str, Any]]
     )
 
 
-def _result(setting: Setting, outcomes: list[Outcome], seconds: float) -> Result:
+def _summarised(setting: Setting, outcomes: list[Outcome]) -> Findings:
     config = setting.config
     values: dict[tuple[str, str, str, str], list[float]] = {}
     for outcome in outcomes:
@@ -116,8 +97,8 @@ def _result(setting: Setting, outcomes: list[Outcome], seconds: float) -> Result
         arrays |= {f"kernel.{predictor}.{method}.{key}": f for (predictor, method), f in o.kernel.items()}
         arrays |= {f"trained.{method}.{key}": f for method, f in o.trained.items()}
         arrays |= {f"again.{method}.{key}": f for method, f in o.again.items()}
-    return Result(
-        analysis="linearized_prediction", config=asdict(config), seed=config.seeds[0], metrics=metrics,
+    return Findings(
+        metrics=metrics,
         tables={
             "methods": [{"method": text, "rate_factor": setting.factors[text]} for text in config.methods],
             "sizes": [{"size": size} for size in config.sizes],
@@ -129,7 +110,7 @@ def _result(setting: Setting, outcomes: list[Outcome], seconds: float) -> Result
                "pooling": config.readout.pooling_of(config.model)},
         dataset={"name": config.task, "task": config.task, "metric": setting.data.task.metrics[0],
                  "source": setting.data.source.rsplit("/", 1)[-1], "fingerprint": setting.data.fingerprint},
-        environment=environment(), seconds={"this call": seconds}, coverage=_coverage(setting),
+        coverage=_coverage(setting),
     )  # fmt: skip
 
 
@@ -159,7 +140,15 @@ def _coverage(setting: Setting) -> dict[str, str]:
     return found
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    about = f"intervals: 95 %, Student's over {len(config.seeds)} seeds"
-    publish(lambda: run(config), config.output_dir, summary=summary, overwrite=config.overwrite, about=about)
+ANALYSIS = Analysis(
+    "linearized_prediction",
+    Config,
+    find,
+    summary,
+    least={"sizes": 4, "permutations": 1},
+    # The methods, sizes, seed and factor of a cell are its own, as are the rows and the model.
+    free=("data_dir", "model", "methods", "again", "sizes", "seeds", "train", "sign_limit", "comparison",
+          "memory_budget_gb"),
+    about=lambda config: f"intervals: 95 %, Student's over {len(config.seeds)} seeds",
+)  # fmt: skip
+run = ANALYSIS.run

@@ -12,8 +12,7 @@ from torch import Tensor
 
 import ntk
 from analyses.linearized_prediction import predictors as predictions
-from analyses.linearized_prediction.setting import Config, Setting
-from analyses.linearized_prediction.tables import (
+from analyses.linearized_prediction.measures import (
     FLOW,
     HIDDEN,
     MAJORITY,
@@ -22,10 +21,11 @@ from analyses.linearized_prediction.tables import (
     START,
     WITH_HEAD,
 )
+from analyses.linearized_prediction.setting import Setting
 from analyses.subjects.batch import model_inputs
+from analyses.subjects.cost import memory_budget
 from analyses.subjects.trained_methods import HEAD, Tangents, tangents, with_head
 from analyses.subjects.training_run import RunConfig, training_run
-from propulsion.errors import UserError
 from propulsion.methods import Method
 from propulsion.training import predict
 
@@ -55,10 +55,6 @@ def start_of(setting: Setting, methods: Mapping[str, Method], size: int, seed: i
     return Start(model, inputs, found, logits[:, 1] - logits[:, 0])
 
 
-def _budget(config: Config) -> float | None:
-    return None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
-
-
 def _rows(kernel: Tensor, size: int, largest: int) -> Tensor:
     """The kernel ``(rows, rows)`` of the first training rows and all new ones, out of that of the largest set."""
     keep = torch.tensor([*range(size), *range(largest, len(kernel))])
@@ -72,13 +68,11 @@ def kernel_cell(
     started, config = time.time(), setting.config
     largest = max(sizes)
     start = start_of(setting, methods, largest, seed)
-    try:
+    with memory_budget(config.memory_budget_gb, "--sizes, --n-test") as budget:
         pieces = ntk.adapter_kernels(
             start.model, start.inputs, start.tangents.methods, output=ntk.outputs.margin(), reduce="trace",
-            memory_budget=_budget(config), progress=True,
+            memory_budget=budget, progress=True,
         )  # fmt: skip
-    except MemoryError as error:
-        raise UserError(f"{error} (--sizes, --n-test, --memory-budget-gb)") from error
     pieces = {name: kernel.cpu() for name, kernel in pieces.items()}
     hidden = ntk.hidden_state_kernel(start.model, start.inputs).detach().cpu()
     headed = HEAD in pieces
@@ -128,13 +122,11 @@ def sign_cell(setting: Setting, *, methods: Mapping[str, Method], sizes: tuple[i
     """Sign-gradient kernels of all that is trained, each parameter at its own learning rate, as Adam's steps have."""
     started, config, largest = time.time(), setting.config, max(sizes)
     start = start_of(setting, methods, largest, seed)
-    try:
+    with memory_budget(config.memory_budget_gb, "--sign-limit, --n-test") as budget:
         pieces = ntk.sign_gradient_kernels(
-            start.model, start.inputs, start.tangents.methods, output=ntk.outputs.margin(),
-            memory_budget=_budget(config), progress=True,
+            start.model, start.inputs, start.tangents.methods, output=ntk.outputs.margin(), memory_budget=budget,
+            progress=True,
         )  # fmt: skip
-    except MemoryError as error:
-        raise UserError(f"{error} (--sign-limit, --n-test, --memory-budget-gb)") from error
     kernels = with_head(
         {name: ntk.reduce_outputs(kernel, "trace").cpu() for name, kernel in pieces.items()},
         list(methods),

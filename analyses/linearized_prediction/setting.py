@@ -10,7 +10,7 @@ import tyro
 from datasets import Dataset
 from torch import Tensor
 
-from analyses.core.analysis import check_seeds
+from analyses.core.analysis import GridOutput
 from analyses.subjects.learning_rates import tuned_factors
 from analyses.subjects.readout import Readout
 from propulsion.data import TaskData, load_task_data
@@ -22,7 +22,7 @@ _LABEL_SCALE = 1.0  # Regression targets are plus and minus this, logit differen
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(GridOutput):
     """Kernel predictions against trained networks, methods x sizes x seeds."""
 
     task: str = "demo"
@@ -58,14 +58,6 @@ class Config:
     """Result of analyses.method_comparison whose learning rates are used."""
     memory_budget_gb: float | None = None
     """Memory for features and kernels in GB; by default half of what is free."""
-    runs_dir: Path | None = None
-    """Folder of the finished cells; by default the result folder's name with -runs."""
-    max_runs: int | None = None
-    """Compute this many cells at most in this call."""
-    output_dir: Path = Path("results/linearized_prediction")
-    """Result folder."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
     device: str = "cpu"
     """Torch device, such as cpu or cuda."""
 
@@ -120,13 +112,10 @@ def setting_of(config: Config) -> Setting:
         UserError: Unusable options, data or learning rates.
     """
     methods = parse_methods(config.methods)
-    check_seeds(config.seeds)
     if not config.sizes:
         raise UserError("there must be a size")
     if unknown := [text for text in config.again if text not in methods]:
         raise UserError(f"{unknown[0]} cannot be trained again: it is none of the methods")
-    if min(config.sizes) < 4 or config.permutations < 1:
-        raise UserError("sizes must be at least 4, and permutations at least 1")
     data = load_task_data(config.task, data_dir=config.data_dir)
     if data.task.is_regression or data.task.num_labels != 2:
         raise UserError(f"{config.task} is no task of two classes, which a single logit difference would tell apart")

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 from analyses.core.lazy import lazy
 
 if TYPE_CHECKING:
-    from analyses.peft_kernels.analysis import FREE, Config, main, run
+    from analyses.peft_kernels.analysis import ANALYSIS, Config, run
 
-__all__ = ["FREE", "Config", "main", "run"]
+COST = "ten minutes"
+__all__ = ["ANALYSIS", "Config", "run"]
 __getattr__ = lazy(__name__, __all__)

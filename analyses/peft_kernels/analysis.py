@@ -1,7 +1,7 @@
 """The kernels of all methods over seeds: the configuration, its measurement and its result."""
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,7 @@ import tyro
 from torch import Tensor, nn
 
 import ntk
-from analyses.core.analysis import check_seeds
-from analyses.core.cells import Grid
+from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.comparison import SeedComparison, draw_name
 from analyses.core.intervals import over_seeds
 from analyses.peft_kernels.layers import Place, agreement, place_methods, places_of
@@ -30,26 +29,23 @@ from analyses.peft_kernels.measures import (
 )
 from analyses.peft_kernels.methods import FULL, REFERENCE, MethodChoice, methods_of, with_degree
 from analyses.peft_kernels.tables import summary
-from analyses.publish import publish
-from analyses.records import STAGES, Result, environment
+from analyses.records import STAGES
+from analyses.subjects.batch import held_out
+from analyses.subjects.cost import memory_budget
 from analyses.subjects.nulls import model_nulls
 from analyses.subjects.readout import Readout
+from analyses.subjects.training_run import dataset_identity
 from ntk.adapters import layers_of
-from propulsion.data import TaskData, draw_rows, load_task_data, tokenize
+from propulsion.data import TaskData, load_task_data
 from propulsion.errors import UserError
 from propulsion.identity import model_content
 from propulsion.pretrained import fingerprint, pooling_of
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 STAGE = STAGES[0]
 
 
-FREE = ("task", "data_dir", "model", "seeds", "top", "resamples", "memory_budget_gb")
-"""Fields that no cell depends on: its seed is its own, as are task, rows and model."""
-
-
 @dataclass(frozen=True)
-class Config:
+class Config(GridOutput):
     """Kernels of parameter-efficient methods beside full fine-tuning's."""
 
     task: str = "demo"
@@ -74,21 +70,10 @@ class Config:
     """Bootstrap resamples behind each interval."""
     memory_budget_gb: float | None = None
     """Memory for features and kernels in GB; by default half of what is free."""
-    runs_dir: Path | None = None
-    """Folder of the finished seeds, with all of their kernels; by default the result folder's name with -runs."""
-    output_dir: Path | None = None
-    """Result folder; by default results/peft_kernels-TASK."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder."""
     device: str = "cpu"
     """Torch device, such as cpu or cuda."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the model and its kernels."""
-
-    @property
-    def folder(self) -> Path:
-        """Where the result goes."""
-        return self.output_dir or Path("results") / f"peft_kernels-{self.task}"
 
     @property
     def model_name(self) -> str:
@@ -113,19 +98,15 @@ class Network:
     labels: np.ndarray
 
 
-def run(config: Config) -> Result:
-    """Measure every seed's kernels once, or take them from their cells, and compare them.
-
-    Raises:
-        UserError: unusable data, model or options, cells of other settings, or more memory needed than there is.
-    """
-    _check(config)
-    started = time.time()
+def find(config: Config, runs: Runs) -> Findings | None:
+    """Measure the kernels of every seed once, or take them from their cells, and compare them."""
     data = config.readout.rows(load_task_data(config.task, data_dir=config.data_dir))
-    runs = config.runs_dir or config.folder.with_name(f"{config.folder.name}-runs")
-    cells = Grid(runs).of(config, data, _identity(config, data), free=FREE)
+    model = config.readout.load(config.model, num_labels=data.task.num_labels, seed=0)
+    cells = runs.of(data, model_content(*model))
     each = [cells.cell(f"seed {seed}", partial(_measure, config, data), seed=seed) for seed in config.seeds]
     found = [cell for cell in each if cell is not None]
+    if runs.missing:
+        return None
     kernels = [_with_labels(cell["arrays"], regression=data.task.is_regression) for cell in found]
     comparison = SeedComparison(kernels, config.seeds, STAGE, config.resamples)
     first = found[0]
@@ -147,35 +128,20 @@ def run(config: Config) -> Result:
         **map_tables(comparison, shown),
         "seed_values": comparison.values,
     }
-    return Result(
-        analysis="peft_kernels",
-        config=asdict(config) | {"model": config.model and config.model_name},
-        seed=config.seeds[0],
+    return Findings(
+        config={"model": config.model and config.model_name},
         metrics=metrics,
         tables=tables,
         arrays=_published(first),
         model=first["model"],
-        dataset={
-            "name": data.task.name,
-            "task": data.task.name,
-            "label_names": None if data.task.is_regression else list(data.task.label_names),
-            "source": data.source,
-            "fingerprint": data.fingerprint,
-        },
-        environment=environment(),
+        dataset=dataset_identity(data) | {"source": data.source},
         seconds={
             **{f"seed {seed}": cell["seconds"] for seed, cell in zip(config.seeds, found, strict=True)},
             "comparison": time.time() - measured,
-            "this call": time.time() - started,
         },
         coverage={name: "the backbone, without the head" for name in names}
         | {name: "linear layers of the backbone" for name in first["parts"]},
     )
-
-
-def _identity(config: Config, data: TaskData) -> str:
-    """The model, known by its content."""
-    return model_content(*config.readout.load(config.model, num_labels=data.task.num_labels, seed=0))
 
 
 def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
@@ -186,14 +152,11 @@ def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
     methods, left_out = methods_of(model, config.methods, seed)
     places = places_of(model)
     parts = {f"linear: {name}": m for name, m in split_methods(mean_inputs(model, network.inputs)).items()}
-    budget = None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
-    try:
+    with memory_budget(config.memory_budget_gb) as budget:
         whole = ntk.adapter_kernels(
             model, network.inputs, methods | place_methods(places) | parts, output=network.output,
             memory_budget=budget, progress=True,
         )  # fmt: skip
-    except MemoryError as error:
-        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
     full = whole[FULL].cpu()
     kernels = {name: ntk.reduce_outputs(kernel, "trace").cpu() for name, kernel in whole.items()}
     del whole
@@ -230,14 +193,15 @@ def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
 def _network(config: Config, data: TaskData, seed: int) -> Network:
     """The model with its head and the examples of one seed."""
     model, tokenizer = config.readout.load(
-        config.model, num_labels=data.task.num_labels, seed=seed, dtype=DTYPES[config.dtype], device=config.device
+        config.model,
+        num_labels=data.task.num_labels,
+        seed=seed,
+        dtype=getattr(torch, config.dtype),
+        device=config.device,
     )
-    drawn = draw_rows(data.validation, data.task, config.n_examples, seed)
-    rows = tokenize(drawn, tokenizer, data.task)
-    inputs = tokenizer.pad({n: rows[n] for n in rows.column_names if n != "labels"}, return_tensors="pt")
+    inputs, labels = held_out(data, tokenizer, config.n_examples, seed, device=config.device)
     output = ntk.outputs.margin() if config.readout.in_words else None
-    on_device = {name: value.to(config.device) for name, value in inputs.items()}
-    return Network(model, on_device, output, np.asarray(drawn["label"]))
+    return Network(model, inputs, output, labels)
 
 
 def _outputs(module: Any) -> int:
@@ -258,19 +222,22 @@ def _published(cell: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _check(config: Config) -> None:
-    for name, least in (("n_examples", 2), ("null_draws", 1), ("resamples", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name} must be at least {least}; got {getattr(config, name)}")
-    check_seeds(config.seeds)
-    if not 1 <= config.top <= config.n_examples:
+    if config.top > config.n_examples:
         raise UserError(f"top must be between 1 and the {config.n_examples} examples; got {config.top}")
-    if config.memory_budget_gb is not None and config.memory_budget_gb <= 0:
-        raise UserError(f"memory_budget_gb must be positive; got {config.memory_budget_gb}")
     config.methods.check()
 
 
-def main(config: Config) -> None:
-    """Run, print, write the result folder, draw the figures."""
-    config = replace(config, output_dir=config.folder)
-    about = f"intervals: 95 %, {over_seeds(config.seeds, config.n_examples)}"
-    publish(lambda: run(config), config.folder, summary=summary, overwrite=config.overwrite, about=about)
+ANALYSIS = Analysis(
+    "peft_kernels",
+    Config,
+    find,
+    summary,
+    least={"n_examples": 2, "null_draws": 1, "resamples": 1, "top": 1},
+    above={"memory_budget_gb": 0},
+    check=_check,
+    # The seed of a cell is its own, as are task, rows and model.
+    free=("task", "data_dir", "model", "seeds", "top", "resamples", "memory_budget_gb"),
+    about=lambda config: f"intervals: 95 %, {over_seeds(config.seeds, config.n_examples)}",
+    variant=lambda config: f"-{config.task}",
+)
+run = ANALYSIS.run

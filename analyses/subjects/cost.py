@@ -1,14 +1,18 @@
-"""What training costs: the time of a step and the largest memory."""
+"""What training and kernels cost: the time of a step, the largest memory, and the memory that is allowed."""
 
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from propulsion.errors import UserError
 
 _SKIPPED_STEPS = 5  # Not timed: threads and memory start up.
 
@@ -56,3 +60,16 @@ def peak_bytes(device: torch.device | str) -> int:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def memory_budget(gigabytes: float | None, options: str = "--n-examples") -> Iterator[float | None]:
+    """The bytes that kernels may take; none are told where no budget is set.
+
+    Raises:
+        UserError: What is computed within would take more; it names the options that decide how much.
+    """
+    try:
+        yield None if gigabytes is None else gigabytes * 1e9
+    except MemoryError as error:
+        raise UserError(f"{error} ({options}, --memory-budget-gb)") from error

@@ -75,6 +75,12 @@ def model_identity(model: str | None, pooling: Pooling) -> dict[str, str]:
     return {"name": model or DEFAULT_MODEL_NAME, "pooling": find_pooling(model, pooling)}
 
 
+def dataset_identity(data: TaskData) -> dict[str, Any]:
+    """A task and its rows as results name them."""
+    names = None if data.task.is_regression else list(data.task.label_names)
+    return {"name": data.task.name, "task": data.task.name, "label_names": names, "fingerprint": data.fingerprint}
+
+
 def tuning_split(data: TaskData, share: float = 0.25) -> TaskData:
     """Training rows alone, a share of them held out: what learning rates are chosen on."""
     order = np.random.default_rng(0).permutation(len(data.train))

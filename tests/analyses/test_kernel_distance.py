@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from analyses.kernel_distance import Config, analysis, main, run
+from analyses.core.errors import MISTAKES
+from analyses.kernel_distance import ANALYSIS, Config, analysis, run
 from analyses.kernel_distance.tables import summary
 from analyses.records import STAGES, load_result
-from propulsion.errors import UserError
 from propulsion.training import TrainingOptions
 
 
@@ -127,7 +127,7 @@ def test_several_seeds_are_averaged_and_a_killed_run_goes_on(config, result, tmp
 
 
 def test_the_command_prints_a_table_and_writes_numbers_kernels_and_figures(config, tmp_path, capsys):
-    main(dataclasses.replace(config, output_dir=tmp_path / "result"))
+    ANALYSIS.publish(dataclasses.replace(config, output_dir=tmp_path / "result"))
     printed = capsys.readouterr().out
     assert "full_backbone against propulsion_z" in printed
     assert "score on validation" in printed
@@ -141,8 +141,8 @@ def test_the_command_prints_a_table_and_writes_numbers_kernels_and_figures(confi
 
 def test_an_earlier_result_is_not_replaced_unasked(config, tmp_path):
     (tmp_path / "result.json").write_text("{}")
-    with pytest.raises(UserError, match="already holds a result"):
-        main(dataclasses.replace(config, output_dir=tmp_path))
+    with pytest.raises(MISTAKES, match="already holds a result"):
+        ANALYSIS.publish(dataclasses.replace(config, output_dir=tmp_path))
 
 
 def test_a_regression_task_works(config, tmp_path):
@@ -172,8 +172,8 @@ def test_a_regression_task_works(config, tmp_path):
 )
 def test_a_mistake_is_named_before_anything_is_written(config, tmp_path, changes, message):
     output = tmp_path / "result"
-    with pytest.raises(UserError, match=message):
-        main(dataclasses.replace(config, output_dir=output, **changes))
+    with pytest.raises(MISTAKES, match=message):
+        ANALYSIS.publish(dataclasses.replace(config, output_dir=output, **changes))
     assert not output.exists()
 
 

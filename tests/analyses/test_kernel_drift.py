@@ -38,7 +38,7 @@ def config(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(config):
     while not (config.output_dir / "result.json").exists():
-        kernel_drift.main(replace(config, max_runs=4))
+        kernel_drift.ANALYSIS.publish(replace(config, max_runs=4))
     return load_result(config.output_dir, analysis="kernel_drift")
 
 

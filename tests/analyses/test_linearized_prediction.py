@@ -11,6 +11,7 @@ import ntk
 from analyses import linearized_prediction
 from analyses.linearized_prediction import Config, predictors
 from analyses.linearized_prediction.cells import start_of
+from analyses.linearized_prediction.measures import AGAIN, HIDDEN, PERMUTED, REGRESSION, SIGN, WITH_HEAD
 from analyses.linearized_prediction.predictors import (
     alikeness,
     flow,
@@ -21,7 +22,7 @@ from analyses.linearized_prediction.predictors import (
     sign_regression,
 )
 from analyses.linearized_prediction.setting import setting_of
-from analyses.linearized_prediction.tables import AGAIN, HIDDEN, PERMUTED, REGRESSION, SIGN, WITH_HEAD, summary
+from analyses.linearized_prediction.tables import summary
 from analyses.records import load_result
 from analyses.subjects.batch import model_inputs
 from analyses.subjects.readout import Readout, answering, load_label_words, packaged_model, prompted
@@ -49,7 +50,7 @@ def config(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(config):
     while not (config.output_dir / "result.json").exists():
-        linearized_prediction.main(replace(config, max_runs=9))
+        linearized_prediction.ANALYSIS.publish(replace(config, max_runs=9))
     return load_result(config.output_dir, analysis="linearized_prediction")
 
 
@@ -211,7 +212,7 @@ def test_label_words_are_trained_and_predicted(tiny_decoder, tmp_path):
         model=str(tiny_decoder), readout=Readout("label_words", ("bad", "good")), methods=METHODS, again=(),
         sizes=(8,), n_test=8, seeds=(0,), training=TRAINING, permutations=2, output_dir=tmp_path / "words",
     )  # fmt: skip
-    linearized_prediction.main(config)
+    linearized_prediction.ANALYSIS.publish(config)
     result = load_result(config.output_dir)
     for method in METHODS:
         assert np.ptp(result.arrays[f"trained.{method}.n=8.seed0"]) > 0

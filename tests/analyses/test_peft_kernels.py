@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ntk
-from analyses.peft_kernels import Config, main, run
+from analyses.peft_kernels import ANALYSIS, Config, run
 from analyses.peft_kernels.analysis import STAGE
 from analyses.peft_kernels.measures import label_kernel
 from analyses.peft_kernels.methods import FULL, REFERENCE, MethodChoice
@@ -185,7 +185,11 @@ def llama(folder, tiny_model):
 
 
 def test_the_command_writes_what_it_prints(config, tmp_path, capsys):
-    main(dataclasses.replace(config, output_dir=tmp_path / "result", runs_dir=config.folder.with_name("result-runs")))
+    ANALYSIS.publish(
+        dataclasses.replace(
+            config, output_dir=tmp_path / "result", runs_dir=ANALYSIS.folder(config).with_name("result-runs")
+        )
+    )
     files = {path.name for path in (tmp_path / "result").iterdir()}
     figures = ("peft_kernels", "peft_kernels_map", "peft_kernels_layers")
     assert files == {"result.json", "kernels.npz", *(f"{name}.{end}" for name in figures for end in ("png", "pdf"))}
@@ -207,5 +211,5 @@ def test_the_command_writes_what_it_prints(config, tmp_path, capsys):
 )
 def test_a_mistake_is_named(config, tmp_path, changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        main(dataclasses.replace(config, output_dir=tmp_path / "result", **changes))
+        ANALYSIS.publish(dataclasses.replace(config, output_dir=tmp_path / "result", **changes))
     assert not (tmp_path / "result").exists()

@@ -1,0 +1,115 @@
+"""What is measured of the predictions and of the trained networks: scores, agreement and correlation of logits."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analyses.linearized_prediction.predictors import alikeness, classes
+from analyses.subjects.training_run import scores
+
+REGRESSION, FLOW = "kernel regression", "gradient flow"
+WITH_HEAD, SIGN = "kernel regression + head", "sign kernel regression"
+HIDDEN, HEAD, MAJORITY, START = "hidden states", "head", "majority class", "untrained network"
+PERMUTED, AGAIN = "permuted labels", "trained again"
+PREDICTORS = {REGRESSION: "kernel", FLOW: "flow", WITH_HEAD: "kernel + head", SIGN: "sign kernel"}
+"""Predictors under a method's own kernel, and what their scores are filed under."""
+_NULL_KERNELS = (HIDDEN, HEAD)
+_OTHER = "logit_correlation", "logit_correlation_within_classes"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Outputs (differences of two logits) on the m held-out rows, of one size and seed.
+
+    Attributes:
+        size: of the training set.
+        seed: of the training rows, the head and the runs.
+        labels: ``(m,)``, 0 or 1.
+        f0: ``(m,)``, before training.
+        kernel: (predictor, method or null kernel) -> ``(m,)``.
+        strengths: the ridge or time chosen for each.
+        permuted: ``(draws, m)``, regression onto permuted training labels under the first method's kernel.
+        trained: method -> ``(m,)``, of its network.
+        again: method -> ``(m,)``, of a network trained with another data order.
+        losses: method -> mean training loss of the last steps.
+    """
+
+    size: int
+    seed: int
+    labels: np.ndarray
+    f0: np.ndarray
+    kernel: dict[tuple[str, str], np.ndarray]
+    strengths: dict[tuple[str, str], float]
+    permuted: np.ndarray
+    trained: dict[str, np.ndarray]
+    again: dict[str, np.ndarray]
+    losses: dict[str, float]
+
+
+Key = tuple[str, str, str]  # name of a metric, left, right
+
+
+def measures(outcome: Outcome, methods: Sequence[str], task: str) -> dict[Key, float]:
+    """Every metric of one size and seed."""
+    return dict([*_scores(outcome, task), *_predictions(outcome, methods), *_between(outcome, methods)])
+
+
+def _scores(o: Outcome, task: str) -> Iterator[tuple[Key, float]]:
+    def score(f: np.ndarray) -> float:
+        return next(iter(scores(task, classes(f), o.labels).values()))
+
+    for method, f in o.trained.items():
+        yield ("score", f"trained: {method}", ""), score(f)
+    for (predictor, name), f in o.kernel.items():
+        null = predictor in (MAJORITY, START) or name in _NULL_KERNELS
+        left = f"null: {name or predictor}" if null else f"{PREDICTORS[predictor]}: {name}"
+        yield ("score", left, ""), score(f)
+    yield ("score", f"null: {PERMUTED}", ""), float(np.mean([score(f) for f in o.permuted]))
+
+
+def _alike(o: Outcome, prefix: str, left: str, right: str, f: np.ndarray, g: np.ndarray) -> dict[Key, float]:
+    found = alikeness(f, g, o.labels, o.f0)
+    return {(f"{prefix}{name}", left, right): value for name, value in found.items()}
+
+
+def _predictions(o: Outcome, methods: Sequence[str]) -> Iterator[tuple[Key, float]]:
+    """Each trained network against its own kernel's predictions, other kernels', and nulls."""
+    for method, f in o.trained.items():
+        rivals = {p: g for (p, name), g in o.kernel.items() if name == method and p in PREDICTORS}
+        rivals |= {name: g for (p, name), g in o.kernel.items() if p == REGRESSION and name in _NULL_KERNELS}
+        rivals |= {p: g for (p, _), g in o.kernel.items() if p in (MAJORITY, START)}
+        for right, g in rivals.items():
+            for (name, *_), value in _alike(o, "", method, right, f, g).items():
+                if name in _OTHER and right in (MAJORITY, START):
+                    continue
+                yield (_named(name), method, right), value
+        draws = [alikeness(f, g, o.labels, o.f0) for g in o.permuted]
+        for name in draws[0]:
+            yield (_named(name), method, PERMUTED), float(np.mean([draw[name] for draw in draws]))
+        for other in methods:
+            found = alikeness(f, o.kernel[REGRESSION, other], o.labels, o.f0)
+            for name in ("agreement", "logit_correlation"):
+                yield (f"cross_{name}", f"trained: {method}", f"kernel: {other}"), found[name]
+
+
+def _named(quantity: str) -> str:
+    return "prediction_agreement" if quantity == "agreement" else quantity
+
+
+def _between(o: Outcome, methods: Sequence[str]) -> Iterator[tuple[Key, float]]:
+    """Networks, and kernels' predictions, of the first method against those of the others."""
+    first = methods[0]
+    for other in methods[1:]:
+        if o.trained:
+            yield from _alike(o, "trained_", first, other, o.trained[first], o.trained[other]).items()
+        for predictor, word in PREDICTORS.items():
+            if (predictor, first) in o.kernel and (predictor, other) in o.kernel:
+                pair = o.kernel[predictor, first], o.kernel[predictor, other]
+                yield from _alike(o, f"{word.replace(' + ', '_').replace(' ', '_')}_", first, other, *pair).items()
+    for null in _NULL_KERNELS:
+        if (REGRESSION, null) in o.kernel:
+            pair = o.kernel[REGRESSION, first], o.kernel[REGRESSION, null]
+            yield from _alike(o, "kernel_", first, null, *pair).items()
+    for method, f in o.again.items():
+        yield from _alike(o, "trained_", method, AGAIN, o.trained[method], f).items()
