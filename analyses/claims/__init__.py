@@ -12,3 +12,5 @@ Every verdict follows from stored numbers by a threshold and a rule that the led
 claims.md, ledger.json and report.html, a page that needs nothing beside it. The exit code is 1 if a run failed; the
 claims that wait for it have no result yet.
 """
+
+COST = "hours; with --quick, a few minutes"

@@ -9,8 +9,7 @@ import torch
 import tyro
 
 import analyses.claims
-from analyses.claims import plan as runs
-from analyses.claims import report
+from analyses.claims import plan, report
 from analyses.claims.judge import TASKS, choose, judge, load_tree
 from analyses.claims.page import page, pictures
 from analyses.core.errors import run_command
@@ -55,28 +54,28 @@ def main(config: Config) -> None:
         write(config, load_tree(config.load), config.load, config.output_dir)
         return
     root = config.output_dir or Path("results") / ("claims-quick" if config.quick else "claims")
-    plan = runs.needed(_plan(config), claims, everything=not config.only)
+    runs = plan.needed(_plan(config), claims, everything=not config.only)
     if config.show_plan:
-        for run in plan:
+        for run in runs:
             print(" ".join(run.command(root)))
         return
-    runs.check_root(root, quick=config.quick)
+    plan.check_root(root, quick=config.quick)
     try:
-        failed = runs.carry_out(plan, root)
+        failed = plan.carry_out(runs, root)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     write(config, load_tree(root), root, root)
     if failed:
         for name, message in failed.items():
-            print(f"{name}: {message}; log in {root / runs.LOGS}", file=sys.stderr)
+            print(f"{name}: {message}; log in {root / plan.LOGS}", file=sys.stderr)
         raise SystemExit(1)
 
 
 def write(config: Config, results: Mapping[str, Result], root: Path, folder: Path | None) -> None:
     """Judge the results of a folder, print the table, write the reports into another."""
     content = report.ledger(
-        judge(choose(config.only), results), results, _as_given(root), quick=(root / runs.MARK).exists()
+        judge(choose(config.only), results), results, _as_given(root), quick=(root / plan.MARK).exists()
     )
     print(f"\n{report.text(content)}\n")
     if content["quick"]:
@@ -95,12 +94,12 @@ def write(config: Config, results: Mapping[str, Result], root: Path, folder: Pat
     print(f"{', '.join(files)} in {folder}")
 
 
-def _plan(config: Config) -> list[runs.Run]:
+def _plan(config: Config) -> list[plan.Run]:
     if config.quick:
-        return runs.quick_plan()
+        return plan.quick_plan()
     if not config.tasks:
         raise UserError("name one task at least")
-    return runs.full_plan(config.tasks, config.data_dir, config.language_model, gpu=torch.cuda.is_available())
+    return plan.full_plan(config.tasks, config.data_dir, config.language_model, gpu=torch.cuda.is_available())
 
 
 def _as_given(root: Path) -> str:

@@ -88,6 +88,7 @@ class Rule:
 
 
 Results = Mapping[str, Result]
+Judge = Callable[[Results], list[Evidence]]
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,28 @@ class Claim:
     threshold: str
     rule: Rule
     needs: tuple[str, ...]
-    judge: Callable[[Results], list[Evidence]]
+    judge: Judge
     also: tuple[str, ...] = ()
+
+
+def claim(
+    key: str,
+    title: str,
+    *,
+    where: str,
+    measure: str,
+    threshold: str,
+    rule: Rule,
+    needs: tuple[str, ...],
+    also: tuple[str, ...] = (),
+) -> Callable[[Judge], Claim]:
+    """Make a judge into the claim that it judges; its docstring is the claim in our words."""
+
+    def judged(judge: Judge) -> Claim:
+        words = " ".join((judge.__doc__ or "").split())
+        return Claim(key, title, words, where, measure, threshold, rule, needs, judge, also)
+
+    return judged
 
 
 def _everywhere(outcomes: Sequence[Outcome]) -> Verdict:

@@ -13,7 +13,8 @@ from propulsion.errors import UserError, one_line
 
 TASKS = ("sst2", "rte", "cola", "stsb")
 """The paper's tasks of Figures 6 and 7, in its order."""
-CLAIMS: tuple[Claim, ...] = (*theory.CLAIMS, *training.CLAIMS)
+CLAIMS = tuple(found for module in (theory, training) for found in vars(module).values() if isinstance(found, Claim))
+"""Every claim, in the order in which its module has it."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from analyses.claims.claim import (
     EVERYWHERE,
     SOMEWHERE,
-    Claim,
     Evidence,
     Outcome,
     Quantity,
@@ -14,6 +13,7 @@ from analyses.claims.claim import (
     at_least,
     at_most,
     by_task,
+    claim,
     quantity,
 )
 from analyses.kernel_distance.kernels import ADAPTER, FULL
@@ -52,8 +52,15 @@ CHANCE = ("random subset", "Propulsion, examples permuted")
 # --- Theorem 1 ------------------------------------------------------------------------------------------------------
 
 
+@claim(
+    "theorem1-literal", "Theorem 1, as written",
+    where="Sec. 3 and App. A, Theorem 1",
+    measure="‖K_F − K_P‖ / ‖K_F‖ at initialisation",
+    threshold=f"at most {CLOSE:g}, with its whole interval where it has one",
+    rule=EVERYWHERE, needs=("theorem1", "kernel_distance/*"),
+)  # fmt: skip
 def theorem1_literal(results: Results) -> list[Evidence]:
-    """Distance of the raw kernels, on pre-trained models and in the limits of wide random networks."""
+    """The tangent kernels of full fine-tuning and of Propulsion are nearly equal, K_F ≈ K_P."""
     found = [
         quantity(f"{task}, degree {result.config['degree']:g}", _initial(result, "relative_frobenius"))
         for task, result in by_task(results, "kernel_distance").items()
@@ -66,8 +73,22 @@ def theorem1_literal(results: Results) -> list[Evidence]:
     return [Evidence(q, at_most(q, CLOSE), NOTHING) for q in found]
 
 
+@claim(
+    "theorem1-corrected", "Theorem 1, corrected",
+    where="Our correction of Sec. 3 (docs/theory.md, Theorem 5)",
+    measure="‖K_F − K_P / k²‖ / ‖K_F‖ between closed forms, of the weights; slopes of log error over log width",
+    threshold=(
+        f"closed forms at most {EXACT:g} apart where the conditions hold, and more than {1000 * EXACT:g} where one is "
+        f"dropped (else in part); slopes that overlap {SLOPES[0]:g} to {SLOPES[1]:g} (else in part)"
+    ),
+    rule=EVERYWHERE, needs=("theorem1", "width_convergence"),
+)  # fmt: skip
 def theorem1_corrected(results: Results) -> list[Evidence]:
-    """Closed forms where the conditions hold and where one is dropped; the rate of finite networks."""
+    """Positively homogeneous activations, a scale on the input and on every hidden layer, infinite width:
+    Propulsion's kernel is k² times that of full fine-tuning's weights.
+
+    The errors of finite networks fall as 1/sqrt(width).
+    """
     cases, widths = _cases(results["theorem1"]), results["width_convergence"]
     least = Quantity("nearest case without a condition", min(cases[name]["corrected"] for name in DROPPED))
     evidence = []
@@ -85,8 +106,33 @@ def theorem1_corrected(results: Results) -> list[Evidence]:
     return evidence
 
 
+@claim(
+    "theorem1-scale", "Theorem 1, up to scale",
+    where="What Sec. 3 can mean in standard parametrisation",
+    measure="CKA of K_F and K_P at initialisation",
+    threshold=(
+        f"at least {ALIGNED:g} and above the best null model of chance (a random subset of as many weights, permuted "
+        f"examples), interval against interval; in part if only above the null model; not met if at or below it"
+    ),
+    rule=SOMEWHERE, needs=("kernel_distance/*",),
+)  # fmt: skip
+def theorem1_up_to_scale(results: Results) -> list[Evidence]:
+    """At initialisation the two kernels of a pre-trained model are one up to a factor."""
+    return [
+        _aligned(result, task, INITIAL)
+        for task, result in by_task(results, "kernel_distance").items()
+    ]  # fmt: skip
+
+
+@claim(
+    "wide-limit", "The gap closes with the width",
+    where="Sec. 3, Theorem 1 (large width d)",
+    measure="‖K_P / k² − K_F‖ / ‖K_F‖ of the layers that carry a scale, in the limit, by activation",
+    threshold=f"at most {CLOSE:g}",
+    rule=SOMEWHERE, needs=("width_convergence",),
+)  # fmt: skip
 def wide_gap(results: Results) -> list[Evidence]:
-    """The gap of the limits, which the widest networks measured approach."""
+    """As networks get wide, the difference of the two kernels vanishes."""
     widths = results["width_convergence"]
     rows = [row for row in widths.tables["widths"] if row["parametrization"] == "ntk"]
     widest = max(row["width"] for row in rows)
@@ -97,16 +143,15 @@ def wide_gap(results: Results) -> list[Evidence]:
     return evidence
 
 
-def theorem1_up_to_scale(results: Results) -> list[Evidence]:
-    """CKA at initialisation beside null models."""
-    return [
-        _aligned(result, task, INITIAL)
-        for task, result in by_task(results, "kernel_distance").items()
-    ]  # fmt: skip
-
-
+@claim(
+    "jl-bound", "Johnson-Lindenstrauss bound",
+    where="Sec. 3, Theorem 1 (the bound)",
+    measure="share of cells (dimension, error, angle) whose drawn probability exceeds the bound, interval and all",
+    threshold=f"at most {MISSES:g}",
+    rule=EVERYWHERE, needs=("johnson_lindenstrauss",),
+)  # fmt: skip
 def jl_bound(results: Results) -> list[Evidence]:
-    """Cells of dimension, error and angle whose drawn probability is above the bound."""
+    """One random layer keeps inner products with the stated probability."""
     counts = {m.name: m.value for m in results["johnson_lindenstrauss"].metrics}
     share = Quantity("share of cells above the bound", counts["cells_above_bound"] / counts["cells"])
     exact = Quantity("share beside the exact tail", counts["cells_beside_exact_tail"] / counts["cells"])
@@ -116,39 +161,34 @@ def jl_bound(results: Results) -> list[Evidence]:
     return [Evidence(share, at_most(share, MISSES), exact, sharp)]
 
 
-def degree_matches_sizes(results: Results) -> list[Evidence]:
-    """k*, at which the kernels have one size, over the degree that the paper uses on the task."""
-    evidence = []
-    for row in results["degree_scale"].tables["ratios"]:
-        if row["kind"] != "pre-trained":
-            continue
-        degree = row["paper_degree"] or DEGREE
-        q = Quantity(row["model"], *(row[name] / degree for name in ("matching_degree", "low", "high")))
-        inside = all_of(at_least(q, 1 / FACTOR), at_most(q, FACTOR))
-        evidence.append(Evidence(q, inside, Quantity("k* if the weights were random", row["expected"] / degree)))
-    return evidence
+# --- trained models ---------------------------------------------------------------------------------------------------
 
 
-# --- trained models -------------------------------------------------------------------------------------------------
+@claim(
+    "linearisation", "Linearisation",
+    where="App. A, first property",
+    measure="distance of the trained outputs from the linearised ones, relative to how far training moved them",
+    threshold=f"at most {CLOSE:g}, with its whole interval",
+    rule=SOMEWHERE, needs=("kernel_drift/*",),
+)  # fmt: skip
+def linearisation(results: Results) -> list[Evidence]:
+    """Fine-tuned networks stay on their first-order expansion around the pre-trained weights."""
+    return [
+        e
+        for task, result in by_task(results, "kernel_drift").items()
+        for e in _per_method(result, task, "linearisation_error")
+    ]
 
 
-def figure6(results: Results) -> list[Evidence]:
-    """Distance of the trained models' kernels; in part where they are aligned beyond chance."""
-    evidence = []
-    for task, result in by_task(results, "kernel_distance").items():
-        q = quantity(task, result.metric("relative_frobenius", stage=TRAINED, left=FULL, right=ADAPTER))
-        aligned = _aligned(result, "CKA", TRAINED)
-        outcome = at_most(q, CLOSE)
-        if outcome != Outcome.MET and aligned.outcome == Outcome.MET:
-            outcome = Outcome.PARTLY
-        assert aligned.null is not None
-        detail = f"CKA {aligned.found}, {aligned.null.label} {aligned.null}"
-        evidence.append(Evidence(q, outcome, NOTHING, detail))
-    return evidence
-
-
+@claim(
+    "fixed-features", "Fixed features",
+    where="App. A, second property",
+    measure="‖K_t − K_0‖ / ‖K_0‖ after training",
+    threshold=f"at most {CLOSE:g}, with its whole interval where it has one",
+    rule=SOMEWHERE, needs=("kernel_drift/*|kernel_distance/*",), also=("kernel_drift/*", "kernel_distance/*"),
+)  # fmt: skip
 def fixed_features(results: Results) -> list[Evidence]:
-    """Change of each method's kernel over training."""
+    """Gradients stay what they were at initialisation, and so do the kernels."""
     drifts = by_task(results, "kernel_drift")
     evidence = [e for task, result in drifts.items() for e in _per_method(result, task, "relative_kernel_drift")]
     names = {FULL: "full", ADAPTER: "propulsion"}
@@ -162,8 +202,37 @@ def fixed_features(results: Results) -> list[Evidence]:
     return evidence
 
 
+@claim(
+    "figure6", "Figure 6: trained kernels agree",
+    where="App. B, Figure 6",
+    measure="‖K_F − K_P‖ / ‖K_F‖ of the trained models",
+    threshold=f"at most {CLOSE:g}; in part if the CKA is at least {ALIGNED:g} and above the best null model of chance",
+    rule=SOMEWHERE, needs=("kernel_distance/*",),
+)  # fmt: skip
+def figure6(results: Results) -> list[Evidence]:
+    """The kernels of a fully fine-tuned model and of a Propulsion model differ minimally."""
+    evidence = []
+    for task, result in by_task(results, "kernel_distance").items():
+        q = quantity(task, result.metric("relative_frobenius", stage=TRAINED, left=FULL, right=ADAPTER))
+        aligned = _aligned(result, "CKA", TRAINED)
+        outcome = at_most(q, CLOSE)
+        if outcome != Outcome.MET and aligned.outcome == Outcome.MET:
+            outcome = Outcome.PARTLY
+        assert aligned.null is not None
+        detail = f"CKA {aligned.found}, {aligned.null.label} {aligned.null}"
+        evidence.append(Evidence(q, outcome, NOTHING, detail))
+    return evidence
+
+
+@claim(
+    "figure7", "Figure 7: Jacobians stay",
+    where="App. C, Figure 7",
+    measure="‖J_t − J_0‖ / ‖J_0‖ after training",
+    threshold=f"at most {CLOSE:g}, with its whole interval where it has one",
+    rule=SOMEWHERE, needs=("kernel_drift/*",),
+)  # fmt: skip
 def figure7(results: Results) -> list[Evidence]:
-    """Change of each method's Jacobian over training."""
+    """The Jacobian of a trained model is close to that at initialisation."""
     return [
         e
         for task, result in by_task(results, "kernel_drift").items()
@@ -171,17 +240,19 @@ def figure7(results: Results) -> list[Evidence]:
     ]
 
 
-def linearisation(results: Results) -> list[Evidence]:
-    """Distance of the trained network's outputs from those of its linearisation."""
-    return [
-        e
-        for task, result in by_task(results, "kernel_drift").items()
-        for e in _per_method(result, task, "linearisation_error")
-    ]
-
-
+@claim(
+    "kernel-predicts", "The kernel predicts training",
+    where="Sec. 3 and App. A (the NTK regime), our test",
+    measure="share of held-out examples on which network and gradient flow under its kernel agree, largest training "
+            "set",
+    threshold=(
+        f"at least {AGREEING:g} with its whole interval and above what independent errors would give; "
+        "in part if only the latter, undecided if only the former"
+    ),
+    rule=SOMEWHERE, needs=("linearized_prediction/*",),
+)  # fmt: skip
 def kernel_predicts(results: Results) -> list[Evidence]:
-    """Agreement of each method's trained network with gradient flow under its own kernel."""
+    """A fine-tuned network predicts what its kernel at initialisation says it will."""
     evidence = []
     for task, result in by_task(results, "linearized_prediction").items():
         for method in dict.fromkeys(m.left for m in result.metrics if m.name == "prediction_agreement"):
@@ -191,14 +262,48 @@ def kernel_predicts(results: Results) -> list[Evidence]:
     return evidence
 
 
+@claim(
+    "same-predictions", "Both kernels predict the same",
+    where="Sec. 3, what Theorem 1 is for, our test",
+    measure="share of held-out examples on which regression under K_F and under K_P, or the two trained networks, "
+            "agree",
+    threshold=(
+        f"at least {AGREEING:g} with its whole interval and above what independent errors would give; "
+        "in part if only the latter, undecided if only the former"
+    ),
+    rule=SOMEWHERE, needs=("linearized_prediction/*",),
+)  # fmt: skip
 def same_predictions(results: Results) -> list[Evidence]:
-    """Agreement of regression under the two kernels, and of the two trained networks."""
+    """Since the kernels agree, Propulsion predicts what full fine-tuning predicts."""
     evidence = []
     for task, result in by_task(results, "linearized_prediction").items():
         for name, words in (("kernel_agreement", "kernels"), ("trained_agreement", "networks")):
             rights = [m.right for m in result.metrics if m.name == name and m.right.startswith("propulsion")]
             for right in rights[:1]:
                 evidence.append(_agreement(result, f"{task}, {words}", name, "full", right))
+    return evidence
+
+
+# --- the degree -------------------------------------------------------------------------------------------------------
+
+
+@claim(
+    "degree-scale", "The degree matches the kernels",
+    where="Our reading of App. E (docs/theory.md)",
+    measure=f"k* / the paper's degree for the task ({DEGREE:g} where it gives none)",
+    threshold=f"within a factor of {FACTOR:g}, with its whole interval",
+    rule=SOMEWHERE, needs=("degree_scale",),
+)  # fmt: skip
+def degree_matches_sizes(results: Results) -> list[Evidence]:
+    """The degrees that train best are those at which the two kernels have one size, k* = sqrt(tr K_F / tr K_P(1))."""
+    evidence = []
+    for row in results["degree_scale"].tables["ratios"]:
+        if row["kind"] != "pre-trained":
+            continue
+        degree = row["paper_degree"] or DEGREE
+        q = Quantity(row["model"], *(row[name] / degree for name in ("matching_degree", "low", "high")))
+        inside = all_of(at_least(q, 1 / FACTOR), at_most(q, FACTOR))
+        evidence.append(Evidence(q, inside, Quantity("k* if the weights were random", row["expected"] / degree)))
     return evidence
 
 
@@ -255,109 +360,3 @@ def _agreement(result: Result, label: str, name: str, left: str, right: str) -> 
         # Two that give one answer throughout agree perfectly, as independent errors would: that says nothing.
         outcome = Outcome.OPEN
     return Evidence(q, outcome, null)
-
-
-CLAIMS = (
-    Claim(
-        "theorem1-literal", "Theorem 1, as written",
-        "The tangent kernels of full fine-tuning and of Propulsion are nearly equal, K_F ≈ K_P.",
-        "Sec. 3 and App. A, Theorem 1",
-        "‖K_F − K_P‖ / ‖K_F‖ at initialisation",
-        f"at most {CLOSE:g}, with its whole interval where it has one",
-        EVERYWHERE, ("theorem1", "kernel_distance/*"), theorem1_literal,
-    ),
-    Claim(
-        "theorem1-corrected", "Theorem 1, corrected",
-        "Positively homogeneous activations, a scale on the input and on every hidden layer, infinite width: "
-        "Propulsion's kernel is k² times that of full fine-tuning's weights. The errors of finite networks fall as "
-        "1/sqrt(width).",
-        "Our correction of Sec. 3 (docs/theory.md, Theorem 5)",
-        "‖K_F − K_P / k²‖ / ‖K_F‖ between closed forms, of the weights; slopes of log error over log width",
-        f"closed forms at most {EXACT:g} apart where the conditions hold, and more than {1000 * EXACT:g} where one is "
-        f"dropped (else in part); slopes that overlap {SLOPES[0]:g} to {SLOPES[1]:g} (else in part)",
-        EVERYWHERE, ("theorem1", "width_convergence"), theorem1_corrected,
-    ),
-    Claim(
-        "theorem1-scale", "Theorem 1, up to scale",
-        "At initialisation the two kernels of a pre-trained model are one up to a factor.",
-        "What Sec. 3 can mean in standard parametrisation",
-        "CKA of K_F and K_P at initialisation",
-        f"at least {ALIGNED:g} and above the best null model of chance (a random subset of as many weights, permuted "
-        f"examples), interval against interval; in part if only above the null model; not met if at or below it",
-        SOMEWHERE, ("kernel_distance/*",), theorem1_up_to_scale,
-    ),
-    Claim(
-        "wide-limit", "The gap closes with the width",
-        "As networks get wide, the difference of the two kernels vanishes.",
-        "Sec. 3, Theorem 1 (large width d)",
-        "‖K_P / k² − K_F‖ / ‖K_F‖ of the layers that carry a scale, in the limit, by activation",
-        f"at most {CLOSE:g}",
-        SOMEWHERE, ("width_convergence",), wide_gap,
-    ),
-    Claim(
-        "jl-bound", "Johnson-Lindenstrauss bound",
-        "One random layer keeps inner products with the stated probability.",
-        "Sec. 3, Theorem 1 (the bound)",
-        "share of cells (dimension, error, angle) whose drawn probability exceeds the bound, interval and all",
-        f"at most {MISSES:g}",
-        EVERYWHERE, ("johnson_lindenstrauss",), jl_bound,
-    ),
-    Claim(
-        "linearisation", "Linearisation",
-        "Fine-tuned networks stay on their first-order expansion around the pre-trained weights.",
-        "App. A, first property",
-        "distance of the trained outputs from the linearised ones, relative to how far training moved them",
-        f"at most {CLOSE:g}, with its whole interval",
-        SOMEWHERE, ("kernel_drift/*",), linearisation,
-    ),
-    Claim(
-        "fixed-features", "Fixed features",
-        "Gradients stay what they were at initialisation, and so do the kernels.",
-        "App. A, second property",
-        "‖K_t − K_0‖ / ‖K_0‖ after training",
-        f"at most {CLOSE:g}, with its whole interval where it has one",
-        SOMEWHERE, ("kernel_drift/*|kernel_distance/*",), fixed_features, ("kernel_drift/*", "kernel_distance/*"),
-    ),
-    Claim(
-        "figure6", "Figure 6: trained kernels agree",
-        "The kernels of a fully fine-tuned model and of a Propulsion model differ minimally.",
-        "App. B, Figure 6",
-        "‖K_F − K_P‖ / ‖K_F‖ of the trained models",
-        f"at most {CLOSE:g}; in part if the CKA is at least {ALIGNED:g} and above the best null model of chance",
-        SOMEWHERE, ("kernel_distance/*",), figure6,
-    ),
-    Claim(
-        "figure7", "Figure 7: Jacobians stay",
-        "The Jacobian of a trained model is close to that at initialisation.",
-        "App. C, Figure 7",
-        "‖J_t − J_0‖ / ‖J_0‖ after training",
-        f"at most {CLOSE:g}, with its whole interval where it has one",
-        SOMEWHERE, ("kernel_drift/*",), figure7,
-    ),
-    Claim(
-        "kernel-predicts", "The kernel predicts training",
-        "A fine-tuned network predicts what its kernel at initialisation says it will.",
-        "Sec. 3 and App. A (the NTK regime), our test",
-        "share of held-out examples on which network and gradient flow under its kernel agree, largest training set",
-        f"at least {AGREEING:g} with its whole interval and above what independent errors would give; "
-        "in part if only the latter, undecided if only the former",
-        SOMEWHERE, ("linearized_prediction/*",), kernel_predicts,
-    ),
-    Claim(
-        "same-predictions", "Both kernels predict the same",
-        "Since the kernels agree, Propulsion predicts what full fine-tuning predicts.",
-        "Sec. 3, what Theorem 1 is for, our test",
-        "share of held-out examples on which regression under K_F and under K_P, or the two trained networks, agree",
-        f"at least {AGREEING:g} with its whole interval and above what independent errors would give; "
-        "in part if only the latter, undecided if only the former",
-        SOMEWHERE, ("linearized_prediction/*",), same_predictions,
-    ),
-    Claim(
-        "degree-scale", "The degree matches the kernels",
-        "The degrees that train best are those at which the two kernels have one size, k* = sqrt(tr K_F / tr K_P(1)).",
-        "Our reading of App. E (docs/theory.md)",
-        f"k* / the paper's degree for the task ({DEGREE:g} where it gives none)",
-        f"within a factor of {FACTOR:g}, with its whole interval",
-        SOMEWHERE, ("degree_scale",), degree_matches_sizes,
-    ),
-)  # fmt: skip

@@ -9,13 +9,13 @@ import numpy as np
 from analyses.claims.claim import (
     EVERYWHERE,
     SOMEWHERE,
-    Claim,
     Evidence,
     Outcome,
     Quantity,
     Results,
     at_least,
     by_task,
+    claim,
     quantity,
 )
 from analyses.core.intervals import mean_interval
@@ -43,8 +43,15 @@ PEAK = "25"
 # --- parameters and cost --------------------------------------------------------------------------------------------
 
 
+@claim(
+    "parameter-pair", "355.3M parameters to 0.086M",
+    where="Abstract",
+    measure="parameters that Propulsion trains on the model of 355.3 million, by the paper's own choice of layers",
+    threshold=f"0.086 million within {ROUNDING:.1%}; in part within a factor of {NEARLY:g}",
+    rule=EVERYWHERE, needs=("parameter_count",),
+)  # fmt: skip
 def parameter_pair(results: Results) -> list[Evidence]:
-    """Trained parameters on the model whose size the abstract gives."""
+    """Propulsion reduces the trained parameters of one model from 355.3 to 0.086 million."""
     rows = results["parameter_count"].tables["counts"]
     model = min(rows, key=lambda row: abs(row["total"] - PAPER_TOTAL))
     named = [f"{row['model']}: {row['everything']:,}" for row in rows
@@ -59,8 +66,15 @@ def parameter_pair(results: Results) -> list[Evidence]:
     return [Evidence(found, outcome, null, f"the abstract's count is that of {', '.join(named) or 'no model'}")]
 
 
+@claim(
+    "fewer-than-lora", "Ten times fewer than LoRA",
+    where="Abstract and Sec. 1",
+    measure="parameters of LoRA / parameters of Propulsion, heads aside",
+    threshold=f"at least {TIMES_FEWER:g}",
+    rule=SOMEWHERE, needs=("complexity",), also=("method_comparison/*",),
+)  # fmt: skip
 def fewer_than_lora(results: Results) -> list[Evidence]:
-    """LoRA's trained parameters over Propulsion's: on one layer, and as the methods are used, heads aside."""
+    """Propulsion trains over ten times fewer parameters than LoRA."""
     layer = {row["method"]: row["counted"] for row in results["complexity"].tables["methods"]}
     rank = results["complexity"].config["rank"]
     ratios = [Quantity(f"the same layer, rank {rank}", layer["lora"] / layer["propulsion"])]
@@ -74,8 +88,15 @@ def fewer_than_lora(results: Results) -> list[Evidence]:
     return [Evidence(q, at_least(q, TIMES_FEWER), Quantity("as many", 1.0)) for q in ratios]
 
 
+@claim(
+    "table4", "Table 4: least space and time",
+    where="Sec. 5, Table 4",
+    measure="counted parameters, and time over the frozen layer's, of a forward and backward pass",
+    threshold="no more than the best other adapter, and parameters as by the formulas",
+    rule=SOMEWHERE, needs=("complexity",),
+)  # fmt: skip
 def table4(results: Results) -> list[Evidence]:
-    """Parameters and time of Propulsion on one layer beside the other adapters'."""
+    """Per layer Propulsion needs fewest parameters and least time of the adapters."""
     rows = {row["method"]: row for row in results["complexity"].tables["methods"]}
     rivals = [row for name, row in rows.items() if name not in ("frozen", "full") and "propulsion" not in name]
     own = rows["propulsion"]
@@ -89,8 +110,15 @@ def table4(results: Results) -> list[Evidence]:
     return [replace(e, detail=f"formulas that miscount: {', '.join(wrong) or 'none'}") for e in evidence]
 
 
+@claim(
+    "memory", "Figure 4: least memory",
+    where="Sec. 5, Figure 4",
+    measure="peak memory of another adapter / Propulsion's, medians over rounds [lowest, highest]",
+    threshold=f"at least {SAVING:g}, half of the saving claimed; in part above 1, all rounds",
+    rule=SOMEWHERE, needs=("memory",),
+)  # fmt: skip
 def memory(results: Results) -> list[Evidence]:
-    """Peak memory of every other method over Propulsion's, from the rounds' lowest to highest."""
+    """Training takes a third less memory than other adapters (17.2 GB against 26 GB and more)."""
     peaks: dict[str, list[float]] = {}
     for run in results["memory"].tables["runs"]:
         peaks.setdefault(run["method"], []).append(run["peak_bytes"])
@@ -104,8 +132,15 @@ def memory(results: Results) -> list[Evidence]:
     return evidence
 
 
+@claim(
+    "convergence", "Figure 3: fastest to converge",
+    where="Sec. 5, Figure 3",
+    measure="score averaged over the steps, of the better of All and Attn",
+    threshold="above each other adapter's, interval against interval (several seeds)",
+    rule=EVERYWHERE, needs=("convergence",),
+)  # fmt: skip
 def convergence(results: Results) -> list[Evidence]:
-    """Score averaged over the steps, of the better Propulsion beside every other adapter."""
+    """Propulsion converges faster than the other adapters."""
     result = results["convergence"]
     name = "mean score over the steps"
     curves = {m.left: quantity(m.left, m) for m in result.metrics if m.name == name}
@@ -116,8 +151,16 @@ def convergence(results: Results) -> list[Evidence]:
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
+@claim(
+    "on-par", "On par with full fine-tuning",
+    where="Sec. 4, GLUE",
+    measure="score of Propulsion (All) less that of full fine-tuning, paired",
+    threshold=f"at least -{POINT:g} with its whole interval, where full fine-tuning is above the head alone (else "
+              "undecided)",
+    rule=SOMEWHERE, needs=("method_comparison/*",),
+)  # fmt: skip
 def on_par(results: Results) -> list[Evidence]:
-    """Difference from full fine-tuning where full fine-tuning learned something."""
+    """Propulsion scores as well as full fine-tuning."""
     evidence = []
     for task, result, metric in _compared(results):
         m = result.metric(metric, stage=f"{task}, difference", left=ALL, right="full")
@@ -131,8 +174,15 @@ def on_par(results: Results) -> list[Evidence]:
     return evidence
 
 
+@claim(
+    "best-adapter", "Better than other adapters",
+    where="Sec. 4",
+    measure="score less that of full fine-tuning, of the better of All and Attn",
+    threshold="above each other adapter's, interval against interval",
+    rule=EVERYWHERE, needs=("method_comparison/*",),
+)  # fmt: skip
 def best_adapter(results: Results) -> list[Evidence]:
-    """Difference from full fine-tuning, of the better Propulsion beside every other adapter."""
+    """Propulsion scores above the other parameter-efficient methods."""
     evidence = []
     for task, result, metric in _compared(results):
         differences = {m.left: quantity(m.left, m) for m in result.metrics
@@ -142,8 +192,15 @@ def best_adapter(results: Results) -> list[Evidence]:
     return evidence
 
 
+@claim(
+    "large-models", "The same on 7B to 13B models",
+    where="Sec. 4, reasoning tasks",
+    measure="accuracy by generation after tuning",
+    threshold="above the untuned model's, interval against interval, on one of these models (undecided on any other)",
+    rule=EVERYWHERE, needs=("instruction_tuning",),
+)  # fmt: skip
 def large_models(results: Results) -> list[Evidence]:
-    """Accuracy of Propulsion on a language model, beside the untuned one; decided by the paper's models alone."""
+    """Propulsion tunes BLOOMz-7B, GPT-J-6B, LLaMA-7B and -13B as well."""
     result = results["instruction_tuning"]
     scores = {m.left: quantity(m.left, m) for m in result.metrics if (m.name, m.stage) == ("accuracy", "trained")}
     name, untuned = result.model["name"], scores["none"]
@@ -157,8 +214,18 @@ def large_models(results: Results) -> list[Evidence]:
 # --- choices in Propulsion ------------------------------------------------------------------------------------------
 
 
+@claim(
+    "degree", "Degree: a peak at about 25",
+    where="App. E, degree ablation",
+    measure=f"score at degree {PEAK} less that at the lowest and at the highest degree, paired by seed",
+    threshold=(
+        f"above 0 with its whole interval; not met if below {POINT:g} with its whole interval; runs that diverged "
+        "score 0"
+    ),
+    rule=SOMEWHERE, needs=("ablation/degree_fixed_rate",), also=("ablation/degree",),
+)  # fmt: skip
 def degree_optimum(results: Results) -> list[Evidence]:
-    """Score at the paper's best degree less that at the lowest and at the highest, seed by seed."""
+    """Accuracy peaks at a degree of about 25 and falls afterwards."""
     evidence = []
     words = {"ablation/degree_fixed_rate": "one rate for all", "ablation/degree": "rate divided by the degree"}
     for name, rate in words.items():
@@ -173,8 +240,18 @@ def degree_optimum(results: Results) -> list[Evidence]:
     return evidence
 
 
+@claim(
+    "positions", "All positions are best",
+    where="App. E, positions",
+    measure="score of All less that of each other choice, paired by seed",
+    threshold=(
+        "above 0 with its whole interval; not met if below 0 with its whole interval; undecided for a choice that is "
+        f"not {POINT:g} above one answer given throughout"
+    ),
+    rule=EVERYWHERE, needs=("ablation/positions",),
+)  # fmt: skip
 def position_order(results: Results) -> list[Evidence]:
-    """Score of all positions less that of each choice of some, seed by seed; undecided where that has not learnt."""
+    """Scales on all layers beat scales on some."""
     result = results["ablation/positions"]
     chance = float(result.dataset.get("chance", -math.inf))
     scores = _settings(result)
@@ -185,8 +262,15 @@ def position_order(results: Results) -> list[Evidence]:
     ]
 
 
+@claim(
+    "pooling", "Average pooling is best",
+    where="App. F",
+    measure="score of average pooling less that of each other pooling of as many, paired by seed",
+    threshold="above 0 with its whole interval; not met if below 0 with its whole interval",
+    rule=EVERYWHERE, needs=("ablation/vectors",),
+)  # fmt: skip
 def pooling(results: Results) -> list[Evidence]:
-    """Score of average pooling less that of each other pooling of as many vectors, seed by seed."""
+    """Of several scales a layer, those pooled by their average do best."""
     scores = _settings(results["ablation/vectors"])
     counts = dict.fromkeys(label.split()[0] for label in scores if " " in label)
     return [
@@ -195,13 +279,27 @@ def pooling(results: Results) -> list[Evidence]:
     ]  # fmt: skip
 
 
+@claim(
+    "initial-value", "Starting at 1 is best",
+    where="App. E, initialisation",
+    measure="score of starting at 1 less that of each other start, paired by seed",
+    threshold="above 0 with its whole interval; not met if below 0 with its whole interval",
+    rule=EVERYWHERE, needs=("ablation/init_value",),
+)  # fmt: skip
 def init_value(results: Results) -> list[Evidence]:
-    """Score of starting at 1 less that of each other start, seed by seed."""
+    """Scales that start at 1 do best."""
     return list(_best(_settings(results["ablation/init_value"]), "1"))
 
 
+@claim(
+    "z-range", "Trained scales stay in 0.98-1.02",
+    where="App. E",
+    measure="trained scales z of all layers",
+    threshold=f"all within {Z_RANGE[0]:g} to {Z_RANGE[1]:g}; in part if the central 90 % are",
+    rule=SOMEWHERE, needs=("delta_weights",),
+)  # fmt: skip
 def z_range(results: Results) -> list[Evidence]:
-    """Lowest and highest trained scale of every variant of Propulsion."""
+    """After training all scales lie between 0.98 and 1.02."""
     evidence = []
     for row in results["delta_weights"].tables["methods"]:
         if "z q0" not in row:
@@ -219,8 +317,15 @@ def z_range(results: Results) -> list[Evidence]:
     return evidence
 
 
+@claim(
+    "table6", "Table 6: a full-rank change",
+    where="Table 6",
+    measure="rank of the change / full rank, median over matrices [lowest, highest]",
+    threshold=f"at least {FULL_RANK:g} in every matrix; in part in the median one",
+    rule=SOMEWHERE, needs=("delta_weights",),
+)  # fmt: skip
 def delta_rank(results: Results) -> list[Evidence]:
-    """Rank of Propulsion's change of a matrix over the full rank, beside LoRA's."""
+    """Propulsion's change of a matrix is that of its rows' sizes, W ∘ Z, not of low rank."""
     found = {m.left: quantity(m.left, m) for m in results["delta_weights"].metrics if m.name == "rank_share"}
     lora = next((q for name, q in found.items() if name.startswith("lora")), None)
     return [
@@ -287,121 +392,3 @@ def _best(scores: dict[str, list[float]], own: str) -> Iterator[Evidence]:
         else:
             outcome = Outcome.MET if q.lower > 0 else Outcome.UNMET
         yield Evidence(q, outcome, Quantity("no difference", 0.0))
-
-
-CLAIMS = (
-    Claim(
-        "parameter-pair", "355.3M parameters to 0.086M",
-        "Propulsion reduces the trained parameters of one model from 355.3 to 0.086 million.",
-        "Abstract",
-        "parameters that Propulsion trains on the model of 355.3 million, by the paper's own choice of layers",
-        f"0.086 million within {ROUNDING:.1%}; in part within a factor of {NEARLY:g}",
-        EVERYWHERE, ("parameter_count",), parameter_pair,
-    ),
-    Claim(
-        "fewer-than-lora", "Ten times fewer than LoRA",
-        "Propulsion trains over ten times fewer parameters than LoRA.",
-        "Abstract and Sec. 1",
-        "parameters of LoRA / parameters of Propulsion, heads aside",
-        f"at least {TIMES_FEWER:g}",
-        SOMEWHERE, ("complexity",), fewer_than_lora, ("method_comparison/*",),
-    ),
-    Claim(
-        "table4", "Table 4: least space and time",
-        "Per layer Propulsion needs fewest parameters and least time of the adapters.",
-        "Sec. 5, Table 4",
-        "counted parameters, and time over the frozen layer's, of a forward and backward pass",
-        "no more than the best other adapter, and parameters as by the formulas",
-        SOMEWHERE, ("complexity",), table4,
-    ),
-    Claim(
-        "memory", "Figure 4: least memory",
-        "Training takes a third less memory than other adapters (17.2 GB against 26 GB and more).",
-        "Sec. 5, Figure 4",
-        "peak memory of another adapter / Propulsion's, medians over rounds [lowest, highest]",
-        f"at least {SAVING:g}, half of the saving claimed; in part above 1, all rounds",
-        SOMEWHERE, ("memory",), memory,
-    ),
-    Claim(
-        "convergence", "Figure 3: fastest to converge",
-        "Propulsion converges faster than the other adapters.",
-        "Sec. 5, Figure 3",
-        "score averaged over the steps, of the better of All and Attn",
-        "above each other adapter's, interval against interval (several seeds)",
-        EVERYWHERE, ("convergence",), convergence,
-    ),
-    Claim(
-        "on-par", "On par with full fine-tuning",
-        "Propulsion scores as well as full fine-tuning.",
-        "Sec. 4, GLUE",
-        "score of Propulsion (All) less that of full fine-tuning, paired",
-        f"at least -{POINT:g} with its whole interval, where full fine-tuning is above the head alone (else undecided)",
-        SOMEWHERE, ("method_comparison/*",), on_par,
-    ),
-    Claim(
-        "best-adapter", "Better than other adapters",
-        "Propulsion scores above the other parameter-efficient methods.",
-        "Sec. 4",
-        "score less that of full fine-tuning, of the better of All and Attn",
-        "above each other adapter's, interval against interval",
-        EVERYWHERE, ("method_comparison/*",), best_adapter,
-    ),
-    Claim(
-        "large-models", "The same on 7B to 13B models",
-        "Propulsion tunes BLOOMz-7B, GPT-J-6B, LLaMA-7B and -13B as well.",
-        "Sec. 4, reasoning tasks",
-        "accuracy by generation after tuning",
-        "above the untuned model's, interval against interval, on one of these models (undecided on any other)",
-        EVERYWHERE, ("instruction_tuning",), large_models,
-    ),
-    Claim(
-        "degree", "Degree: a peak at about 25",
-        "Accuracy peaks at a degree of about 25 and falls afterwards.",
-        "App. E, degree ablation",
-        f"score at degree {PEAK} less that at the lowest and at the highest degree, paired by seed",
-        f"above 0 with its whole interval; not met if below {POINT:g} with its whole interval; runs that diverged "
-        "score 0",
-        SOMEWHERE, ("ablation/degree_fixed_rate",), degree_optimum, ("ablation/degree",),
-    ),
-    Claim(
-        "positions", "All positions are best",
-        "Scales on all layers beat scales on some.",
-        "App. E, positions",
-        "score of All less that of each other choice, paired by seed",
-        "above 0 with its whole interval; not met if below 0 with its whole interval; undecided for a choice that is "
-        f"not {POINT:g} above one answer given throughout",
-        EVERYWHERE, ("ablation/positions",), position_order,
-    ),
-    Claim(
-        "pooling", "Average pooling is best",
-        "Of several scales a layer, those pooled by their average do best.",
-        "App. F",
-        "score of average pooling less that of each other pooling of as many, paired by seed",
-        "above 0 with its whole interval; not met if below 0 with its whole interval",
-        EVERYWHERE, ("ablation/vectors",), pooling,
-    ),
-    Claim(
-        "initial-value", "Starting at 1 is best",
-        "Scales that start at 1 do best.",
-        "App. E, initialisation",
-        "score of starting at 1 less that of each other start, paired by seed",
-        "above 0 with its whole interval; not met if below 0 with its whole interval",
-        EVERYWHERE, ("ablation/init_value",), init_value,
-    ),
-    Claim(
-        "z-range", "Trained scales stay in 0.98-1.02",
-        "After training all scales lie between 0.98 and 1.02.",
-        "App. E",
-        "trained scales z of all layers",
-        f"all within {Z_RANGE[0]:g} to {Z_RANGE[1]:g}; in part if the central 90 % are",
-        SOMEWHERE, ("delta_weights",), z_range,
-    ),
-    Claim(
-        "table6", "Table 6: a full-rank change",
-        "Propulsion's change of a matrix is that of its rows' sizes, W ∘ Z, not of low rank.",
-        "Table 6",
-        "rank of the change / full rank, median over matrices [lowest, highest]",
-        f"at least {FULL_RANK:g} in every matrix; in part in the median one",
-        SOMEWHERE, ("delta_weights",), delta_rank,
-    ),
-)  # fmt: skip
