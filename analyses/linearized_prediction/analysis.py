@@ -146,6 +146,7 @@ ANALYSIS = Analysis(
     find,
     summary,
     least={"sizes": 4, "permutations": 1},
+    above={"memory_budget_gb": 0},
     # The methods, sizes, seed and factor of a cell are its own, as are the rows and the model.
     free=("data_dir", "model", "methods", "again", "sizes", "seeds", "train", "sign_limit", "comparison",
           "memory_budget_gb"),

@@ -18,9 +18,9 @@ from analyses.claims import commands, report
 from analyses.claims import plan as runs
 from analyses.claims.judge import CLAIMS, load_tree
 from analyses.core.cells import Grid
+from analyses.core.errors import MISTAKES
 from analyses.records import RESULT_FILE, plain
 from figures.all import captions
-from propulsion.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 STORED = Path("docs/results")
@@ -341,7 +341,7 @@ def test_every_command_line_can_be_read():
 
 def test_mistakes(tmp_path):
     def message(**options):
-        with pytest.raises(UserError) as error:
+        with pytest.raises(MISTAKES) as error:
             claims.main(claims.Config(**options))
         return str(error.value)
 
