@@ -75,7 +75,7 @@ def main(config: Config) -> None:
 def write(config: Config, results: Mapping[str, Result], root: Path, folder: Path | None) -> None:
     """Judge the results of a folder, print the table, write the reports into another."""
     content = report.ledger(
-        judge(choose(config.only), results), results, _as_given(root), quick=(root / plan.MARK).exists()
+        judge(choose(config.only), results), results, report.as_given(root), quick=(root / plan.MARK).exists()
     )
     print(f"\n{report.text(content)}\n")
     if content["quick"]:
@@ -100,11 +100,6 @@ def _plan(config: Config) -> list[plan.Run]:
     if not config.tasks:
         raise UserError("name one task at least")
     return plan.full_plan(config.tasks, config.data_dir, config.language_model, gpu=torch.cuda.is_available())
-
-
-def _as_given(root: Path) -> str:
-    # A ledger names no folder of one machine.
-    return root.name if root.is_absolute() else root.as_posix()
 
 
 if __name__ == "__main__":

@@ -128,16 +128,12 @@ def verdict_in_words(row: Mapping[str, Any]) -> str:
 def text(content: Mapping[str, Any], width: int = WIDTH) -> str:
     """A table for the terminal, no wider than `width`."""
     header = ("claim", "verdict", "met", "number")
-    rows = [tuple(f(row) for f in (_title, verdict_in_words, met_in_words, number_in_words)) for row in content["rows"]]
+    rows = [(r["title"], verdict_in_words(r), met_in_words(r), number_in_words(r)) for r in content["rows"]]
     sizes = [max(map(len, column)) for column in zip(header, *rows, strict=True)][:-1]
     sizes.append(width - sum(sizes) - 2 * len(sizes))
     lines = [header, tuple("-" * size for size in sizes), *rows]
     table = ["  ".join(_cut(cell, n).ljust(n) for cell, n in zip(line, sizes, strict=True)).rstrip() for line in lines]
     return "\n".join([*table, "", counts_in_words(content)])
-
-
-def _title(row: Mapping[str, Any]) -> str:
-    return row["title"]
 
 
 def _cut(words: str, width: int) -> str:
@@ -147,7 +143,7 @@ def _cut(words: str, width: int) -> str:
 def markdown(content: Mapping[str, Any], root: Path, folder: Path) -> str:
     """The whole ledger as a document of its own in a folder, with links to the results below `root`."""
     link = os.path.relpath(root.resolve(), folder.resolve()).replace(os.sep, "/")
-    made = f"python -m analyses.claims --load {content['root']} --output-dir {_as_given(folder)}"
+    made = f"python -m analyses.claims --load {content['root']} --output-dir {as_given(folder)}"
     blocks = [
         "# The paper on trial",
         f"{HOW_TO_READ} Symbols: {', '.join(f'{s} {v}' for v, s in SYMBOLS.items())}.",
@@ -218,6 +214,6 @@ def _cell(words: str) -> str:
     return words.replace("|", "\\|")
 
 
-def _as_given(folder: Path) -> str:
-    # A document names no folder of one machine.
+def as_given(folder: Path) -> str:
+    """A folder as a document names it, which says nothing of the machine."""
     return folder.name if folder.is_absolute() else folder.as_posix()

@@ -1,7 +1,5 @@
 """The paper's theory on trial: Theorem 1, its two properties, Figures 6 and 7."""
 
-from collections.abc import Iterator
-
 from analyses.claims.claim import (
     EVERYWHERE,
     SOMEWHERE,
@@ -118,10 +116,7 @@ def theorem1_corrected(results: Results) -> list[Evidence]:
 )  # fmt: skip
 def theorem1_up_to_scale(results: Results) -> list[Evidence]:
     """At initialisation the two kernels of a pre-trained model are one up to a factor."""
-    return [
-        _aligned(result, task, INITIAL)
-        for task, result in by_task(results, "kernel_distance").items()
-    ]  # fmt: skip
+    return [_aligned(result, task, INITIAL) for task, result in by_task(results, "kernel_distance").items()]
 
 
 @claim(
@@ -173,11 +168,7 @@ def jl_bound(results: Results) -> list[Evidence]:
 )  # fmt: skip
 def linearisation(results: Results) -> list[Evidence]:
     """Fine-tuned networks stay on their first-order expansion around the pre-trained weights."""
-    return [
-        e
-        for task, result in by_task(results, "kernel_drift").items()
-        for e in _per_method(result, task, "linearisation_error")
-    ]
+    return _per_method(results, "linearisation_error")
 
 
 @claim(
@@ -189,11 +180,10 @@ def linearisation(results: Results) -> list[Evidence]:
 )  # fmt: skip
 def fixed_features(results: Results) -> list[Evidence]:
     """Gradients stay what they were at initialisation, and so do the kernels."""
-    drifts = by_task(results, "kernel_drift")
-    evidence = [e for task, result in drifts.items() for e in _per_method(result, task, "relative_kernel_drift")]
+    evidence = _per_method(results, "relative_kernel_drift")
     names = {FULL: "full", ADAPTER: "propulsion"}
     for task, result in by_task(results, "kernel_distance").items():
-        if task in drifts:
+        if f"kernel_drift/{task}" in results:
             continue
         for row in result.tables["drift"]:
             if row["kernel"] in names:
@@ -233,11 +223,7 @@ def figure6(results: Results) -> list[Evidence]:
 )  # fmt: skip
 def figure7(results: Results) -> list[Evidence]:
     """The Jacobian of a trained model is close to that at initialisation."""
-    return [
-        e
-        for task, result in by_task(results, "kernel_drift").items()
-        for e in _per_method(result, task, "relative_jacobian_drift")
-    ]
+    return _per_method(results, "relative_jacobian_drift")
 
 
 @claim(
@@ -333,15 +319,18 @@ def _aligned(result: Result, label: str, stage: str) -> Evidence:
     return Evidence(found, outcome, null)
 
 
-def _per_method(result: Result, task: str, name: str) -> Iterator[Evidence]:
+def _per_method(results: Results, name: str) -> list[Evidence]:
     """A metric of training, of full fine-tuning and of Propulsion, the paper's two, beside its null models' least."""
-    of_null = [m for m in result.metrics if m.name == f"null_{name}" and m.stage == TRAINED]
-    for m in result.metrics:
-        method = m.left.split(":")[0]
-        if m.name == name and m.stage == TRAINED and method in ("full", "propulsion"):
-            q = quantity(f"{task}, {method}", m)
-            nulls = [quantity(null.right, null) for null in of_null if null.left == m.left]
-            yield Evidence(q, at_most(q, CLOSE), min(nulls, key=lambda null: null.value, default=None))
+    evidence = []
+    for task, result in by_task(results, "kernel_drift").items():
+        trained = [m for m in result.metrics if m.stage == TRAINED]
+        for m in trained:
+            method = m.left.split(":")[0]
+            if m.name == name and method in ("full", "propulsion"):
+                nulls = [quantity(n.right, n) for n in trained if n.name == f"null_{name}" and n.left == m.left]
+                q = quantity(f"{task}, {method}", m)
+                evidence.append(Evidence(q, at_most(q, CLOSE), min(nulls, key=lambda n: n.value, default=None)))
+    return evidence
 
 
 def _agreement(result: Result, label: str, name: str, left: str, right: str) -> Evidence:

@@ -16,10 +16,17 @@ from torch import Tensor
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs, seeds_of
-from analyses.core.cells import Cells
 from analyses.core.comparison import SeedComparison, draw_name
 from analyses.core.intervals import over_seeds
-from analyses.kernel_distance.kernels import ADAPTER, FULL, PAIRS, ModelKernels, full_kernels, propulsion_kernels
+from analyses.kernel_distance.kernels import (
+    ADAPTER,
+    FULL,
+    KERNELS,
+    PAIRS,
+    ModelKernels,
+    full_kernels,
+    propulsion_kernels,
+)
 from analyses.kernel_distance.tables import summary
 from analyses.records import STAGES, Metric
 from analyses.subjects.batch import held_out
@@ -118,26 +125,23 @@ def prepare(config: Config) -> Setting:
         seed=config.seed,
     )
     degree = data.task.degree if config.degree is None else config.degree
-
-    def load() -> tuple[Any, Any]:
-        return load_classifier(
-            config.model,
-            num_labels=data.task.num_labels,
-            pooling=config.pooling,
-            seed=config.seed,
-            dtype=getattr(torch, config.dtype),
-            device=config.device,
-        )
-
-    full, tokenizer = load()
+    full, tokenizer = _load(config, data, config.seed)
     # Everything is tokenized now, so that an example too long is reported before anything is computed.
-    for rows in (data.train, data.validation):
-        tokenize(rows, tokenizer, data.task, config.training.max_length)
+    for split in (data.train, data.validation):
+        tokenize(split, tokenizer, data.task, config.training.max_length)
     inputs, labels = held_out(
         data, tokenizer, config.n_examples, config.seed, max_length=config.training.max_length, device=config.device
     )
-    adapted = apply_propulsion(load()[0], degree=degree, positions=config.positions)
+    adapted = apply_propulsion(_load(config, data, config.seed)[0], degree=degree, positions=config.positions)
     return Setting(config, data, tokenizer, full, adapted, inputs, labels, degree)
+
+
+def _load(config: Config, data: TaskData, seed: int) -> tuple[Any, Any]:
+    """The model with a head drawn from the seed, and its tokenizer."""
+    return load_classifier(
+        config.model, num_labels=data.task.num_labels, pooling=config.pooling, seed=seed,
+        dtype=getattr(torch, config.dtype), device=config.device,
+    )  # fmt: skip
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
@@ -146,7 +150,9 @@ def find(config: Config, runs: Runs) -> Findings | None:
     if len(seeds) == 1:
         found = [_measure(config.of_seed(seeds[0]))]
     else:
-        cells = _cells(config, runs)
+        # The rows of each seed are drawn from all of the task's.
+        data = load_task_data(config.task, data_dir=config.data_dir)
+        cells = runs.of(data, model_content(*_load(config, data, 0)))
         each = [cells.cell(f"seed {seed}", lambda seed: _measure(config.of_seed(seed)), seed=seed) for seed in seeds]
         found = [cell for cell in each if cell is not None]
     if runs.missing:
@@ -182,15 +188,6 @@ def find(config: Config, runs: Runs) -> Findings | None:
     )
 
 
-def _cells(config: Config, runs: Runs) -> Cells:
-    """The cells of a configuration; their rows are drawn from all of the task's."""
-    data = load_task_data(config.task, data_dir=config.data_dir)
-    model = load_classifier(
-        config.model, num_labels=data.task.num_labels, pooling=config.pooling, dtype=getattr(torch, config.dtype)
-    )
-    return runs.of(data, model_content(*model))
-
-
 def _measure(config: Config) -> dict[str, Any]:
     """One seed: kernels, null models and scores, before and after training."""
     setting = prepare(config)
@@ -203,8 +200,9 @@ def _measure(config: Config) -> dict[str, Any]:
                 with _timed(seconds, f"training, {name}"):
                     train(model, setting.tokenizer, setting.data, config.training)
                 scores.append({"model": name} | _scores(setting, model))
-        with _timed(seconds, f"kernels, {stage}"):
-            kernels = _kernels(setting)
+        with _timed(seconds, f"kernels, {stage}"), memory_budget(config.memory_budget_gb) as budget:
+            kernels = full_kernels(setting.full, setting.inputs, budget)
+            kernels |= propulsion_kernels(setting.adapted, setting.inputs, budget)
         with _timed(seconds, f"null models, {stage}"):
             drawn = model_nulls(
                 setting.full, setting.inputs, kernels.whole[FULL], kernels.traced[ADAPTER], setting.number_of_scales,
@@ -231,31 +229,16 @@ def _measure(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _kernels(setting: Setting) -> ModelKernels:
-    """All four kernels, of both copies as they are now."""
-    with memory_budget(setting.config.memory_budget_gb) as budget:
-        full = full_kernels(setting.full, setting.inputs, budget)
-        propulsion = propulsion_kernels(setting.adapted, setting.inputs, budget)
-    return ModelKernels(
-        whole=full.whole | propulsion.whole,
-        traced=full.traced | propulsion.traced,
-        coverage=full.coverage | propulsion.coverage,
-        shares=full.shares + propulsion.shares,
-    )
-
-
 def _metrics(comparison: SeedComparison, nulls: dict[str, int], degree: float) -> list[Metric]:
     """Pairs, single kernels and null models at one stage; k* at z = 1, where it is defined."""
     metrics = [metric for left, right in PAIRS for metric in comparison.pair(left, right)]
-    metrics += [metric for name in dict.fromkeys(name for pair in PAIRS for name in pair)
-                for metric in comparison.single(name)]  # fmt: skip
+    metrics += [metric for name in KERNELS for metric in comparison.single(name)]
     if comparison.stage == STAGES[0]:
         # At z = 1, K_P(k) = k^2 K_P(1), and k* is over degree 1.
-        metrics.append(
-            comparison.keep(
-                "k_star", lambda full, adapter: degree * ntk.matching_degree(full, adapter), "", FULL, ADAPTER
-            )
-        )
+        def k_star(full: Tensor, adapter: Tensor) -> float:
+            return degree * ntk.matching_degree(full, adapter)
+
+        metrics.append(comparison.keep("k_star", k_star, "", FULL, ADAPTER))
     return metrics + comparison.nulls(FULL, nulls)
 
 
@@ -272,7 +255,7 @@ def _drift(stages: Sequence[Sequence[Mapping[str, Tensor]]]) -> list[dict[str, A
             "cka": mean(ntk.cka, name),
             "trace_ratio": mean(lambda before, after: ntk.trace_ratio(after, before), name),
         }
-        for name in dict.fromkeys(name for pair in PAIRS for name in pair)
+        for name in KERNELS
     ]
 
 

@@ -13,6 +13,7 @@ from propulsion.errors import UserError
 # A kernel with the head is never set against one without it unawares: the names say what each covers.
 PAIRS = (("full_backbone", "propulsion_z"), ("full_all", "propulsion_z_head"), ("full_all", "propulsion_z"))
 FULL, ADAPTER = PAIRS[0]
+KERNELS = tuple(dict.fromkeys(name for pair in PAIRS for name in pair))
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class ModelKernels:
     traced: dict[str, Tensor]
     coverage: dict[str, str]
     shares: list[dict[str, Any]]
+
+    def __or__(self, other: "ModelKernels") -> "ModelKernels":
+        return ModelKernels(
+            self.whole | other.whole, self.traced | other.traced, self.coverage | other.coverage,
+            self.shares + other.shares,
+        )  # fmt: skip
 
 
 def full_kernels(model: Any, inputs: dict[str, Tensor], memory_budget: float | None) -> ModelKernels:
@@ -69,14 +76,8 @@ def _kernels(
         whole[part] = sum((layers[name] for name in names[1:]), layers[names[0]])
         coverage[part] = f"{words}: {sum(sizes[name] for name in names):,} parameters in {len(names)} tensors"
         total = ntk.trace(whole[part])
-        shares += [
-            {
-                "kernel": part,
-                "parameter": name,
-                "parameters": sizes[name],
-                "trace_share": ntk.trace(layers[name]) / total if total else 0.0,
-            }
-            for name in names
-        ]
+        for name in names:
+            share = ntk.trace(layers[name]) / total if total else 0.0
+            shares.append({"kernel": part, "parameter": name, "parameters": sizes[name], "trace_share": share})
     traced = {part: ntk.reduce_outputs(kernel, "trace") for part, kernel in whole.items()}
     return ModelKernels(whole, traced, coverage, shares)

@@ -40,26 +40,13 @@ def summary(result: Result, *, markdown: bool = False) -> str:
         m.right for m in result.metrics if m.left == FULL and m.right not in {r for _, r in PAIRS} | {""}
     )
     rivals = [ADAPTER, *nulls]
-    blocks.append(
-        table(
-            [f"CKA with {FULL} of", *stages],
-            [[right, *(cell("cka", stage, FULL, right) for stage in STAGES)] for right in rivals],
-        )
-    )
-    blocks.append(
-        table(
-            ["kernel alone", "trace before", "after", "effective rank before", "after", "CKA before/after"],
-            [
-                [
-                    row["kernel"],
-                    *(cell("trace", stage, row["kernel"]) for stage in STAGES),
-                    *(cell("effective_rank", stage, row["kernel"]) for stage in STAGES),
-                    number(row["cka"]),
-                ]
-                for row in result.tables["drift"]
-            ],
-        )
-    )
+    rows = [[right, *(cell("cka", stage, FULL, right) for stage in STAGES)] for right in rivals]
+    blocks.append(table([f"CKA with {FULL} of", *stages], rows))
+    alone = [(name, stage) for name in ("trace", "effective_rank") for stage in STAGES]
+    rows = [[row["kernel"], *(cell(name, stage, row["kernel"]) for name, stage in alone), number(row["cka"])]
+            for row in result.tables["drift"]]  # fmt: skip
+    head = ["kernel alone", "trace before", "after", "effective rank before", "after", "CKA before/after"]
+    blocks.append(table(head, rows))
     scores = result.tables["scores"]
     names = [name for name in scores[0] if name != "model"]
     blocks.append(
