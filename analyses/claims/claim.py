@@ -9,7 +9,7 @@ from analyses.records import Metric, Result, interval
 
 
 class Outcome(StrEnum):
-    """What one piece of evidence says about a claim."""
+    """What one number says about a claim."""
 
     MET = "met"
     PARTLY = "met in part"
@@ -18,7 +18,7 @@ class Outcome(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What all the evidence says about it."""
+    """What all numbers together say about a claim."""
 
     HOLDS = "holds"
     CONDITIONS = "holds with conditions"
@@ -69,7 +69,7 @@ class Evidence:
     Attributes:
         found: The number.
         outcome: What it says.
-        null: What it is to be seen beside: a null model, a rival, or what the number would be if nothing were there.
+        null: What it is compared with: a null model, a rival, or its value without any effect.
         detail: Further numbers of the same run, in words.
     """
 

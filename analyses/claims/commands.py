@@ -10,7 +10,7 @@ from typing import Any
 from analyses.core.command_line import option
 from analyses.records import Result, plain
 
-# Where a run writes and how it was cut in pieces: no part of what was computed.
+# Options that say where a run writes and how it is cut into calls, and not what is computed.
 _NOT_THE_EXPERIMENT = {"output_dir", "runs_dir", "overwrite", "max_runs", "partial", "child", "child_output"}
 
 
@@ -26,10 +26,10 @@ def arguments(result: Result) -> list[str]:
 
 
 def stored_options(result: Result) -> dict[str, Any]:
-    """The options of a result by name, with those that it was computed before there were."""
+    """The options of a result by name; options that are newer than it have the values that it was computed with."""
     stored = dict(_leaves(result.config))
     options = _default_options(result)
-    # Every classifier was transformers' own then, and every learning rate the fixed one of its role.
+    # Before these options, every classifier was that of transformers, and every learning rate was fixed by its role.
     older = {"pooling": "pooler", "learning_rate": None, "head_learning_rate": None}
     return stored | {name: value for name, value in older.items() if name in options and name not in stored}
 

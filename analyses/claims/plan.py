@@ -1,4 +1,4 @@
-"""The runs behind the ledger, in quick and in full size, and how they are carried out: each once, each by itself."""
+"""The runs behind the ledger, in quick and in full size, and how each is carried out once in its own process."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from propulsion.errors import UserError
 
 LOGS = "logs"
 MARK = "QUICK"
-"""A file that tells a folder of quick runs, so that no ledger mixes sizes."""
+"""Name of the file that marks a folder of quick runs, so that no ledger mixes the two sizes."""
 ROOT = "{root}"
 """Stands in arguments for the folder of all results."""
 
@@ -243,9 +243,9 @@ def check_root(root: Path, *, quick: bool) -> None:
 
 
 def carry_out(plan: Sequence[Run], root: Path, launch: Launch | None = None) -> dict[str, str]:
-    """Run what has no result yet, each in a process of its own, so that its memory goes with it.
+    """Run what has no result yet, each in a process of its own, so that its memory is freed at the end.
 
-    A killed run leaves no half result; the same call goes on where it was, a grid in its middle.
+    A killed run leaves no partial result; the same call resumes where it was, within a grid too.
 
     Args:
         plan: The runs, in order.
@@ -290,7 +290,7 @@ def _run(run: Run, root: Path, launch: Launch) -> str | None:
     """Run; one line on what went wrong, or None."""
     log = root / LOGS / f"{run.name.replace('/', '-')}.log"
     code = launch(run.command(root), log)
-    # The result decides: what an orphan of a killed call finished meanwhile is as good.
+    # The result decides, since a process that outlived a killed call may have written it meanwhile.
     if is_complete(root / run.name):
         return None
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]

@@ -75,7 +75,7 @@ class SeedComparison:
         return self.keep(name, function, unit, left, right)
 
     def keep(self, name: str, function: Function, unit: str, left: str, right: str = "") -> Metric:
-        """As :meth:`measure`, its values by seed among `values`."""
+        """As :meth:`measure`; the value of each seed is added to `values`."""
         each = self._each(function, left, right)
         self._note(name, left, right, [value for value, _ in each])
         return Metric(name, *seed_interval(each, seed=self.seed), unit, self.stage, left, right)

@@ -16,7 +16,7 @@ Kernel = Float[Tensor, "n n"]
 Counts = Float[Tensor, "B n"]
 Values = Float[Tensor, "B"]
 
-# Of the uncentred norm's square: what is left of a constant kernel's centred one by rounding.
+# Share of the squared norm before centring below which the centred one is rounding error: the kernel is constant.
 _ROUNDING = 1e-10
 
 

@@ -10,7 +10,7 @@ import ntk
 from analyses.subjects.parameters import is_backbone, is_scale
 from propulsion.errors import UserError
 
-# A kernel with the head is never set against one without it unawares: the names say what each covers.
+# The names say what each kernel covers, so that none with the head is taken for one without it.
 PAIRS = (("full_backbone", "propulsion_z"), ("full_all", "propulsion_z_head"), ("full_all", "propulsion_z"))
 FULL, ADAPTER = PAIRS[0]
 KERNELS = tuple(dict.fromkeys(name for pair in PAIRS for name in pair))

@@ -35,17 +35,17 @@ DRIFTS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "kernel_cka_with_start": ntk.cka,
     "kernel_trace_ratio": ntk.trace_ratio,
 }
-"""Of a kernel and the start's, of one method."""
+"""Metrics of a method's kernel at a checkpoint against its kernel at initialisation."""
 
 JACOBIANS = {"relative_jacobian_drift": "moved", "relative_jacobian_drift_same_head": "moved_same_head"}
-"""Of Jacobians and the start's: by name, the field of `JacobianDrift` with the squared movement."""
+"""Relative movements of the Jacobian from that at the start: by name, the field of `JacobianDrift` with the square."""
 
 PAIRS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "cka": ntk.cka,
     "alignment": ntk.kernel_alignment,
     "relative_distance_best_scale": lambda a, b: ntk.kernel_distance(a, b, scaled=True),
 }
-"""Of two methods' kernels at one step."""
+"""Metrics of the kernels of two methods at one step."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,14 @@ def of_rows(metric: Callable[..., float], runs: Sequence[tuple[Tensor, ...]], re
         drawn.append(np.mean([_or_nan(metric, *(t[index] for t in rows)) for rows in runs]))
     if not np.isfinite(drawn).any():
         return Estimate(by_seed)
-    # About their mean, as in `analyses.core.intervals`.
+    # Percentiles are taken about the mean of the resamples, as in `analyses.core.intervals`.
     low, high = np.nanquantile(drawn, [0.025, 0.975]) - np.nanmean(drawn)
     value = float(np.mean(by_seed))
     return Estimate(by_seed, (value + float(low), value + float(high)))
 
 
 def relative_norm(moved: Tensor, start: Tensor) -> float:
-    """Of squared norms ``(m, ...)`` of differences and of starts: sqrt(sum of the first / sum of the second)."""
+    """sqrt(sum of the first / sum of the second), of squared norms ``(m, ...)`` of differences and of starts."""
     return float((moved.sum() / start.sum()).sqrt())
 
 
@@ -137,7 +137,7 @@ def linear_share(outputs: Tensor, linearized: Tensor, initial: Tensor) -> float:
 
 
 def _or_nan(metric: Callable[..., float], *arguments: Tensor) -> float:
-    """Undefined (outputs that did not move, a kernel constant over examples) is not-a-number."""
+    """The metric; NaN where it is undefined, as of outputs that did not move or of a constant kernel."""
     try:
         return metric(*arguments)
     except (ntk.UndefinedMetricError, ValueError) as error:
@@ -171,9 +171,9 @@ def method_estimates(cells: Sequence[Cell], place: int, resamples: int) -> Itera
 
 
 def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, Estimate]]:
-    """The same at the end between things that have nothing to do with each other: (name, with what, value).
+    """The same quantities after training, of unrelated kernels, Jacobians or outputs: (name, with what, value).
 
-    Pairs of seeds share runs, so that the interval over them is rough.
+    Pairs of seeds share runs, so that the interval over them is approximate.
     """
     finals = [(tensor(cell, "kernels")[-1], tensor(cell, "kernels")[0]) for cell in cells]
     for name in list(DRIFTS)[:3]:
@@ -220,7 +220,7 @@ def pair_estimates(cells: Cells, place: int, resamples: int) -> Iterator[tuple[s
 
 
 def pair_nulls(cells: Cells, place: int, draws: int) -> Iterator[tuple[str, str, str, Estimate]]:
-    """The same with the right kernel's examples permuted."""
+    """The same metrics with the examples of the right kernel permuted."""
     for left, right in combinations(cells, 2):
         runs = [(b, a) for a, b in _kernels_of(cells, left, right, place)]
         for name, metric in PAIRS.items():

@@ -1,4 +1,4 @@
-"""How far training takes a network from its start, looked at from inside: a callback that measures at chosen steps.
+"""A training callback that measures, at chosen steps, how far a network has moved from its start.
 
 At each of them: the tangent kernel of what the method trains in the backbone, on held-out examples; the network's
 outputs there and those of its linearisation about the start; the Jacobian on the first few of these examples against
@@ -80,7 +80,7 @@ def trained_values(model: nn.Module) -> Values:
 
 @contextmanager
 def parameters_at(model: nn.Module, values: Values) -> Iterator[None]:
-    """The model with these values of some of its parameters; its own come back, whatever happens. Copies nothing."""
+    """Give some parameters of the model other values, and their own back on leaving. Copies nothing."""
     swapped = {name: p for name, p in model.named_parameters() if name in values}
     own = {name: p.data for name, p in swapped.items()}
     try:
@@ -233,7 +233,7 @@ def _single(inputs: Mapping[str, Tensor]) -> list[Group]:
 
 
 class Probe(TrainerCallback):
-    """Measures before the first step and after chosen ones; training goes on as if it had not been there.
+    """Measures before the first step and after chosen ones; training gives the same as without it.
 
     Attributes:
         points: one row a checkpoint: `step`, `score`, `parameter_drift` and `head_drift`; the last has no score.
@@ -275,7 +275,7 @@ class Probe(TrainerCallback):
         self._found: dict[str, list[Tensor]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the start, and measure it."""
+        """Keep the parameters at the start, and measure there."""
         model = kwargs["model"]
         self._own, self._start = own_parameters(model), trained_values(model)
         self.block = Block.choose(model, self._own, self._module, self._width)
@@ -285,7 +285,7 @@ class Probe(TrainerCallback):
         self._measure(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure where it is time to."""
+        """Measure after the chosen steps."""
         if state.global_step in self._steps:
             self._measure(state.global_step, kwargs["model"], last=state.global_step == state.max_steps)
 

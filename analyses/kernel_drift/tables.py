@@ -7,7 +7,7 @@ from analyses.kernel_drift.measures import PAIRS, PERMUTED
 from analyses.records import STAGES, Metric, Result, format_table, interval, number
 
 LAZY = 0.1
-"""Training is called lazy where a relative drift is below this: a tenth of what there was at the start."""
+"""Training is called lazy where a relative drift is below this: a tenth of the size at the start."""
 
 _END = STAGES[1]
 _COLUMNS = {

@@ -1,4 +1,4 @@
-"""What `analyses.peft_kernels` makes of the kernels of its seeds: metrics with intervals, and tables."""
+"""Metrics with their intervals, and tables, from the kernels of all seeds."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +16,7 @@ from analyses.peft_kernels.methods import FULL, REFERENCE, with_degree
 from analyses.records import Metric
 
 LABELS = "labels"
-# Of the metrics of a pair, those that an overview of many methods has room for.
+# The metrics of a pair that an overview of many methods shows.
 _METRICS = ("alignment", "cka", "trace_ratio")
 
 
