@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from ntk import jacobian
 from ntk.adapters import Method, layers_of
-from ntk.functional import ParameterChoice, evaluation, is_encoder_decoder, nonfinite_cause, select_parameters
-from ntk.inputs import Inputs, group_examples
-from ntk.layout import layout_of
-from ntk.outputs import Output, summed_outputs
-from ntk.structured import calls, layer_calls
+from ntk.functional import ParameterChoice, evaluation, nonfinite_cause, select_parameters
+from ntk.inputs import Inputs
+from ntk.outputs import Output
+from ntk.request import Request
 from ntk.structured import kernels as structured
-from ntk.structured.targets import Wanted, method_kernels
+from ntk.structured import layer_calls
+from ntk.structured.calls import find_lost_layers
+from ntk.structured.targets import Targets, method_kernels
 
 logger = logging.getLogger(__name__)
 
-# name -> function(model, inputs, inputs2, *, params, output, layout, memory_budget, progress, summed) -> {name: kernel}
+# name -> function(request, params, *, summed) -> {name: kernel}
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "jacobian": jacobian.layer_kernels,
     "structured": structured.layer_kernels,
@@ -82,8 +83,8 @@ def empirical_ntk(
         tensor([[2., 0.],
                 [0., 2.]], dtype=torch.float64)
     """
-    kernels = _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, summed=True)
-    return kernels[""]
+    request = Request.of(model, inputs, inputs2, output, reduce, memory_budget, progress)
+    return _kernels(request, params, method, summed=True)[""]
 
 
 def layer_kernels(
@@ -99,7 +100,8 @@ def layer_kernels(
     progress: bool = False,
 ) -> dict[str, Float[Tensor, "..."]]:
     """The kernel of each parameter, by its name; they sum to :func:`empirical_ntk`, whose arguments these are."""
-    return _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, summed=False)
+    request = Request.of(model, inputs, inputs2, output, reduce, memory_budget, progress)
+    return _kernels(request, params, method, summed=False)
 
 
 def adapter_kernels(
@@ -142,60 +144,56 @@ def adapter_kernels(
     if not isinstance(methods, Mapping) or not all(isinstance(each, Method) for each in methods.values()):
         raise TypeError(f"methods must map names to methods such as ntk.adapters.LoRA(rank=8); got {methods!r}")
     _check_method(method)
-    layout = layout_of(reduce)
-    options = {
-        "output": summed_outputs(output) if layout.summed else output,
-        "layout": layout,
-        "memory_budget": memory_budget,
-    }
-    method_kernels(model, methods)  # a method that trains nothing is found before anything runs
+    request = Request.of(model, inputs, inputs2, output, reduce, memory_budget, progress)
+    method_kernels(model, methods)  # raises before anything runs if a method trains nothing
     with evaluation(model, inputs, inputs2):
-        kernels, lost, wanted = _captured(model, inputs, inputs2, methods, method, progress, options)
-        if left := {name: shares for name, shares in wanted.shares.items() if name in lost}:
-            params = {name: p for name, p in select_parameters(model).items() if name in left}
-            rest = jacobian.layer_kernels(model, inputs, inputs2, params=params, progress=progress, **options)
-            for name, kernel in rest.items():
-                for key, share in left[name].items():
-                    kernels[key] = kernels.get(key, torch.zeros_like(kernel)) + share * kernel
-        if wanted.lost:
-            logger.info("layers by their calls: %s", "; ".join(f"{name} ({why})" for name, why in wanted.lost.items()))
-            layers = {name: module for name, module in layers_of(model).items() if name in wanted.lost}
-            found, read = layer_calls.adapter_kernels(model, inputs, inputs2, layers=layers, methods=methods, **options)
+        kernels, uncaptured, targets = _captured(request, methods, method)
+        rest = {name: weights for name, weights in targets.weights.items() if name in uncaptured}
+        if rest:
+            params = {name: p for name, p in select_parameters(model).items() if name in rest}
+            for name, kernel in jacobian.layer_kernels(request, params, summed=False).items():
+                for key, weight in rest[name].items():
+                    kernels[key] = kernels.get(key, torch.zeros_like(kernel)) + weight * kernel
+        if targets.lost:
+            logger.info("layers by their calls: %s", "; ".join(f"{name} ({why})" for name, why in targets.lost.items()))
+            layers = {name: module for name, module in layers_of(model).items() if name in targets.lost}
+            added, read = layer_calls.adapter_kernels(request, layers, methods)
             _warn_of_reads(methods, read)
-            for key, kernel in found.items():
+            for key, kernel in added.items():
                 kernels[key] = kernels[key] + kernel if key in kernels else kernel
     if absent := [key for key in methods if key not in kernels]:
         raise ValueError(
             f"method {absent[0]!r} ({methods[absent[0]]}) trains nothing in this model that its output depends on: see "
             "its choice of modules"
         )
-    _check_finite(model, kernels, inputs, inputs2)
+    _check_finite(request, kernels)
     return {key: kernels[key] for key in methods}
 
 
-def _captured(model, inputs, inputs2, methods, method, progress, options) -> tuple[dict[str, Tensor], set[str], Wanted]:
-    """What the structured way finds, the parameters that it leaves, and what was wanted, with the layers it leaves."""
+def _captured(
+    request: Request, methods: Mapping[str, Method], method: str
+) -> tuple[dict[str, Tensor], set[str], Targets]:
+    """What the structured way captures, the parameters that it does not, and the targets with their lost layers."""
+    model = request.model
     if method == "jacobian":
-        wanted = method_kernels(model, methods, dict.fromkeys(layers_of(model), "by the reference"))
-        return {}, set(wanted.shares), wanted
-    wanted = method_kernels(model, methods)
-    with calls.watched({**wanted.layers, **wanted.others}):
-        if wanted.layers:
-            example = group_examples(inputs, encoder_decoder=is_encoder_decoder(model))[0].take(slice(0, 1))
-            calls.look(model, options["output"], example, wanted)
-        while True:
-            wanted = method_kernels(model, methods, wanted.lost)
-            before = set(wanted.lost)
-            if not (wanted.shares or wanted.layers):
-                return {}, set(), wanted
-            kernels, left = structured.kernels(model, inputs, inputs2, wanted=wanted, progress=progress, **options)
-            # A layer that only a later batch shows to be lost has left features of earlier ones in the kernels.
-            if all(wanted.layers[name][1] in left for name in wanted.lost.keys() - before):
-                break
-    for parameter, why in left.items():
-        for name in wanted.weights.get(parameter, ()):
-            wanted.lost.setdefault(name, why)
-    return kernels, set(left), method_kernels(model, methods, wanted.lost)
+        targets = method_kernels(model, methods, dict.fromkeys(layers_of(model), "by the reference"))
+        return {}, set(targets.weights), targets
+    targets = method_kernels(model, methods)
+    if targets.layers:
+        find_lost_layers(model, request.output, request.rows[0].take(slice(0, 1)), targets)
+    while True:
+        targets = method_kernels(model, methods, targets.lost)
+        before = set(targets.lost)
+        if not (targets.weights or targets.layers):
+            return {}, set(), targets
+        kernels, uncaptured = structured.kernels(request, targets)
+        # If only a later batch shows that a layer is lost, features of earlier batches are in the kernels already.
+        if all(targets.layers[name][1] in uncaptured for name in targets.lost.keys() - before):
+            break
+    for parameter, why in uncaptured.items():
+        for name in targets.layers_of_weight.get(parameter, ()):
+            targets.lost.setdefault(name, why)
+    return kernels, set(uncaptured), method_kernels(model, methods, targets.lost)
 
 
 def _warn_of_reads(methods: Mapping[str, Method], read: set[str]) -> None:
@@ -211,24 +209,12 @@ def _warn_of_reads(methods: Mapping[str, Method], read: set[str]) -> None:
             )
 
 
-def _kernels(model, inputs, inputs2, params, output, reduce, method, memory_budget, progress, *, summed):
-    layout = layout_of(reduce)
+def _kernels(request: Request, params: ParameterChoice, method: str, *, summed: bool) -> dict[str, Tensor]:
     _check_method(method)
-    compute = METHODS[method]
-    chosen = select_parameters(model, params)
-    with evaluation(model, inputs, inputs2):
-        kernels = compute(
-            model,
-            inputs,
-            inputs2,
-            params=chosen,
-            output=summed_outputs(output) if layout.summed else output,
-            layout=layout,
-            memory_budget=memory_budget,
-            progress=progress,
-            summed=summed,
-        )
-    _check_finite(model, kernels, inputs, inputs2)
+    chosen = select_parameters(request.model, params)
+    with evaluation(request.model, request.inputs, request.inputs2):
+        kernels = METHODS[method](request, chosen, summed=summed)
+    _check_finite(request, kernels)
     return kernels
 
 
@@ -237,7 +223,6 @@ def _check_method(method: str) -> None:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}; got {method!r}")
 
 
-def _check_finite(model: nn.Module, kernels: dict[str, Tensor], *batches: Inputs | None) -> None:
+def _check_finite(request: Request, kernels: dict[str, Tensor]) -> None:
     if not all(torch.isfinite(kernel).all() for kernel in kernels.values()):
-        causes = [nonfinite_cause(model, batch) for batch in batches if batch is not None]
-        raise ValueError(f"the kernel holds NaN or infinite values: {causes[0]}")
+        raise ValueError(f"the kernel holds NaN or infinite values: {nonfinite_cause(request.model, request.inputs)}")

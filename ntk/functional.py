@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk import outputs
-from ntk.inputs import Inputs, check_devices, check_finite
+from ntk.inputs import Group, Inputs, check_devices, check_finite
 from ntk.own_state import OwnState, parameter_hooks
 
 Parameters = dict[str, Tensor]
+Leaves = dict[str, nn.Parameter]
 ParameterChoice = str | Callable[[str, nn.Parameter], bool]
 
 
@@ -54,6 +55,21 @@ def select_parameters(model: nn.Module, params: ParameterChoice = "all") -> Para
                 "select the others with params='trainable' or a predicate"
             )
     return {name: p.detach() for name, p in chosen.items()}
+
+
+@contextmanager
+def requiring_gradients(model: nn.Module, names: Iterable[str]) -> Iterator[Leaves]:
+    """The named parameters requiring gradients, and no other; restored afterwards."""
+    everything = dict(model.named_parameters())
+    before = {name: p.requires_grad for name, p in everything.items()}
+    chosen = set(names)
+    try:
+        for name, p in everything.items():
+            p.requires_grad_(name in chosen)
+        yield {name: p for name, p in everything.items() if name in chosen}
+    finally:
+        for name, p in everything.items():
+            p.requires_grad_(before[name])
 
 
 def output_function(
@@ -120,6 +136,11 @@ def fresh(inputs: Any) -> Any:
         return copied.requires_grad_() if value.requires_grad else copied
 
     return tree_map(copy, inputs)
+
+
+def batch_of(group: Group) -> dict[str, Any]:
+    """The group as one batch of fresh tensors, in which masks that are the same for all get a row for each example."""
+    return fresh(group.batched | group.repeated())
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

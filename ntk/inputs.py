@@ -58,6 +58,21 @@ class Group:
         batched = {key: value[positions] for key, value in self.batched.items()}
         return replace(self, indices=self.indices[positions], batched=batched)
 
+    def alone(self, position: int) -> "Group":
+        """One example as a group of its own, without the padding that :func:`pad_together` added."""
+        one = self.take(slice(position, position + 1))
+        mask = one.batched.get(ENCODER_MASK)
+        if mask is None:
+            return one
+        real = int(mask.sum())
+        batched = {key: value[:, :real] for key, value in one.batched.items() if key != ENCODER_MASK}
+        return Group(one.indices, batched, one.constant | {ENCODER_MASK: mask[:, :real]})
+
+    @property
+    def length(self) -> int:
+        """The length of the group's examples in tokens, for estimates only."""
+        return max((value.shape[1] for value in self.batched.values() if value.ndim > 1), default=1)
+
     def repeated(self) -> dict[str, Any]:
         """The constant entries for the whole group: masks and lists with one row, or element, an example."""
         n, found = len(self.indices), {}

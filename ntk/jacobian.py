@@ -13,64 +13,60 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from ntk import inputs as _inputs
 from ntk.counts import BY_REFERENCE, note
-from ntk.functional import Parameters, RandomNumbers, call, first_line, fresh, is_encoder_decoder, output_function
-from ntk.inputs import Group, Inputs
+from ntk.functional import (
+    Leaves,
+    Parameters,
+    RandomNumbers,
+    call,
+    first_line,
+    fresh,
+    is_encoder_decoder,
+    output_function,
+    requiring_gradients,
+)
+from ntk.inputs import Group, Inputs, group_examples, tiles
 from ntk.layout import Layout, mirrored
 from ntk.outputs import Output
-from ntk.structured.passes import Leaves, requiring_gradients
+from ntk.request import Request
 
 logger = logging.getLogger(__name__)
 
 Jacobian = dict[str, Tensor]  # parameter name -> (b, c, *parameter shape)
 
 
-def layer_kernels(
-    model: nn.Module,
-    inputs: Inputs,
-    inputs2: Inputs | None,
-    *,
-    params: Parameters,
-    output: Output | None,
-    layout: Layout,
-    memory_budget: int | float | None,
-    progress: bool,
-    summed: bool = False,
-) -> dict[str, Tensor]:
+def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict[str, Tensor]:
     """Kernel of each parameter, ``{name: (n1, n2, ...)}``; with ``summed`` only their sum, under the name ``""``.
 
-    The output axes are those of ``layout``.
+    The output axes are those of the request's layout.
 
     Raises:
-        MemoryError: the kernels, or the Jacobians of two single examples, exceed ``memory_budget``; says which.
+        MemoryError: the kernels, or the Jacobians of two single examples, exceed the memory budget; says which.
     """
-    groups1 = _inputs.group_examples(inputs, encoder_decoder=is_encoder_decoder(model))
-    symmetric = inputs2 is None
-    groups2 = groups1 if inputs2 is None else _inputs.group_examples(inputs2, encoder_decoder=is_encoder_decoder(model))
+    symmetric, layout = request.inputs2 is None, request.layout
+    groups1, groups2 = request.rows, request.rows if symmetric else request.columns
     n1, n2 = (sum(len(g.indices) for g in groups) for groups in (groups1, groups2))
-    jacobian = jacobian_function(model, output)
+    jacobian = jacobian_function(request.model, request.output)
 
-    c = _number_of_outputs(model, groups1[0], output)
+    c = _number_of_outputs(request.model, groups1[0], request.output)
     for name in params:
         note(BY_REFERENCE, name)
     names = [""] if summed else list(params)
     dtype = _accumulation_dtype(params)
-    size = _tile_size(params, n1, n2, c, layout, len(names), memory_budget)
     device = next(iter(params.values())).device
+    size = _tile_size(params, n1, n2, c, layout, len(names), request.budget(device))
     kernels = {name: torch.zeros(n1, n2, *layout.shape(c), dtype=dtype, device=device) for name in names}
 
-    tiles1 = _inputs.tiles(groups1, size)
-    tiles2 = tiles1 if symmetric else _inputs.tiles(groups2, size)
+    tiles1 = tiles(groups1, size)
+    tiles2 = tiles1 if symmetric else tiles(groups2, size)
     pairs = [(i, j) for i in range(len(tiles1)) for j in range(i if symmetric else 0, len(tiles2))]
-    with tqdm(total=len(pairs), desc="kernel tiles", disable=None if progress else True, leave=False) as bar:
+    with tqdm(total=len(pairs), desc="kernel tiles", disable=None if request.progress else True, leave=False) as bar:
         for i, tile1 in enumerate(tiles1):
             # Each tile is checked the first time: on a diagonal, from the second row on, for the second time.
             rows, jacobian1 = jacobian(params, tile1, check=i == 0 or not symmetric)
@@ -138,10 +134,16 @@ def _traced_jacobian(model: nn.Module, f: Callable[..., Tensor], params: Paramet
     return {name: value.detach() for name, value in found.items()}
 
 
-# How far, in units of the machine epsilon, two ways of summing the same terms may be from one another, and at most.
-_ROUNDING, _COARSE = 2e3, 0.05
-# Share of the whole gradient that counts for a parameter whose own vanishes but for rounding.
-_SHARE = 1e-2
+# The fraction of the whole gradient that counts for a parameter whose own vanishes except for rounding.
+SHARE = 1e-2
+
+
+def tolerance(rounding: float) -> float:
+    """How far, relative to their size, two sums of the same few thousand terms in another order may differ.
+
+    2,000 times the machine epsilon, but at most 0.05: in half precision only a difference beyond that shows a mistake.
+    """
+    return min(2e3 * rounding, 0.05)
 
 
 def _mismatch(
@@ -151,7 +153,7 @@ def _mismatch(
     like = next(iter(jacobian.values()))
     g, c = like.shape[:2]
     weights = torch.randn(g, c, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like.device)
-    tolerance = min(_COARSE, _ROUNDING * max(torch.finfo(value.dtype).eps for value in params.values()))
+    allowed = tolerance(max(torch.finfo(value.dtype).eps for value in params.values()))
     with requiring_gradients(model, params) as leaves, torch.enable_grad():
         for position in range(g):
             values = alone(model, output, group, position)
@@ -159,7 +161,7 @@ def _mismatch(
             size = sum(float(value.double().norm()) ** 2 for value in expected.values()) ** 0.5
             for name, value in expected.items():
                 found = torch.tensordot(weights[position].to(value), jacobian[name][position].to(value), dims=1)
-                if not float((found - value).norm()) <= tolerance * (float(value.norm()) + _SHARE * size):
+                if not float((found - value).norm()) <= allowed * (float(value.norm()) + SHARE * size):
                     return name
     return None
 
@@ -236,12 +238,8 @@ def memory(params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels
     return kernel_bytes, example_bytes
 
 
-def _tile_size(
-    params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels: int, memory_budget: int | float | None
-) -> int:
+def _tile_size(params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels: int, budget: int | float) -> int:
     """Examples a tile, b, so that two tiles of Jacobians and the kernels fit the budget."""
-    device = next(iter(params.values())).device
-    budget = memory_budget if memory_budget is not None else default_memory_budget(device)
     kernel_bytes, example_bytes = memory(params, n1, n2, c, layout, kernels)
     minimum = kernel_bytes + 2 * example_bytes
     if budget < minimum:
@@ -265,13 +263,6 @@ def smaller_layout(layout: Layout, c: int) -> str:
     return ", or reduce='trace'" if layout.size(c) > 1 else ""
 
 
-def default_memory_budget(device: torch.device) -> int:
-    """Half of the memory that is free now on the device, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return psutil.virtual_memory().available // 2
-
-
 def at_least(size: int | float) -> str:
     """A number of bytes in words, none of which is left out by rounding."""
     unit = 1e7 if size >= 1e7 else 1e3
@@ -293,7 +284,7 @@ def selected_jacobian_rows(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(example indices, Jacobian at the chosen coordinates ``(b, c, m)``) by group; ``chosen`` is flat, by name."""
     jacobian = jacobian_function(model, output)
-    groups = _inputs.group_examples(inputs, encoder_decoder=is_encoder_decoder(model))
-    for tile in tqdm(_inputs.tiles(groups, 1), desc="Jacobians", disable=None if progress else True, leave=False):
+    groups = group_examples(inputs, encoder_decoder=is_encoder_decoder(model))
+    for tile in tqdm(tiles(groups, 1), desc="Jacobians", disable=None if progress else True, leave=False):
         rows, blocks = jacobian({name: params[name] for name in chosen}, tile)
         yield rows, torch.cat([blocks[name].flatten(2)[:, :, index] for name, index in chosen.items()], dim=2)

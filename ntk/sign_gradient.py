@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from ntk.adapters import Method
 from ntk.functional import evaluation, nonfinite_cause
 from ntk.inputs import Inputs
-from ntk.layout import layout_of
 from ntk.outputs import Output
+from ntk.request import Request
 from ntk.structured import kernels as structured
-from ntk.structured.calls import watched
 from ntk.structured.targets import method_kernels
 
 
@@ -53,17 +52,15 @@ def sign_gradient_kernels(
         NotImplementedError: a parameter's gradient cannot be captured.
         MemoryError: more memory is needed than ``memory_budget``.
     """
-    wanted = method_kernels(model, methods)
-    for name, shares in wanted.shares.items():
-        if weighed := [key for key, share in shares.items() if share != 1]:
+    targets = method_kernels(model, methods)
+    for name, weights in targets.weights.items():
+        if weighed := [key for key, weight in weights.items() if weight != 1]:
             raise ValueError(f"method {weighed[0]!r} weighs {name}: a sign has no weight, and no mean over draws")
-    with evaluation(model, inputs, inputs2), watched({**wanted.layers, **wanted.others}):
-        kernels, left = structured.kernels(
-            model, inputs, inputs2, wanted=wanted, output=output, layout=layout_of(None), memory_budget=memory_budget,
-            progress=progress, signed=True,
-        )  # fmt: skip
-    if left := left | wanted.lost:
-        name, why = next(iter(left.items()))
+    request = Request.of(model, inputs, inputs2, output, None, memory_budget, progress)
+    with evaluation(model, inputs, inputs2):
+        kernels, uncaptured = structured.kernels(request, targets, signed=True)
+    if uncaptured := uncaptured | targets.lost:
+        name, why = next(iter(uncaptured.items()))
         raise NotImplementedError(
             f"the gradient of {name} cannot be captured ({why}): take ntk.dynamics.sign_gradient_kernel of Jacobians"
         )

@@ -2,276 +2,206 @@
 
 One forward pass and c backward passes under :class:`ntk.structured.capture.Capture` leave, for every use of a
 parameter, what its tangent feature is made of: the inputs and output gradients of a matrix product (Novak et al. 2022,
-"structured derivatives"; per-example gradients as in Goodfellow 2015). :func:`ntk.structured.gram.gram` contracts them,
-forming features slice by slice or not at all, whichever takes fewer multiplications. Examples of similar length run
+"structured derivatives"; per-example gradients as in Goodfellow 2015). :func:`ntk.structured.gram.gram` contracts them.
+It forms features slice by slice or not at all, whichever takes fewer multiplications. Examples of similar length run
 together. Where the features of all parameters do not fit in memory at once, the passes go segment by segment, from the
 outputs down.
 
-Each batch is shown to give every example what it gives alone (:mod:`ntk.structured.independence`). What that or
+:mod:`ntk.structured.independence` shows of each batch that every example gets what it gets alone. What that or
 :mod:`ntk.structured.verification` refuses is tried once more with one example at a time, and goes to the reference
 after that.
 """
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ntk import inputs as _inputs
 from ntk import jacobian
 from ntk.counts import PASSES, note
-from ntk.features import Dense, Feature
-from ntk.functional import Parameters, first_line, is_encoder_decoder
-from ntk.inputs import Group, Inputs
-from ntk.layout import Layout, mirrored
-from ntk.outputs import Output
-from ntk.structured.capture import Place
+from ntk.functional import Leaves, Parameters, first_line, requiring_gradients
+from ntk.inputs import Group, pad_together, tiles
+from ntk.layout import mirrored
+from ntk.request import Request
+from ntk.structured.capture import Segment
+from ntk.structured.dependence import Origin
 from ntk.structured.gram import CHUNK, gram
-from ntk.structured.memory import IN_PROGRESS, cut, least_room, weight
-from ntk.structured.passes import Leaves, Pass, Segment, alone, length, requiring_gradients
-from ntk.structured.targets import Wanted, parameter_kernels
-from ntk.structured.verification import Plan, check_alone, check_one, check_together, compare
+from ntk.structured.memory import IN_PROGRESS, bytes_per_token, cut, least_room
+from ntk.structured.merging import Pending, Vectors
+from ntk.structured.passes import Pass, run
+from ntk.structured.targets import Targets, parameter_kernels
+from ntk.structured.verification import Plan, check_alone, check_outputs, check_together, compare
 
 logger = logging.getLogger(__name__)
 
-# A batch costs about as much before its first token as these many tokens do: on a processor, and on an accelerator,
-# which waits for a small batch's launches.
+# The cost of a batch beside its tokens, in tokens: on a processor, and on an accelerator, which waits for the launches
+# of a small batch.
 _OVERHEAD, _OVERHEAD_OF_LAUNCHES = 48, 2048
-# Elements of the largest parameter whose features are put together with others'.
-_VECTOR = 1 << 16
-# Share of a small budget for the temporaries of contractions.
+# The fraction of a small budget for the temporaries of contractions.
 _TEMPORARY = 0.1
 
 
-def layer_kernels(
-    model: nn.Module,
-    inputs: Inputs,
-    inputs2: Inputs | None,
-    *,
-    params: Parameters,
-    output: Output | None,
-    layout: Layout,
-    memory_budget: int | float | None,
-    progress: bool,
-    summed: bool = False,
-) -> dict[str, Tensor]:
-    """As :func:`ntk.jacobian.layer_kernels`; parameters that could not be captured come from there.
+def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict[str, Tensor]:
+    """As :func:`ntk.jacobian.layer_kernels`, which takes the parameters that cannot be captured.
 
     Cost and memory as :func:`kernels`.
     """
-    options = {"output": output, "layout": layout, "memory_budget": memory_budget, "progress": progress}
-    found: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
     try:
-        found, left = kernels(model, inputs, inputs2, wanted=parameter_kernels(params, summed=summed), **options)
+        captured, uncaptured = kernels(request, parameter_kernels(params, summed=summed))
     except ValueError as error:
-        # What the capture stumbles over, the reference may not; and a mistake of the caller's is one there too.
+        # The reference may work where the capture fails; a mistake of the caller's is an error there too.
         logger.info("not captured: all parameters (%s)", first_line(error))
-        left = dict.fromkeys(params, first_line(error))
-    if left:
-        logger.info("by the reference instead: %s", ", ".join(left))
-        rest = jacobian.layer_kernels(
-            model,
-            inputs,
-            inputs2,
-            params={name: params[name] for name in left},
-            summed=summed,
-            **options,
-        )
-        _merge(found, rest)
-    return found if summed else {name: found[name] for name in params}
+        uncaptured = dict.fromkeys(params, first_line(error))
+    if uncaptured:
+        logger.info("by the reference instead: %s", ", ".join(uncaptured))
+        rest = jacobian.layer_kernels(request, {name: params[name] for name in uncaptured}, summed=summed)
+        _add(captured, rest)
+    return captured if summed else {name: captured[name] for name in params}
 
 
-def kernels(
-    model: nn.Module,
-    inputs: Inputs,
-    inputs2: Inputs | None,
-    *,
-    wanted: Wanted,
-    output: Output | None,
-    layout: Layout,
-    memory_budget: int | float | None,
-    progress: bool,
-    signed: bool = False,
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The wanted kernels as far as they can be captured, and the parameters that are missing in them, with the reason.
+def kernels(request: Request, targets: Targets, *, signed: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The target kernels as far as they can be captured, and the parameters that they lack, with the reasons.
 
     Cost: one forward and c backward passes, the contractions, and a check on two examples. Memory: the inputs and c
-    output gradients of every captured use, on all examples. Where that exceeds ``memory_budget``, S segments of the
+    output gradients of every captured use, on all examples. Where that exceeds the memory budget, S segments of the
     model take turns, at the cost of (S + 1) / 2 forward passes; where even one layer's do not fit, tiles of examples.
 
     With ``signed``, columns' features are replaced by their signs (:mod:`ntk.sign_gradient`); there are no tiles then.
 
     Raises:
-        MemoryError: ``memory_budget`` is too small for two examples; says the least that is needed. With ``signed``,
+        MemoryError: the memory budget is too small for two examples; says the least that is needed. With ``signed``,
             too small for all examples at once.
     """
-    left = dict.fromkeys([*wanted.shares, *wanted.weights], "")  # parameters still to be done -> why they were not
+    uncaptured = dict.fromkeys([*targets.weights, *targets.layers_of_weight], "")
+    captured: dict[str, Tensor] = {}
     try:
-        return _kernels(model, inputs, inputs2, left, wanted, output, layout, memory_budget, progress, signed)
+        # Together, then one example at a time, where rows of different examples cannot be mistaken for one another.
+        for check in (check_together, check_alone):
+            with requiring_gradients(request.model, uncaptured) as leaves:
+                plan = check(request, leaves, targets)
+            names = [name for name in uncaptured if name not in plan.uncaptured]
+            if names:
+                with requiring_gradients(request.model, names) as leaves:
+                    try:
+                        _add(captured, _Tile.whole(request, targets, leaves, plan, signed=signed).run())
+                    except NotImplementedError as error:
+                        plan.uncaptured = dict.fromkeys(uncaptured, str(error))
+            uncaptured = plan.uncaptured
+            if not uncaptured:
+                break
+            logger.info("not captured: %s", "; ".join(f"{name} ({why})" for name, why in uncaptured.items()))
+        return captured, uncaptured
     except (ValueError, MemoryError):
         raise
-    except Exception as error:  # of models that are not captured, whatever the parameter
+    except Exception as error:  # the model cannot be captured, whatever the parameter
         own = isinstance(error, NotImplementedError) and "\n" not in str(error)
         why = str(error) if own else first_line(error)
         logger.info("not captured: all parameters (%s)", why)
-        return {}, dict.fromkeys(left, why)
+        return {}, dict.fromkeys([*targets.weights, *targets.layers_of_weight], why)
 
 
-def _kernels(
-    model: nn.Module, inputs: Inputs, inputs2: Inputs | None, left: dict[str, str], wanted: Wanted,
-    output: Output | None, layout: Layout, memory_budget: int | float | None, progress: bool, signed: bool,
-) -> tuple[dict[str, Tensor], dict[str, str]]:  # fmt: skip
-    """As :func:`kernels`; ``left`` are the parameters to be done."""
-    encoder_decoder = is_encoder_decoder(model)
-    groups1 = _inputs.group_examples(inputs, encoder_decoder=encoder_decoder)
-    groups2 = [] if inputs2 is None else _inputs.group_examples(inputs2, encoder_decoder=encoder_decoder)
-    found: dict[str, Tensor] = {}
-    # Together, then one example at a time, where rows of different examples cannot be mistaken for one another.
-    for check in (check_together, check_alone):
-        with requiring_gradients(model, left) as leaves:
-            plan = check(model, output, leaves, [*groups1, *groups2], wanted)
-        captured = [name for name in left if name not in plan.refused]
-        if captured:
-            with requiring_gradients(model, captured) as leaves:
-                job = _Job(
-                    model, output, leaves, plan, wanted, layout, groups1, groups2, memory_budget, progress, signed
-                )
-                try:
-                    _merge(found, job.run())
-                except NotImplementedError as error:
-                    plan.refused = dict.fromkeys(left, str(error))
-        left = plan.refused
-        if not left:
-            break
-        logger.info("not captured: %s", "; ".join(f"{name} ({why})" for name, why in left.items()))
-    return found, left
-
-
-def _merge(kernels: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+def _add(kernels: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
     for name, kernel in more.items():
         kernels[name] = kernels[name].add_(kernel) if name in kernels else kernel
 
 
 @dataclass
-class _Pending:
-    """Features of one trained parameter, by batch, until all are there."""
+class _Tile:
+    """The kernels of all captured parameters, over all examples or a tile of them.
 
-    shape: torch.Size
-    shares: Mapping[str, float]
-    features: dict[int, list[Feature]] = field(default_factory=dict)
+    Attributes:
+        rows: the examples of the rows, grouped.
+        columns: the examples of the columns, grouped; none for a symmetric kernel.
+        budget: bytes for everything here.
+        signed: whether columns' features are replaced by their signs.
+        held: bytes already held by the enclosing tiles.
+        longest: tokens of the longest example of all tiles.
+        reference: the least bytes that the reference needs for the parameters that are not captured.
+        totals: kernel -> ``(k, n1 m, n2 m)``, the examples in the batches' order.
+    """
 
+    request: Request
+    targets: Targets
+    leaves: Leaves
+    plan: Plan
+    rows: list[Group]
+    columns: list[Group]
+    budget: float
+    signed: bool
+    longest: int
+    reference: float
+    held: float = 0.0
+    totals: dict[str, Tensor] = field(default_factory=dict)
 
-class _Vectors:
-    """Small features of many parameters that have the same share in the same kernels, put together as one."""
+    @classmethod
+    def whole(cls, request: Request, targets: Targets, leaves: Leaves, plan: Plan, *, signed: bool) -> "_Tile":
+        """All examples."""
+        budget = request.budget(plan.device)
+        longest = max(group.length for group in (*request.rows, *request.columns))
+        tile = cls(request, targets, leaves, plan, request.rows, request.columns, budget, signed, longest, 0.0)
+        refused = {name: p.detach() for name, p in request.model.named_parameters() if name in plan.uncaptured}
+        if refused:
+            count = len({key for name in refused for key in targets.weights.get(name, ())})
+            n1, n2 = tile.size
+            sizes = jacobian.memory(refused, n1, n2, plan.outputs, request.layout, count)
+            tile.reference = sizes[0] + 2 * sizes[1]
+        return tile
 
-    def __init__(self, most: int):
-        """Of at most so many elements."""
-        self._most = most
-        self._held: dict[tuple, list[_Pending]] = {}
-
-    def take(self, slot: _Pending) -> bool:
-        """Keep a parameter's features for later, if they are vectors."""
-        if not all(isinstance(f, Dense) for features in slot.features.values() for f in features):
-            return False
-        if slot.shape.numel() > _VECTOR:
-            return False
-        self._held.setdefault((*slot.shares.items(), *sorted(slot.features)), []).append(slot)
-        return True
-
-    def full(self, limit: int | None = None) -> Iterator[_Pending]:
-        """Those that have become large, more than ``limit`` elements, as one parameter's."""
-        for key, slots in list(self._held.items()):
-            elements = sum(slot.shape.numel() for slot in slots) * sum(
-                features[0].shape[0] * features[0].shape[1] for features in slots[0].features.values()
-            )
-            if elements > (self._most if limit is None else limit):
-                del self._held[key]
-                yield _together(slots)
-
-
-def _together(slots: list[_Pending]) -> _Pending:
-    """One vector of all entries of several parameters' dense features."""
-    found = {}
-    for batch in slots[0].features:
-        values = []
-        for slot in slots:
-            first, *others = (f.value for f in slot.features[batch] if isinstance(f, Dense))
-            for other in others:
-                first = first + other
-            values.append(first.reshape(*first.shape[:2], slot.shape.numel()))
-        found[batch] = [Dense(torch.cat(values, dim=-1))]
-    length = next(iter(found.values()))[0].value.shape[-1]
-    return _Pending(torch.Size((length,)), slots[0].shares, found)
-
-
-class _Job:
-    """The kernels of all captured parameters, over all examples or a tile of them."""
-
-    def __init__(
-        self, model: nn.Module, output: Output | None, leaves: Leaves, plan: Plan, wanted: Wanted, layout: Layout,
-        groups1: list[Group], groups2: list[Group], memory_budget: int | float | None, progress: bool,
-        signed: bool = False,
-    ):  # fmt: skip
-        self.model, self.output, self.leaves, self.plan, self.wanted = model, output, leaves, plan, wanted
-        self.layout, self.groups1, self.groups2 = layout, groups1, groups2
-        self.n1, self.n2 = (sum(len(g.indices) for g in groups) for groups in (groups1, groups2))
-        self.progress, self.signed = progress, signed
-        self.shared = len(wanted.keys) < len(leaves)  # several parameters' kernels are summed
-        self.budget = memory_budget if memory_budget is not None else jacobian.default_memory_budget(plan.device)
-        self.chunk = int(min(CHUNK, _TEMPORARY / 3 * self.budget / plan.dtype.itemsize))
-        self.totals: dict[str, Tensor] = {}  # kernel (k, n1 m, n2 m), the examples in the batches' order
-        self.vectors = _Vectors(self.chunk)
-        self.longest = max(length(g) for g in (*groups1, *groups2))
-        self.spent = 0.0  # of the caller's budget, on kernels of which this job computes a tile
-        self.reference = self._reference()
+    def __post_init__(self) -> None:
+        self.layout = self.request.layout
+        self.n1, self.n2 = (sum(len(g.indices) for g in groups) for groups in (self.rows, self.columns))
+        self.size = self.n1, self.n2 or self.n1
+        self.chunk = int(min(CHUNK, _TEMPORARY / 3 * self.budget / self.plan.dtype.itemsize))
 
     def run(self) -> dict[str, Tensor]:
-        """The captured parameters' part of every wanted kernel that they have a part in."""
-        groups = [*self.groups1, *self.groups2]
-        tokens = sum(len(g.indices) * length(g) for g in groups)
+        """The captured parameters' part of every target kernel that they have a part in."""
+        groups = [*self.rows, *self.columns]
+        tokens = sum(len(g.indices) * g.length for g in groups)
         room = self._room()
         segments = cut(self.plan.costs, tokens, self.n1 + self.n2, room * (1 - IN_PROGRESS)) if room > 0 else None
         if segments is None:
             return self._tiled()
         if len(segments) > 1:
-            self._check(segments)
-        heaviest = max(weight(self.plan.costs, segment) for segment in segments)
-        most = max(max(length(g) for g in groups), int(room * IN_PROGRESS / max(1.0, heaviest)))
-        batches = [self._batches(side, most) for side in (self.groups1, self.groups2)]
-        self._passes(segments, [*batches[0], *batches[1]])
-        kernels = {key: self._in_order(total, *batches) for key, total in self.totals.items()}
+            self._check_segments(segments)
+        heaviest = max(bytes_per_token(self.plan.costs, segment) for segment in segments)
+        most = max(max(g.length for g in groups), int(room * IN_PROGRESS / max(1.0, heaviest)))
+        rows, columns = (self._batches(side, most) for side in (self.rows, self.columns))
+        self._passes(segments, [*rows, *columns])
+        kernels = {key: self._in_order(total, rows, columns) for key, total in self.totals.items()}
         self.totals.clear()
         for name in self.leaves:
-            for key in self.wanted.shares.get(name, ()) if name not in self.plan.refused else ():
+            for key in self.targets.weights.get(name, ()) if name not in self.plan.uncaptured else ():
                 if key not in kernels:
                     kernels[key] = self._zeros()
         return kernels
 
     def _passes(self, segments: list[Segment], batches: list[Group]) -> None:
-        above: list[dict[Place, Tensor] | None] = [None] * len(batches)
-        pending: dict[str, dict[str, _Pending]] = {}  # parameter -> slot
+        """Run all batches over each segment, and contract the features of the parameters that are finished."""
+        above: list[dict[Origin, Tensor] | None] = [None] * len(batches)
+        pending: dict[str, dict[str, Pending]] = {}  # parameter of the model -> trained parameter -> features
         finished: set[str] = set()
+        vectors = Vectors(self.chunk)
+        layers = self.targets.watched
         largest = max(batches, key=lambda batch: len(batch.indices))
-        disable = None if self.progress else True
+        disable = None if self.request.progress else True
         note(PASSES, "batches", len(batches))
         note(PASSES, "segments", len(segments))
         with tqdm(total=len(segments) * len(batches), desc="kernel passes", disable=disable, leave=False) as bar:
             for segment in segments:
                 for i, batch in enumerate(batches):
-                    done = Pass(
-                        self.model, self.output, self.leaves, batch, segment, above[i], bool(self.wanted.methods)
-                    )
+                    done = run(self.request, self.leaves, batch, layers, segment, above[i])
                     self._check_batch(done, batch, largest=batch is largest)
-                    self.plan.refused.update(done.missed)
-                    for found in done.features(self.leaves):
-                        slots = pending.setdefault(found.name, {})
-                        for piece in self.wanted.pieces(found, self.leaves[found.name].shape):
-                            slot = slots.setdefault(piece.slot, _Pending(piece.shape, piece.shares))
-                            slot.features.setdefault(i, []).append(piece.feature)
+                    self.plan.uncaptured.update(done.missed)
+                    for captured in done.features():
+                        trained = pending.setdefault(captured.name, {})
+                        for each in self.targets.contributions(captured, self.leaves[captured.name].shape):
+                            features = trained.setdefault(each.trained, Pending(each.shape, each.weights)).features
+                            features.setdefault(i, []).append(each.feature)
                     above[i] = done.below
                     bar.update()
                 further_down = {name for cost in self.plan.costs[: segment[0]] for name in cost.names}
@@ -279,23 +209,24 @@ class _Job:
                     if name in finished:
                         raise NotImplementedError("parameters are not used in the same order by all examples")
                     finished.add(name)
-                    for slot in pending.pop(name).values():
-                        if not self.vectors.take(slot):
-                            self._add(slot, batches)
-                    for slot in self.vectors.full():
-                        self._add(slot, batches)
-                for slot in self.vectors.full(0):
-                    self._add(slot, batches)
-        if wrong := finished & self.plan.refused.keys():
-            if self.shared or self.wanted.methods:
+                    for each in pending.pop(name).values():
+                        if not vectors.take(each):
+                            self._contract(each, batches)
+                    for each in vectors.merged():
+                        self._contract(each, batches)
+                for each in vectors.merged(everything=True):
+                    self._contract(each, batches)
+        if wrong := finished & self.plan.uncaptured.keys():
+            # A sum over several parameters cannot be freed of one of them.
+            if len(self.targets.kernels) < len(self.leaves) or self.targets.methods:
                 raise NotImplementedError(f"some examples use {min(wrong)} in a way that others do not")
             for name in wrong:
                 self.totals.pop(name, None)
 
     def _check_batch(self, done: Pass, batch: Group, *, largest: bool) -> None:
-        """See that the batch gave each example what the example gives alone.
+        """Make sure that the batch gave each example what the example gives alone.
 
-        Operation by operation the pass has shown that no example depends on another. What is left is how the forward
+        Operation by operation the pass has shown that no example depends on another. What remains is how the forward
         pass depends on the padding, which two examples show for every way that it takes, and on the number of examples,
         which one example of the largest batch shows.
         """
@@ -306,25 +237,23 @@ class _Job:
         if done.reads not in self.plan.reads:
             self._check_reads(done.reads, batch)
         if largest:
-            check_one(self.model, self.output, batch, done.values, self.plan)
+            check_outputs(self.request, batch, done.values, self.plan)
 
     def _check_reads(self, reads: tuple, batch: Group) -> None:
         """Compare two examples with the same examples alone, where a batch's masks were read as never before."""
-        shortest, *_, longest = sorted((alone(batch, i) for i in range(len(batch.indices))), key=length)
-        pair = _inputs.pad_together([shortest, longest], self.plan.padding or 0)
+        shortest, *_, longest = sorted((batch.alone(i) for i in range(len(batch.indices))), key=lambda one: one.length)
+        pair = pad_together([shortest, longest], self.plan.padding or 0)
         if len(pair) == 1:
-            found = compare(self.model, self.output, self.leaves, self.wanted, pair[0], [shortest, longest])
-            if not found.refused.keys() - self.plan.refused.keys():
+            found = compare(self.request, self.leaves, self.targets, pair[0], [shortest, longest])
+            if not found.uncaptured.keys() - self.plan.uncaptured.keys():
                 self.plan.reads |= found.reads
         if reads not in self.plan.reads:
             raise NotImplementedError("its forward pass reads the padding of the whole batch, and may branch on it")
 
-    def _check(self, segments: list[Segment]) -> None:
-        """See that the passes can be cut so, which tensors that escape the capture would prevent."""
+    def _check_segments(self, segments: list[Segment]) -> None:
+        """Make sure that the passes can be cut so; tensors that escape the capture would prevent it."""
         assert self.plan.checked is not None
-        group, single = self.plan.checked
-        found = compare(self.model, self.output, self.leaves, self.wanted, group, single, segments)
-        if found.refused:
+        if compare(self.request, self.leaves, self.targets, *self.plan.checked, segments).uncaptured:
             raise NotImplementedError("the passes of this model cannot be cut into segments")
 
     def _tiled(self) -> dict[str, Tensor]:
@@ -333,44 +262,36 @@ class _Job:
         Raises:
             MemoryError: two examples are too many.
         """
-        n2 = self.n2 or self.n1
-        kept = len(self.wanted.keys) * self._kernel_bytes()
         if self.signed:
             raise MemoryError(
                 f"the features of one layer on all {self.n1 + self.n2} examples do not fit memory_budget, "
                 f"{jacobian.gigabytes(self.budget)}: use fewer examples, or raise memory_budget"
             )
-        if max(self.n1, n2) == 1:
+        if self.size == (1, 1):
             raise self._too_little()
-        sides = [_halves(groups, n) for groups, n in ((self.groups1, self.n1), (self.groups2, self.n2))]
-        if self.n2 == 0:
-            first, second = sides[0]
-            tiles = [(first, []), (first, second), (second, [])]
-        else:
-            tiles = [(left, right) for left in sides[0] for right in sides[1]]
+        first, second = _halves(self.rows, self.n1), _halves(self.columns, self.n2)
+        pairs = list(itertools.product(first, second)) if self.n2 else [(first[0], []), tuple(first), (first[1], [])]
         kernels: dict[str, Tensor] = {}
-        note(PASSES, "tiles", len(tiles))
-        for left, right in tiles:
-            (local1, rows), (local2, columns) = _renumbered(left), _renumbered(right)
-            job = _Job(
-                self.model, self.output, self.leaves, self.plan, self.wanted, self.layout, local1, local2,
-                self.budget - kept, self.progress,
-            )  # fmt: skip
-            job.longest, job.spent, job.reference = self.longest, self.spent + kept, self.reference
-            part = job.run()
+        kept = len(self.targets.kernels) * self._kernel_bytes()
+        note(PASSES, "tiles", len(pairs))
+        for left, right in pairs:
+            (rows, row_indices), (columns, column_indices) = _renumbered(left), _renumbered(right)
+            part = replace(
+                self, rows=rows, columns=columns, budget=self.budget - kept, held=self.held + kept, totals={}
+            ).run()
             for key, kernel in part.items():
                 whole = kernels[key] if key in kernels else kernels.setdefault(key, self._zeros())
-                whole[rows[:, None], (columns if right else rows)[None, :]] = kernel
+                whole[row_indices[:, None], (column_indices if right else row_indices)[None, :]] = kernel
                 if right and self.n2 == 0:
-                    whole[columns[:, None], rows[None, :]] = mirrored(kernel)
-        if wrong := self.plan.refused.keys() & self.leaves.keys():
+                    whole[column_indices[:, None], row_indices[None, :]] = mirrored(kernel)
+        if wrong := self.plan.uncaptured.keys() & self.leaves.keys():
             raise NotImplementedError(f"some examples use {min(wrong)} in a way that others do not")
         return kernels
 
     def _too_little(self) -> MemoryError:
         room = least_room(self.plan.costs, 2 * self.longest, 2)
         kernels = self.budget * (1 - _TEMPORARY) - self._room()
-        kept = self.spent + kernels / (1 - _TEMPORARY)
+        kept = self.held + kernels / (1 - _TEMPORARY)
         least = max(self.reference, kept + room / (1 - IN_PROGRESS) / (1 - _TEMPORARY))
         use = (
             f"fewer examples or outputs{jacobian.smaller_layout(self.layout, self.plan.outputs)}"
@@ -379,64 +300,54 @@ class _Job:
         )
         return MemoryError(
             f"two examples need at least {jacobian.at_least(least)} but memory_budget is "
-            f"{jacobian.gigabytes(self.budget + self.spent)} (kernels {jacobian.gigabytes(kept)}): use {use}, or raise "
+            f"{jacobian.gigabytes(self.budget + self.held)} (kernels {jacobian.gigabytes(kept)}): use {use}, or raise "
             "memory_budget"
         )
 
-    def _reference(self) -> float:
-        """The least that the reference needs in bytes, for what it will have to take."""
-        refused = {name: p.detach() for name, p in self.model.named_parameters() if name in self.plan.refused}
-        if not refused:
-            return 0.0
-        count = len({key for name in refused for key in self.wanted.shares.get(name, ())})
-        kernels, example = jacobian.memory(refused, self.n1, self.n2 or self.n1, self.plan.outputs, self.layout, count)
-        return kernels + 2 * example
-
     def _room(self) -> float:
-        """Bytes left for features and activations beside kernels and temporaries."""
+        """Bytes for features and activations, beside kernels and temporaries."""
         # The running sum or all of them, one more in the making, and its Gram matrix.
-        kernels = (2 + len(self.wanted.keys)) * self._kernel_bytes()
+        kernels = (2 + len(self.targets.kernels)) * self._kernel_bytes()
         return self.budget - kernels - 3 * self.chunk * self.plan.dtype.itemsize
 
     def _kernel_bytes(self) -> int:
-        entries = self.n1 * (self.n2 or self.n1) * self.layout.size(self.plan.outputs)
-        return entries * self.plan.dtype.itemsize
+        n1, n2 = self.size
+        return n1 * n2 * self.layout.size(self.plan.outputs) * self.plan.dtype.itemsize
 
     def _batches(self, groups: list[Group], most_tokens: int) -> list[Group]:
         """Groups of similar length run together, cut to what fits in memory."""
         if self.plan.padding is not None:
             overhead = _OVERHEAD if self.plan.device.type == "cpu" else _OVERHEAD_OF_LAUNCHES
-            groups = _inputs.pad_together(groups, self.plan.padding, overhead=overhead)
-        result = []
+            groups = pad_together(groups, self.plan.padding, overhead=overhead)
+        batches = []
         for group in groups:
-            size = max(1, most_tokens // length(group))
+            size = max(1, most_tokens // group.length)
             size = min(size, self.plan.largest or size)
-            result += [group.take(slice(i, i + size)) for i in range(0, len(group.indices), size)]
-        return result
+            batches += [group.take(slice(i, i + size)) for i in range(0, len(group.indices), size)]
+        return batches
 
-    def _add(self, slot: _Pending, batches: list[Group]) -> None:
-        """Contract one trained parameter's features; batches that do not use it have no share."""
+    def _contract(self, pending: Pending, batches: list[Group]) -> None:
+        """Add one trained parameter's kernel to the totals; rows of batches that do not use it are zero."""
         sizes = [len(g.indices) for g in batches]
         starts = [0, *itertools.accumulate(sizes)]
-        used = sorted(slot.features)
+        used = sorted(pending.features)
         split = sum(sizes[i] for i in used if starts[i] < self.n1) if self.n2 else None
-        count = sum(sizes[i] for i in used)
-        if split == 0 or split == count:
+        if split == 0 or split == sum(sizes[i] for i in used):
             return
-        features = [slot.features[i] for i in used]
-        matrix = gram(features, slot.shape, split, self.layout, self.chunk, signed=self.signed).to(self.plan.dtype)
+        features = [pending.features[i] for i in used]
+        matrix = gram(features, pending.shape, split, self.layout, self.chunk, signed=self.signed).to(self.plan.dtype)
         if len(used) < len(batches):
             k, m, _ = self.layout.places(self.plan.outputs)
-            places = torch.cat([torch.arange(starts[i] * m, starts[i + 1] * m) for i in used]).to(self.plan.device)
-            rows, columns = (places, places) if split is None else (places[: split * m], places[split * m :])
-            whole = matrix.new_zeros(k, self.n1 * m, (self.n2 or self.n1) * m)
+            entries = torch.cat([torch.arange(starts[i] * m, starts[i + 1] * m) for i in used]).to(self.plan.device)
+            rows, columns = (entries, entries) if split is None else (entries[: split * m], entries[split * m :])
+            whole = matrix.new_zeros(k, self.n1 * m, self.size[1] * m)
             whole[:, rows[:, None], (columns - (self.n1 * m if self.n2 else 0))[None, :]] = matrix
             matrix = whole
-        for key, share in slot.shares.items():
+        for key, weight in pending.weights.items():
             if key in self.totals:
-                self.totals[key].add_(matrix, alpha=share)
+                self.totals[key].add_(matrix, alpha=weight)
             else:
-                self.totals[key] = matrix * share
+                self.totals[key] = matrix * weight
 
     def _in_order(self, total: Tensor, left: list[Group], right: list[Group]) -> Tensor:
         """The kernel ``(n1, n2, ...)``, the examples in their own order."""
@@ -448,12 +359,12 @@ class _Job:
         return kernel
 
     def _zeros(self) -> Tensor:
-        shape = self.n1, self.n2 or self.n1, *self.layout.shape(self.plan.outputs)
+        shape = *self.size, *self.layout.shape(self.plan.outputs)
         return torch.zeros(shape, dtype=self.plan.dtype, device=self.plan.device)
 
 
 def _halves(groups: list[Group], n: int) -> list[list[Group]]:
-    return _inputs.tiles(groups, -(-n // 2)) if n > 1 else [groups]
+    return tiles(groups, -(-n // 2)) if n > 1 else [groups]
 
 
 def _renumbered(groups: list[Group]) -> tuple[list[Group], Tensor]:

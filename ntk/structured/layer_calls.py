@@ -1,9 +1,9 @@
 """What layers are given, return and get back when a model calls them: the reference for adapters.
 
-Examples run one at a time, and autograd alone says the gradients at what a layer returned and at what it was given. So
-it does not matter what the layer does, whether its output has an axis of examples, who writes into that output, or how
-many layers share a weight. Where the model reads a layer's weight or bias outside of the layer's calls, it finds a
-tensor of that layer's own, with its own gradient.
+Examples run one at a time, and autograd alone finds the gradients at what a layer returned and at what it was given. It
+therefore does not matter what the layer does, whether its output has an axis of examples, whether the model writes into
+that output, or how many layers share a weight. Where the model reads a layer's weight or bias outside of the layer's
+calls, it reads a copy with a gradient of its own.
 
 For n examples and c outputs: n forward and c n backward passes, and the inputs, outputs and gradients of the layers
 on all examples, as many layers at once as fit in memory.
@@ -11,23 +11,21 @@ on all examples, as many layers at once as fit in memory.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntk import inputs as _inputs
 from ntk.adapters import Layer, Method, matrix_of
 from ntk.features import Feature, Lookup, Outer
-from ntk.functional import call, first_line, is_encoder_decoder
-from ntk.inputs import Group, Inputs
-from ntk.jacobian import default_memory_budget, gigabytes
+from ntk.functional import batch_of, call, first_line, requiring_gradients
+from ntk.inputs import Group
+from ntk.jacobian import gigabytes
 from ntk.layout import Layout
-from ntk.outputs import Output
+from ntk.request import Request
 from ntk.structured.gram import gram
-from ntk.structured.passes import batch_of, length, requiring_gradients
 from ntk.tokens import Tokens, not_zero
 
 # Of a layer that only multiplies by its weight, outputs differ from W x + b by no more machine epsilons than this.
@@ -35,8 +33,16 @@ _ROUNDING = 64
 
 
 @dataclass
-class _Parts:
-    """What one example leaves at a layer: ``(N, s)``, ``(N, r)``, ``(c, N, r)``, ``(c, N, s)`` and ``(c, r)``."""
+class _Record:
+    """What one example leaves at a layer, with the names and units of :class:`ntk.adapters.Layer`.
+
+    Attributes:
+        x: ``(N, s)``.
+        y: ``(N, r)``.
+        g: ``(c, N, r)``.
+        at_inputs: ``(c, N, s)``.
+        read: ``(c, r)``.
+    """
 
     x: Tensor | None
     y: Tensor
@@ -46,7 +52,7 @@ class _Parts:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """In bytes."""
         return sum(t.numel() * t.element_size() for t in vars(self).values() if t is not None)
 
 
@@ -66,51 +72,37 @@ class _Watched:
 
 
 def adapter_kernels(
-    model: nn.Module,
-    inputs: Inputs,
-    inputs2: Inputs | None,
-    *,
-    layers: Mapping[str, nn.Module],
-    methods: Mapping[str, Method],
-    output: Output | None,
-    layout: Layout,
-    memory_budget: int | float | None,
+    request: Request, layers: Mapping[str, nn.Module], methods: Mapping[str, Method]
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """The kernels of what methods add to layers, ``{method: (n1, n2, ...)}``; of methods that stand at one of them.
+    """The kernels of what methods add to layers, ``{method: (n1, n2, ...)}``, for the methods that adapt any of them.
 
     Args:
-        model: in evaluation mode.
-        inputs: as in :func:`ntk.empirical_ntk`.
-        inputs2: likewise.
+        request: the model and its examples.
         layers: by the names of their modules.
         methods: by name.
-        output: as in :func:`ntk.empirical_ntk`.
-        layout: what becomes of the outputs.
-        memory_budget: bytes, likewise.
 
     Returns:
-        The kernels, and the layers whose weight the model reads outside of their calls, where methods other than those
-        with `in_reads` do not act.
+        The kernels, and the layers whose weight the model reads outside of their calls, where only methods with
+        `in_reads` act.
 
     Raises:
         NotImplementedError: a layer returns no tensor, or is no layer of tokens; names it.
         MemoryError: one layer's inputs, outputs and gradients do not fit, with the size needed.
     """
-    sides = [_examples(model, each) for each in (inputs, inputs2) if each is not None]
-    n1, n2 = len(sides[0]), len(sides[-1])
-    longest = max((example for side in sides for example in side), key=length)
-    with requiring_gradients(model, []):
-        first = _run(model, output, longest, layers)
-        c = next(iter(first.values())).g.shape[0]
-        dtype = next(iter(first.values())).g.dtype
-        device = next(iter(first.values())).g.device
-        budget = default_memory_budget(device) if memory_budget is None else memory_budget
-        room = budget - (len(methods) + 2) * n1 * n2 * layout.size(c) * dtype.itemsize
-        sizes = {name: parts.size * sum(map(len, sides)) for name, parts in first.items()}
+    sides = [_examples(groups) for groups in (request.rows, request.columns) if groups]
+    n, n1, n2 = sum(map(len, sides)), len(sides[0]), len(sides[-1])
+    longest = max((example for side in sides for example in side), key=lambda example: example.length)
+    with requiring_gradients(request.model, []):
+        first = _run(request, longest, layers)
+        c, like = next((len(records.g), records.g) for records in first.values())
+        shape = n1, n2, *request.layout.shape(c)
+        budget = request.budget(like.device)
+        room = budget - (len(methods) + 2) * n1 * n2 * request.layout.size(c) * like.dtype.itemsize
+        sizes = {name: records.size * n for name, records in first.items()}
         if (most := max(sizes.values())) > room:
             name = max(sizes, key=lambda name: sizes[name])
             raise MemoryError(
-                f"the inputs, outputs and gradients of {name} on all {sum(map(len, sides))} examples need "
+                f"the inputs, outputs and gradients of {name} on all {n} examples need "
                 f"{gigabytes(budget - room + most)} but memory_budget is {gigabytes(budget)}: raise memory_budget, or "
                 "use fewer examples"
             )
@@ -119,18 +111,17 @@ def adapter_kernels(
         read: set[str] = set()
         for names in _batches(sizes, room):
             chosen = {name: layers[name] for name in names}
-            found = [[_run(model, output, example, chosen) for example in side] for side in sides]
+            recorded = [[_run(request, example, chosen) for example in side] for side in sides]
             for name in names:
-                joined = [_joined(name, layers[name], [parts.pop(name) for parts in side]) for side in found]
+                joined = [_joined(name, layers[name], [each.pop(name) for each in side]) for side in recorded]
                 if any(layer.read is not None for layer in joined):
                     read.add(name)
                     joined = [_with_read(layer, c) for layer in joined]
                 for key, method in methods.items():
                     if method.adapts(name):
-                        zeros = torch.zeros(n1, n2, *layout.shape(c), dtype=dtype, device=device)
-                        for kernel in _kernels(method, joined, layout):
-                            kernels[key] = kernels.setdefault(key, zeros).add_(kernel)
-                        kernels.setdefault(key, zeros)
+                        total = kernels.setdefault(key, torch.zeros(shape, dtype=like.dtype, device=like.device))
+                        for kernel in _kernels(method, joined, request.layout):
+                            total += kernel
     return kernels, read
 
 
@@ -145,18 +136,16 @@ def _kernels(method: Method, layers: Sequence[Layer], layout: Layout) -> Iterato
 
 
 def _with_read(layer: Layer, c: int) -> Layer:
-    """The layer with zeros for reads that no example did."""
+    """The layer with zeros for reads if no example reads its weight."""
     if layer.read is not None:
         return layer
-    zeros = layer.y.new_zeros(layer.feature.tokens.n, c, layer.y.shape[-1])
-    return Layer(**{**{name: getattr(layer, name) for name in Layer.__dataclass_fields__}, "read": zeros})
+    return replace(layer, read=layer.y.new_zeros(layer.feature.tokens.n, c, layer.y.shape[-1]))
 
 
-def _examples(model: nn.Module, inputs: Inputs) -> list[Group]:
-    """Each alone, in their order."""
-    groups = _inputs.group_examples(inputs, encoder_decoder=is_encoder_decoder(model))
-    found = {i: group.take(slice(k, k + 1)) for group in groups for k, i in enumerate(group.indices)}
-    return [found[i] for i in sorted(found)]
+def _examples(groups: Sequence[Group]) -> list[Group]:
+    """Each example alone, in their order."""
+    examples = {i: group.take(slice(k, k + 1)) for group in groups for k, i in enumerate(group.indices)}
+    return [examples[i] for i in sorted(examples)]
 
 
 def _batches(sizes: Mapping[str, int], room: float) -> Iterator[list[str]]:
@@ -171,10 +160,23 @@ def _batches(sizes: Mapping[str, int], room: float) -> Iterator[list[str]]:
     yield names
 
 
-def _run(model: nn.Module, output: Output | None, example: Group, layers: Mapping[str, nn.Module]) -> dict[str, _Parts]:
-    """What one example leaves at each layer, or in one line why that is not known."""
+def _run(request: Request, example: Group, layers: Mapping[str, nn.Module]) -> dict[str, _Record]:
+    """What one example leaves at each layer; an error says in one line why that is not known."""
     try:
-        return _followed(model, output, example, layers)
+        with torch.enable_grad(), _watching(layers) as watched:
+            values = call(request.model, request.output, batch_of(example), 1)[0]
+            tensors = [t for w in watched for t in (*(t for pair in w.calls for t in pair), *w.apart.values())]
+            # A tensor that the model computes under no_grad requires no gradient.
+            targets = [t for t in tensors if t is not None and t.requires_grad]
+            rows: list[Sequence[Tensor | None]] = []
+            for value in values:
+                if values.requires_grad and targets:
+                    rows.append(torch.autograd.grad(value, targets, retain_graph=True, allow_unused=True))
+                else:
+                    rows.append([None] * len(targets))
+            gradients = {id(t): [row[i] for row in rows] for i, t in enumerate(targets)}
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            return {w.name: _record(w, gradients, len(values), dtype) for w in watched}
     except (ValueError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -184,27 +186,7 @@ def _run(model: nn.Module, output: Output | None, example: Group, layers: Mappin
         ) from error
 
 
-def _followed(
-    model: nn.Module, output: Output | None, example: Group, layers: Mapping[str, nn.Module]
-) -> dict[str, _Parts]:
-    with torch.enable_grad(), _watching(layers) as watched:
-        values = call(model, output, batch_of(example), 1)[0]
-        found: dict[str, _Parts] = {}
-        tensors = [t for w in watched for t in (*(t for pair in w.calls for t in pair), *w.apart.values())]
-        targets = [t for t in tensors if t is not None and t.requires_grad]  # not what a model computes under no_grad
-        rows: list[Sequence[Tensor | None]] = []
-        for a in range(len(values)):
-            if values.requires_grad and targets:
-                rows.append(torch.autograd.grad(values[a], targets, retain_graph=True, allow_unused=True))
-            else:
-                rows.append([None] * len(targets))
-        gradients = {id(t): [row[i] for row in rows] for i, t in enumerate(targets)}
-        for w in watched:
-            found[w.name] = _parts(w, gradients, len(values), torch.promote_types(values.dtype, torch.float32))
-    return found
-
-
-def _parts(w: _Watched, gradients: Mapping[int, list[Tensor | None]], c: int, dtype: torch.dtype) -> _Parts:
+def _record(w: _Watched, gradients: Mapping[int, list[Tensor | None]], c: int, dtype: torch.dtype) -> _Record:
     def at(t: Tensor) -> Tensor:
         """(c, N, d): the gradients at a tensor of tokens."""
         if t.requires_grad and id(t) not in gradients:  # called again by the backward pass, or on torch.func's tensors
@@ -241,7 +223,7 @@ def _parts(w: _Watched, gradients: Mapping[int, list[Tensor | None]], c: int, dt
         x = torch.cat(xs) if xs else weight.new_zeros(0, s, dtype=dtype)
         if not _only_multiplies(x, y, weight, bias):
             back = torch.cat(backs, dim=1) if backs else x.expand(c, 0, s)
-    return _Parts(x, y, g, back, _read(w, gradients, dtype, c))
+    return _Record(x, y, g, back, _read(w, gradients, dtype, c))
 
 
 def _only_multiplies(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -281,7 +263,7 @@ def _read(w: _Watched, gradients: Mapping[int, list[Tensor | None]], dtype: torc
     return total
 
 
-def _joined(name: str, module: nn.Module, parts: Sequence[_Parts]) -> Layer:
+def _joined(name: str, module: nn.Module, parts: Sequence[_Record]) -> Layer:
     """The layer on all examples of one side."""
     weight, bias = matrix_of(module)
     g = torch.cat([p.g for p in parts], dim=1)

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ntk.features import Dense, Feature, Outer
-from ntk.structured.capture import Capture
-from ntk.structured.passes import Leaves, Segment
+from ntk.functional import Leaves
+from ntk.structured.capture import Capture, Segment
 
-# Share of the memory for activations of the batch in progress; the rest holds features of all batches.
+# The fraction of memory for activations of the batch in progress; the rest holds the features of all batches.
 IN_PROGRESS = 0.3
 
 
@@ -21,8 +21,9 @@ class Cost:
     """What one mixing operation holds, in bytes for each token and for each example.
 
     Attributes:
-        names: parameters it uses.
-        graph: activations that autograd keeps until the next one, and gradient buffers, while a batch is in progress.
+        names: the parameters that it uses.
+        graph: activations that autograd keeps until the next mixing operation, and gradient buffers, for each token
+            while a batch is in progress.
         per_token: features of matrices and embeddings, until they are contracted.
         per_example: features of other parameters.
     """
@@ -35,11 +36,11 @@ class Cost:
 
 @contextmanager
 def measured(capture: Capture, leaves: Leaves, costs: list[Cost], tokens: int) -> Iterator[None]:
-    """Counts what autograd keeps, by the number of mixing operations seen before it was kept."""
+    """Add what autograd keeps to the costs of the mixing operation seen last before it was kept."""
     seen = {p.untyped_storage().data_ptr() for p in leaves.values()}
 
     def keep(t: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction():  # Called by the forward pass, and no part of it.
+        with torch._C.DisableTorchFunction():  # the forward pass calls this function, and the capture must not see it
             storage = t.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
@@ -68,8 +69,8 @@ def charge(cost: Cost, feature: Feature, n: int, tokens: int, shared: set[int]) 
             cost.per_token += t.numel() * t.element_size() / tokens
 
 
-def weight(costs: Sequence[Cost], segment: Segment) -> float:
-    """Bytes for each token that a batch in progress holds over a segment."""
+def bytes_per_token(costs: Sequence[Cost], segment: Segment) -> float:
+    """What a batch in progress holds over a segment, for each token."""
     stop = None if segment[1] == float("inf") else int(segment[1])
     return sum(cost.graph for cost in costs[segment[0] : stop])
 
@@ -77,13 +78,13 @@ def weight(costs: Sequence[Cost], segment: Segment) -> float:
 def cut(costs: Sequence[Cost], tokens: int, examples: int, room: float) -> list[Segment] | None:
     """Cut the mixing operations, from the last to the first, into segments whose features fit in ``room`` bytes.
 
-    None if one of them alone does not fit.
+    Returns None if one of them alone does not fit.
     """
     held = [cost.per_token * tokens + cost.per_example * examples for cost in costs]
     lowest = {name: i for i, cost in reversed(list(enumerate(costs))) for name in cost.names}
     segments: list[Segment] = []
     stop: float = float("inf")
-    load = carried = 0.0  # Features of parameters that are used again further down are carried along.
+    load = carried = 0.0  # carried: features of parameters that are used again further down
     for i in reversed(range(len(costs))):
         if load + carried + held[i] > room and load > 0:
             segments.append((i + 1, stop))
@@ -96,7 +97,7 @@ def cut(costs: Sequence[Cost], tokens: int, examples: int, room: float) -> list[
 
 
 def least_room(costs: Sequence[Cost], tokens: int, examples: int) -> float:
-    """The least for which :func:`cut` finds segments, to a thousandth."""
+    """The smallest ``room`` for which :func:`cut` finds segments, to a relative accuracy of 1e-3."""
     low, high = 0.0, sum(cost.per_token * tokens + cost.per_example * examples for cost in costs)
     while high - low > 1e-3 * high:
         middle = (low + high) / 2

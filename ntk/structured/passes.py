@@ -1,143 +1,167 @@
 """Forward and backward passes of one batch under capture, over the whole model or a segment of it."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ntk.functional import call, fresh
+from ntk.features import Dense, Lookup, Outer
+from ntk.functional import Leaves, batch_of, call
 from ntk.inputs import ENCODER_MASK, Group
-from ntk.outputs import Output
-from ntk.structured.capture import Capture, Captured, Place, SegmentEnd, collect
+from ntk.request import Request
+from ntk.structured.calls import watched
+from ntk.structured.capture import WHOLE, Capture, Segment, SegmentEnd
+from ntk.structured.dependence import Captured, Origin, Use
 from ntk.structured.independence import Independence, follows_torch
-
-Segment = tuple[int, float]  # first mixing operation, and the first not in it
-Leaves = dict[str, nn.Parameter]
-
-WHOLE: Segment = (0, float("inf"))
+from ntk.structured.targets import WatchedLayers
+from ntk.tokens import Packing
 
 
-@contextmanager
-def requiring_gradients(model: nn.Module, names: Iterable[str]) -> Iterator[Leaves]:
-    """The named parameters requiring gradients, and no other; restored afterwards."""
-    everything = dict(model.named_parameters())
-    before = {name: p.requires_grad for name, p in everything.items()}
-    chosen = set(names)
-    try:
-        for name, p in everything.items():
-            p.requires_grad_(name in chosen)
-        yield {name: p for name, p in everything.items() if name in chosen}
-    finally:
-        for name, p in everything.items():
-            p.requires_grad_(before[name])
-
-
+@dataclass
 class Pass:
-    """Forward and backward passes of one batch over one segment.
+    """What the forward and backward passes of one batch over one segment leave.
 
     Attributes:
+        leaves: the parameters that were captured.
         capture: what was recorded.
-        values: the outputs ``(n, c)``; None for all but the last segment.
+        values: the outputs ``(n, c)``; None for all segments except the last.
         missed: parameter -> why its features are not all there.
         below: where the segment's incoming activations were made -> their gradients ``(c, ...)``.
         mixing: why the examples may have changed one another's outputs or gradients; None if they have not, and for
-            all but the last segment, since the forward pass is the same.
+            all segments except the last, since the forward pass is the same.
         reads: the values of attention masks that the forward pass read.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        output: Output | None,
-        leaves: Leaves,
-        group: Group,
-        segment: Segment = WHOLE,
-        above: dict[Place, Tensor] | None = None,
-        keep_outputs: bool = False,
-        observe: Callable[[Capture], AbstractContextManager] | None = None,
-    ):
-        """Run them.
+    leaves: Leaves
+    capture: Capture
+    values: Tensor | None
+    missed: dict[str, str]
+    below: dict[Origin, Tensor]
+    mixing: str | None
+    reads: tuple[Any, ...]
 
-        Args:
-            model: in evaluation mode.
-            output: as in :func:`ntk.empirical_ntk`.
-            leaves: the parameters to capture.
-            group: the batch.
-            segment: first mixing operation to record, and the first not to.
-            above: for all but the last segment, the gradients ``(c, ...)`` at its cut with the next one.
-            keep_outputs: whether to hold the outputs of the operations too.
-            observe: makes a context for the forward pass from its capture.
-        """
-        n = len(group.indices)
-        outputs = next(iter(above.values())).shape[0] if above else None
-        proof = Independence(n) if n > 1 and above is None else None
-        self.capture = capture = Capture(
-            leaves, n, outputs=outputs, segment=segment, keep=frozenset(above or ()), keep_outputs=keep_outputs,
-            proof=proof,
-        )  # fmt: skip
-        batch = capture.mark(batch_of(group))
-        if proof is not None:
-            for key in group.batched:
-                proof.mark(batch[key], mask=key.endswith(ENCODER_MASK))
-        self.mixing: str | None = None
-        self.reads: tuple[Any, ...] = ()
-        with torch.enable_grad():
-            with nullcontext() if observe is None else observe(capture), capture, proof or nullcontext():
-                try:
-                    values = call(model, output, batch, n)
-                except SegmentEnd:
-                    values = None
-            self.values = None if values is None else values.detach()
-            if proof is not None and values is not None:
-                self.reads = tuple(proof.reads)
-                self.mixing = proof.why or _mixed(proof, values)
-            self.missed = dict(capture.unhandled)
-            kept: dict[Place, Tensor] = {}
-            if above is None:
-                assert values is not None
-                capture.outputs = values.shape[1]
-                ends = [([values[:, a].sum()], [None]) for a in range(capture.outputs) if values.requires_grad]
-            else:
-                if len(capture.kept) < len(above):
-                    raise NotImplementedError("the forward pass does not repeat itself")
-                kept = {place: t for place, t in capture.kept.items() if t.requires_grad}
-                ends = [(list(kept.values()), [above[place][a] for place in kept]) for a in range(capture.outputs)]
-            del values
+    def features(self) -> Iterator[Captured]:
+        """Yield each feature of the segment's uses once, and free it."""
+        c, uses, packing = self.capture.outputs, self.capture.uses, Packing(self.capture.dependence.n)
+        while uses:
+            for captured in _features(uses.pop(), self.leaves, c, packing):
+                if captured.name not in self.missed:
+                    yield captured
+
+
+def run(
+    request: Request,
+    leaves: Leaves,
+    group: Group,
+    layers: WatchedLayers,
+    segment: Segment = WHOLE,
+    above: dict[Origin, Tensor] | None = None,
+    observe: Callable[[Capture], AbstractContextManager] | None = None,
+) -> Pass:
+    """Run the passes of one batch.
+
+    Args:
+        request: the model and its output.
+        leaves: the parameters to capture.
+        group: the batch.
+        layers: whose calls are watched, and whose outputs are held for adapters beside them.
+        segment: the mixing operations to record.
+        above: for all segments except the last, the gradients ``(c, ...)`` at the cut with the next one.
+        observe: makes a context for the forward pass from its capture.
+    """
+    n = len(group.indices)
+    proof = Independence(n) if n > 1 and above is None else None
+    outputs = next(iter(above.values())).shape[0] if above else 0
+    capture = Capture(
+        leaves, n, outputs=outputs, segment=segment, keep=frozenset(above or ()), keep_outputs=bool(layers), proof=proof
+    )
+    batch = capture.mark(batch_of(group))
+    if proof is not None:
+        for key in group.batched:
+            proof.mark(batch[key], mask=key.endswith(ENCODER_MASK))
+    with torch.enable_grad():
+        observed = nullcontext() if observe is None else observe(capture)
+        with observed, watched(capture, layers), capture, proof or nullcontext():
+            try:
+                values = call(request.model, request.output, batch, n)
+            except SegmentEnd:
+                values = None
+        mixing = reads = None
+        if proof is not None and values is not None:
+            reads = tuple(proof.reads)
+            mixing = proof.why or _mixed(proof, values)
+        missed = dict(capture.unhandled)
+        if above is None:
+            assert values is not None
+            capture.outputs = values.shape[1]
+            ends = [([values[:, a].sum()], [None]) for a in range(capture.outputs) if values.requires_grad]
+            below = {}
+        else:
+            if len(capture.kept) < len(above):
+                raise NotImplementedError("the forward pass does not repeat itself")
+            kept = {origin: t for origin, t in capture.kept.items() if t.requires_grad}
+            ends = [
+                (list(kept.values()), [above[origin][a] for origin in kept]) for a in range(capture.outputs) if kept
+            ]
             # What was made before the segment and is used after it hands its gradient on.
-            passing = {} if above is None else {place: g for place, g in above.items() if place not in kept}
-            self._backward(leaves, [end for end in ends if end[0]], passing)
-        self.mixing = self.mixing or _leaking(capture, group)
-        capture.roots.clear()
-        capture.kept.clear()
+            below = {origin: g.clone() for origin, g in above.items() if origin not in kept}
+        values = None if values is None else values.detach()
+        _backward(capture, leaves, ends, missed, below)
+    capture.roots.clear()
+    capture.kept.clear()
+    return Pass(leaves, capture, values, missed, below, mixing or _leaking(capture, group), reads or ())
 
-    def _backward(
-        self, leaves: Leaves, ends: list[tuple[list[Tensor], list[Any]]], passing: dict[Place, Tensor]
-    ) -> None:
-        capture = self.capture
-        places = list(capture.cut)
-        targets = [*capture.roots, *leaves.values(), *capture.cut.values()]
-        self.below: dict[Place, Tensor] = {place: g.clone() for place, g in passing.items()}
-        for a, (tensors, gradients) in enumerate(ends):
-            capture.output = a
-            found = torch.autograd.grad(
-                tensors, targets, gradients, retain_graph=a + 1 < len(ends), allow_unused=True
-            )[len(capture.roots) :]  # fmt: skip
-            for name, gradient in zip(leaves, found, strict=False):
-                if gradient is not None and bool((gradient != 0).any()):
-                    self.missed.setdefault(name, "a gradient reached it by a way that was not captured")
-            for place, gradient in zip(places, found[len(leaves) :], strict=True):
-                if gradient is not None:
-                    if place not in self.below:
-                        self.below[place] = gradient.new_zeros(capture.outputs, *gradient.shape)
-                    self.below[place][a] += gradient
 
-    def features(self, leaves: Leaves) -> Iterator[Captured]:
-        """The features of the segment's uses; they can be taken once."""
-        for found in collect(self.capture.uses, leaves, self.capture.n, self.capture.outputs):
-            if found.name not in self.missed:
-                yield found
+def _backward(
+    capture: Capture,
+    leaves: Leaves,
+    ends: list[tuple[list[Tensor], list[Any]]],
+    missed: dict[str, str],
+    below: dict[Origin, Tensor],
+) -> None:
+    """Run one backward pass for each output; add to what was missed, and to the gradients below."""
+    targets = [*capture.roots, *leaves.values(), *capture.cut.values()]
+    for a, (tensors, gradients) in enumerate(ends):
+        capture.output = a
+        received = torch.autograd.grad(
+            tensors, targets, gradients, retain_graph=a + 1 < len(ends), allow_unused=True
+        )[len(capture.roots) :]  # fmt: skip
+        for name, gradient in zip(leaves, received, strict=False):
+            if gradient is not None and bool((gradient != 0).any()):
+                missed.setdefault(name, "a gradient reached it by a way that was not captured")
+        for origin, gradient in zip(capture.cut, received[len(leaves) :], strict=True):
+            if gradient is not None:
+                if origin not in below:
+                    below[origin] = gradient.new_zeros(capture.outputs, *gradient.shape)
+                below[origin][a] += gradient
+
+
+def _features(use: Use, leaves: Leaves, c: int, packing: Packing) -> Iterator[Captured]:
+    """The features that a use left; the feature of a derived tensor is pulled back to its parameters."""
+    gradients = use.received.all(c, packing) if use.received else None
+    if gradients is None:
+        return
+    feature = use.feature(gradients)
+    use.received = None
+    if use.derived is None:
+        output = None
+        if use.output is not None and use.output._version == use.version and isinstance(feature, (Outer, Lookup)):
+            output = gradients.tokens.pick(use.output.reshape(-1, use.output.shape[-1]))
+        yield Captured(next(iter(use.names)), use.number, feature, output, use.within, use.layer)
+        return
+    assert isinstance(feature, Dense)
+    names = sorted(use.names)
+    values = feature.value.flatten(0, 1)
+    pulled = torch.autograd.grad(
+        use.derived, [leaves[name] for name in names], values.to(use.derived.dtype),
+        is_grads_batched=True, retain_graph=True, allow_unused=True,
+    )  # fmt: skip
+    for name, value in zip(names, pulled, strict=True):
+        if value is not None:
+            yield Captured(name, use.number, Dense(value.unflatten(0, (packing.n, c))), within=use.within)
 
 
 def _mixed(proof: Independence, values: Tensor) -> str | None:
@@ -150,7 +174,7 @@ def _mixed(proof: Independence, values: Tensor) -> str | None:
 
 
 def _leaking(capture: Capture, group: Group) -> str | None:
-    """Why padding may have a part in the outputs: a gradient at a token that is none of the example's own."""
+    """Why the outputs may depend on padding: a gradient arrives at a padding token."""
     mask = group.batched.get(ENCODER_MASK)
     if mask is None or mask.ndim != 2:
         return None
@@ -162,27 +186,3 @@ def _leaking(capture: Capture, group: Group) -> str | None:
                 if per_token and bool((use.received.tokens(a) & padding).any()):
                     return "padding has a part in its outputs"
     return None
-
-
-def batch_of(group: Group) -> dict[str, Any]:
-    """The group as one batch, of fresh tensors: what is marked on them, or written to them, must not outlive the pass.
-
-    Masks of the group, which are the same for all, get a row for each example.
-    """
-    return fresh(group.batched | group.repeated())
-
-
-def alone(group: Group, position: int) -> Group:
-    """One example of a group as a group of its own, without the padding that :func:`ntk.inputs.pad_together` added."""
-    one = group.take(slice(position, position + 1))
-    mask = one.batched.get(ENCODER_MASK)
-    if mask is None:
-        return one
-    real = int(mask.sum())
-    batched = {key: value[:, :real] for key, value in one.batched.items() if key != ENCODER_MASK}
-    return Group(one.indices, batched, one.constant | {ENCODER_MASK: mask[:, :real]})
-
-
-def length(group: Group) -> int:
-    """Length of the group's examples, for estimates only."""
-    return max((value.shape[1] for value in group.batched.values() if value.ndim > 1), default=1)

@@ -1,9 +1,9 @@
 """One rule per operation: from the gradients at its output to the tangent features of the parameters it mixed in.
 
-A rule takes the call and returns, for each tensor of parameters among its arguments, a function from the gradients at
-the output ``(n m, ...)`` to a :class:`~ntk.features.Feature`. The first axis of data holds m rows for each example, in
-the examples' order; :mod:`ntk.structured.verification` checks that numerically before a kernel is believed. Where the
-last axis is the only one that the parameter has, all others are tokens, and those without a gradient are left out
+A rule takes the call and returns, for each of its arguments that depends on parameters alone, a function from the
+gradients at the output ``(n m, ...)`` to a :class:`~ntk.features.Feature`. The first axis of data holds m rows for each
+example, in the examples' order; :mod:`ntk.structured.verification` checks that numerically before a kernel is returned.
+Where a parameter has the last axis alone, all other axes are tokens, and tokens without a gradient are left out
 (:mod:`ntk.tokens`). An operation without an entry in `RULES` is differentiated example by example, which is exact and
 slower.
 """
@@ -20,108 +20,97 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ntk.counts import BY_EXAMPLE, BY_RULE, note
 from ntk.features import Dense, Feature, Lookup, Outer, formed
-from ntk.structured.capture import Capture, Data, Derived, Use
+from ntk.structured.dependence import Data, Dependence, Use
 from ntk.tokens import Gradients
 
 FeatureOf = Callable[[Gradients], Feature]
+Uses = list[tuple[Tensor, FeatureOf | Use]]
+"""Tensors that depend on parameters alone, with the feature that the call gives each, or with the whole use."""
 
 
-def features_of(capture: Capture, func: Any, args: tuple, kwargs: dict, result: Tensor) -> dict[int, Use] | None:
-    """The uses in one call, by the id of the tensor used; None if there is no rule for it."""
-    rule = RULES.get(func)
-    try:
-        found = None if rule is None else rule(capture, args, kwargs, result)
-    except _Unsuitable:
-        found = None
-    if found is not None:
-        note(BY_RULE, name_of(func))
-    else:
-        found = _example_by_example(capture, args, kwargs, result, func=func)
-        if found is None:
-            return None
-        note(BY_EXAMPLE, name_of(func))
-    return {id(t): use if isinstance(use, Use) else _use(capture, t, use) for t, use in found}
-
-
-class _Unsuitable(Exception):
+class Unsuitable(Exception):
     """The call is not of the form that a rule is for."""
 
 
-Found = list[tuple[Tensor, "FeatureOf | Use"]]
+def uses_of(dependence: Dependence, func: Any, args: tuple, kwargs: dict, result: Tensor) -> dict[int, Use]:
+    """The uses in one call, by the id of the tensor used."""
+    way, rule = BY_RULE, RULES.get(func, _no_rule)
+    try:
+        uses = rule(dependence, args, kwargs, result)
+    except Unsuitable:
+        way, uses = BY_EXAMPLE, _example_by_example(dependence, func, args, kwargs, result)
+    note(way, name_of(func))
+    return {id(t): use if isinstance(use, Use) else _use(dependence, t, use) for t, use in uses}
 
 
-def _use(capture: Capture, t: Tensor, feature: FeatureOf) -> Use:
-    state = capture.state(t)
-    assert isinstance(state, Derived)
-    return Use(state.names, feature, None if id(t) in capture.names else t)
+def _no_rule(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
+    raise Unsuitable
 
 
-def _is_source(capture: Capture, t: Any) -> bool:
-    return isinstance(t, Tensor) and isinstance(capture.state(t), Derived)
+def _use(dependence: Dependence, t: Tensor, feature: FeatureOf) -> Use:
+    return Use(dependence.derived(t).names, feature, None if dependence.is_parameter(t) else t)
 
 
-def _is_parameter(capture: Capture, t: Any) -> bool:
-    return id(t) in capture.names
-
-
-def _matrix(capture: Capture, x: Tensor, weight: Tensor, *, rows_first: bool) -> tuple[Tensor, FeatureOf | Use]:
+def _matrix(dependence: Dependence, x: Tensor, weight: Tensor, *, rows_first: bool) -> tuple[Tensor, FeatureOf | Use]:
     """x W^T (``rows_first``) or x W: outer products of x and the gradient."""
     x = x.detach()
-    if x.ndim < 2 or len(x) % capture.n:
-        raise _Unsuitable
+    if x.ndim < 2 or len(x) % dependence.n:
+        raise Unsuitable
 
     def outer(g: Gradients, transposed: bool) -> Outer:
         return Outer(g.inputs(x), g.packed, g.tokens, transposed)
 
-    state = capture.state(weight)
-    if _is_parameter(capture, weight):
+    if dependence.is_parameter(weight):
         return weight, partial(outer, transposed=not rows_first)
-    if isinstance(state, Derived) and state.transpose is not None:
-        return weight, Use(state.names, partial(outer, transposed=rows_first))
+    derived = dependence.derived(weight)
+    if derived.transpose is not None:
+        return weight, Use(derived.names, partial(outer, transposed=rows_first))
     return weight, lambda g: formed(outer(g, not rows_first), weight.shape)
 
 
-def _linear(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> Found:
+def _affine(dependence: Dependence, x: Any, weight: Any, bias: Any, *, rows_first: bool) -> Uses:
+    """A product of data and a matrix, and a bias."""
+    if dependence.is_derived(x):
+        raise Unsuitable
+    uses: Uses = []
+    if dependence.is_derived(weight):
+        uses.append(_matrix(dependence, x, weight, rows_first=rows_first))
+    if dependence.is_derived(bias):
+        uses.append((bias, partial(summed, bias.shape)))
+    return uses
+
+
+def _linear(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
     x, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
-    found: Found = []
-    if _is_source(capture, x) or weight.ndim != 2:
-        raise _Unsuitable
-    if _is_source(capture, weight):
-        found.append(_matrix(capture, x, weight, rows_first=True))
-    if _is_source(capture, bias):
-        found.append((bias, partial(_summed, bias.shape)))
-    return found
+    if weight.ndim != 2:
+        raise Unsuitable
+    return _affine(dependence, x, weight, bias, rows_first=True)
 
 
-def _addmm(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> Found:
+def _addmm(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
     bias, x, weight = _bind(("input", "mat1", "mat2"), args, kwargs)
-    if len(args) > 3 or set(kwargs) - {"input", "mat1", "mat2"} or _is_source(capture, x):
-        raise _Unsuitable
-    found: Found = []
-    if _is_source(capture, weight):
-        found.append(_matrix(capture, x, weight, rows_first=False))
-    if _is_source(capture, bias):
-        found.append((bias, partial(_summed, bias.shape)))
-    return found
+    if len(args) > 3 or set(kwargs) - {"input", "mat1", "mat2"}:
+        raise Unsuitable
+    return _affine(dependence, x, weight, bias, rows_first=False)
 
 
-def _matmul(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> Found:
-    if len(args) != 2 or not _is_source(capture, args[1]) or _is_source(capture, args[0]) or args[1].ndim != 2:
-        raise _Unsuitable
-    return [_matrix(capture, args[0], args[1], rows_first=False)]
+def _matmul(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
+    if len(args) != 2 or not dependence.is_derived(args[1]) or args[1].ndim != 2:
+        raise Unsuitable
+    return _affine(dependence, *args, None, rows_first=False)
 
 
-def _embedding(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> Found:
+def _embedding(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
     ids, weight, padding, max_norm, _, by_frequency = _bind(
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"), args, kwargs
     )
-    if max_norm is not None or by_frequency or not _is_parameter(capture, weight) or len(ids) % capture.n:
-        raise _Unsuitable
+    if max_norm is not None or by_frequency or not dependence.is_parameter(weight) or len(ids) % dependence.n:
+        raise Unsuitable
     return [(weight, partial(_looked_up, _readable(ids, padding, len(weight))))]
 
 
 def _readable(ids: Tensor, padding: int | None, rows: int) -> Tensor:
-    """Row -1 for the padding index, whose row has no gradient (as torch defines it)."""
+    """The ids with -1 for the padding index, whose row has no gradient in torch."""
     return ids if padding is None else torch.where(ids == padding % rows, -1, ids)
 
 
@@ -129,40 +118,39 @@ def _looked_up(ids: Tensor, g: Gradients) -> Lookup:
     return Lookup(g.tokens.pick(ids.reshape(-1, 1)).squeeze(1), g.packed, g.tokens)
 
 
-def _add(capture: Capture, args: tuple, kwargs: dict, result: Tensor, *, signs: tuple[int, int] = (1, 1)) -> Found:
+def _add(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor, *, signs: tuple[int, int] = (1, 1)) -> Uses:
     if len(args) != 2 or kwargs:
-        raise _Unsuitable
-    found: Found = []
+        raise Unsuitable
+    uses: Uses = []
     for t, sign in zip(args, signs):
-        if not _is_source(capture, t):
+        if not dependence.is_derived(t):
             continue
-        state = capture.state(t)
-        assert isinstance(state, Derived)
-        if state.lookup is not None and sign == 1 and result.ndim >= 2 and t.shape[-1] == result.shape[-1]:
-            # Rows of an embedding that all examples share (position ids): as if each had read them itself.
-            name, ids, padding = state.lookup
+        derived = dependence.derived(t)
+        if derived.lookup is not None and sign == 1 and result.ndim >= 2 and t.shape[-1] == result.shape[-1]:
+            # Rows of an embedding that all examples share (position ids) count as if each example had read them.
+            name, ids, padding = derived.lookup
             ids = _readable(ids, padding, 1 << 62).expand(result.shape[:-1])
             rows = t.detach().expand(result.shape)
-            found.append((t, Use(frozenset((name,)), partial(_looked_up, ids), output=rows, layer=state.layer)))
+            uses.append((t, Use(frozenset((name,)), partial(_looked_up, ids), output=rows, layer=derived.layer)))
         else:
-            found.append((t, partial(_summed, t.shape, sign=sign)))
-    return found
+            uses.append((t, partial(summed, t.shape, sign=sign)))
+    return uses
 
 
-def _mul(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> Found:
+def _mul(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
     if len(args) != 2 or kwargs:
-        raise _Unsuitable
-    found: Found = []
+        raise Unsuitable
+    uses: Uses = []
     for t, other in (args, args[::-1]):
-        if _is_source(capture, t):
-            if _is_source(capture, other):
-                raise _Unsuitable
+        if dependence.is_derived(t):
+            if dependence.is_derived(other):
+                raise Unsuitable
             held = other.detach() if isinstance(other, Tensor) else other
-            found.append((t, partial(_times, t.shape, held)))
-    return found
+            uses.append((t, partial(times, t.shape, held)))
+    return uses
 
 
-def _times(shape: torch.Size, factor: Any, g: Gradients) -> Dense:
+def times(shape: torch.Size, factor: Any, g: Gradients) -> Dense:
     """Sum the gradients times the other factor over the axes along which a tensor of ``shape`` was broadcast."""
     if isinstance(factor, Tensor) and factor.shape == g.shape and _is_last_axis(shape, g.shape):
         product = g.packed * g.tokens.pick(factor.reshape(-1, factor.shape[-1]))
@@ -173,51 +161,50 @@ def _times(shape: torch.Size, factor: Any, g: Gradients) -> Dense:
     return _over_broadcast(n, shape, (whole * factor).to(g.dtype))
 
 
-def _layer_norm(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> Found:
+def _layer_norm(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
     x, shape, weight, bias, eps = _bind(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
-    return _norm(capture, lambda: F.layer_norm(x.detach(), shape, eps=1e-5 if eps is None else eps), x, weight, bias)
+    return _norm(dependence, lambda: F.layer_norm(x.detach(), shape, eps=1e-5 if eps is None else eps), x, weight, bias)
 
 
-def _rms_norm(capture: Capture, args: tuple, kwargs: dict, result: Tensor) -> Found:
+def _rms_norm(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
     x, shape, weight, eps = _bind(("input", "normalized_shape", "weight", "eps"), args, kwargs)
-    return _norm(capture, lambda: F.rms_norm(x.detach(), shape, eps=eps), x, weight, None)
+    return _norm(dependence, lambda: F.rms_norm(x.detach(), shape, eps=eps), x, weight, None)
 
 
-def _norm(capture: Capture, normalized: Callable[[], Tensor], x: Any, weight: Any, bias: Any) -> Found:
-    if _is_source(capture, x):
-        raise _Unsuitable
-    found: Found = []
-    if _is_source(capture, weight):
-        found.append((weight, lambda g: _times(weight.shape, normalized(), g)))
-    if _is_source(capture, bias):
-        found.append((bias, partial(_summed, bias.shape)))
-    return found
+def _norm(dependence: Dependence, normalized: Callable[[], Tensor], x: Any, weight: Any, bias: Any) -> Uses:
+    if dependence.is_derived(x):
+        raise Unsuitable
+    uses: Uses = []
+    if dependence.is_derived(weight):
+        uses.append((weight, lambda g: times(weight.shape, normalized(), g)))
+    if dependence.is_derived(bias):
+        uses.append((bias, partial(summed, bias.shape)))
+    return uses
 
 
-def _summed(shape: torch.Size, g: Gradients, *, sign: int = 1) -> Dense:
+def summed(shape: torch.Size, g: Gradients, *, sign: int = 1) -> Dense:
     """Sum the gradients over the axes along which a tensor of ``shape`` was broadcast."""
     if _is_last_axis(shape, g.shape):
-        found = _per_example(g.tokens.sums(g.packed), shape)
+        feature = _per_example(g.tokens.sums(g.packed), shape)
     else:
-        found = _over_broadcast(g.n, shape, g.whole)
-    return found if sign == 1 else Dense(-found.value)
+        feature = _over_broadcast(g.n, shape, g.whole)
+    return feature if sign == 1 else Dense(-feature.value)
 
 
 def _is_last_axis(shape: torch.Size, result: torch.Size) -> bool:
-    """Whether a tensor was broadcast along all axes of a result but the last, the first included."""
+    """Whether a tensor was broadcast along all axes of a result except the last one."""
     return len(result) > 1 and shape.numel() == result[-1] == shape[-1:].numel() and len(shape) <= len(result)
 
 
 def _per_example(sums: Tensor, shape: torch.Size) -> Dense:
-    """(c, n, d) as features of a parameter of this shape."""
+    """Turn sums ``(c, n, d)`` into features of a parameter of this shape."""
     return Dense(sums.transpose(0, 1).reshape(sums.shape[1], sums.shape[0], *shape))
 
 
 def _over_broadcast(n: int, shape: torch.Size, g: Tensor) -> Dense:
-    """Sum g ``(n, c, m, ...)``, whatever the axes."""
-    whole = len(shape) == g.ndim - 2 and shape[0] != 1
-    if whole:
-        # The tensor has the batch's own rows: each example sees its rows of it and no others.
+    """Sum g ``(n, c, m, ...)`` over any axes along which a tensor of ``shape`` was broadcast."""
+    if len(shape) == g.ndim - 2 and shape[0] != 1:
+        # The tensor has rows of the batch, and each example meets its own rows alone.
         if shape[0] != n * g.shape[2]:
             raise ValueError(f"cannot tell the examples apart in a tensor of shape {tuple(shape)}")
         own = torch.zeros(n, g.shape[1], n, *g.shape[2:], dtype=g.dtype, device=g.device)
@@ -229,14 +216,12 @@ def _over_broadcast(n: int, shape: torch.Size, g: Tensor) -> Dense:
     return Dense(value.reshape(*g.shape[:2], *shape))
 
 
-def _example_by_example(
-    capture: Capture, args: tuple, kwargs: dict, result: Tensor, *, func: Any = None
-) -> Found | None:
-    """Any operation: its own derivative, of one example's rows of the result at a time."""
-    n = capture.n
+def _example_by_example(dependence: Dependence, func: Any, args: tuple, kwargs: dict, result: Tensor) -> Uses:
+    """The derivative of any operation, taken for one example's rows of the result at a time."""
+    n = dependence.n
     leaves, spec = tree_flatten((args, kwargs))
-    sources = [i for i, t in enumerate(leaves) if _is_source(capture, t)]
-    batched = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and isinstance(capture.state(t), Data)]
+    sources = [i for i, t in enumerate(leaves) if dependence.is_derived(t)]
+    batched = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and isinstance(dependence[t], Data)]
     leaves = [t.detach() if i in batched else t for i, t in enumerate(leaves)]
     shape = result.shape
     rows = len(result) // n
@@ -255,7 +240,8 @@ def _example_by_example(
     def feature(which: int, gradients: Gradients) -> Dense:
         g = gradients.whole
         leaf = leaves[which].detach().clone().requires_grad_()
-        # Alone if the call allows it; among all, at n times the cost, if a tensor of parameters has rows of the batch.
+        # One example alone if the call allows it. If a tensor of parameters has rows of the batch, the whole batch
+        # runs, at n times the cost.
         alone = sliced
         if alone:
             try:
@@ -263,18 +249,19 @@ def _example_by_example(
             except RuntimeError:
                 alone = False
         whole = None if alone else value_of(which, leaf, None)
-        found = []
+        gradient = partial(torch.autograd.grad, inputs=leaf, retain_graph=True)
+        per_output = []
         for i in range(n):
             with torch.enable_grad():
                 value = value_of(which, leaf, i) if whole is None else whole[i * rows : (i + 1) * rows]
-            found += [torch.autograd.grad(value, leaf, ga.reshape(value.shape), retain_graph=True)[0] for ga in g[i]]
-        return Dense(torch.stack(found).unflatten(0, (n, -1)))
+            per_output += [gradient(value, grad_outputs=ga.reshape(value.shape))[0] for ga in g[i]]
+        return Dense(torch.stack(per_output).unflatten(0, (n, -1)))
 
     return [(leaves[i], partial(feature, i)) for i in dict.fromkeys(sources)]
 
 
 def name_of(func: Any) -> str:
-    """What a function of torch is called where rules are counted."""
+    """The name of a function of torch, under which :mod:`ntk.counts` counts it."""
     return resolve_name(func) or getattr(func, "__name__", str(func))
 
 
@@ -282,7 +269,7 @@ def _bind(names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Any]:
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
 
-RULES: dict[Any, Callable[..., Found]] = {
+RULES: dict[Any, Callable[..., Uses]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     torch.matmul: _matmul,

@@ -1,4 +1,4 @@
-"""Which kernels are wanted, and which captured features go into each."""
+"""Which captured feature enters which kernel, with what weight."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,90 +9,93 @@ from torch import Tensor, nn
 
 from ntk.adapters import Method, layer_of, layers_of
 from ntk.features import Dense, Feature
-from ntk.structured.capture import Captured
+from ntk.structured.dependence import Captured
+
+WatchedLayers = Mapping[str, tuple[nn.Module, str]]
+"""Name of a module -> (the module, the name of its weight among the model's parameters)."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class Contribution:
     """The feature of one use of one trained parameter.
 
     Attributes:
-        slot: tells a parameter of the network ("") from those of adapters at its layer.
+        trained: "" for the model's own parameter, else METHOD.LAYER.NAME.
         shape: of the trained parameter.
-        shares: kernel -> the multiple of this parameter's kernel that is in it.
+        weights: kernel -> the weight with which this parameter's kernel enters it.
         feature: the feature.
     """
 
-    slot: str
+    trained: str
     shape: torch.Size
-    shares: Mapping[str, float]
+    weights: Mapping[str, float]
     feature: Feature
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A set of kernels.
+class Targets:
+    """A set of kernels to compute.
 
     Attributes:
-        shares: parameter of the network -> kernel -> the multiple of the parameter's kernel that is in it.
-        methods: kernel -> the method whose own parameters are in it.
-        layers: name of the module -> (module, parameter that is its weight) of the layers at which methods' own
-            parameters are captured.
-        others: the same of modules that share such a weight; what they do with it is no affair of those layers.
-        lost: layers whose weight turned out to be used otherwise than by their calls, with the reason: what is captured
-            for the methods lacks them.
+        weights: parameter of the model -> kernel -> the weight with which the parameter's kernel enters it.
+        methods: kernel -> the method whose own parameters enter it.
+        layers: the layers at which methods' own parameters are captured.
+        others: the other modules that have the same weight; uses within their calls do not concern ``layers``.
+        lost: layer -> why its calls are not captured; ``lost`` grows while batches run, and kernels lack these layers.
     """
 
-    shares: Mapping[str, Mapping[str, float]]
+    weights: Mapping[str, Mapping[str, float]]
     methods: Mapping[str, Method] = field(default_factory=dict)
-    layers: Mapping[str, tuple[nn.Module, str]] = field(default_factory=dict)
-    others: Mapping[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    layers: WatchedLayers = field(default_factory=dict)
+    others: WatchedLayers = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
 
     @property
-    def keys(self) -> list[str]:
+    def kernels(self) -> list[str]:
         """The names of the kernels."""
-        own = [key for shares in self.shares.values() for key in shares]
-        return list(dict.fromkeys([*own, *self.methods]))
+        return list(dict.fromkeys([*(key for weights in self.weights.values() for key in weights), *self.methods]))
+
+    @property
+    def watched(self) -> WatchedLayers:
+        """The layers whose calls are watched."""
+        return {**self.layers, **self.others}
 
     @cached_property
-    def weights(self) -> dict[str, list[str]]:
+    def layers_of_weight(self) -> dict[str, list[str]]:
         """Parameter -> the layers whose weight it is."""
-        found: dict[str, list[str]] = {}
+        layers: dict[str, list[str]] = {}
         for name, (_, weight) in self.layers.items():
-            found.setdefault(weight, []).append(name)
-        return found
+            layers.setdefault(weight, []).append(name)
+        return layers
 
-    def pieces(self, found: Captured, shape: torch.Size) -> Iterator[Piece]:
-        """What one captured use contributes."""
-        if shares := self.shares.get(found.name):
-            yield Piece("", shape, shares, found.feature)
-        name = self.layer_used(found.name, found.within, found.layer)
+    def contributions(self, captured: Captured, shape: torch.Size) -> Iterator[Contribution]:
+        """What one captured use of a parameter of this shape contributes."""
+        if weights := self.weights.get(captured.name):
+            yield Contribution("", shape, weights, captured.feature)
+        name = self.layer_used(captured.name, captured.within, captured.layer)
         if name is None or name in self.lost:
             return
-        module = self.layers[name][0]
-        assert not isinstance(found.feature, Dense)
+        assert not isinstance(captured.feature, Dense)
+        weighed = self.sole_layer(captured.name) == name
         try:
-            layer = layer_of(name, module, found.feature, found.output, weighed=self.weighed(found.name) == name)
+            layer = layer_of(name, self.layers[name][0], captured.feature, captured.output, weighed=weighed)
         except NotImplementedError as error:
             self.lost[name] = str(error)
             return
         for key, method in self.methods.items():
             if method.adapts(name):
-                for slot, size, own in method.features(layer):
-                    yield Piece(f"{key}.{name}.{slot}", size, {key: 1.0}, own)
+                for own, size, feature in method.features(layer):
+                    yield Contribution(f"{key}.{name}.{own}", size, {key: 1.0}, feature)
 
-    def weighed(self, parameter: str) -> str | None:
-        """The linear layer of which alone a parameter is the weight."""
-        users = [
-            name for side in (self.layers, self.others) for name, (_, weight) in side.items() if weight == parameter
-        ]
+    def sole_layer(self, parameter: str) -> str | None:
+        """The linear layer of ``layers`` that has this weight, if no other module has it."""
+        users = [name for name, (_, weight) in self.watched.items() if weight == parameter]
         alone = len(users) == 1 and users[0] in self.layers and not isinstance(self.layers[users[0]][0], nn.Embedding)
         return users[0] if alone else None
 
     def layer_used(self, parameter: str, within: str | None, layer: str | None) -> str | None:
-        """Which layer's call a use of a parameter is all of; notes the layers that it shows to be lost."""
-        layers = self.weights.get(parameter, [])
+        """The layer whose whole call a use of a parameter is; notes the layers that the use shows to be lost."""
+        layers = self.layers_of_weight.get(parameter, [])
         if layer in layers:
             return layer
         if layer is None and within not in self.others:
@@ -102,50 +105,49 @@ class Wanted:
         return None
 
 
-def parameter_kernels(parameters: Mapping[str, Tensor], *, summed: bool) -> Wanted:
+def parameter_kernels(parameters: Mapping[str, Tensor], *, summed: bool) -> Targets:
     """The kernel of each parameter under its name, or their sum under the name ""."""
-    return Wanted({name: {"" if summed else name: 1.0} for name in parameters})
+    return Targets({name: {"" if summed else name: 1.0} for name in parameters})
 
 
-def method_kernels(model: nn.Module, methods: Mapping[str, Method], lost: Mapping[str, str] | None = None) -> Wanted:
+def method_kernels(model: nn.Module, methods: Mapping[str, Method], lost: Mapping[str, str] | None = None) -> Targets:
     """The kernel of each method under its name.
 
     Args:
         model: the bare model.
         methods: by name.
-        lost: layers at which nothing is captured for the methods. Those whose weight is no parameter of the model are
-            added to them.
+        lost: layers at which nothing is captured for the methods. Layers whose weight is not a parameter of the model
+            are added to them.
 
     Raises:
         ValueError: a method trains nothing in this model.
     """
     owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
-    adaptable = layers_of(model)
     names = {id(p): name for name, p in model.named_parameters()}
     users: dict[str, dict[str, nn.Module]] = {}  # weight -> modules whose weight it is
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None:
             users.setdefault(names[id(weight)], {})[name] = module
-    chosen = {name: m for name, m in adaptable.items() if any(method.adapts(name) for method in methods.values())}
+    chosen = [name for name in layers_of(model) if any(method.adapts(name) for method in methods.values())]
     for key, method in methods.items():
         trains = any(method.share(name, p, owners[id(p)], None) for name, p in model.named_parameters())
         if not trains and not any(method.adapts(name) for name in chosen):
             raise ValueError(f"method {key!r} ({method}) trains nothing in this model: see its choice of modules")
-    missing = dict(lost or {})
+    lost = dict(lost or {})
     layers, others = {}, {}
     for weight, modules in users.items():
         if any(name in chosen for name in modules):
             for name, module in modules.items():
-                (layers if name in chosen and name not in missing else others)[name] = (module, weight)
+                (layers if name in chosen and name not in lost else others)[name] = (module, weight)
     for name in chosen:
         if name not in layers:
-            missing.setdefault(name, "its weight is computed from other parameters")
-    wanted = Wanted({}, methods, layers, others, missing)
-    shares = {}
+            lost.setdefault(name, "its weight is computed from other parameters")
+    targets = Targets({}, methods, layers, others, lost)
+    weights = {}
     for name, p in model.named_parameters():
-        layer = wanted.weighed(name)
-        found = {key: method.share(name, p, owners[id(p)], layer) for key, method in methods.items()}
-        if found := {key: share for key, share in found.items() if share}:
-            shares[name] = found
-    return replace(wanted, shares=shares)
+        layer = targets.sole_layer(name)
+        shares = {key: method.share(name, p, owners[id(p)], layer) for key, method in methods.items()}
+        if shares := {key: share for key, share in shares.items() if share}:
+            weights[name] = shares
+    return replace(targets, weights=weights)
