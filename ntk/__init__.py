@@ -30,40 +30,11 @@ from ntk.metrics import (
 from ntk.nulls import gaussian_sketch, hidden_state_kernel, permuted, random_subset_ntk
 from ntk.sign_gradient import sign_gradient_kernels, sign_gradient_regression
 
-__all__ = [
-    "METHODS",
-    "UndefinedMetricError",
-    "adapter_kernels",
-    "adapters",
-    "best_scale",
-    "bounds",
-    "center",
-    "cka",
-    "dynamics",
-    "effective_rank",
-    "eigenspace_overlap",
-    "empirical_ntk",
-    "flatten",
-    "gaussian_sketch",
-    "hidden_state_kernel",
-    "infinite",
-    "inputs",
-    "kernel_alignment",
-    "kernel_distance",
-    "kernels",
-    "layer_kernels",
-    "matching_degree",
-    "metrics",
-    "networks",
-    "nulls",
-    "outputs",
-    "permuted",
-    "principal_angles",
-    "random_subset_ntk",
-    "reduce_outputs",
-    "sign_gradient_kernels",
-    "sign_gradient_regression",
-    "spectrum",
-    "trace",
-    "trace_ratio",
-]
+__all__ = ["METHODS", "adapter_kernels", "empirical_ntk", "flatten", "layer_kernels", "reduce_outputs"]
+__all__ += ["UndefinedMetricError", "best_scale", "center", "cka", "effective_rank", "eigenspace_overlap"]
+__all__ += ["kernel_alignment", "kernel_distance", "matching_degree", "principal_angles", "spectrum"]
+__all__ += ["trace", "trace_ratio"]
+__all__ += ["gaussian_sketch", "hidden_state_kernel", "permuted", "random_subset_ntk"]
+__all__ += ["sign_gradient_kernels", "sign_gradient_regression"]
+__all__ += ["adapters", "bounds", "dynamics", "infinite", "inputs", "kernels"]
+__all__ += ["metrics", "networks", "nulls", "outputs"]

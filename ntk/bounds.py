@@ -1,4 +1,4 @@
-"""How far a random projection moves an inner product: the tail bound, the exact variance, the exact tail.
+"""How far a random projection moves an inner product: tail bound, exact variance, exact tail.
 
 W is (d, n) with iid entries of mean 0 and variance 1; x and x' are projected to S = (1/d) (W x).(W x'), E[S] = x.x'.
 The same S is one entry of
@@ -9,13 +9,14 @@ The same S is one entry of
 | LoRA at B = 0, one layer and token, A variance 1/r | rank r   | of the layer's inputs a.a'      |
 | a kernel sketched by m random directions           | m        | the kernel's entry K[i, j]      |
 
-The tail bound and the tail are for unit x, x', which enter by rho = x.x' alone: an entry of a kernel is divided by
-sqrt(K[i, i] K[j, j]) first. The bound is that of Theorem 1 of the Propulsion paper (Kowsher, Prottasha and Bhat 2024)
-and of Malladi et al. (2023, sec. 5); the exact variance and tail are far sharper. Nothing here says anything of a
+The tail bound and the tail are for unit x, x', of which they depend on rho = x.x' alone, so an entry of a kernel is
+divided by sqrt(K[i, i] K[j, j]) first. The bound is that of Theorem 1 of the Propulsion paper (Kowsher, Prottasha and
+Bhat 2024) and of Malladi et al. (2023, sec. 5); the exact variance and tail are far sharper. Nothing here applies to a
 projection that is not random, such as pre-trained weights.
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,8 +34,8 @@ LARGEST_DIMENSION = 10**9
 def tail_bound(d: int, epsilon: int | float) -> float:
     """min(1, 4 exp(-(eps^2 - eps^3) d / 4)), at least Pr[|S - rho| >= eps] for Gaussian W, unit x, x' and 0 < eps < 1.
 
-    Norms first: Pr[| |W u|^2 / d - |u|^2 | >= eps |u|^2] <= 2 exp(-(eps^2 - eps^3) d / 4) for each of u = x +- x'
-    (Johnson and Lindenstrauss 1984; Dasgupta and Gupta 2003), then polarisation: 4 S = (|W(x+x')|^2 - |W(x-x')|^2) / d.
+    The norms have Pr[| |W u|^2 / d - |u|^2 | >= eps |u|^2] <= 2 exp(-(eps^2 - eps^3) d / 4) for each of u = x +- x'
+    (Johnson and Lindenstrauss 1984; Dasgupta and Gupta 2003), and 4 S = (|W(x+x')|^2 - |W(x-x')|^2) / d.
 
     Raises:
         ValueError: d < 1, or epsilon outside (0, 1), where the bound is not proved.
@@ -54,10 +55,11 @@ def variance(d: int, rho: int | float) -> float:
 def projection_variance(x: Float[Tensor, "n"], x2: Float[Tensor, "n"], d: int, *, kurtosis: int | float = 3) -> float:
     """Var[S] = (|x|^2 |x'|^2 + (x.x')^2 + (kurtosis - 3) sum_i x_i^2 x'_i^2) / d: any lengths, any iid entries.
 
-    ``kurtosis`` is E[w^4] for entries of variance 1: Gaussian 3, signs 1, uniform 9/5 (LoRA's A in peft).
+    ``kurtosis`` is E[w^4] for entries of variance 1: 3 for Gaussian entries, 1 for signs, 9/5 for uniform ones (LoRA's
+    A in peft).
 
     Raises:
-        ValueError: vectors of different length, kurtosis below 1 (there is no such variable), d < 1.
+        ValueError: vectors of different length, kurtosis below 1 (no random variable has it), d < 1.
     """
     x, x2 = _vectors(x, x2)
     _check_dimension(d)
@@ -70,7 +72,7 @@ def projection_variance(x: Float[Tensor, "n"], x2: Float[Tensor, "n"], d: int, *
 def kernel_variance(kernel: Kernel, d: int) -> Float[Tensor, "rows rows"]:
     """Variance of each entry of a kernel sketched by d Gaussian directions: (K_ii K_jj + K_ij^2) / d, flattened.
 
-    The variance of LoRA's kernel at rank d as well, for one layer and token, with K = a.a' (times (g.g')^2).
+    It is also the variance of LoRA's kernel at rank d, for one layer and token, with K = a.a' (times (g.g')^2).
 
     Raises:
         ValueError: not a square kernel, not positive semi-definite (by its diagonal and 2 x 2 minors), d < 1.
@@ -89,8 +91,8 @@ def tail(d: int, epsilon: int | float, rho: int | float) -> float:
     """Pr[|S - rho| >= eps], exactly: Gaussian W, unit x, x' with x.x' = rho.
 
     S = (1 + rho)/(2 d) X - (1 - rho)/(2 d) Y with X, Y independent chi-square variables of d degrees of freedom, the
-    squared norms of W(x + x') and W(x - x') in their own units. One of them is integrated numerically, the other's
-    distribution function is known: relative error below 1e-9 down to probabilities of 1e-40.
+    squared norms of W(x + x') and W(x - x') in units of their variances. One of them is integrated numerically, and the
+    other's distribution function is known: relative error below 1e-9 down to probabilities of 1e-40.
 
     Example:
         >>> round(tail(100, 0.2, 0.5), 4), round(tail_bound(100, 0.2), 4)
@@ -106,7 +108,7 @@ def tail(d: int, epsilon: int | float, rho: int | float) -> float:
 def dimension_needed(
     epsilon: int | float, confidence: int | float, *, rho: int | float | None = None, entries: int = 1
 ) -> int:
-    """The least d for which |S - rho| < eps with probability ``confidence`` at least: of a width, rank or sketch.
+    """The least dimension d (width, rank or sketch size) for which |S - rho| < eps with probability ``confidence``.
 
     By :func:`tail_bound`, ceil(4 log(4 entries / (1 - confidence)) / (eps^2 - eps^3)); with ``rho`` by the exact
     :func:`tail`.
@@ -114,8 +116,8 @@ def dimension_needed(
     Args:
         epsilon: error of an entry of a kernel, relative to sqrt(K[i, i] K[j, j]).
         confidence: probability that it holds.
-        rho: the entry itself, so divided; None for any.
-        entries: how many entries keep the error together (by the union bound): n (n + 1) / 2 for a whole kernel.
+        rho: the entry, divided likewise; None for any.
+        entries: how many entries keep the error at the same time (by the union bound): n (n + 1) / 2 for a kernel.
 
     Raises:
         ValueError: epsilon or confidence outside (0, 1); more than 10^9 dimensions.
@@ -135,11 +137,8 @@ def dimension_needed(
         raise ValueError(f"epsilon={epsilon} and confidence={confidence} take more than {LARGEST_DIMENSION} dimensions")
     if rho is None:
         return d
-    low, high = 0, d  # the bound's dimension is always enough
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if tail(middle, epsilon, rho) <= failure else (middle, high)
-    return high
+    # The bound's dimension always suffices, so the search ends before it.
+    return 1 + bisect_left(range(1, d), True, key=lambda dimension: tail(dimension, epsilon, rho) <= failure)
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class Estimate:
 
 
 def clopper_pearson(successes: int, draws: int, confidence: int | float = 0.95) -> Estimate:
-    """The exact binomial interval (Clopper and Pearson 1934): covers the true probability at least ``confidence``.
+    """The exact binomial interval (Clopper and Pearson 1934), with coverage of at least ``confidence``.
 
     Example:
         >>> interval = clopper_pearson(0, 100, 0.95)
@@ -236,9 +235,9 @@ def estimate_tail(
 def _exceeds(a: float, b: float, d: int, t: float) -> float:
     """Pr[a X - b Y >= t], X and Y independent chi-square with d degrees of freedom, a, b >= 0, a + b > 0.
 
-    For t >= 0 it is E_Y[Pr(X >= (t + b Y) / a)]; for t < 0, E_X[Pr(Y <= (a X - t) / b)]: written so, the inner
-    probability is smooth. The outer variable is d exp(s); its density in s decays exponentially on both sides, so the
-    trapezoidal rule converges exponentially.
+    For t >= 0 it is E_Y[Pr(X >= (t + b Y) / a)] and for t < 0 E_X[Pr(Y <= (a X - t) / b)], whose inner probability is
+    smooth. The outer variable is d exp(s); its density in s decays exponentially on both sides, so the trapezoidal rule
+    converges exponentially.
     """
     if a == 0 and t >= 0:
         return 0.0

@@ -1,7 +1,7 @@
-"""What a computation of kernels ran, counted.
+"""Counts of what a computation of kernels ran.
 
-A way that is never taken makes no kernel wrong, so no comparison of kernels shows it. Benchmarks say what they timed by
-this, and tests that every way is taken by something.
+Code that never runs makes no kernel wrong, so comparing kernels does not show it. Benchmarks report these counts beside
+their timings, and tests check that everything counted here does run.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ _counted: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("counted", de
 
 @contextmanager
 def counting() -> Iterator[Counter[tuple[str, str]]]:
-    """Counts what runs inside, the checks of the model included: (kind, what) -> how often.
+    """Count what runs in the block, the checks of the model included: (kind, what) -> how often.
 
     | kind                            | what                                                        |
     |---------------------------------|-------------------------------------------------------------|
@@ -30,22 +30,22 @@ def counting() -> Iterator[Counter[tuple[str, str]]]:
     | `contractions`                  | "pairs of tokens" or "formed features", one for a parameter |
     | `passes`                        | "batches" of examples times "segments" of the model, "tiles"|
     """
-    found: Counter[tuple[str, str]] = Counter()
-    token = _counted.set(found)
+    counts: Counter[tuple[str, str]] = Counter()
+    token = _counted.set(counts)
     try:
-        yield found
+        yield counts
     finally:
         _counted.reset(token)
 
 
 def note(kind: str, what: str, times: int = 1) -> None:
-    """Add to what is being counted, if anything is."""
-    found = _counted.get()
-    if found is not None:
-        found[kind, what] += times
+    """Add to the counts, if a block is being counted."""
+    counts = _counted.get()
+    if counts is not None:
+        counts[kind, what] += times
 
 
-def by_kind(found: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """The counts as nested dictionaries, fit for JSON; every kind is there, with nothing in it if nothing ran."""
+def by_kind(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """The counts as nested dictionaries for JSON; every kind has an entry, which is empty if nothing ran."""
     kinds = (BY_RULE, BY_EXAMPLE, BY_REFERENCE, CONTRACTED, PASSES)
-    return {kind: {what: n for (k, what), n in sorted(found.items()) if k == kind} for kind in kinds}
+    return {kind: {what: n for (k, what), n in sorted(counts.items()) if k == kind} for kind in kinds}

@@ -1,4 +1,4 @@
-"""Empirical tangent kernels of any PyTorch or Hugging Face model: validation and the table of methods."""
+"""Empirical tangent kernels of any PyTorch or Hugging Face model: what a user calls, and the table of methods."""
 
 import logging
 import warnings
@@ -57,13 +57,13 @@ def empirical_ntk(
         inputs2: n2 examples for the columns; None for the symmetric kernel.
         params: ``"all"``, ``"trainable"`` or a predicate ``(name, parameter) -> bool``. Tied parameters count once.
         output: ``(model_output, inputs) -> (n, c)``; a classifier's logits if None. See :mod:`ntk.outputs`.
-        reduce: None, ``"trace"``, ``"diagonal"`` or ``"sum"``: see :func:`ntk.layout.reduce_outputs`. What is reduced
-            is formed as such: nothing has the c^2 entries of each pair; ``"sum"`` takes one backward pass instead of c.
+        reduce: None, ``"trace"``, ``"diagonal"`` or ``"sum"``: see :func:`ntk.layout.reduce_outputs`. The kernel
+            is never formed with its c^2 entries of each pair; ``"sum"`` takes one backward pass instead of c.
         method: ``"jacobian"`` is the reference (:mod:`ntk.jacobian`), ``"structured"`` the fast way
             (:mod:`ntk.structured.kernels`; costs there). ``"auto"`` takes the fast way for every parameter whose
             captured features add up to ordinary gradients, on one or two examples, and the reference for the others.
             Examples run together where :mod:`ntk.structured.independence` shows that they do not change one another,
-            else one at a time. The logger ``ntk`` says at level INFO what went another way, and why.
+            else one at a time. The logger ``ntk`` reports at level INFO what did not go the fast way, and why.
         memory_budget: bytes for Jacobians or features, and kernels, beside the model itself; None for half of the free
             memory.
         progress: show a progress bar.
@@ -83,7 +83,7 @@ def empirical_ntk(
         tensor([[2., 0.],
                 [0., 2.]], dtype=torch.float64)
     """
-    request = Request.of(model, inputs, inputs2, output, reduce, memory_budget, progress)
+    request = Request(model, inputs, inputs2, output, reduce, memory_budget, progress)
     return _kernels(request, params, method, summed=True)[""]
 
 
@@ -100,7 +100,7 @@ def layer_kernels(
     progress: bool = False,
 ) -> dict[str, Float[Tensor, "..."]]:
     """The kernel of each parameter, by its name; they sum to :func:`empirical_ntk`, whose arguments these are."""
-    request = Request.of(model, inputs, inputs2, output, reduce, memory_budget, progress)
+    request = Request(model, inputs, inputs2, output, reduce, memory_budget, progress)
     return _kernels(request, params, method, summed=False)
 
 
@@ -118,19 +118,15 @@ def adapter_kernels(
 ) -> dict[str, Float[Tensor, "..."]]:
     """The kernel of each parameter-efficient method at its initialisation, all from the same passes.
 
+    Arguments as in :func:`empirical_ntk`, and:
+
     Args:
         model: the bare model; its head is not adapted, but ``Full`` and ``BitFit`` count its parameters.
-        inputs: as in :func:`empirical_ntk`.
         methods: methods of :mod:`ntk.adapters` by any name.
-        inputs2: as in :func:`empirical_ntk`.
-        output: as in :func:`empirical_ntk`.
-        reduce: as in :func:`empirical_ntk`.
         method: ``"jacobian"`` is the reference: Jacobians of the network's own parameters, and each adapted layer's
             calls, one example at a time (:mod:`ntk.structured.layer_calls`). ``"structured"`` and ``"auto"`` take the
-            fast way for every parameter and layer for which it is found exact, and the reference for the others; the
-            logger ``ntk`` says at level INFO which those are, and why.
-        memory_budget: as in :func:`empirical_ntk`.
-        progress: show a progress bar.
+            fast way for every parameter and layer for which it is found exact, and the reference for the others, which
+            the logger ``ntk`` reports at level INFO.
 
     Returns:
         One kernel for each name, of the shape that :func:`empirical_ntk` gives.
@@ -138,13 +134,13 @@ def adapter_kernels(
     Raises:
         ValueError: as :func:`empirical_ntk`; a method trains nothing in this model.
         TypeError: ``methods`` is no mapping from names to methods.
-        NotImplementedError: an adapter cannot stand at a layer that a method needs; names it, and the way out.
+        NotImplementedError: an adapter cannot stand at a layer that a method needs; names it, and what to do.
         MemoryError: as :func:`empirical_ntk`.
     """
     if not isinstance(methods, Mapping) or not all(isinstance(each, Method) for each in methods.values()):
         raise TypeError(f"methods must map names to methods such as ntk.adapters.LoRA(rank=8); got {methods!r}")
     _check_method(method)
-    request = Request.of(model, inputs, inputs2, output, reduce, memory_budget, progress)
+    request = Request(model, inputs, inputs2, output, reduce, memory_budget, progress)
     method_kernels(model, methods)  # raises before anything runs if a method trains nothing
     with evaluation(model, inputs, inputs2):
         kernels, uncaptured, targets = _captured(request, methods, method)
@@ -166,7 +162,7 @@ def adapter_kernels(
             f"method {absent[0]!r} ({methods[absent[0]]}) trains nothing in this model that its output depends on: see "
             "its choice of modules"
         )
-    _check_finite(request, kernels)
+    check_finite_kernels(request, kernels)
     return {key: kernels[key] for key in methods}
 
 
@@ -197,7 +193,7 @@ def _captured(
 
 
 def _warn_of_reads(methods: Mapping[str, Method], read: set[str]) -> None:
-    """Say of which methods a layer's kernel lacks what the model does with the layer's weight itself."""
+    """Warn if the model reads the weight of a layer where a method's adapter acts on calls alone."""
     for name in sorted(read):
         silent = [key for key, method in methods.items() if method.adapts(name) and not method.in_reads]
         if silent:
@@ -214,7 +210,7 @@ def _kernels(request: Request, params: ParameterChoice, method: str, *, summed: 
     chosen = select_parameters(request.model, params)
     with evaluation(request.model, request.inputs, request.inputs2):
         kernels = METHODS[method](request, chosen, summed=summed)
-    _check_finite(request, kernels)
+    check_finite_kernels(request, kernels)
     return kernels
 
 
@@ -223,6 +219,7 @@ def _check_method(method: str) -> None:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}; got {method!r}")
 
 
-def _check_finite(request: Request, kernels: dict[str, Tensor]) -> None:
+def check_finite_kernels(request: Request, kernels: dict[str, Tensor]) -> None:
+    """Raise ValueError, with the cause, if a kernel holds NaN or infinite values."""
     if not all(torch.isfinite(kernel).all() for kernel in kernels.values()):
         raise ValueError(f"the kernel holds NaN or infinite values: {nonfinite_cause(request.model, request.inputs)}")

@@ -1,9 +1,9 @@
-"""Tangent features of one parameter without its Jacobian: what each kind of use leaves.
+"""Tangent features of one parameter without its Jacobian, one class for each kind of use.
 
 The feature of example i and output a is d f_a(x_i)/d theta_p. It is a sum over tokens t of outer products for a matrix
-that multiplies (`Outer`), rows of an embedding (`Lookup`), and otherwise a small tensor of its own (`Dense`). Letters
-as in :mod:`ntk`, N for the tokens of all examples, and r, s for a matrix's rows and columns. Each holds one group of
-examples; :mod:`ntk.structured.gram` contracts kernels over lists of them.
+that multiplies (`Outer`), rows of an embedding (`Lookup`), and otherwise a tensor that is formed (`Dense`). Letters are
+as in :mod:`ntk`; N counts the tokens of all examples, and r, s are a matrix's rows and columns. Each feature holds one
+group of examples; :mod:`ntk.structured.gram` contracts kernels over lists of them.
 """
 
 from dataclasses import dataclass, field
@@ -13,20 +13,38 @@ from torch import Tensor
 
 from ntk.tokens import Tokens
 
-# A matrix with fewer columns takes less time to form than its gradients take to be put in order.
+# A matrix with fewer columns is formed faster than its gradients are reordered.
 _NARROW = 64
 
 
+class _TokenFeature:
+    """A feature that is held as gradients ``(c, N, r)`` at tokens."""
+
+    g: Tensor
+    tokens: Tokens
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, c)."""
+        return self.tokens.n, len(self.g)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of this dtype and device."""
+        return self.g
+
+
 @dataclass(frozen=True)
-class Outer:
+class Outer(_TokenFeature):
     """sum_t g[a, t] x[t]^T over the tokens of an example, (r, s); or its transpose, for a matrix on the right.
 
     Attributes:
         x: ``(N, s)``, what the matrix multiplied.
         g: ``(c, N, r)``, the gradient at the product.
-        tokens: whose they are.
-        transposed: the parameter is stored as (s, r).
-        padded: the gradients example by example, once somebody asked; shared by matrices beside one another.
+        tokens: the example of each token.
+        transposed: whether the parameter is stored as (s, r).
+        padded: the gradients example by example, after the first call of ``by_example``; shared by features that have
+            the same gradients.
     """
 
     x: Tensor
@@ -44,18 +62,8 @@ class Outer:
         return Outer(self.x, self.g[outputs], self.tokens, self.transposed, [g[outputs] for g in self.padded])
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(n, c)."""
-        return self.tokens.n, len(self.g)
-
-    @property
-    def values(self) -> Tensor:
-        """Tells dtype and device."""
-        return self.g
-
-    @property
     def by_example(self) -> Tensor:
-        """The gradients ``(c, n, t, r)``, zeros behind the tokens of shorter examples."""
+        """The gradients ``(c, n, t, r)``, with zeros after the tokens of shorter examples."""
         if not self.padded:
             self.padded.append(self.tokens.padded(self.g))
         return self.padded[0]
@@ -63,29 +71,29 @@ class Outer:
     def write(self, rows: slice, out: Tensor, *, add: bool = False) -> None:
         """Put the rows of the feature into ``out``, ``(n, c, rows, width)``, or add them to it."""
         x, g = self.tokens.padded(self.x.to(self.g.dtype)), self.by_example
-        if self.transposed or x.shape[-1] < _NARROW:  # output by output
+        if self.transposed or x.shape[-1] < _NARROW:  # one output at a time
             for a in range(len(g)):
                 left, right = (x[..., rows], g[a]) if self.transposed else (g[a][..., rows], x)
                 torch.baddbmm(out[:, a], left.mT, right, beta=int(add), out=out[:, a])
-        else:  # all at once
+        else:  # all outputs at once
             left = g[..., rows].permute(1, 0, 3, 2).reshape(len(x), -1, x.shape[1])
             whole = out.flatten(1, 2)
             torch.baddbmm(whole, left, x, beta=int(add), out=whole)
 
     def active_rows(self, count: int) -> Tensor:
-        """Which of the parameter's rows are not zero for every example: ``(count,)``, bool."""
+        """A mask ``(count,)`` of the parameter's rows that are not zero for every example."""
         side = self.x if self.transposed else self.g
         return (side != 0).flatten(0, -2).any(dim=0)
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(_TokenFeature):
     """Rows of an embedding: row v of the feature is the sum of g[a, t] over an example's tokens with ids[t] = v.
 
     Attributes:
-        ids: ``(N,)``; -1 where no row was read that has a gradient.
+        ids: ``(N,)``; -1 where the row that was read has no gradient.
         g: ``(c, N, s)``, the gradient at the row read.
-        tokens: whose they are.
+        tokens: the example of each token.
     """
 
     ids: Tensor
@@ -96,28 +104,18 @@ class Lookup:
         """The feature of some of the outputs."""
         return Lookup(self.ids, self.g[outputs], self.tokens)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, c)."""
-        return self.tokens.n, len(self.g)
-
-    @property
-    def values(self) -> Tensor:
-        """Tells dtype and device."""
-        return self.g
-
     def write(self, rows: slice, out: Tensor, *, add: bool = False) -> None:
         """Put the rows of the feature into ``out``, ``(n, c, rows, width)``, or add them to it."""
         n, c, count, width = out.shape
         inside = (self.ids >= rows.start) & (self.ids < rows.stop)
-        place = torch.where(inside, self.ids - rows.start, count)  # the last row gathers what lies outside
+        row = torch.where(inside, self.ids - rows.start, count)  # one more row, for ids outside of ``rows``
         result = self.g.new_zeros(c, n * (count + 1), width)
-        result.index_add_(1, self.tokens.owner * (count + 1) + place, self.g)
+        result.index_add_(1, self.tokens.owner * (count + 1) + row, self.g)
         result = result.unflatten(1, (n, -1))[:, :, :count].transpose(0, 1)
         out.copy_(result + out if add else result)
 
     def active_rows(self, count: int) -> Tensor:
-        """Which of the parameter's rows are read by any example: ``(count,)``, bool."""
+        """A mask ``(count,)`` of the parameter's rows that any example reads."""
         active = torch.zeros(count, dtype=torch.bool, device=self.ids.device)
         active[self.ids[self.ids >= 0]] = True
         return active
@@ -125,7 +123,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Dense:
-    """The feature itself.
+    """A feature that is formed.
 
     Attributes:
         value: ``(n, c, *shape)``.
@@ -143,8 +141,8 @@ class Dense:
         return self.value.shape[0], self.value.shape[1]
 
     @property
-    def values(self) -> Tensor:
-        """Tells dtype and device."""
+    def like(self) -> Tensor:
+        """A tensor of this dtype and device."""
         return self.value
 
     def write(self, rows: slice, out: Tensor, *, add: bool = False) -> None:
@@ -153,7 +151,7 @@ class Dense:
         out.copy_(value + out if add else value)
 
     def active_rows(self, count: int) -> Tensor:
-        """Which of the parameter's rows are not zero for every example: ``(count,)``, bool."""
+        """A mask ``(count,)`` of the parameter's rows that are not zero for every example."""
         return (self.value != 0).reshape(-1, count, self.value.shape[3:].numel()).any(dim=-1).any(dim=0)
 
 
@@ -162,17 +160,17 @@ Feature = Outer | Lookup | Dense
 
 def formed(feature: Feature, shape: torch.Size) -> Dense:
     """The whole feature of a parameter of this shape."""
-    out = feature.values.new_empty(*feature.shape, shape[0], shape[1:].numel())
+    out = feature.like.new_empty(*feature.shape, shape[0], shape[1:].numel())
     feature.write(slice(0, shape[0]), out)
     return Dense(out.view(*feature.shape, *shape))
 
 
 def subtract(feature: Feature, weights: Tensor, total: Tensor) -> Tensor:
-    """total - sum_ia weights[i, a] feature[i, a]: what a backward pass of the weighted outputs leaves.
+    """total - sum_ia weights[i, a] feature[i, a], in place unless ``total`` is sparse.
 
-    In place, unless ``total`` is sparse.
+    The sum is the gradient of the weighted sum of the outputs, by the parameter.
     """
-    weights = weights.to(feature.values.dtype)
+    weights = weights.to(feature.like.dtype)
     if total.is_sparse and not isinstance(feature, Lookup):
         total = total.to_dense()
     if isinstance(feature, Dense):

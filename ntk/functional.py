@@ -75,10 +75,10 @@ def requiring_gradients(model: nn.Module, names: Iterable[str]) -> Iterator[Leav
 def output_function(
     model: nn.Module, output: outputs.Output | None = None
 ) -> Callable[[Parameters, dict[str, Tensor], Mapping[str, Any]], Tensor]:
-    """f(params, example, constant) -> (c,), for one example without its batch dimension; fit for ``torch.func``.
+    """f(params, example, constant) -> (c,), for one example without its batch dimension, as ``torch.func`` needs it.
 
-    ``example`` and ``constant`` are entries of a :class:`ntk.inputs.Group`. Labels reach ``output`` but not the model,
-    whose own loss would be computed for nothing, unless an encoder-decoder needs them for its decoder's inputs.
+    ``example`` and ``constant`` are entries of a :class:`ntk.inputs.Group`. Labels reach ``output``, but not the model,
+    which would compute a loss that is not used; an encoder-decoder gets them if it needs them for its decoder's inputs.
 
     Raises:
         ValueError: the output is not ``(1, c)`` or ``(1,)`` for one example, or has no gradient.
@@ -125,7 +125,7 @@ def call(
 
 
 def fresh(inputs: Any) -> Any:
-    """Copies of all tensors and arrays, for a model may write into its inputs; they take gradients where those do."""
+    """Copies of all tensors and arrays, since a model may write into its inputs; ``requires_grad`` is kept."""
 
     def copy(value: Any) -> Any:
         if isinstance(value, np.ndarray):
@@ -149,7 +149,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception is and says, cut to one short line."""
+    """The type of an exception and its message, cut to one short line."""
     words = str(error).strip().partition("\n")[0].partition(". ")[0]
     return f"{type(error).__name__}: {words}"
 
@@ -158,7 +158,7 @@ class RandomNumbers(ValueError):
     """The model draws random numbers in evaluation mode."""
 
     def __init__(self, of: str = "the model"):
-        """Say so."""
+        """For ``of``, which draws them."""
         super().__init__(
             f"{of} draws random numbers in evaluation mode, so it has no tangent kernel; "
             "switch its noise off (dropout written with training=True is the usual cause)"
@@ -170,7 +170,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, without the fused path of attention and without compilation; every module's mode is restored."""
     modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    # Where nothing is compiled, this module is not imported, and to import it takes seconds.
+    # torch._dynamo takes seconds to import, and nothing is compiled unless it is imported already.
     stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with stance:
         try:
@@ -185,11 +185,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
-    """Evaluation mode without autograd's own graph; whatever happens, the model is left as it was found.
+    """Evaluation mode without autograd's own graph; the model is restored at the end, after errors too.
 
-    Each pass starts from the model's own state (:mod:`ntk.own_state`). Compiled models run as they were written;
-    attention takes no fused path, of which derivatives are missing; gradients pass no hooks of parameters. It works
-    inside of ``torch.inference_mode`` too. Memory: a copy of the buffers.
+    Each pass starts from the state in which the model is now (:mod:`ntk.own_state`). Compiled models run uncompiled;
+    attention does not use its fused kernels, which lack some derivatives; hooks of parameters' gradients do not run.
+    This works inside of ``torch.inference_mode`` too. Memory: a copy of the buffers.
 
     Raises:
         ValueError: a batch is on another device than the model, or not finite; the model was made in inference mode;
@@ -211,7 +211,7 @@ def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
                 start = model.register_forward_pre_hook(lambda *_: state.restore())
             yield
         except (RuntimeError, ValueError) as error:
-            _check_unchanged(model, versions, error)  # autograd may have stumbled over it first
+            _check_unchanged(model, versions, error)  # a change may be the reason why autograd failed
             if isinstance(error, RandomNumbers):
                 _check_settings(state, error)
             raise
@@ -244,7 +244,7 @@ def _check_made_for_gradients(model: nn.Module) -> None:
 
 
 def _check_settings(state: OwnState, cause: Exception | None) -> None:
-    """Of a model that draws numbers since it makes itself anew, say what it changes."""
+    """Raise if the model changes its own settings, which is then why it draws random numbers."""
     state.restore()
     if state.changed:
         name, (old, new) = next(iter(state.changed.items()))
@@ -268,10 +268,10 @@ def _random_state() -> list[Tensor]:
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Which tensor each name stands for, and how often it was written to.
+    """The identity of each named tensor, and how often it was written to.
 
-    peft's wrapper of a single parameter (of a stack of experts, say) registers it anew in each forward pass, which
-    counts as writing: of those, what their bits add up to.
+    peft's wrapper of a single parameter (of a stack of experts, say) registers the parameter again in each forward
+    pass, which counts as writing. The sum of the bits stands in for the number of writes there.
     """
     wrapped = {id(m.base_layer) for m in model.modules() if hasattr(m, "parameter_name") and hasattr(m, "base_layer")}
     again = {id(p) for m in model.modules() if id(m) in wrapped for p in m.parameters()}
@@ -284,7 +284,7 @@ def _bits(t: Tensor) -> int:
 
 
 def nonfinite_cause(model: nn.Module, inputs: Inputs) -> str:
-    """Why a kernel came out NaN or infinite, in words: a parameter, an input, or the computation itself."""
+    """Why a kernel holds NaN or infinite values, in words: a parameter, an input, or the computation itself."""
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if p.is_floating_point() and not torch.isfinite(p).all():
             return f"the model's {name} holds NaN or infinite values; load the weights again"
@@ -303,10 +303,9 @@ def nonfinite_cause(model: nn.Module, inputs: Inputs) -> str:
 
 
 def _first_overflow(model: nn.Module, inputs: Inputs) -> str | None:
-    """The first module that turns finite inputs into an output that is not."""
+    """The first module whose output is not finite."""
     with torch.no_grad():
         for name, output in _outputs_of_modules(model, inputs):
-            # A mask may hold minus infinity; only an activation with a NaN, or one that is infinite, is lost.
             if not torch.isfinite(output).all():
                 return name
     return None
@@ -318,7 +317,7 @@ def _last_gradient_overflow(model: nn.Module, inputs: Inputs) -> str | None:
         with torch.enable_grad():
             found = [(name, t) for name, t in _outputs_of_modules(model, inputs) if t.requires_grad]
             gradients = torch.autograd.grad(found[-1][1].sum(), [t for _, t in found], allow_unused=True)
-    except (RuntimeError, IndexError):  # a model that writes into its activations; one without gradients
+    except (RuntimeError, IndexError):  # the model writes into its activations, or has no gradients
         return None
     for (name, _), gradient in zip(reversed(found), reversed(gradients), strict=True):
         if gradient is not None and not torch.isfinite(gradient).all():

@@ -1,14 +1,13 @@
 """Batches taken apart into examples: padding removed, examples of one shape grouped.
 
 An example is its real tokens. Leading and trailing padding is cut off before the model sees it and positions count
-from the first real token, so a kernel cannot depend on the amount of padding, on its side, or on who else is in the
-batch. What is cut is known by the entry's name to hold one column a token (`TOKENS`); a width proves nothing. Where an
-entry of two or more axes is not known, or none holds tokens, the examples keep the padding that they came with, and
-the model sees it, with its mask, as in a call of its own.
+from the first real token, so a kernel cannot depend on the amount of padding, on its side, or on the other examples of
+the batch. Only entries whose name says that they hold one column for each token (`TOKENS`) are cut; an equal width
+proves nothing. Where an entry of two or more axes has an unknown name, or no entry holds tokens, the examples keep the
+padding that they came with, and the model sees it, with its mask, as in a call of its own.
 
-Cutting also settles what breaks Hugging Face models under ``vmap``: their mask code branches on the *values* of the
-attention mask. Examples are therefore grouped by shape and by mask, and a group's mask is an ordinary tensor, never a
-batched one.
+Hugging Face models fail under ``vmap`` because their mask code branches on the *values* of the attention mask. Examples
+are therefore grouped by shape and by mask, and a group's mask is an ordinary tensor, never a batched one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -25,10 +24,10 @@ Inputs = Mapping[str, Any] | Tensor
 
 # The entries that say which encoder or decoder tokens are real.
 ENCODER_MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
-# Entries with one column a token, beside masks and integer labels, without the "decoder_" of those of the decoder. A
-# sound's samples (``input_values``) are its tokens if they have the shape of the mask.
+# Entries with one column for each token, beside masks and integer labels; "decoder_" may precede the name. The samples
+# of a sound (``input_values``) are its tokens if they have the shape of the mask.
 TOKENS = ("input_ids", "inputs_embeds", "input_values", "token_type_ids", "position_ids", "special_tokens_mask")
-# Entries that hold no tokens, by how their names begin.
+# The beginnings of the names of entries that hold no tokens.
 _NOT_TOKENS = ("pixel_", "input_features")
 
 
@@ -40,8 +39,8 @@ class Group:
         indices: positions of the examples in the batch.
         batched: entries that differ from example to example, ``(g, ...)`` for g examples.
         constant: entries shared by the group as the model takes them (masks of batch 1, flags).
-        listed: names of the constant entries that are lists, tuples or arrays of one element an example; of length 1,
-            since the group's examples have the same.
+        listed: names of the constant entries that are lists, tuples or arrays of one element for each example; they
+            have length 1, since the group's examples share the element.
     """
 
     indices: list[int]
@@ -74,7 +73,7 @@ class Group:
         return max((value.shape[1] for value in self.batched.values() if value.ndim > 1), default=1)
 
     def repeated(self) -> dict[str, Any]:
-        """The constant entries for the whole group: masks and lists with one row, or element, an example."""
+        """The constant entries for the whole group: masks and lists with one row or element for each example."""
         n, found = len(self.indices), {}
         for key, value in self.constant.items():
             if isinstance(value, Tensor) and value.ndim and len(value) == 1:
@@ -86,7 +85,7 @@ class Group:
 
 
 def batch_size(inputs: Inputs) -> int:
-    """Number of examples n: the largest first dimension, since entries such as position ids may come with batch 1.
+    """Number of examples n: the largest first dimension, since entries such as position ids may have batch size 1.
 
     Raises:
         ValueError: no batched tensor, an empty batch, or first dimensions other than n and 1.
@@ -115,13 +114,13 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def check_devices(model: nn.Module, batches: Iterable[Inputs | None]) -> None:
-    """Make sure that batches are where the model is; of a model spread over several devices nothing is asked.
+    """Make sure that batches are on the model's device; a model on several devices is not checked.
 
     Raises:
         ValueError: a tensor is on another device than all parameters.
     """
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type == "meta":  # Weights that are offloaded are on "meta".
+    if len(devices) != 1 or next(iter(devices)).type == "meta":  # offloaded weights are on "meta"
         return
     (device,) = devices
     for batch in batches:
@@ -134,7 +133,7 @@ def check_devices(model: nn.Module, batches: Iterable[Inputs | None]) -> None:
 
 
 def check_finite(batches: Iterable[Inputs | None]) -> None:
-    """Make sure that every example's numbers are finite. A mask that is added may hold minus infinity beside zeros.
+    """Make sure that every example's numbers are finite; an additive mask may hold zeros and minus infinity.
 
     Raises:
         ValueError: NaN, or infinite values; names the entry and the first row that holds one.
@@ -153,7 +152,7 @@ def check_finite(batches: Iterable[Inputs | None]) -> None:
 
 
 def _numbers(value: Any) -> Tensor | None:
-    """Floating-point numbers of a tensor, an array or a list; None for what else there is."""
+    """Floating-point numbers of a tensor, an array or a list; None for anything else."""
     if isinstance(value, list | tuple | np.ndarray):
         try:
             value = torch.as_tensor(np.asarray(value, dtype=np.float64))
@@ -171,7 +170,8 @@ def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Gro
         inputs: one tensor ``(n, ...)``, or a mapping with an optional 2-D ``attention_mask`` of zeros and ones.
         encoder_decoder: the labels belong to the decoder's tokens, not to the encoder's.
 
-    Lists, tuples and arrays of length n hold one element an example; what else is no tensor is the same for all.
+    Lists, tuples and arrays of length n hold one element for each example; anything else that is not a tensor is the
+    same for all examples.
 
     Returns:
         Groups that cover 0..n-1 once, in order of first appearance.
@@ -183,7 +183,7 @@ def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Gro
     n = batch_size(inputs)
     if isinstance(inputs, Tensor):
         return [Group(list(range(n)), {"": inputs}, {})]
-    # On the processor, since each example's padding is looked at, and every look waits for an accelerator.
+    # On the processor, since Python reads each example's padding, and every read waits for an accelerator.
     masks = {key: value.cpu() for key in (ENCODER_MASK, DECODER_MASK) if isinstance(value := inputs.get(key), Tensor)}
     listed = frozenset(
         key for key, value in inputs.items() if not isinstance(value, Tensor) and _by_example(key, value, n)
@@ -205,11 +205,11 @@ def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Gro
 
 
 def _by_example(key: str, value: Any, n: int) -> bool:
-    """Whether an entry that is no tensor holds one element an example: a list, tuple or array of length n.
+    """Whether an entry that is not a tensor holds one element for each example: a list, tuple or array of length n.
 
     Raises:
-        ValueError: it cannot be told, or cannot be split: an array of another length, a table, a set, tensors or arrays
-            of n rows inside of a list or mapping.
+        ValueError: that is not known, or the entry cannot be split: an array of another length, a table, a set, tensors
+            or arrays of n rows inside of a list or mapping.
     """
     if (
         isinstance(value, str | bytes)
@@ -239,7 +239,7 @@ def _by_example(key: str, value: Any, n: int) -> bool:
 
 
 def _plain(value: Mapping[Any, Any], n: int) -> bool:
-    """Whether a mapping holds settings alone, and nothing that could be one element an example."""
+    """Whether a mapping holds only settings, and nothing that could be one element for each example."""
     return not any(isinstance(v, Sized) and not isinstance(v, str | bytes) and len(v) == n for v in value.values())
 
 
@@ -252,7 +252,7 @@ def _example(
     listed: frozenset[str],
     cut: frozenset[str],
 ) -> tuple[dict, dict]:
-    """Entries of example ``i``, without its padding on the sides in ``cut``, split into (batched, constant)."""
+    """Entries of example ``i``, (batched, constant), without padding in the entries of the masks in ``cut``."""
     batched, constant = {}, {}
     spans = {key: _real_span(inputs, masks.get(key), key, i) for key in (ENCODER_MASK, DECODER_MASK)}
     for key, value in inputs.items():
@@ -270,7 +270,7 @@ def _example(
 
 
 def _side(key: str, encoder_decoder: bool) -> str:
-    """Which mask an entry goes by."""
+    """The name of the mask that an entry belongs to."""
     return DECODER_MASK if key.startswith("decoder_") or (encoder_decoder and key == "labels") else ENCODER_MASK
 
 
@@ -288,7 +288,7 @@ def _holds_tokens(key: str, value: Tensor, width: int) -> bool | None:
 
 
 def _can_be_cut(inputs: Mapping[str, Any], mask: Tensor, side: str, encoder_decoder: bool) -> bool:
-    """Whether it is known of all entries on one side which of them have the mask's tokens, and one of them has."""
+    """Whether all entries that belong to a mask are known to hold its tokens or not, and at least one holds them."""
     if mask.ndim != 2:
         return False
     found = {
@@ -317,13 +317,13 @@ def _real_span(inputs: Mapping[str, Any], mask: Tensor | None, key: str, i: int)
 
 
 def _signature(batched: Mapping[str, Tensor], constant: Mapping[str, Any]) -> tuple:
-    """Equal for examples that may share a group: same shapes, same constants (masks by value, holes included)."""
+    """A key that is equal for examples that may share a group: same shapes and same constants, masks by value."""
     shapes = tuple((key, value.dtype, value.shape[1:]) for key, value in batched.items())
     return shapes, tuple((key, _content(value)) for key, value in constant.items())
 
 
 def _content(value: Any) -> Any:
-    """What tells a constant from another: the content of tensors, arrays, lists and numbers, or the object itself."""
+    """A key for a constant: the content of tensors, arrays, lists and numbers, or the identity of other objects."""
     if isinstance(value, Tensor):
         return value.dtype, value.shape, tuple(value.flatten().tolist())
     if isinstance(value, np.ndarray):
@@ -350,12 +350,12 @@ def tiles(groups: Sequence[Group], size: int) -> list[list[Group]]:
     return result
 
 
-# Entries that can be filled up on the right where the mask says so, and with what.
+# Entries that can be padded on the right, and the values to pad with (None for the padding token).
 _FILL = {"input_ids": None, "token_type_ids": 0, "position_ids": 0}
 
 
 def padding_token(model: Any) -> int | None:
-    """The token that a Hugging Face encoder or decoder pads with; None for other models, or where it knows of none."""
+    """The token that a Hugging Face encoder or decoder pads with; None for other models, or if it has none."""
     config = getattr(model, "config", None)
     padding = getattr(config, "pad_token_id", None)
     known = isinstance(padding, int) and padding >= 0 and not getattr(config, "is_encoder_decoder", False)
@@ -368,12 +368,12 @@ def pad_together(groups: Sequence[Group], padding: int, *, overhead: float = flo
     Args:
         groups: as :func:`group_examples` returns them.
         padding: token id to fill with.
-        overhead: what a batch costs beside its tokens, in tokens. The batches chosen cost least in all; with an
-            infinite overhead that is as few as possible.
+        overhead: the cost of a batch beside its tokens, in tokens. The total cost of the batches is minimal; with an
+            infinite overhead there are as few batches as possible.
 
     Returns:
-        Groups whose mask is batched where lengths differ. Those with other entries than token ids, or with holes in
-        their mask, are left as they are.
+        Groups whose mask is batched where lengths differ. Groups with other entries than token ids, or with zeros
+        between ones in their mask, are returned unchanged.
     """
     plain = [g for g in groups if _is_plain(g)]
     kinds: dict[tuple, list[Group]] = {}
@@ -391,7 +391,7 @@ def _is_plain(group: Group) -> bool:
 
 
 def _join(groups: list[Group], padding: int, overhead: float) -> list[Group]:
-    """Cut the groups, in order of length, where that costs least: cost(k) = min_j cost(j) + batch of groups j..k-1."""
+    """Cut the groups, in order of length, at the least cost: cost(k) = min_j cost(j) + cost of a batch of j..k-1."""
     ordered = sorted(groups, key=lambda g: g.batched["input_ids"].shape[1])
     lengths = [g.batched["input_ids"].shape[1] for g in ordered]
     sizes = [len(g.indices) for g in ordered]

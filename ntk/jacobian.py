@@ -2,16 +2,16 @@
 
     K[i, j, a, b] = sum_theta  d f_a(x_i)/d theta * d f_b(x_j)/d theta
 
-Jacobian contraction as in Novak, Sohl-Dickstein and Schoenholz (2022, sec. 3.1), by ``torch.func``. Slow, large and
-simple: it is what every faster kernel is compared with. It is itself compared, example by example, with ordinary
-autograd, and gives way to it where they differ. For n examples, c outputs, P parameters and tiles of b examples: time
-(n c)^2 P for the contraction, (1 + n/2b) n Jacobians and n forward and backward passes for the comparison; memory
-2 b c P beside the model and kernel.
+Jacobian contraction as in Novak, Sohl-Dickstein and Schoenholz (2022, sec. 3.1), by ``torch.func``. It is slow, large
+and simple, and every faster kernel is compared with it. Its Jacobians are themselves compared, example by example, with
+ordinary autograd, which replaces them where they differ. For n examples, c outputs, P parameters and tiles of b
+examples: time (n c)^2 P for the contraction, (1 + n/2b) n Jacobians and n forward and backward passes for the
+comparison; memory 2 b c P beside the model and kernel.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,10 @@ from ntk.functional import (
     call,
     first_line,
     fresh,
-    is_encoder_decoder,
     output_function,
     requiring_gradients,
 )
-from ntk.inputs import Group, Inputs, group_examples, tiles
+from ntk.inputs import Group, tiles
 from ntk.layout import Layout, mirrored
 from ntk.outputs import Output
 from ntk.request import Request
@@ -54,11 +53,12 @@ def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict
     n1, n2 = (sum(len(g.indices) for g in groups) for groups in (groups1, groups2))
     jacobian = jacobian_function(request.model, request.output)
 
-    c = _number_of_outputs(request.model, groups1[0], request.output)
+    with torch.enable_grad(), requiring_gradients(request.model, ()):
+        c = len(alone(request.model, request.output, groups1[0], 0))
     for name in params:
         note(BY_REFERENCE, name)
     names = [""] if summed else list(params)
-    dtype = _accumulation_dtype(params)
+    dtype = accumulation_dtype(params)
     device = next(iter(params.values())).device
     size = _tile_size(params, n1, n2, c, layout, len(names), request.budget(device))
     kernels = {name: torch.zeros(n1, n2, *layout.shape(c), dtype=dtype, device=device) for name in names}
@@ -68,7 +68,7 @@ def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict
     pairs = [(i, j) for i in range(len(tiles1)) for j in range(i if symmetric else 0, len(tiles2))]
     with tqdm(total=len(pairs), desc="kernel tiles", disable=None if request.progress else True, leave=False) as bar:
         for i, tile1 in enumerate(tiles1):
-            # Each tile is checked the first time: on a diagonal, from the second row on, for the second time.
+            # Each tile is checked the first time that it runs.
             rows, jacobian1 = jacobian(params, tile1, check=i == 0 or not symmetric)
             for j in range(i if symmetric else 0, len(tiles2)):
                 diagonal = symmetric and i == j
@@ -88,12 +88,12 @@ def jacobian_function(model: nn.Module, output: Output | None) -> Callable[..., 
 
     ``params`` are the model's own, detached. Runs ``vmap(jacrev(f))`` on each group of the tile and, with ``check``,
     compares each example's with ordinary autograd, in a random direction of the outputs: one forward and one backward
-    pass an example. Where they differ, or where ``torch.func`` cannot trace the model (an ``autograd.Function`` without
-    its rules in BLOOM, a data-dependent shape in BART), each example and output takes its own backward pass, which is
-    slower and is what the comparison is with. Which one ran is logged at level INFO.
+    pass for each example. Where they differ, or where ``torch.func`` cannot trace the model (an ``autograd.Function``
+    without its rules in BLOOM, a data-dependent shape in BART), each example and output takes its own backward pass,
+    which is slower. The logger reports that at level INFO.
     """
     f = output_function(model, output)
-    looping: list[str] = []  # why the first group was not to be had by torch.func
+    looping: list[str] = []  # why torch.func failed on the first group
 
     def per_group(params: Parameters, group: Group, check: bool) -> Jacobian:
         if not looping:
@@ -103,7 +103,7 @@ def jacobian_function(model: nn.Module, output: Output | None) -> Callable[..., 
                 if not wrong:
                     return result
                 looping.append(f"its derivative by {wrong} is not that of autograd")
-            except Exception as error:  # whatever it is, the loop meets it too, or does without
+            except Exception as error:  # the loop raises it too, or does not need what failed
                 if "randomness" in str(error):
                     raise RandomNumbers from error
                 looping.append(first_line(error))
@@ -117,7 +117,7 @@ def jacobian_function(model: nn.Module, output: Output | None) -> Callable[..., 
         parts = [per_group(params, group, check) for group in tile]
         if len(parts) == 1:
             return rows, parts[0]
-        # Parameter by parameter, freeing the parts, so that the tile is never held twice.
+        # Each parameter's parts are freed as they are joined, so that the tile is never held twice.
         return rows, {name: torch.cat([part.pop(name) for part in parts]) for name in params}
 
     return jacobian
@@ -126,8 +126,8 @@ def jacobian_function(model: nn.Module, output: Output | None) -> Callable[..., 
 def _traced_jacobian(model: nn.Module, f: Callable[..., Tensor], params: Parameters, group: Group) -> Jacobian:
     """By ``vmap(jacrev(f))``.
 
-    With gradients enabled, though none is recorded: without, derivatives of solvers and determinants come out wrong.
-    The fused attention kernels have no batching rule; the plain formula has.
+    Gradients are enabled although none is recorded, since derivatives of solvers and determinants come out wrong
+    otherwise. The fused attention kernels have no batching rule; the plain formula has one.
     """
     with requiring_gradients(model, ()), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         found = vmap(jacrev(lambda p, x: f(p, x, group.constant)), in_dims=(None, 0))(params, group.batched)
@@ -149,7 +149,7 @@ def tolerance(rounding: float) -> float:
 def _mismatch(
     model: nn.Module, output: Output | None, params: Parameters, group: Group, jacobian: Jacobian
 ) -> str | None:
-    """The first parameter by which some example's Jacobian is not what autograd finds, in one random direction."""
+    """The first parameter for which an example's Jacobian differs from autograd's, in one random direction."""
     like = next(iter(jacobian.values()))
     g, c = like.shape[:2]
     weights = torch.randn(g, c, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like.device)
@@ -167,7 +167,7 @@ def _mismatch(
 
 
 def _looped_jacobian(model: nn.Module, output: Output | None, params: Parameters, group: Group) -> Jacobian:
-    """As ``vmap(jacrev(f))``, by ``torch.autograd.grad`` alone, of the model itself and its own parameters."""
+    """The same as ``vmap(jacrev(f))``, by ``torch.autograd.grad`` of the model itself."""
     rows: dict[str, list[Tensor]] = {name: [] for name in params}
     with requiring_gradients(model, params) as leaves, torch.enable_grad():
         for position in range(len(group.indices)):
@@ -195,7 +195,7 @@ def alone(model: nn.Module, output: Output | None, group: Group, position: int) 
 
 
 def gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor]:
-    """d value / d leaf, zero where there is no way, dense.
+    """d value / d leaf, dense; zero for a leaf on which the value does not depend.
 
     Raises:
         ValueError: autograd fails; says how.
@@ -212,13 +212,8 @@ def gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor]:
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), dense, strict=True)}
 
 
-def _number_of_outputs(model: nn.Module, group: Group, output: Output | None) -> int:
-    with torch.enable_grad(), requiring_gradients(model, ()):
-        return len(alone(model, output, group, 0))
-
-
-def _accumulation_dtype(params: Parameters) -> torch.dtype:
-    """The widest parameter dtype, and never less than float32: sums over millions of products."""
+def accumulation_dtype(params: Mapping[str, Tensor]) -> torch.dtype:
+    """The widest parameter dtype, and at least float32, for sums over millions of products."""
     dtype = torch.float32
     for p in params.values():
         dtype = torch.promote_types(dtype, p.dtype)
@@ -226,11 +221,11 @@ def _accumulation_dtype(params: Parameters) -> torch.dtype:
 
 
 def memory(params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels: int) -> tuple[int, int]:
-    """Bytes for the kernels, and for one example's Jacobian; the least is the former and twice the latter."""
-    dtype = _accumulation_dtype(params)
-    # Twice: what is added to the kernels may be as large as they are.
+    """Bytes for the kernels, and for one example's Jacobian; the minimum is the kernels and two Jacobians."""
+    dtype = accumulation_dtype(params)
+    # The factor 2 is for the block that is added to the kernels, which may be as large as they are.
     kernel_bytes = 2 * kernels * n1 * n2 * layout.size(c) * dtype.itemsize
-    # One example's Jacobian, plus the copy that joining groups or changing dtype makes of the largest parameter.
+    # Joining groups or changing dtype makes a copy of the largest parameter's Jacobian.
     example_bytes = c * (
         sum(p.numel() * p.element_size() for p in params.values())
         + max(p.numel() for p in params.values()) * dtype.itemsize
@@ -259,12 +254,12 @@ def _tile_size(params: Parameters, n1: int, n2: int, c: int, layout: Layout, ker
 
 
 def smaller_layout(layout: Layout, c: int) -> str:
-    """What to ask for instead, in words, if a kernel of c outputs is larger than it must be."""
+    """The words for an error message that recommend a smaller layout, if there is one."""
     return ", or reduce='trace'" if layout.size(c) > 1 else ""
 
 
 def at_least(size: int | float) -> str:
-    """A number of bytes in words, none of which is left out by rounding."""
+    """A number of bytes in words, rounded up."""
     unit = 1e7 if size >= 1e7 else 1e3
     return gigabytes(math.ceil(size / unit) * unit)
 
@@ -275,16 +270,11 @@ def gigabytes(size: int | float) -> str:
 
 
 def selected_jacobian_rows(
-    model: nn.Module,
-    inputs: Inputs,
-    params: Parameters,
-    output: Output | None,
-    chosen: dict[str, Tensor],
-    progress: bool,
+    request: Request, params: Parameters, chosen: dict[str, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(example indices, Jacobian at the chosen coordinates ``(b, c, m)``) by group; ``chosen`` is flat, by name."""
-    jacobian = jacobian_function(model, output)
-    groups = group_examples(inputs, encoder_decoder=is_encoder_decoder(model))
-    for tile in tqdm(tiles(groups, 1), desc="Jacobians", disable=None if progress else True, leave=False):
+    """By group: the rows' indices, and their Jacobian ``(b, c, m)`` at the chosen flat coordinates of parameters."""
+    jacobian = jacobian_function(request.model, request.output)
+    disable = None if request.progress else True
+    for tile in tqdm(tiles(request.rows, 1), desc="Jacobians", disable=disable, leave=False):
         rows, blocks = jacobian({name: params[name] for name in chosen}, tile)
         yield rows, torch.cat([blocks[name].flatten(2)[:, :, index] for name, index in chosen.items()], dim=2)

@@ -13,47 +13,47 @@ Kernel = Float[Tensor, "_ _ ..."]
 
 @dataclass(frozen=True)
 class Layout:
-    """What becomes of the c outputs of two examples' features ``(n, c, p)`` where these are contracted to a kernel.
+    """What becomes of the c outputs of two examples' features ``(n, c, p)`` when they are contracted to a kernel.
 
-    Each output has one of three places, c = k m d: a matrix of its own (k), a row of its own, which meets all rows of
-    the other side (m), or a part of the sum that runs over the parameters (d). So every kernel is k products of
-    matrices ``(n m, d p)``, and no more entries are computed than it has.
+    The outputs are divided as c = k m d. Each of k has a matrix of its own; each of m has a row of its own, which meets
+    all rows of the other side; d are summed together with the parameters. So every kernel is k products of matrices
+    ``(n m, d p)``, and no more entries are computed than it has.
 
     Attributes:
-        places: c -> (k, m, d).
-        shape: c -> the output axes that the kernel has behind (n1, n2).
-        summed: the outputs are summed before they are differentiated, so that c is 1 for all that follows.
+        factors: c -> (k, m, d).
+        shape: c -> the output axes of the kernel, which follow (n1, n2).
+        summed: whether the outputs are summed before they are differentiated, so that c is 1 from there on.
     """
 
-    places: Callable[[int], tuple[int, int, int]]
+    factors: Callable[[int], tuple[int, int, int]]
     shape: Callable[[int], tuple[int, ...]]
     summed: bool = False
 
     def size(self, c: int) -> int:
         """Entries for each pair of examples."""
-        k, m, _ = self.places(c)
+        k, m, _ = self.factors(c)
         return k * m**2
 
     def arrange(self, features: Float[Tensor, "n c ..."]) -> Float[Tensor, "k nm dp"]:
         """The matrices that are multiplied, examples slow and outputs fast."""
         n, c, *rest = features.shape
-        k, m, d = self.places(c)
+        k, m, d = self.factors(c)
         return features.reshape(n, k, m, d, *rest).movedim(1, 0).reshape(k, n * m, d * torch.Size(rest).numel())
 
     def kernel(self, products: Float[Tensor, "k n1m n2m"], c: int) -> Float[Tensor, "n1 n2 ..."]:
-        """The kernel that the products are."""
-        k, m, _ = self.places(c)
+        """The products as a kernel."""
+        k, m, _ = self.factors(c)
         n1, n2 = (rows // m for rows in products.shape[1:])
         return products.reshape(k, n1, m, n2, m).permute(1, 3, 0, 2, 4).reshape(n1, n2, *self.shape(c))
 
     def contract(
         self, features1: Float[Tensor, "n1 c ..."], features2: Float[Tensor, "n2 c ..."]
     ) -> Float[Tensor, "n1 n2 ..."]:
-        """The kernel of features; with ``summed``, of the one output that is left."""
+        """The kernel of features; with ``summed``, they are features of the sum of the outputs."""
         return self.kernel(self.arrange(features1) @ self.arrange(features2).mT, features1.shape[1])
 
 
-# The argument ``reduce`` of every function that computes kernels; what each gives is in `reduce_outputs`.
+# The argument ``reduce`` of every function that computes kernels; see the table of `reduce_outputs`.
 LAYOUTS: dict[str | None, Layout] = {
     None: Layout(lambda c: (1, c, 1), lambda c: (c, c)),
     "trace": Layout(lambda c: (1, 1, c), lambda c: ()),
@@ -76,7 +76,7 @@ def layout_of(reduce: str | None) -> Layout:
 def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: str | None) -> Float[Tensor, "..."]:
     """Contract the two output axes of a kernel that was computed whole.
 
-    The slow truth of what ``reduce=`` of :func:`ntk.empirical_ntk` forms without the c^2 entries of each pair.
+    The reference for ``reduce=`` of :func:`ntk.empirical_ntk`, which does not form the c^2 entries of each pair.
 
     | ``reduce``     | result                    | shape          |
     |----------------|---------------------------|----------------|

@@ -1,8 +1,8 @@
-"""How close two kernels are, and the shape of one.
+"""Distance and alignment of two kernels, and the spectrum of one.
 
 Every function takes kernels as ``(n1, n2)`` or ``(n1, n2, c, c)``; the latter are compared as their flattened matrices
 (:func:`ntk.flatten`), so all output pairs count. Sums run in float64. Metrics of a pair depend on which examples are in
-the batch, and say nothing without the null models of :mod:`ntk.nulls` beside them.
+the batch; compare them with the same metrics of the null models of :mod:`ntk.nulls`.
 """
 
 import torch
@@ -15,16 +15,10 @@ DISTANCES = ("relative_frobenius", "mean_absolute", "max_absolute")
 
 
 class UndefinedMetricError(ValueError):
-    """A metric has no value on these kernels, as an angle with zero has none."""
+    """A metric has no value on these kernels, for instance an alignment with a kernel of zeros."""
 
 
-def kernel_distance(
-    K1: Kernel,
-    K2: Kernel,
-    *,
-    kind: str = "relative_frobenius",
-    scaled: bool = False,
-) -> float:
+def kernel_distance(K1: Kernel, K2: Kernel, *, kind: str = "relative_frobenius", scaled: bool = False) -> float:
     """Distance of K2 from K1, entry by entry.
 
     | ``kind``                 | D = K1 - s K2                  | unit        |
@@ -34,7 +28,7 @@ def kernel_distance(
     | ``"max_absolute"``       | max |D|                        | that of K1  |
 
     s = 1, or with ``scaled`` the :func:`best_scale` that minimises ||K1 - s K2||_F; the relative distance is then
-    sqrt(1 - alignment^2) for a positive alignment, and 1 when K2 is no help at all.
+    sqrt(1 - alignment^2), and 1 for orthogonal kernels.
 
     Raises:
         ValueError: unknown kind, unequal shapes, a non-finite kernel, K1 = 0 with the relative distance.
@@ -64,14 +58,14 @@ def kernel_alignment(K1: Kernel, K2: Kernel) -> float:
     share a large mean entry: see :func:`cka`.
     """
     A, B = _pair(K1, K2)
-    return float(_inner(A, B) / (_norm(A, "K1") * _norm(B, "K2")))
+    return float((A * B).sum() / (_norm(A, "K1") * _norm(B, "K2")))
 
 
 def cka(K1: Kernel, K2: Kernel) -> float:
     """Centred kernel alignment: the alignment of H K1 H and H K2 H, H = I - 1 1^T / n.
 
-    Centring is over examples, for each output by itself, which is centring the features (Cortes, Mohri and Rostamizadeh
-    2012, sec. 2.1; Kornblith et al. 2019, eq. 3). Square kernels only.
+    Examples are centred for each output by itself, which centres the features (Cortes, Mohri and Rostamizadeh 2012,
+    sec. 2.1; Kornblith et al. 2019, eq. 3). Square kernels only.
     """
     if K1.ndim not in (2, 4) or K1.shape[0] != K1.shape[1]:
         raise ValueError(f"cka takes a symmetric kernel, (n, n) or (n, n, c, c); got {tuple(K1.shape)}")
@@ -116,12 +110,12 @@ def effective_rank(kernel: Kernel) -> float:
     """exp of the entropy of the normalised spectrum, between 1 and n c (Roy and Vetterli 2007, def. 1).
 
     Raises:
-        ValueError: the kernel is zero, or has negative eigenvalues beyond rounding (it is no kernel).
+        ValueError: the kernel is zero, or has negative eigenvalues beyond rounding.
     """
     eigenvalues = spectrum(kernel)
     if eigenvalues[0] <= 0:
         raise UndefinedMetricError("the effective rank of a zero kernel is undefined")
-    # Single-precision kernels have eigenvalues of relative size 1e-7 with either sign; anything larger is a mistake.
+    # Rounding gives single-precision kernels eigenvalues of relative size 1e-7 with either sign.
     if eigenvalues[-1] < -1e-4 * eigenvalues[0]:
         raise ValueError(
             f"the kernel is not positive semi-definite: eigenvalues from {eigenvalues[-1]:.3g} to {eigenvalues[0]:.3g}"
@@ -178,10 +172,6 @@ def _square(kernel: Tensor) -> Tensor:
     return matrix
 
 
-def _inner(A: Tensor, B: Tensor) -> Tensor:
-    return (A * B).sum()
-
-
 def _norm(A: Tensor, name: str) -> Tensor:
     norm = A.norm()
     if norm == 0:
@@ -192,4 +182,4 @@ def _norm(A: Tensor, name: str) -> Tensor:
 
 
 def _best_scale(A: Tensor, B: Tensor) -> float:
-    return float(_inner(A, B) / _norm(B, "K2") ** 2)
+    return float((A * B).sum() / _norm(B, "K2") ** 2)

@@ -1,7 +1,7 @@
-"""Null models: what an alignment with a kernel is worth, given that much is shared by chance.
+"""Null models: kernels with which the alignment of a method's kernel is compared.
 
-Each draws a kernel that knows nothing of the method under test but has as many parameters m as it, or sees the same
-inputs. A method whose kernel aligns no better than these keeps nothing special of the full kernel.
+Each null model knows nothing of the method, but has as many parameters m as the method, or sees the same inputs. If a
+method's kernel aligns with the full kernel no better than these do, chance explains its alignment.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ntk.functional import ParameterChoice, evaluation, fresh, select_parameters
 from ntk.inputs import Inputs, batch_size, group_examples
 from ntk.jacobian import selected_jacobian_rows
-from ntk.layout import Kernel, flatten, layout_of
-from ntk.outputs import Output, summed_outputs
+from ntk.layout import Kernel, flatten
+from ntk.outputs import Output
+from ntk.request import Request
 
 
 def random_subset_ntk(
@@ -32,13 +33,14 @@ def random_subset_ntk(
 ) -> list[Float[Tensor, "..."]]:
     """Kernels of ``draws`` random sets of m scalar parameters, drawn without replacement among the selected ones.
 
-    The kernel of fine-tuning a random sparse mask. One Jacobian an example serves all draws; memory n c m ``draws``.
+    It is the kernel of fine-tuning a random sparse mask. One Jacobian for each example serves all draws; memory
+    n c m ``draws``.
 
     Raises:
         ValueError: m is not between 1 and the number of selected parameters; inputs on another device than
             the model.
     """
-    layout = layout_of(reduce)
+    request = Request(model, inputs, None, output, reduce, None, progress)
     chosen = select_parameters(model, params)
     total = sum(p.numel() for p in chosen.values())
     if not 1 <= m <= total:
@@ -49,21 +51,15 @@ def random_subset_ntk(
     union = torch.cat(subsets).unique()
     features: dict[int, Tensor] = {}
     with evaluation(model, inputs):
-        for rows, block in selected_jacobian_rows(
-            model, inputs, chosen, summed_outputs(output) if layout.summed else output, _by_parameter(union, chosen),
-            progress,
-        ):  # fmt: skip
+        for rows, block in selected_jacobian_rows(request, chosen, _by_parameter(union, chosen)):
             features.update(zip(rows.tolist(), block, strict=True))
     jacobian = torch.stack([features[i] for i in range(len(features))])  # (n, c, |union|)
-    kernels = []
-    for subset in subsets:
-        J = jacobian[:, :, torch.searchsorted(union, subset).to(jacobian.device)]
-        kernels.append(layout.contract(J, J))
-    return kernels
+    blocks = (jacobian[:, :, torch.searchsorted(union, subset).to(jacobian.device)] for subset in subsets)
+    return [request.layout.contract(J, J) for J in blocks]
 
 
 def _by_parameter(flat: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sorted positions in the concatenation of all parameters, split by parameter; those without any are left out."""
+    """Split sorted positions in the concatenation of all parameters by parameter; leave out parameters without any."""
     result, start = {}, 0
     for name, p in params.items():
         inside = flat[(flat >= start) & (flat < start + p.numel())] - start
@@ -88,7 +84,7 @@ def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Ke
     eigenvalues, vectors = torch.linalg.eigh((K + K.T) / 2)
     root = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
     wishart = torch.zeros_like(K)
-    step = max(1, 10**7 // len(K))  # bounds the memory of G, whose m columns are summed a block at a time
+    step = max(1, 10**7 // len(K))  # bounds the memory of G, whose m columns are summed block by block
     for start in range(0, m, step):
         G = torch.randn(len(K), min(step, m - start), dtype=torch.float64, generator=generator, device=generator.device)
         wishart += (G @ G.T).to(K.device)
@@ -100,16 +96,16 @@ def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Ke
 
 
 def permuted(kernel: Kernel, *, generator: torch.Generator) -> Kernel:
-    """The kernel with its examples in random order: the same spectrum, the wrong inputs. K[pi(i), pi(j)]."""
+    """The kernel with its examples in random order, K[pi(i), pi(j)]: the same spectrum for the wrong inputs."""
     order = torch.randperm(len(kernel), generator=generator, device=generator.device).to(kernel.device)
     return kernel[order][:, order]
 
 
 def hidden_state_kernel(model: nn.Module, inputs: Inputs) -> Float[Tensor, "n n"]:
-    """Inner products of the examples' last hidden states, averaged over their real tokens: what the inputs alone say.
+    """Inner products of the examples' last hidden states, averaged over their real tokens.
 
     Raises:
-        ValueError: the model does not return hidden states (it is no Hugging Face model); inputs on another device than
+        ValueError: the model does not return hidden states, as Hugging Face models do; inputs on another device than
             the model.
     """
     states: dict[int, Tensor] = {}

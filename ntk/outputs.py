@@ -1,7 +1,7 @@
-"""What is differentiated: functions of the model's output and its inputs, ``(model_output, inputs) -> (n, c)``.
+"""Functions whose kernel is taken, of the model's output and its inputs: ``(model_output, inputs) -> (n, c)``.
 
-Pass one as ``output=``. Each works on a padded batch as well as on the single unpadded examples of the kernels.
-Do not pass a function that mixes examples: row i must depend on example i alone.
+Pass one as ``output=``. Each works on a padded batch as well as on the single unpadded examples of the kernels. Row i
+must depend on example i alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +46,7 @@ def last_token_logits(model_output: Any, inputs: Mapping[str, Any]) -> Float[Ten
     mask = inputs.get("attention_mask")
     if mask is None:
         return per_token[:, -1]
-    # argmax of a position that grows along the real tokens: the last real one, with padding on either side.
+    # Positions grow along the real tokens and padding counts 0, so the largest is the last real token.
     last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
     return per_token.gather(1, last[:, None, None].expand(-1, 1, per_token.shape[2])).squeeze(1)
 
@@ -99,7 +99,7 @@ def summed_outputs(output: Output | None) -> Output:
 
     def summed(model_output: Any, inputs: Any) -> Any:
         value = (output or logits)(model_output, inputs)
-        # Whatever is no (n, c) is left to the caller, who says what was expected.
+        # The caller raises for any other shape than (n, c).
         return value.sum(dim=1, keepdim=True) if isinstance(value, Tensor) and value.ndim == 2 else value
 
     return summed

@@ -1,9 +1,9 @@
-"""What a forward pass may change of a model beside its parameters, and how it is put back.
+"""What a forward pass may change in a model beside its parameters, and how it is restored.
 
-Modules keep caches, counters and copies of activations as attributes, exchange submodules, set values in their
-configuration (BigBird's kind of attention, by the length of its input), write into buffers. Every pass starts from the
-state that the caller's model is in, so that an example's outputs do not depend on which examples ran before it; the
-caller finds the model in that state again.
+Modules keep caches, counters and copies of activations as attributes, exchange submodules, write into buffers, and set
+values in their configuration (BigBird sets its kind of attention by the length of its input). Every pass starts from
+the state in which the caller's model is, so that an example's outputs do not depend on which examples ran before it. At
+the end the model is in that state again.
 """
 
 from collections import deque
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Entries of a module that are no attributes of the user's. Parameters, buffers and hooks are put back at the end alone,
-# for torch.func.functional_call exchanges them during a pass.
+# Entries of a module that are not the user's attributes. Parameters, buffers and hooks are restored only at the end,
+# since torch.func.functional_call exchanges them during a pass.
 _HOOKS = {key for key in vars(nn.Module()) if "_hooks" in key}
 _REGISTERED = {"_parameters", "_buffers", "_modules", "training"} | _HOOKS
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -31,7 +31,7 @@ class OwnState:
     """
 
     def __init__(self, model: nn.Module):
-        """Remember them."""
+        """Remember the state of a model."""
         self.changed: dict[str, tuple[Any, Any]] = {}
         self._early: list[tuple[str, dict, dict]] = []  # restored before each pass
         self._late: list[tuple[str, dict, dict]] = []  # restored at the end
@@ -43,10 +43,10 @@ class OwnState:
             if isinstance(module, torch.jit.ScriptModule):  # holds its state outside of Python
                 continue
             entries = module.__dict__
-            own = {key: value for key, value in entries.items() if not _is_registry(key)}
+            own = {key: value for key, value in entries.items() if key not in _REGISTERED}
             self._classes.append((module, type(module)))
             self._early += [(name, entries, own), (name, entries["_modules"], dict(entries["_modules"]))]
-            registries = {key: value for key, value in entries.items() if _is_registry(key)}
+            registries = {key: value for key, value in entries.items() if key in _REGISTERED}
             for key, registry in registries.items():
                 if isinstance(registry, dict):
                     self._late.append((f"{name}.{key}", registry, dict(registry)))
@@ -56,7 +56,7 @@ class OwnState:
                 self._remember(value, name, seen)
 
     def restore(self, *, finally_: bool = False) -> None:
-        """Put back what differs; at the end, what torch registers and the values of buffers too."""
+        """Restore what differs; at the end also what torch registers, and the values of buffers."""
         for name, entries, before in self._early:
             self._put_back(name, entries, before)
         for late, container, before in self._contents:
@@ -70,7 +70,7 @@ class OwnState:
                 module.__class__ = kind
         for name, registry, before in self._late:
             self._put_back(name, registry, before)
-            if list(registry) != list(before):  # registered anew, and so the last of them
+            if list(registry) != list(before):  # an entry that was registered again has become the last
                 registry.clear()
                 registry.update(before)
         for t, copy, version in self._tensors.values():
@@ -79,7 +79,7 @@ class OwnState:
                     t.copy_(copy)
 
     def _put_back(self, name: str, entries: dict, before: dict) -> None:
-        for key in [key for key in entries if key not in before and not _is_registry(key)]:
+        for key in [key for key in entries if key not in before and key not in _REGISTERED]:
             del entries[key]
         for key, value in before.items():
             now = entries.get(key, _ABSENT)
@@ -89,7 +89,7 @@ class OwnState:
                 entries[key] = value
 
     def _remember(self, value: Any, name: str, seen: set[int]) -> None:
-        """Containers, and configurations: objects that hold plain values, containers and such objects alone."""
+        """Remember containers, and configurations: objects of nothing but plain values, containers and such objects."""
         if id(value) in seen:
             return
         if isinstance(value, _CONTAINERS):
@@ -108,10 +108,6 @@ class OwnState:
 
 
 _ABSENT = object()
-
-
-def _is_registry(key: Any) -> bool:
-    return key in _REGISTERED
 
 
 def _same(container: Any, before: Any) -> bool:
@@ -134,7 +130,7 @@ def _is_configuration(value: Any, depth: int = 0) -> bool:
 
 
 def parameter_hooks(model: nn.Module) -> Iterator[dict[int, Any]]:
-    """The tables of hooks on parameters' gradients, which training may need, and which are no part of a derivative."""
+    """The tables of hooks on parameters' gradients, which serve training and must not change a derivative."""
     for p in model.parameters():
         for table in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)):
             if table:

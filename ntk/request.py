@@ -1,6 +1,6 @@
 """What is asked of a kernel: the model, the examples, the output, the layout, the memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import psutil
@@ -21,35 +21,31 @@ class Request:
         model: in evaluation mode.
         inputs: the rows.
         inputs2: the columns; None for the symmetric kernel.
-        output: what is differentiated, summed already where the layout says so.
-        layout: what becomes of the outputs.
+        requested: the output that the caller asks for; ``output`` is the one that is differentiated.
+        reduce: name of the layout.
         memory_budget: in bytes; None for half of the memory that is free when it is asked for.
         progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: an unknown name of a layout.
     """
 
     model: nn.Module
     inputs: Inputs
     inputs2: Inputs | None
-    output: Output | None
-    layout: Layout
+    requested: Output | None
+    reduce: str | None
     memory_budget: int | float | None
     progress: bool
+    layout: Layout = field(init=False)
 
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        inputs: Inputs,
-        inputs2: Inputs | None,
-        output: Output | None,
-        reduce: str | None,
-        memory_budget: int | float | None,
-        progress: bool,
-    ) -> "Request":
-        """From the arguments of :func:`ntk.empirical_ntk`."""
-        layout = layout_of(reduce)
-        output = summed_outputs(output) if layout.summed else output
-        return cls(model, inputs, inputs2, output, layout, memory_budget, progress)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", layout_of(self.reduce))
+
+    @property
+    def output(self) -> Output | None:
+        """What is differentiated: the sum of the outputs where the layout says so."""
+        return summed_outputs(self.requested) if self.layout.summed else self.requested
 
     def budget(self, device: torch.device) -> int | float:
         """The memory budget for this device, in bytes."""
@@ -62,11 +58,12 @@ class Request:
     @cached_property
     def rows(self) -> list[Group]:
         """The examples of the rows, grouped."""
-        return group_examples(self.inputs, encoder_decoder=is_encoder_decoder(self.model))
+        return self._grouped(self.inputs)
 
     @cached_property
     def columns(self) -> list[Group]:
         """The examples of the columns, grouped; none for the symmetric kernel."""
-        if self.inputs2 is None:
-            return []
-        return group_examples(self.inputs2, encoder_decoder=is_encoder_decoder(self.model))
+        return [] if self.inputs2 is None else self._grouped(self.inputs2)
+
+    def _grouped(self, inputs: Inputs) -> list[Group]:
+        return group_examples(inputs, encoder_decoder=is_encoder_decoder(self.model))

@@ -1,11 +1,10 @@
-"""Sign-gradient kernels of methods at their initialisation: what a step of sign descent does to other examples.
+"""Sign-gradient kernels of methods at their initialisation: how a step of sign descent moves other examples.
 
     K[i, j, a, b] = < d f_a(x_i)/d theta, sign(d f_b(x'_j)/d theta) >
 
-Adam's first steps, and all of them while its averages follow the gradient, are close to sign descent (Malladi et al.
-2023, def. 3.4). The sign is taken entry by entry of an example's whole gradient, so that pairs of tokens do not suffice
-and every feature is formed: one parameter at a time, slice by slice. :func:`ntk.dynamics.sign_gradient_kernel` is the
-slow truth, from Jacobians.
+Adam's first steps, and all its steps while its averages follow the gradient, are close to sign descent (Malladi et al.
+2023, def. 3.4). The sign is taken of each entry of an example's whole gradient, so every feature must be formed, one
+parameter at a time, slice by slice. :func:`ntk.dynamics.sign_gradient_kernel` is the reference, from Jacobians.
 """
 
 import math
@@ -16,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntk.adapters import Method
-from ntk.functional import evaluation, nonfinite_cause
+from ntk.empirical import check_finite_kernels
+from ntk.functional import evaluation
 from ntk.inputs import Inputs
 from ntk.outputs import Output
 from ntk.request import Request
@@ -34,21 +34,22 @@ def sign_gradient_kernels(
     memory_budget: int | float | None = None,
     progress: bool = False,
 ) -> dict[str, Float[Tensor, "n1 n2 c c"]]:
-    """The sign-gradient kernel of each method, signs on the columns' side; it is not symmetric.
+    """The sign-gradient kernel of each method, with signs on the columns' side; it is not symmetric.
 
     Args:
         model: the bare model, as in :func:`ntk.adapter_kernels`.
         inputs: n1 examples, the rows.
         methods: methods of :mod:`ntk.adapters` by any name.
-        inputs2: n2 examples, the columns; the rows' own if None.
+        inputs2: n2 examples, the columns; the rows' examples if None.
         output: as in :func:`ntk.empirical_ntk`.
-        memory_budget: bytes; features of one layer on all examples, and kernels, must fit.
+        memory_budget: bytes; the features of one layer on all examples must fit, and the kernels.
         progress: show a progress bar.
 
     Cost: one forward and c backward passes, and n1 n2 c^2 P multiplications for P parameters.
 
     Raises:
-        ValueError: as :func:`ntk.adapter_kernels`; a method that weighs parameters, such as LoRA in its mean over A.
+        ValueError: as :func:`ntk.adapter_kernels`; a method that gives parameters a weight other than 1, such as LoRA
+            in its mean over A.
         NotImplementedError: a parameter's gradient cannot be captured.
         MemoryError: more memory is needed than ``memory_budget``.
     """
@@ -56,7 +57,7 @@ def sign_gradient_kernels(
     for name, weights in targets.weights.items():
         if weighed := [key for key, weight in weights.items() if weight != 1]:
             raise ValueError(f"method {weighed[0]!r} weighs {name}: a sign has no weight, and no mean over draws")
-    request = Request.of(model, inputs, inputs2, output, None, memory_budget, progress)
+    request = Request(model, inputs, inputs2, output, None, memory_budget, progress)
     with evaluation(model, inputs, inputs2):
         kernels, uncaptured = structured.kernels(request, targets, signed=True)
     if uncaptured := uncaptured | targets.lost:
@@ -64,8 +65,7 @@ def sign_gradient_kernels(
         raise NotImplementedError(
             f"the gradient of {name} cannot be captured ({why}): take ntk.dynamics.sign_gradient_kernel of Jacobians"
         )
-    if not all(torch.isfinite(kernel).all() for kernel in kernels.values()):
-        raise ValueError(f"the kernel holds NaN or infinite values: {nonfinite_cause(model, inputs)}")
+    check_finite_kernels(request, kernels)
     return {key: kernels[key] for key in methods}
 
 

@@ -1,7 +1,7 @@
-"""The tokens of a batch one after another, without those whose gradients are all zero, and which example has each.
+"""The tokens of a batch in one list, without those whose gradients are all zero, and the example of each token.
 
 Padding has no gradient, and in a classifier's last block most tokens have none. Zeros add nothing to any feature, so
-they are dropped once, where gradients arrive, and everything after works on N tokens of n examples, in their order.
+they are dropped where gradients arrive. Everything after that works on N tokens of n examples, in their order.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ class Tokens:
 
     Attributes:
         n: number of examples.
-        owner: which example each token belongs to, ascending.
-        places: where they stand among all of the batch's tokens; None if they are all of them.
+        owner: the example that each token belongs to, ascending.
+        positions: of these tokens among all of the batch's tokens; None if these are all tokens.
     """
 
     n: int
     owner: Int[Tensor, "N"]
-    places: Int[Tensor, "N"] | None = None
+    positions: Int[Tensor, "N"] | None = None
 
     @cached_property
     def counts(self) -> list[int]:
@@ -44,7 +44,7 @@ class Tokens:
 
     @cached_property
     def slots(self) -> Int[Tensor, "N"]:
-        """Where each token stands when every example has room for the longest."""
+        """The position of each token if every example is padded to the longest."""
         starts = torch.tensor([0, *self.counts[:-1]], device=self.owner.device).cumsum(0)
         return torch.arange(len(self.owner), device=self.owner.device) + (self.owner * self.most - starts[self.owner])
 
@@ -58,8 +58,8 @@ class Tokens:
         return held[key]
 
     def pick(self, values: Shaped[Tensor, "... T d"]) -> Shaped[Tensor, "... N d"]:
-        """These tokens out of all of the batch's."""
-        return values if self.places is None else values.index_select(-2, self.places)
+        """The values at these tokens, from the values at all tokens of the batch."""
+        return values if self.positions is None else values.index_select(-2, self.positions)
 
     def sums(self, values: Float[Tensor, "... N d"]) -> Float[Tensor, "... n d"]:
         """The sum over each example's tokens."""
@@ -68,7 +68,7 @@ class Tokens:
         return self.one_hot(values) @ values
 
     def padded(self, values: Float[Tensor, "... N d"]) -> Float[Tensor, "... n most d"]:
-        """The tokens example by example, zeros behind those of shorter ones."""
+        """The values example by example, with zeros after the tokens of shorter examples."""
         if self.equal:
             return values.unflatten(-2, (self.n, -1))
         room = values.new_zeros(*values.shape[:-2], self.n * self.most, values.shape[-1])
@@ -76,7 +76,7 @@ class Tokens:
 
 
 def not_zero(g: Float[Tensor, "... d"]) -> Bool[Tensor, "T"]:
-    """Which of the tokens, along all axes but the last, are not zero. One that is not a number counts."""
+    """A mask of the tokens, along all axes except the last, that are not zero; NaN counts as not zero."""
     g = g.reshape(-1, g.shape[-1])
     if not g.numel():
         return torch.zeros(len(g), dtype=torch.bool, device=g.device)
@@ -84,7 +84,10 @@ def not_zero(g: Float[Tensor, "... d"]) -> Bool[Tensor, "T"]:
 
 
 class Packing:
-    """Finds the tokens that have a gradient; equal patterns are one object, and tensors of inputs are packed once."""
+    """Finds the tokens that have a gradient.
+
+    Equal patterns give the same object, and the inputs of one tensor are picked once.
+    """
 
     def __init__(self, n: int):
         """For a batch of n examples."""
@@ -93,7 +96,7 @@ class Packing:
         self._last: tuple[Tensor, Tokens, Tensor] | None = None
 
     def tokens(self, real: Bool[Tensor, "T"]) -> Tokens:
-        """Those of T tokens that are marked."""
+        """The tokens that a mask of all T tokens marks."""
         pattern = (len(real), real.cpu().numpy().tobytes())
         if pattern not in self._patterns:
             each = len(real) // self.n
@@ -101,12 +104,12 @@ class Packing:
                 owner = torch.arange(self.n, device=real.device).repeat_interleave(each)
                 self._patterns[pattern] = Tokens(self.n, owner)
             else:
-                places = real.nonzero().flatten()
-                self._patterns[pattern] = Tokens(self.n, places // each, places)
+                positions = real.nonzero().flatten()
+                self._patterns[pattern] = Tokens(self.n, positions // each, positions)
         return self._patterns[pattern]
 
     def inputs(self, x: Float[Tensor, "T s"], tokens: Tokens) -> Float[Tensor, "N s"]:
-        """The tokens of an operation's input. Query, key and value share theirs."""
+        """An operation's input at these tokens; query, key and value share theirs."""
         last = self._last
         if last is None or last[0].data_ptr() != x.data_ptr() or last[0].shape != x.shape or last[1] is not tokens:
             last = self._last = (x, tokens, tokens.pick(x))
@@ -119,13 +122,13 @@ class Gradients:
     def __init__(
         self, by_output: Mapping[int, Tensor], c: int, packing: Packing, real: Mapping[int, Tensor] | None = None
     ):
-        """From those that arrived; the others are zero.
+        """From the gradients that arrived; the others are zero.
 
         Args:
-            by_output: output of the network -> gradient ``(n m, ...)``; at least one.
+            by_output: index of an output of the network -> gradient ``(n m, ...)``; at least one.
             c: number of outputs.
             packing: of the batch.
-            real: output of the network -> which tokens of its gradient are not zero, as far as that is known.
+            real: index of an output -> which tokens of its gradient are not zero, as far as that is known.
         """
         self._by_output, self._c, self._packing, self._real = by_output, c, packing, real or {}
         like = next(iter(by_output.values()))
@@ -134,7 +137,7 @@ class Gradients:
 
     @cached_property
     def whole(self) -> Float[Tensor, "n c m ..."]:
-        """All of them, with the batch's own axes."""
+        """All gradients, with the axes of the batch."""
         like = next(iter(self._by_output.values()))
         value = torch.zeros(self._c, *self.shape, dtype=self.dtype, device=like.device)
         for a, g in self._by_output.items():
@@ -143,25 +146,25 @@ class Gradients:
 
     @cached_property
     def tokens(self) -> Tokens:
-        """The tokens, indices of all axes but the last, at which any gradient is not zero."""
+        """The tokens, indices of all axes except the last, at which any gradient is not zero."""
         masks = (self._real[a] if a in self._real else not_zero(g) for a, g in self._by_output.items())
         return self._packing.tokens(reduce(torch.logical_or, masks))
 
     @cached_property
     def packed(self) -> Float[Tensor, "c N r"]:
-        """At these tokens."""
-        like, places = next(iter(self._by_output.values())), self.tokens.places
+        """All gradients at these tokens."""
+        like, positions = next(iter(self._by_output.values())), self.tokens.positions
         value = like.new_empty(self._c, len(self.tokens.owner), self.shape[-1], dtype=self.dtype)
         for a in range(self._c):
             g = self._by_output.get(a)
             if g is None:
                 value[a] = 0
-            elif places is None or g.dtype != self.dtype:
+            elif positions is None or g.dtype != self.dtype:
                 value[a] = self.tokens.pick(g.reshape(-1, self.shape[-1]))
             else:
-                torch.index_select(g.reshape(-1, self.shape[-1]), 0, places, out=value[a])
+                torch.index_select(g.reshape(-1, self.shape[-1]), 0, positions, out=value[a])
         return value
 
     def inputs(self, x: Tensor) -> Float[Tensor, "N s"]:
-        """The same tokens of the operation's input or output ``(n m, ..., s)``."""
+        """The operation's input or output ``(n m, ..., s)`` at these tokens."""
         return self._packing.inputs(x.reshape(-1, x.shape[-1]), self.tokens)

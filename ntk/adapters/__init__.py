@@ -5,29 +5,11 @@ the methods.
 """
 
 from ntk.adapters.low_rank import DoRA, LoHa, LoRA, VeRA, kaiming_uniform
-from ntk.adapters.method import Found, Layer, Method, Modules, chosen, layer_of, layers_of, matrix_of
+from ntk.adapters.method import Found, Layer, LayerMethod, Method, Modules, chosen, layer_of, layers_of, matrix_of
 from ntk.adapters.scales import IA3, Propulsion
 from ntk.adapters.weights import BitFit, Full, NormTuning, RandomSubset, subset
 
-__all__ = [
-    "IA3",
-    "BitFit",
-    "DoRA",
-    "Found",
-    "Full",
-    "Layer",
-    "LoHa",
-    "LoRA",
-    "Method",
-    "Modules",
-    "NormTuning",
-    "Propulsion",
-    "RandomSubset",
-    "VeRA",
-    "chosen",
-    "kaiming_uniform",
-    "layer_of",
-    "layers_of",
-    "matrix_of",
-    "subset",
-]
+__all__ = ["Found", "Layer", "LayerMethod", "Method", "Modules", "chosen", "layer_of", "layers_of", "matrix_of"]
+__all__ += ["BitFit", "Full", "NormTuning", "RandomSubset", "subset"]
+__all__ += ["IA3", "Propulsion"]
+__all__ += ["DoRA", "LoHa", "LoRA", "VeRA", "kaiming_uniform"]

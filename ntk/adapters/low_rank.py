@@ -10,15 +10,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ntk.adapters.method import Found, Layer, Method, Modules, chosen, seed_of
+from ntk.adapters.method import Found, Layer, LayerMethod, Modules, chosen, seed_of
 from ntk.features import Dense, Outer
 
-# Elements of the inputs that LoHa makes at a time: they stay in the caches.
+# Elements of the inputs that LoHa forms at a time; as many stay in the caches.
 _INPUTS = 1 << 19
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(LayerMethod):
     """A product B A beside each weight, at B = 0 (Hu et al. 2022): d f / d B = (alpha / rank) sum_t g_t (A x_t)^T.
 
     Attributes:
@@ -48,7 +48,7 @@ class LoRA(Method):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """In the mean over A, whose entries have variance 1 / (3 s), a multiple of the weight's own kernel."""
+        """For the mean over A, whose entries have variance 1 / (3 s), a multiple of the kernel of the weight itself."""
         if self.a != "expected" or layer is None or not chosen(self.modules, layer):
             return 0.0
         return self._of_weight(parameter.shape[0 if isinstance(module, Conv1D) else 1])
@@ -56,12 +56,8 @@ class LoRA(Method):
     def _of_weight(self, width: int) -> float:
         return self.scale**2 * self.rank / (3 * width)
 
-    def adapts(self, module: str) -> bool:
-        """The chosen layers."""
-        return chosen(self.modules, module)
-
     def features(self, layer: Layer) -> Found:
-        """The matrix B, ``(r, rank)``; in the mean over A a multiple of the weight, unless its own kernel says it."""
+        """The matrix B, ``(r, rank)``; for the mean over A, a multiple of the weight unless :meth:`share` has that."""
         if layer.x is None:
             return
         if self.a == "expected":
@@ -85,9 +81,9 @@ class LoRA(Method):
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """LoRA beside the direction of each weight, and its rows' lengths m (Liu et al. 2024).
+    """LoRA on the direction of each weight, and the lengths m of its rows (Liu et al. 2024).
 
-    At B = 0, d f / d B is LoRA's, since the norm is held constant in the gradient, and
+    At B = 0, d f / d B is the same as for LoRA, since the norm is held constant in the gradient, and
     d f / d m_j = sum_t g_tj (W x_t)_j / |W_j|.
     """
 
@@ -109,7 +105,7 @@ class DoRA(LoRA):
 
 
 @dataclass(frozen=True)
-class VeRA(Method):
+class VeRA(LayerMethod):
     """Frozen random matrices A and B shared by all layers, vectors b = 0 and d trained (Kopiczko et al. 2024).
 
         d f / d b_j = sum_t g_tj (B (d * A x_t))_j       (d f / d d = 0 at b = 0)
@@ -126,10 +122,6 @@ class VeRA(Method):
     initial: float = 0.1
     modules: Modules = None
 
-    def adapts(self, module: str) -> bool:
-        """The chosen layers."""
-        return chosen(self.modules, module)
-
     def features(self, layer: Layer) -> Found:
         """The vector b, of length r."""
         if layer.x is None:
@@ -143,7 +135,7 @@ class VeRA(Method):
 
 
 @dataclass(frozen=True)
-class LoHa(Method):
+class LoHa(LayerMethod):
     """The elementwise product of two low-rank products beside each weight, at w2_b = 0 (Hyeon-Woo et al. 2022).
 
         d f / d w2_b = (alpha / rank) w2_a^T (sum_t g_t x_t^T * (w1_a w1_b))
@@ -163,10 +155,6 @@ class LoHa(Method):
     factors: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None
     seed: int = 0
 
-    def adapts(self, module: str) -> bool:
-        """The chosen layers."""
-        return chosen(self.modules, module)
-
     def features(self, layer: Layer) -> Found:
         """The matrix w2_b, ``(rank, s)``."""
         if layer.x is None:
@@ -181,8 +169,8 @@ class LoHa(Method):
         )  # fmt: skip
         w1_a, w1_b, w2_a = (factor.to(layer.g) for factor in factors)
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        # Each token's x * w1_b[p], and the product with every column p of w1_a in its gradient, contracted over both;
-        # a few examples at a time, since these inputs are rank times as large as the layer's.
+        # The inputs x * w1_b[p] of each token are contracted, over tokens and p, with its gradients times column p of
+        # w1_a. These inputs are rank times as large as the layer's, so a few examples are taken at a time.
         tokens = layer.feature.tokens
         x = tokens.padded(layer.x)  # (n, t, s)
         columns = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)  # (r, p q)
@@ -198,6 +186,6 @@ class LoHa(Method):
 
 @lru_cache(maxsize=1024)
 def kaiming_uniform(shape: tuple[int, int], key: str) -> Tensor:
-    """Entries uniform in +-1 / sqrt(columns), as ``nn.Linear`` and peft draw them, from a key of their own."""
+    """Entries uniform in +-1 / sqrt(columns), as ``nn.Linear`` and peft draw them; the key is the seed."""
     generator = torch.Generator().manual_seed(seed_of(key))
     return torch.empty(shape).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])

@@ -4,8 +4,8 @@ At its initialisation an adapter leaves the network's function as it is, so the 
 made of what a pass of the bare network shows at each layer: a layer's inputs x_t, its outputs y_t (bias included) and
 the gradients g_t there, summed over tokens t. One forward and c backward passes serve every method at once.
 
-A method is one class: either it weighs parameters of the network itself (full fine-tuning, BitFit, norms), or it says,
-for one layer, what the features of its own parameters are. r is a layer's width, s that of its input.
+A method is one class. Either it gives parameters of the network itself a weight (full fine-tuning, BitFit, norms), or
+it says for one layer what the features of its own parameters are. r is the width of a layer, s that of its input.
 """
 
 import re
@@ -24,7 +24,8 @@ from ntk.features import Dense, Feature, Lookup, Outer
 Modules = str | Sequence[str] | Callable[[str], bool] | None
 """Which layers, by a regular expression of the whole name, names or their last parts, or a predicate; None for all."""
 
-Found = Iterator[tuple[str, torch.Size, Feature]]  # name of the adapter's parameter, its shape, its feature
+Found = Iterator[tuple[str, torch.Size, Feature]]
+"""The names of a method's own parameters at one layer, their shapes and their features."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Layer:
         x: ``(N, s)`` inputs; None for an embedding.
         y: ``(N, r)`` outputs.
         feature: of the weight; it holds the gradients at the outputs.
-        weighed: a method's :meth:`Method.share` of the weight was asked for, knowing the layer.
+        weighed: whether :meth:`Method.share` has been called for the weight with the layer's name.
         at_inputs: ``(c, N, s)``, the gradients at the inputs by way of this layer, if they are not just g W.
-        read: where the model reads the layer's weight W and bias b and does not call it, ``(n, c, r)``,
-            sum_k (df/dW_jk) W_jk + (df/db_j) b_j, which is what g_tj y_tj sums to over the tokens of calls.
+        read: ``(n, c, r)``, sum_k (df/dW_jk) W_jk + (df/db_j) b_j over what the model reads of the weight W and the
+            bias b without calling the layer; over the tokens of calls, g_tj y_tj sums to the same.
     """
 
     name: str
@@ -80,18 +81,19 @@ class Method:
     """A parameter-efficient method at its initialisation."""
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """How much a parameter of the network counts: its kernel is multiplied by this. 0 where it is frozen.
+        """The weight with which the kernel of a parameter of the network enters; 0 where it is frozen.
 
         Args:
             name: of the parameter.
-            parameter: itself.
+            parameter: the parameter.
             module: whose parameter it is.
-            layer: that module's name, if the parameter is its matrix, only its, and adapters may stand beside it.
+            layer: that module's name, if the parameter is the matrix of this module alone and adapters may stand
+                beside it.
         """
         return 0.0
 
     def adapts(self, module: str) -> bool:
-        """Whether a layer, by its module's name, carries parameters of the method's own."""
+        """Whether the layer of this name carries parameters of the method's own."""
         return False
 
     def features(self, layer: Layer) -> Found:
@@ -100,12 +102,22 @@ class Method:
 
     @property
     def in_reads(self) -> bool:
-        """Whether these also act where the model reads a layer's weight and does not call it; peft's act on calls."""
+        """Whether these also act where the model reads a layer's weight without calling it; peft's act on calls."""
         return False
 
 
+class LayerMethod(Method):
+    """A method with parameters of its own at the layers that its ``modules`` chooses."""
+
+    modules: Modules
+
+    def adapts(self, module: str) -> bool:
+        """The chosen layers."""
+        return chosen(self.modules, module)
+
+
 def chosen(modules: Modules, name: str) -> bool:
-    """Whether a choice of layers holds a module, as peft reads ``target_modules``."""
+    """Whether a choice of layers includes a module, as peft reads ``target_modules``."""
     if modules is None:
         return True
     if callable(modules):
@@ -123,8 +135,8 @@ def seed_of(key: str) -> int:
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that take adapters, by the names of their modules.
 
-    Those are the linear layers and embeddings of the model's body; what a Hugging Face model has beside its body is the
-    head, and none. Modules that share a weight are layers of their own.
+    These are the linear layers and embeddings of the model's body. The head, which is whatever a Hugging Face model has
+    beside its body, takes none. Modules that share a weight count as separate layers.
     """
     body = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
     inside = {id(module) for module in body.modules()}
@@ -136,17 +148,17 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_of(name: str, module: nn.Module, feature: Outer | Lookup, output: Tensor | None, *, weighed: bool) -> Layer:
-    """One layer as the methods see it, from a captured use of its weight that is all that its call does.
+    """One layer as the methods see it, from a captured use of its weight whose call does nothing else.
 
     Args:
         name: of the module.
         module: linear layer or embedding.
         feature: of its weight.
-        output: of the operation, ``(N, r)``; computed anew if None.
+        output: of the operation, ``(N, r)``; computed again if None.
         weighed: as in :class:`Layer`.
 
     Raises:
-        NotImplementedError: the output of an embedding is gone, overwritten by what came after it.
+        NotImplementedError: the model has overwritten the output of an embedding.
     """
     weight, bias = matrix_of(module)
     x = feature.x.to(feature.g.dtype) if isinstance(feature, Outer) else None

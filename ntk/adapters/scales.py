@@ -2,17 +2,17 @@
 
 from dataclasses import dataclass
 
-from ntk.adapters.method import Found, Layer, Method, Modules, chosen
+from ntk.adapters.method import Found, Layer, LayerMethod, Method, Modules, chosen
 from ntk.features import Dense
 
 
 @dataclass(frozen=True)
-class Propulsion(Method):
+class Propulsion(LayerMethod):
     """A vector z on the outputs of layers, acting as z**degree, at z = 1 (Kowsher et al. 2024).
 
         d f / d z_j = degree * sum_t g_tj y_tj
 
-    A model that reads a layer's weight and bias, and does not call it, finds z**degree in them.
+    Where a model reads a layer's weight and bias without calling the layer, they are multiplied by z**degree.
 
     Attributes:
         degree: the exponent k; the kernel grows as k squared.
@@ -22,10 +22,6 @@ class Propulsion(Method):
     degree: float = 1.0
     modules: Modules = None
 
-    def adapts(self, module: str) -> bool:
-        """The chosen layers."""
-        return chosen(self.modules, module)
-
     def features(self, layer: Layer) -> Found:
         """One vector of length r."""
         value = layer.gy.value if layer.read is None else layer.gy.value + layer.read
@@ -33,7 +29,7 @@ class Propulsion(Method):
 
     @property
     def in_reads(self) -> bool:
-        """It scales the weight that is read."""
+        """True: it scales the weight that is read."""
         return True
 
 

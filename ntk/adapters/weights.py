@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntk.adapters.method import Found, Layer, Method, Modules, chosen, seed_of
+from ntk.adapters.method import Found, Layer, LayerMethod, Method, Modules, seed_of
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Full(Method):
     """Full fine-tuning."""
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """Everything."""
+        """1 for every parameter."""
         return 1.0
 
 
@@ -24,36 +24,32 @@ class BitFit(Method):
     """All biases, those of norms included (Ben Zaken, Goldberg and Ravfogel 2022)."""
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """Parameters whose name ends in bias."""
+        """1 for parameters whose name ends in bias."""
         return float(name.endswith("bias"))
 
 
 @dataclass(frozen=True)
 class NormTuning(Method):
-    """Scales and shifts of all normalisation layers, known by their class's name (Zhao et al. 2024)."""
+    """Scales and shifts of all normalisation layers, found by the names of their classes (Zhao et al. 2024)."""
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """Parameters of norms."""
+        """1 for parameters of normalisation layers."""
         return float("norm" in type(module).__name__.lower())
 
 
 @dataclass(frozen=True)
-class RandomSubset(Method):
-    """Weights chosen at random, trained directly, the others frozen (as SHiRA does; Bhardwaj et al. 2024).
+class RandomSubset(LayerMethod):
+    """Weights chosen at random and trained directly, with the others frozen (as in SHiRA; Bhardwaj et al. 2024).
 
     Attributes:
-        count: weights of each layer; all of a layer that has fewer.
-        modules: linear layers they are drawn from.
+        count: number of weights of each layer; all weights of a layer that has fewer.
+        modules: the linear layers that they are drawn from.
         seed: of the choice, which does not depend on the other layers.
     """
 
     count: int
     modules: Modules = None
     seed: int = 0
-
-    def adapts(self, module: str) -> bool:
-        """The chosen layers."""
-        return chosen(self.modules, module)
 
     def features(self, layer: Layer) -> Found:
         """The chosen entries of the weight's feature."""
@@ -74,6 +70,6 @@ class RandomSubset(Method):
 
 @lru_cache(maxsize=1024)
 def subset(total: int, count: int, key: str) -> Tensor:
-    """``count`` of ``total`` numbers, drawn without replacement from a key of their own, in order."""
+    """``count`` of the numbers below ``total``, drawn without replacement, ascending; the key is the seed."""
     drawn = np.random.default_rng(seed_of(key)).choice(total, min(count, total), replace=False)
     return torch.from_numpy(np.sort(drawn))

@@ -1,4 +1,4 @@
-"""The linearised model, and how far training left it."""
+"""The linearised model, and how far training departs from it."""
 
 import torch
 from jaxtyping import Float
@@ -14,24 +14,25 @@ class Linearized(nn.Module):
     """The first-order expansion of a model about its present parameters, f(x; theta_0) + J(x) delta, to be trained.
 
     Attributes:
-        delta: one trainable parameter for each of the chosen, by the same number as in ``names``; all start at 0.
+        names: of the chosen parameters.
+        delta: one trainable parameter for each name, in their order; all start at 0.
 
-    Cost: one forward pass of two (``torch.func.jvp``). Training it by gradient descent is training by its kernel,
-    exactly (Lee et al. 2019, eq. 5).
+    Cost: a forward pass by ``torch.func.jvp`` costs two. Training it by gradient descent follows its kernel exactly
+    (Lee et al. 2019, eq. 5).
     """
 
     def __init__(self, model: nn.Module, params: ParameterChoice = "all"):
         """Expand about the parameters as they are now; the model is used in evaluation mode, and not changed.
 
         Args:
-            model: any module; what it is called with, this module is called with.
+            model: any module; this module takes the same arguments.
             params: which parameters move, as in :func:`ntk.empirical_ntk`.
         """
         super().__init__()
         chosen = select_parameters(model, params)
         self.names = list(chosen)
         self.delta = nn.ParameterList([torch.zeros_like(p) for p in chosen.values()])
-        # Not a submodule: its parameters are none of this module's.
+        # In a list, so that the model is not a submodule and its parameters do not count as this module's.
         self._model = [model]
         self._start = {name: p.clone() for name, p in chosen.items()}
 
@@ -39,21 +40,20 @@ class Linearized(nn.Module):
         """The linearised outputs: the model's tensor, or its ``logits``."""
 
         def outputs(chosen: dict[str, Tensor]) -> Tensor:
-            own = tree_map(
-                lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs)
-            )  # models may write there
-            found = functional_call(self._model[0], chosen, *own)
-            return found if isinstance(found, Tensor) else found.logits
+            # Clones, since a model may write into its inputs.
+            own = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs))
+            result = functional_call(self._model[0], chosen, *own)
+            return result if isinstance(result, Tensor) else result.logits
 
         directions = dict(zip(self.names, self.delta, strict=True))
-        # Of attention, forward-mode derivatives exist for the plain formula alone.
+        # Only the plain formula of attention has forward-mode derivatives.
         with evaluating(self._model[0]), sdpa_kernel(SDPBackend.MATH):
             value, slope = jvp(outputs, (self._start,), (directions,))  # pyright: ignore[reportAssignmentType]
         return value + slope
 
 
 def relative_drift(now: Float[Tensor, "..."], start: Float[Tensor, "..."]) -> float:
-    """|A_t - A_0| / |A_0| (Frobenius), of kernels, Jacobians or parameters: small where training was lazy.
+    """|A_t - A_0| / |A_0| (Frobenius), of kernels, Jacobians or parameters: small if training was lazy.
 
     Raises:
         ValueError: shapes differ, or the start is 0.
@@ -69,7 +69,7 @@ def relative_drift(now: Float[Tensor, "..."], start: Float[Tensor, "..."]) -> fl
 def linearization_error(
     outputs: Float[Tensor, "n c"], linearized: Float[Tensor, "n c"], initial: Float[Tensor, "n c"]
 ) -> float:
-    """|f_t - f_t^lin| / |f_t - f_0|: the share of the outputs' movement that the linearised model does not explain.
+    """|f_t - f_t^lin| / |f_t - f_0|: the part of the outputs' movement that the linearised model does not explain.
 
     Raises:
         ValueError: shapes differ, or the outputs did not move.

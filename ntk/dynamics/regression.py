@@ -1,9 +1,9 @@
-"""What a kernel predicts of training: regression, gradient flow, the linearised model, and how lazy training was.
+"""Outputs that a kernel predicts during and after training: regression and gradient flow.
 
-While a network's tangent features stay as they were, training it on a loss L(f) by gradient flow is, in the outputs
-alone, df/dt = -K dL/df (Jacot, Gabriel and Hongler 2018; Lee et al. 2019, eq. 7). Outputs f and targets y are
-``(n, c)``; kernels ``(n1, n2, c, c)``, or ``(n1, n2)`` for outputs that share one. Losses are sums over examples,
-(1/2) |f - y|^2 or the cross-entropy: with a mean over n in its place, time runs n times slower. Float64 throughout.
+While a network's tangent features do not change, its outputs follow df/dt = -K dL/df in training on a loss L(f) by
+gradient flow (Jacot, Gabriel and Hongler 2018; Lee et al. 2019, eq. 7). Outputs f and targets y are ``(n, c)``; kernels
+``(n1, n2, c, c)``, or ``(n1, n2)`` for outputs that share one. Losses are sums over examples, (1/2) |f - y|^2 or the
+cross-entropy; with a mean over n examples instead, time runs n times slower. Everything is in float64.
 """
 
 import math
@@ -19,7 +19,7 @@ from ntk.layout import Kernel, flatten
 
 # Eigenvalues of a symmetric kernel may be this far below zero, relative to the largest, by rounding of its entries.
 NEGATIVE = 1e-6
-# Singular below this, relative to the largest eigenvalue: the coefficients would be made of rounding.
+# A kernel with a relatively smaller eigenvalue is singular: the coefficients would consist of rounding errors.
 SINGULAR = 1e-13
 
 
@@ -27,9 +27,9 @@ class Spectrum:
     """Eigenvalues and eigenvectors of a training kernel, from which everything for squared loss follows.
 
     Attributes:
-        values: ``(rows,)``, ascending; those within ``rounding`` of 0, or below, are 0.
+        values: ``(rows,)``, ascending; values below ``rounding`` are set to 0.
         vectors: ``(rows, rows)``.
-        rounding: what an eigenvalue is known to, rows times the machine's epsilon times the largest.
+        rounding: the accuracy of an eigenvalue, rows times the machine epsilon times the largest.
         outputs: c of the kernel, or None for a kernel that all outputs share.
 
     Raises:
@@ -37,7 +37,7 @@ class Spectrum:
     """
 
     def __init__(self, kernel: Kernel):
-        """Decompose: cost (n c)^3."""
+        """Decompose a kernel at a cost of (n c)^3."""
         if kernel.ndim not in (2, 4) or kernel.shape[0] != kernel.shape[1]:
             raise ValueError(f"expected a square kernel (n, n) or (n, n, c, c); got {tuple(kernel.shape)}")
         K = flatten(kernel).double()
@@ -80,7 +80,7 @@ def kernel_regression(
     initial_cross: Float[Tensor, "m c"] | None = None,
     ridge: int | float = 0.0,
 ) -> Float[Tensor, "m c"]:
-    """Where gradient flow on squared loss ends: f(x) = f_0(x) + K(x, X) (K + ridge I)^-1 (y - f_0(X)).
+    """The limit of gradient flow on squared loss: f(x) = f_0(x) + K(x, X) (K + ridge I)^-1 (y - f_0(X)).
 
     Args:
         kernel: of the n training examples.
@@ -92,7 +92,7 @@ def kernel_regression(
 
     Raises:
         ValueError: shapes that do not fit, a kernel that is not positive semi-definite, a negative ridge; a singular
-            kernel without ridge, where new inputs' outputs are not determined to any digit.
+            kernel without ridge, for which outputs of new inputs are not determined.
     """
     spectrum = Spectrum(kernel)
     if not (math.isfinite(ridge) and ridge >= 0):
@@ -123,8 +123,8 @@ def gradient_flow(
     """Outputs at the given times on squared loss: f_t(X) = y + exp(-K t) (f_0 - y) (Lee et al. 2019, eq. 8, 9).
 
     On new inputs f_t(x) = f_0(x) + K(x, X) K^-1 (I - exp(-K t)) (y - f_0). A singular kernel needs no inverse: nothing
-    moves along an eigenvector of eigenvalue 0, and K(x, X) is 0 on it. Eigenvalues within rounding of 0 are taken as 0,
-    or else time would amplify the rounding. Steps of gradient descent at rate r are times r, 2 r, ... as r goes to 0.
+    moves along an eigenvector of eigenvalue 0, and K(x, X) is 0 on it. Eigenvalues within rounding of 0 are set to 0,
+    since time would amplify the rounding. Gradient descent at rate r reaches the times r, 2 r, ... as r goes to 0.
     Arguments as in :func:`kernel_regression`.
 
     Raises:
@@ -156,17 +156,17 @@ def cross_entropy_flow(
 ) -> Float[Tensor, "times m c"]:
     """Logits at the given times on cross-entropy: df/dt = K (y - softmax(f)), y the labels' indicator vectors.
 
-    One equation in the coefficients, da/dt = y - softmax(f_0 + K a), serves training and new inputs: f_t = f_0 + K a.
+    The coefficients a of f_t = f_0 + K a, for training and new inputs alike, follow da/dt = y - softmax(f_0 + K a).
     Arguments as in :func:`kernel_regression`, and:
 
     Args:
         labels: ``(n,)`` classes, or ``(n, c)`` probabilities.
-        initial: f_0(X), which says how many classes there are.
+        initial: f_0(X), with one column for each class.
         tolerance: relative, of the integrator (LSODA, which copes with stiffness).
 
     Raises:
         ValueError: as :func:`gradient_flow`; labels that do not fit.
-        ArithmeticError: the integrator gave up, with its reason.
+        ArithmeticError: the integrator fails, with its reason.
     """
     spectrum = Spectrum(kernel)
     f0 = initial.double()
@@ -193,9 +193,9 @@ def cross_entropy_flow(
         )
         if not solved.success:
             raise ArithmeticError(f"the flow could not be integrated: {solved.message}")
-        place = {t: i for i, t in enumerate(order)}
+        column = {t: i for i, t in enumerate(order)}
         for i, t in enumerate(instants):
-            a[:, i] = solved.y[:, place[t]] if t > 0 else 0.0
+            a[:, i] = solved.y[:, column[t]] if t > 0 else 0.0
     coefficients = [torch.from_numpy(a[:, i].copy()).reshape(rows) for i in range(len(instants))]
     if cross is None:
         return torch.stack([f0 + (K @ column).reshape(f0.shape) for column in coefficients])
@@ -205,14 +205,14 @@ def cross_entropy_flow(
 def sign_gradient_kernel(
     jacobian: Float[Tensor, "n1 c p"], jacobian2: Float[Tensor, "n2 c p"] | None = None
 ) -> Float[Tensor, "n1 n2 c c"]:
-    """<grad f_a(x), sign(grad f_b(x'))>: how a step of sign descent on x' moves x (Malladi et al. 2023, def. 3.4).
+    """<grad f_a(x), sign(grad f_b(x'))>: how a step of sign descent on x' moves f(x) (Malladi et al. 2023, def. 3.4).
 
-    Adam's first steps are sign descent, so that this and not the tangent kernel tells of them. It is not symmetric, and
-    scaling the network leaves its columns' direction alone.
+    Adam's first steps are sign descent, so this kernel describes them and the tangent kernel does not. It is not
+    symmetric, and scaling the network does not change the direction of its columns.
 
     Args:
         jacobian: grad f of the rows, parameters flattened.
-        jacobian2: of the columns; the rows' own if None.
+        jacobian2: of the columns; the rows' Jacobian if None.
     """
     other = jacobian if jacobian2 is None else jacobian2
     return torch.einsum("iap,jbp->ijab", jacobian, other.sign())
@@ -242,7 +242,7 @@ def _at_new(cross: Kernel, coefficients: Tensor, c: int, initial: Tensor | None)
 
 
 def _times(times: Sequence[float] | Tensor) -> list[float]:
-    found = [float(t) for t in times]
-    if not found or not all(math.isfinite(t) and t >= 0 for t in found):
-        raise ValueError(f"times must be finite and at least 0; got {found}")
-    return found
+    instants = [float(t) for t in times]
+    if not instants or not all(math.isfinite(t) and t >= 0 for t in instants):
+        raise ValueError(f"times must be finite and at least 0; got {instants}")
+    return instants

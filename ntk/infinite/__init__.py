@@ -1,7 +1,8 @@
 """Infinitely wide networks: NNGP, NTK and Propulsion limits, and the gap between them.
 
-:func:`mlp_kernels` is the entry; :mod:`ntk.infinite.activations` the table of activations, :mod:`.closed_forms` and
-:mod:`.quadrature` the expectations, :mod:`.mlp` the recursion and its formulas.
+Call :func:`mlp_kernels`. :mod:`ntk.infinite.activations` has the table of activations, :mod:`.closed_forms` and
+:mod:`.quadrature` the expectations, :mod:`.mlp` and :mod:`.residual` the recursions with their formulas, and
+:mod:`.networks` finite networks that approach the limits.
 """
 
 from ntk.infinite.activations import ACTIVATIONS, Activation, from_function, leaky_relu
@@ -16,24 +17,7 @@ from ntk.infinite.quadrature import (
 )
 from ntk.infinite.residual import ResidualKernels, residual_kernels
 
-__all__ = [
-    "ACTIVATIONS",
-    "METHODS",
-    "Activation",
-    "ConvergenceError",
-    "Layers",
-    "MLPKernels",
-    "Moments",
-    "Pairs",
-    "RandomTerm",
-    "ResidualKernels",
-    "diagonal_moments",
-    "from_function",
-    "leaky_relu",
-    "mlp_kernels",
-    "pairs_of_rows",
-    "plane_moments",
-    "quadrature_moments",
-    "residual_kernels",
-    "series_moments",
-]
+__all__ = ["METHODS", "Layers", "MLPKernels", "RandomTerm", "ResidualKernels", "mlp_kernels", "residual_kernels"]
+__all__ += ["ACTIVATIONS", "Activation", "from_function", "leaky_relu"]
+__all__ += ["Moments", "Pairs", "pairs_of_rows"]
+__all__ += ["ConvergenceError", "diagonal_moments", "plane_moments", "quadrature_moments", "series_moments"]

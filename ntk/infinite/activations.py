@@ -14,11 +14,11 @@ from ntk.infinite.gaussian import Moments, Pairs
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function with what is known of it.
+    """An elementwise function, its derivative, and its closed forms.
 
     Attributes:
         function: phi, on tensors of any shape.
-        derivative: phi', almost everywhere.
+        derivative: phi' almost everywhere.
         moments: the closed forms of the three expectations, or None.
         complements: closed forms of 1 - kappa and 1 + kappa for kappa the correlation of phi(h) and phi(h'), or None.
         homogeneous: phi(s h) = s phi(h) for s > 0, hence h phi'(h) = phi(h).
@@ -39,7 +39,7 @@ def leaky_relu(slope: float = 0.01) -> Activation:
     return Activation(
         "leaky_relu" if slope else "relu",
         lambda h: torch.where(h > 0, h, slope * h),
-        lambda h: torch.where(h > 0, 1.0, torch.full_like(h, slope)),  # two numbers would make float32
+        lambda h: torch.where(h > 0, 1.0, torch.full_like(h, slope)),  # of two numbers it would be float32
         partial(closed_forms.leaky_relu, slope=slope),
         partial(closed_forms.leaky_relu_complements, slope=slope),
         homogeneous=True,
@@ -82,7 +82,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-# torch's own functions of the table, recognised so that they get their closed forms.
+# Functions of torch that are recognised, so that their closed forms are used.
 _TORCH: dict[object, str] = {
     torch.relu: "relu",
     torch.nn.functional.relu: "relu",
@@ -132,7 +132,7 @@ def from_function(function: Callable[[Tensor], Tensor], name: str | None = None)
                 raise ValueError(f"activation {name} has no derivative: autograd sees no dependence on its input")
             return torch.autograd.grad(value.sum(), leaf)[0]
 
-    # Offset from 0, where kinks are, so that the derivative is asked for where it exists.
+    # The grid is offset from 0, where kinks are, so that the derivative exists on it.
     z = torch.arange(-12, 12, 1 / 64, dtype=torch.float64) + 1 / 128
     with torch.no_grad():
         value = function(z)

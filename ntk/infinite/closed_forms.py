@@ -25,7 +25,7 @@ def linear_complements(pairs: Pairs) -> tuple[Tensor, Tensor]:
 class _FirstArcCosine(torch.autograd.Function):
     """s sin(theta) + (pi - theta) c for c = s cos(theta), whose differential is sin(theta) ds + (pi - theta) dc.
 
-    The terms in d theta cancel; each by itself is infinite where theta is 0.
+    The terms in d theta cancel; each of them is infinite where theta is 0.
     """
 
     generate_vmap_rule = True
@@ -37,12 +37,12 @@ class _FirstArcCosine(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Keep the angle."""
+        """Save the angle."""
         ctx.save_for_backward(inputs[2], inputs[3])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """By s and c."""
+        """The gradients by s and c."""
         minus, plus = ctx.saved_tensors
         return gradient * _sine(minus, plus), gradient * _coangle(minus, plus), None, None
 
@@ -59,12 +59,12 @@ class _EvenComplement(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Keep the angle."""
+        """Save the angle."""
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """By v."""
+        """The gradient by v."""
         (versine,) = ctx.saved_tensors
         return gradient * (1 - (2 / math.pi) * _acute(versine)), None
 
@@ -95,7 +95,7 @@ def leaky_relu(pairs: Pairs, slope: float) -> Moments:
 
 
 def leaky_relu_complements(pairs: Pairs, slope: float) -> tuple[Tensor, Tensor]:
-    """1 -+ the correlation of (phi(h), phi(h')), from the odd and even parts of phi, s h + t |h|.
+    """1 -+ the correlation of (phi(h), phi(h')), from the odd and even parts s h and t |h| of phi.
 
     The correlation of |h| and |h'| is (2/pi)(sin(a) + (pi/2 - a) cos(a)) with a the angle's acute representative, so 1
     minus it is (1 - cos(a)) - (2/pi)(sin(a) - a cos(a)) with 1 - cos(a) = min(1 - rho, 1 + rho) known accurately.
@@ -130,8 +130,8 @@ def gelu(pairs: Pairs) -> Moments:
         E[phi' phi'] = 1/4 + (1/2pi) [ arctan(c / sqrt(Delta))
                                        + c/sqrt(Delta) (1/Delta + (1 - q q') / ((1 + q)(1 + q')) + 1) ]
 
-    phi'(h) = Phi + h N with N the normal density, so E[h h' phi' phi'] has four terms: E[phi phi'], E[h^2 N h' Phi']
-    and its mirror, and E[h^2 N h'^2 N']. Each N tilts the Gaussian; Stein's lemma does the rest:
+    phi'(h) = Phi + h N with N the normal density, so E[h h' phi' phi'] has four terms: E[phi phi'], E[h^2 N h' Phi'],
+    the same with h and h' exchanged, and E[h^2 N h'^2 N']. Each N changes the covariance; Stein's lemma gives
 
         E[h^2 N h' Phi']    = (1/(2 pi sqrt(Delta))) [ q (q' + det)/(1 + q)^2 + c^2 (1/Delta + 1/(1 + q)) / (1 + q) ]
         E[h^2 N h'^2 N']    = (1/(2 pi Delta^(5/2))) [ (q + det)(q' + det) + 2 c^2 ]

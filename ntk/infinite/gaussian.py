@@ -11,16 +11,16 @@ from torch import Tensor
 def root(x: Tensor) -> Tensor:
     """The square root, with derivative 0 at 0.
 
-    Where it is 0, it is so along with its neighbours in whatever a kernel is differentiated by: a variance of an input
-    of zeros, or the angle of an input with itself. Between two inputs that happen to agree the angle has a kink, whose
-    one-sided derivatives cancel.
+    x is 0 for the variance of an input of zeros, and for the angle of an input with itself. Both stay 0 when a kernel
+    is differentiated, so 0 is their derivative. The angle between two inputs that happen to be equal has a kink there,
+    whose one-sided derivatives cancel.
     """
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))
 
 
 def ratio(x: Tensor, y: Tensor) -> Tensor:
-    """x / y, and x where y is 0, so that derivatives of what is replaced afterwards are no 0 / 0 either."""
+    """x / y, and x where y is 0, so that the derivatives of values that are replaced later are not 0 / 0."""
     return x / torch.where(y == 0, torch.ones_like(y), y)
 
 
@@ -29,8 +29,8 @@ class Pairs:
     """(h, h') ~ N(0, [[q1, cov], [cov, q2]]) for many pairs at once; all fields broadcast together.
 
     The correlation rho is held as ``minus`` = 1 - rho and ``plus`` = 1 + rho, each with its own relative accuracy: an
-    angle found by arccos(rho) loses half of the digits where rho is near 1 or -1, which is where deep networks live.
-    Where a variance is 0 the correlation is taken as 0; it is then multiplied by 0 in whatever a network outputs.
+    angle found by arccos(rho) loses half of the digits where rho is near 1 or -1, as it is in deep networks.
+    Where a variance is 0 the correlation is set to 0; every output multiplies it by 0.
     """
 
     q1: Float[Tensor, "..."]
@@ -66,12 +66,12 @@ class Pairs:
 
 
 class Moments(NamedTuple):
-    """The expectations that decide the kernels of one layer.
+    """The expectations that determine the kernels of one layer.
 
     Attributes:
-        product: E[phi(h) phi(h')], of the network's own covariance.
-        slopes: E[phi'(h) phi'(h')], of full fine-tuning.
-        propulsion: E[h h' phi'(h) phi'(h')], of Propulsion.
+        product: E[phi(h) phi(h')], for the network's covariance.
+        slopes: E[phi'(h) phi'(h')], for full fine-tuning.
+        propulsion: E[h h' phi'(h) phi'(h')], for Propulsion.
     """
 
     product: Tensor
@@ -100,7 +100,7 @@ def pairs_of_rows(a: Float[Tensor, "n1 d"], b: Float[Tensor, "n2 d"], *, symmetr
 
 
 def _directions(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows of norm 1, or 0 where a row is 0."""
+    """The rows scaled to norm 1; rows of zeros stay 0."""
     none = (x == 0).all(dim=1, keepdim=True)
     return torch.where(
         none, torch.zeros_like(x), x / torch.where(none, torch.ones_like(x), x).norm(dim=1, keepdim=True)
@@ -124,9 +124,9 @@ def next_pairs(
         N N' (1 - rho) = sigma_b^2 (a - a')^2 / (N N' + a a' + sigma_b^2) + a a' (1 - kappa)
         N N' (1 + rho) = (N N' - a a') + sigma_b^2 + a a' (1 + kappa)
 
-    sums of non-negative terms. ``complements`` is (1 - kappa, 1 + kappa) where the activation knows them accurately.
-    Otherwise they are found from the moments with an absolute error of rounding size, which the kernels of a smooth
-    activation forgive, and set to 0 where h and h' are one variable.
+    sums of non-negative terms. ``complements`` is (1 - kappa, 1 + kappa) if the activation has an accurate formula.
+    Otherwise they are computed from the moments with an absolute error of rounding size, which suffices for a smooth
+    activation, and 1 - kappa is set to 0 where h and h' are one variable.
     """
     b2 = sigma_b**2
     a1, a2 = sigma_w * root(own1), sigma_w * root(own2)
@@ -164,7 +164,7 @@ def _without_variance(q1: Tensor, q2: Tensor, minus: Tensor, plus: Tensor) -> tu
 
 
 def _half_square(value: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """1 - u.v for unit rows, as |u - v|^2 / 2 where the former has cancelled."""
+    """1 - u.v for unit rows, computed as |u - v|^2 / 2 where the subtraction cancels digits."""
     rows, columns = torch.nonzero(value < 1e-2, as_tuple=True)
     step = max(1, 10**7 // u.shape[1])
     for start in range(0, len(rows), step):

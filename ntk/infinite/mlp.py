@@ -35,7 +35,7 @@ METHODS = ("auto", "closed", "series", "quadrature")
 
 @dataclass(frozen=True)
 class RandomTerm:
-    """A term that stays random at any width: its mean and its variance over initialisations, ``(n1, n2)`` each."""
+    """The mean and variance over initialisations, ``(n1, n2)`` each, of a term that is random at any width."""
 
     mean: Float[Tensor, "n1 n2"]
     variance: Float[Tensor, "n1 n2"]
@@ -43,7 +43,7 @@ class RandomTerm:
 
 @dataclass(frozen=True)
 class Layers:
-    """The parts of the kernels; the first axis is the layer. Sums over it give the totals.
+    """The parts of the kernels by layer, along the first axis; sums over it give the totals.
 
     Attributes:
         covariance: Sigma^l, l = 1..L+1; the last is the NNGP kernel.
@@ -71,15 +71,15 @@ class MLPKernels:
         ntk_biases: full fine-tuning of the biases alone (BitFit).
         propulsion: K_P of the chosen ``positions``, at z = 1.
         propulsion_input: the multiplier on the network's input, k^2 sum_j x_j x'_j s_j s'_j with s = df/dx. It does not
-            settle as the widths grow, only as the *input* dimension n_0 grows as well: the s_j stay random, and each
+            converge as the widths grow, unless the *input* dimension n_0 grows as well: the s_j stay random, and each
             depends on its own first-layer weights. Mean k^2 (Sigma^1 - sigma_b^2) D^1 and variance are those of
-            independent s_j, right up to relative corrections of order 1/n_0, for inputs without dominant coordinates.
-            An embedding as wide as the hidden layers is such an input.
-        propulsion_readout: the multiplier on the output, k^2 f f'; it never settles. Mean and variance are exact.
+            independent s_j, with relative errors of order 1/n_0, for inputs without dominant coordinates. An embedding
+            as wide as the hidden layers is such an input.
+        propulsion_readout: the multiplier on the output, k^2 f f', which never converges. Mean and variance are exact.
         lora: LoRA on every weight at B = 0 and scale 1, A with iid entries of variance 1/r, as its rank r grows:
-            ``ntk_weights``. At finite rank that is the mean and :meth:`lora_variance` the variance.
+            ``ntk_weights``. At finite rank this is the mean, and :meth:`lora_variance` is the variance.
         positions: the positions summed in ``propulsion``: ``"input"`` (its mean) and hidden layers 1..L.
-        layers: the split by layer, or None if it was not asked for.
+        layers: the parts by layer; None without ``per_layer``.
     """
 
     nngp: Float[Tensor, "n1 n2"]
@@ -136,13 +136,13 @@ def mlp_kernels(
         positions: where Propulsion multiplies: ``"hidden"`` (every hidden layer), ``"all"`` (and the input), or a
             collection of ``"input"`` and layers 1..L.
         method: ``"closed"`` forms, the Hermite ``"series"``, plain Gauss-Hermite ``"quadrature"`` (slow); ``"auto"`` is
-            the first that the activation has.
-        per_layer: keep the split by layer: memory 5 L n1 n2. Without it, O(n1 n2) at any depth.
+            the first of them that the activation has.
+        per_layer: keep the parts by layer, at a memory of 5 L n1 n2; without them it is O(n1 n2) at any depth.
 
     Returns:
-        The kernels of one output. Absolute errors are of rounding size relative to sqrt(K(x, x) K(x', x')), for closed
-        forms; 1e-12 a layer for the series. A chaotic network (sigma_w^2 E[phi'^2] > 1) amplifies them from layer to
-        layer as it amplifies the inputs' differences.
+        The kernels of one output. Absolute errors relative to sqrt(K(x, x) K(x', x')) are of rounding size for closed
+        forms, and 1e-12 for each layer for the series. A chaotic network (sigma_w^2 E[phi'^2] > 1) amplifies them from
+        layer to layer as it amplifies the inputs' differences.
 
     Raises:
         ValueError: unusable arguments, with what was expected; the readout as a position, which has no limit.
@@ -178,14 +178,15 @@ def mlp_kernels(
 
     first, first1, first2, pairs = first_layer(a, b, sw, sb, symmetric=x2 is None)
 
-    # Sums over layers up to l, each term with its D^1 / D^{l+1}: one factor carries them on, and no D need be stored.
+    # Sums over the layers up to l, each term times D^1 / D^{l+1}. One factor takes them to the next layer, so no D is
+    # stored.
     d, d1, d2 = torch.ones_like(first), torch.ones_like(first1), torch.ones_like(first2)
     weights, biases, propulsion = first, sb**2 * d, torch.zeros_like(d)
     lora_variance = first1 * first2 + first**2
     steps = [(first, d, torch.zeros_like(d))]
     for layer in range(1, depth + 1):
         moments = moments_of(pairs)
-        if x2 is None:  # symmetric but for rounding
+        if x2 is None:  # rounding breaks the symmetry
             moments = Moments(*((m + m.T) / 2 for m in moments))
         own1 = Moments(*(m[:, None] for m in diagonal_of(pairs.q1[:, 0])))
         own2 = Moments(*(m[None] for m in diagonal_of(pairs.q2[0])))
@@ -217,10 +218,10 @@ def mlp_kernels(
 
 
 def first_layer(a: Tensor, b: Tensor, sw: float, sb: float, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Pairs]:
-    """sigma_w^2 x.x' / n_0 without the bias, of the pairs, the rows and the columns; and the pairs of h^1.
+    """sigma_w^2 x.x' / n_0 without the bias, for the pairs, the rows and the columns; and the pairs of h^1.
 
-    Sigma^1 is an inner product of inputs that carry the bias as one more coordinate, whose correlation is known
-    accurately; its entries are the sum, so that no bias is subtracted again where it is large beside the inputs.
+    Correlations are those of inputs with the bias as one more coordinate, which are accurate. Covariances are the sum
+    of both terms, so that a bias which is large compared with the inputs is never subtracted again.
     """
     rows = [sw / math.sqrt(x.shape[1]) * x for x in (a, b)]
     extended = [torch.cat([x, sb * torch.ones_like(x[:, :1])], dim=1) for x in rows]
@@ -234,9 +235,9 @@ def first_layer(a: Tensor, b: Tensor, sw: float, sb: float, *, symmetric: bool) 
 
 
 def _split(steps: list[tuple[Tensor, Tensor, Tensor]], sb: float, k2: float) -> Layers:
-    """The parts by layer l, from its Sigma^l - sigma_b^2 and, for the layer below, D^{l-1} / D^l and E[h h' phi' phi'].
+    """The parts by layer l, from Sigma^l - sigma_b^2 and, of the layer below, D^{l-1} / D^l and E[h h' phi' phi'].
 
-    The first layer has none below, and the last is the readout.
+    The first layer has no layer below, and the last layer is the readout.
     """
     shares = torch.stack([share for share, _, _ in steps])
     after = [torch.ones_like(shares[0])]  # D^{L+1}, ..., D^1
@@ -251,13 +252,17 @@ def _split(steps: list[tuple[Tensor, Tensor, Tensor]], sb: float, k2: float) -> 
         weights=shares * D,
         biases=sb**2 * D,
         propulsion=k2 * torch.stack([m * d for (_, _, m), d in zip(hidden, D[1:])]) if hidden else none,
-        # sigma_w^2 Cov(h h', phi' phi') before the factor D: two close numbers are subtracted, not two close sums.
+        # The difference sigma_w^2 Cov(h h', phi' phi') is taken before the factor D, which is more accurate.
         gap=torch.stack([(m - c * f) * d for c, (_, f, m), d in zip(covariance, hidden, D[1:])]) if hidden else none,
     )
 
 
 def checked_inputs(x1: Tensor | np.ndarray, x2: Tensor | np.ndarray | None) -> tuple[Tensor, Tensor]:
-    """Both in float64, the second the first's own if None; refused if they are no matrices that fit."""
+    """Both inputs in float64; ``x2`` is ``x1`` if None.
+
+    Raises:
+        ValueError: they are not matrices of finite numbers with the same number of columns.
+    """
     a = torch.as_tensor(x1).to(torch.float64)
     b = a if x2 is None else torch.as_tensor(x2).to(a)
     for name, x in (("x1", a), ("x2", b)):
@@ -271,7 +276,7 @@ def checked_inputs(x1: Tensor | np.ndarray, x2: Tensor | np.ndarray | None) -> t
 
 
 def check_numbers(depth: int, sigma_w: float, sigma_b: float, degree: float) -> None:
-    """Refuse numbers that describe no network."""
+    """Raise ValueError for numbers that describe no network."""
     if depth < 0:
         raise ValueError(f"depth, the number of hidden layers, must be at least 0; got {depth}")
     if not (math.isfinite(sigma_w) and sigma_w > 0):

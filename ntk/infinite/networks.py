@@ -1,4 +1,4 @@
-"""Finite random networks in both parametrisations, to approach the limits of :mod:`ntk.infinite` with.
+"""Finite random networks in both parametrisations, which approach the limits of :mod:`ntk.infinite`.
 
 A layer with n inputs computes
 
@@ -10,8 +10,8 @@ A layer with n inputs computes
 One generator state gives the same function in both, so kernels of what is not a weight (Propulsion's multipliers) are
 equal. All parameters are drawn from the ``generator`` in order of construction; nothing else is random.
 
-A Propulsion multiplier z, z = 1 at first, stands as a plain parameter wherever it is asked for, y = z^k * (layer's
-output): :func:`is_multiplier` selects them for :func:`ntk.empirical_ntk`.
+A Propulsion multiplier z, z = 1 at first, is a plain parameter at the positions that a :class:`Recipe` names, where
+y = z^k * (layer's output). :func:`is_multiplier` selects the multipliers for :func:`ntk.empirical_ntk`.
 """
 
 import math
@@ -42,12 +42,12 @@ class Multiplier(nn.Module):
 
 
 def is_multiplier(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter of one of these networks is a Propulsion multiplier; fits ``params=``."""
+    """Whether a parameter of one of these networks is a Propulsion multiplier; may be passed as ``params=``."""
     return name == "z" or name.endswith(".z")
 
 
 class Recipe:
-    """How the layers of one network are made: scales, parametrisation, multipliers, and the generator they draw from.
+    """How the layers of one network are made: scales, parametrisation, multipliers, and the generator of the numbers.
 
     Args:
         sigma_w: standard deviation of the weights, in the sense of the table above.
@@ -97,7 +97,7 @@ class Recipe:
         return frozenset(self.multipliers)
 
     def multiplier(self, n: int, wanted: bool) -> nn.Module:
-        """A multiplier of length n, or nothing."""
+        """A multiplier of length n, or the identity."""
         return Multiplier(n, self.degree, self.dtype) if wanted else nn.Identity()
 
     def linear(self, n_in: int, n_out: int, multiplied: bool) -> "ScaledLinear":
@@ -210,7 +210,7 @@ class ResidualMLP(nn.Module):
 class Transformer(nn.Module):
     """A small pre-norm encoder over vectors, averaged over tokens: (n, t, n_in) -> (n, n_out).
 
-    Each block is h + attention(norm(h)), then h + down(phi(up(norm(h)))). Every token is real: there is no mask.
+    Each block is h + attention(norm(h)), then h + down(phi(up(norm(h)))). There is no mask.
     Positions of multipliers: ``"input"``, ``"embedding"``, ``"<block>.query"`` and likewise key, value, attention (its
     output), up, down, and ``"readout"``.
 
@@ -219,8 +219,8 @@ class Transformer(nn.Module):
         width: of the residual stream; a multiple of ``heads``.
         depth: number of blocks.
         heads: attention heads.
-        tokens_mix: softmax(q.k / sqrt(d)), ``"sqrt"``, or softmax(q.k / d), ``"linear"``, whose logits settle as heads
-            grow wide (Yang 2019), d the width of a head.
+        tokens_mix: softmax(q.k / sqrt(d)), ``"sqrt"``, or softmax(q.k / d), ``"linear"``, whose logits converge as the
+            width d of a head grows (Yang 2019).
         layer_norm: False leaves the norms out.
     """
 

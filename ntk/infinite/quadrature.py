@@ -5,10 +5,10 @@
 | ``series``     | Hermite expansion of each side, Mehler's formula    | n nodes terms + n1 n2 terms, 64 - 2048 terms |
 | ``quadrature`` | Gauss-Legendre in polar coordinates, pair by pair   | n1 n2 nodes, about 10^4 to 10^6 nodes        |
 
-The series is the default without closed form. Its few pairs that it cannot reach, nearly parallel ones of steep
-activations or of those with a kink, are handed to the plain rule. Both rules have a seam at 0, so that a kink there
-costs no accuracy (ELU, softsign), and both refine until two levels agree; they refuse, with the error they reached,
-when they never do: a kink or jump elsewhere (hardtanh at 1).
+The series is the default for activations without closed form. The plain rule takes the few pairs for which the series
+does not converge: nearly parallel ones of activations that are steep or have a kink. Both rules have a panel boundary
+at 0, so that a kink there costs no accuracy (ELU, softsign), and both refine until two levels agree. If they never do,
+because of a kink or jump elsewhere (hardtanh at 1), they raise with the error that they reached.
 """
 
 import math
@@ -25,9 +25,9 @@ from ntk.infinite.gaussian import Moments, Pairs
 
 TOLERANCE = 1e-12
 LARGEST_DEGREE = 2048
-_LINE_NODES = (16, 24, 48)  # to a panel of the line
-_PLANE_NODES = (8, 12, 16, 24, 32)  # to a panel of the radius and of the angle
-_REACH = 13.0  # standard deviations: exp(-13^2 / 4) is below rounding, and half of the weight is all that is used
+_LINE_NODES = (16, 24, 48)  # of a panel of the line
+_PLANE_NODES = (8, 12, 16, 24, 32)  # of a panel of the radius and of the angle
+_REACH = 13.0  # in standard deviations: the weight exp(-h^2 / 4) of a Hermite coefficient is below rounding there
 # A pair by the plain rule costs about as much as this many multiply-adds of the series.
 _PLANE_COST = 2_000_000
 _CHUNK = 2**22  # numbers held at once by the plain rule
@@ -59,23 +59,23 @@ def series_moments(activation: Activation, pairs: Pairs) -> Moments:
         E[f(h) f(h')] = sum_k rho^k a_k(q) a_k(q')
 
     The terms left out after K are at most |rho|^K sqrt(t t'), t = E[f(h)^2] - sum_{k<K} a_k(q)^2. K grows until that is
-    below 1e-12 of sqrt(E[f(h)^2] E[f(h')^2]) for all pairs but those that :func:`plane_moments` does sooner. Takes
-    ``pairs`` with q1 (n1, 1) and q2 (1, n2).
+    below 1e-12 of sqrt(E[f(h)^2] E[f(h')^2]) for all pairs except those that :func:`plane_moments` takes at a lower
+    cost. ``pairs`` must have q1 (n1, 1) and q2 (1, n2).
 
     Raises:
-        ConvergenceError: neither reaches it.
+        ConvergenceError: neither reaches that accuracy.
     """
     q1, q2 = pairs.q1[:, 0], pairs.q2[0]
     rho = (pairs.plus - pairs.minus) / 2
-    left = pairs.same  # what the series need not find
+    skipped = pairs.same  # the pairs for which the series is not needed
     sums, own = [], []
     for f in integrands(activation):
         (own1, level1), (own2, level2) = (_second_moment(f, q, activation.name) for q in (q1, q2))
-        sum_, missed = _mehler(f, q1, q2, own1, own2, rho, left, max(level1, level2))
+        sum_, missed = _mehler(f, q1, q2, own1, own2, rho, skipped, max(level1, level2))
         sums.append(sum_)
         own.append(own1)
-        left = left | missed  # one pair by the plain rule is all three expectations
-    if bool((hard := left & ~pairs.same).any()):
+        skipped = skipped | missed  # the plain rule gives all three expectations of a pair
+    if bool((hard := skipped & ~pairs.same).any()):
         for sum_, values in zip(sums, plane_moments(activation, *_flat(pairs, hard)), strict=True):
             sum_[hard] = values
     return Moments(*(torch.where(pairs.same, o[:, None].expand_as(s), s) for o, s in zip(own, sums, strict=True)))
@@ -84,8 +84,8 @@ def series_moments(activation: Activation, pairs: Pairs) -> Moments:
 def quadrature_moments(activation: Activation, pairs: Pairs) -> Moments:
     """By :func:`plane_moments`, pair by pair."""
     everywhere = torch.ones_like(pairs.cov, dtype=torch.bool)
-    found = plane_moments(activation, *_flat(pairs, everywhere))
-    return Moments(*(values.reshape(pairs.cov.shape) for values in found))
+    moments = plane_moments(activation, *_flat(pairs, everywhere))
+    return Moments(*(values.reshape(pairs.cov.shape) for values in moments))
 
 
 def plane_moments(
@@ -94,7 +94,7 @@ def plane_moments(
     """The expectations of m pairs of standard deviations s1, s2 and correlation cos(angle), in polar coordinates.
 
     h = s1 r cos(t), h' = s2 r cos(t - angle), weight r exp(-r^2 / 2) / (2 pi). The zeros of h and h' are four rays,
-    which bound the panels: an activation that is analytic but for a kink at 0 is integrated to rounding.
+    which bound the panels, so an activation that is analytic except for a kink at 0 is integrated to rounding.
 
     Raises:
         ConvergenceError: a pair's value changes by more than 1e-12 of E|f f'| between the two finest levels.
@@ -128,13 +128,13 @@ def _flat(pairs: Pairs, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _mehler(
     f: Function, q1: Tensor, q2: Tensor, own1: Tensor, own2: Tensor, rho: Tensor, skip: Tensor, level: int
 ) -> tuple[Tensor, Tensor]:
-    """The sums, and where they have not converged."""
+    """The sums, and a mask of the pairs for which they have not converged."""
     size = (own1[:, None] * own2[None]).sqrt()
     terms = 32
     while True:
         terms *= 2
         a, b = (_coefficients(f, q, terms, level) for q in (q1, q2))
-        # Never below the rounding of the difference: a tail of 0 would vouch for the other factor, however long.
+        # Never below the rounding of the difference, since a tail of 0 would hide any tail of the other factor.
         tails = [torch.maximum(own - (x**2).sum(1), 1e-15 * own) for own, x in ((own1, a), (own2, b))]
         left_out = rho.abs() ** terms * (tails[0][:, None] * tails[1][None]).sqrt()
         missed = (torch.nan_to_num(left_out / size, nan=0.0) > TOLERANCE) & ~skip
@@ -164,7 +164,7 @@ def _hermite_basis(terms: int, level: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _second_moment(f: Function, q: Tensor, name: str) -> tuple[Tensor, int]:
-    """E[f(h)^2], h ~ N(0, q), and the level of the line's rule that found it."""
+    """E[f(h)^2], h ~ N(0, q), and the level of the line's rule that suffices for it."""
     error, previous = math.inf, None
     for level in range(len(_LINE_NODES)):
         z, weights = (x.to(q) for x in _line(level))
@@ -181,13 +181,13 @@ def _second_moment(f: Function, q: Tensor, name: str) -> tuple[Tensor, int]:
 
 @lru_cache(maxsize=8)
 def _line(level: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights over +-13: panels of width 1/2, halving towards 0 down to 2^-10."""
+    """Nodes and weights over +-13, on panels of width 1/2 that halve towards 0 down to 2^-10."""
     z, weights = (torch.from_numpy(x) for x in _panels(_radii(10, 0.5), _LINE_NODES[level]))
     return torch.cat([-z.flip(0), z]), torch.cat([weights.flip(0), weights])
 
 
 def _radii(grading: int, step: float) -> np.ndarray:
-    """Edges of panels from 0 to 13: halving towards 0 below ``step``."""
+    """Edges of panels from 0 to 13, whose widths halve towards 0 below ``step``."""
     return np.array([0.0, *(step * 2.0**-i for i in range(grading, 0, -1)), *np.arange(step, _REACH + step / 2, step)])
 
 
@@ -207,25 +207,25 @@ def _plane_rule(
     ends = np.array([0.0, *(2.0**-i for i in range(grading + 1, 0, -1))])
     u, u_weights = (torch.from_numpy(x).to(s1) for x in _panels(np.unique([*ends, *(1 - ends)]), nodes))
     results = torch.zeros(2, 3, len(s1), dtype=s1.dtype, device=s1.device)
-    for part in _parts(len(s1), len(r) * len(u)):
-        a = angle[part][:, None]
-        # Between the rays where h and h' differ in sign, then where they agree; and the same with both reversed.
+    for chunk in _chunks(len(s1), len(r) * len(u)):
+        a = angle[chunk][:, None]
+        # First between the rays where h and h' differ in sign, then where they agree; then both with reversed signs.
         for width, direction, direction2 in (
             (a, torch.sin(a * u), -torch.sin(a * (1 - u))),
             (math.pi - a, torch.sin((math.pi - a) * (1 - u)), torch.sin((math.pi - a) * u)),
         ):
             for sign in (1.0, -1.0):
                 h, h2 = (
-                    sign * s[part][:, None, None] * d[:, :, None] * r for s, d in ((s1, direction), (s2, direction2))
+                    sign * s[chunk][:, None, None] * d[:, :, None] * r for s, d in ((s1, direction), (s2, direction2))
                 )
                 slopes = activation.derivative(h) * activation.derivative(h2)
                 for i, values in enumerate((activation.function(h) * activation.function(h2), slopes, h * h2 * slopes)):
                     for j, integrand in enumerate((values, values.abs())):
-                        results[j, i, part] += (integrand @ r_weights @ u_weights) * width[:, 0]
+                        results[j, i, chunk] += (integrand @ r_weights @ u_weights) * width[:, 0]
     return results[0], results[1]
 
 
-def _parts(pairs: int, cost: int) -> Iterator[slice]:
+def _chunks(pairs: int, cost: int) -> Iterator[slice]:
     step = max(1, _CHUNK // cost)
     return (slice(start, start + step) for start in range(0, pairs, step))
 

@@ -12,12 +12,13 @@ of h^l, and D^l that of the gradients at h^l,
     K_F,l = U^l D^l                                           (weights and bias of layer l)
     K_P,l = k^2 sum_{m=l..L} c_m E[u^l u'^l phi'(h^m) phi'(h'^m)]
 
-since the gradient at h^l is a sum of independent terms, one from each nonlinearity that the branch's output reaches. So
+since the gradient at h^l is a sum of independent terms, one from each nonlinearity that the branch's output reaches.
+It follows that
 
     K_P,l / k^2 - K_F,l = sum_{m=l..L} c_m Cov(u u', phi'(h^m) phi'(h'^m))
 
-Derived in docs/theory.md. The multilayer perceptron has m = l alone; there the sum telescopes to the next layer's
-weights, here it does not.
+which docs/theory.md derives. The multilayer perceptron has the term m = l alone, and there the sum over layers
+telescopes to the next layer's weights; here it does not.
 """
 
 import math
@@ -44,7 +45,7 @@ class ResidualKernels:
         weights: full fine-tuning of W^l, l = 1..L+1.
         biases: of b^l, l = 1..L+1.
         propulsion: of the multiplier on layer l = 1..L (the stem, then the branches), degree included.
-        propulsion_input: the mean of the multiplier on the input, which settles as that of :class:`MLPKernels` does.
+        propulsion_input: the mean of the multiplier on the input, which converges as in :class:`MLPKernels`.
         gap: K_P,l / k^2 - K_F,l, l = 1..L.
     """
 
@@ -77,7 +78,7 @@ def residual_kernels(
     Arguments as for :func:`ntk.infinite.mlp_kernels`; ``branch_scale`` is alpha. Memory and cost L^2 n1 n2 / 2.
 
     Raises:
-        ValueError: an activation that is not positively homogeneous; depth below 1; as there.
+        ValueError: an activation that is not positively homogeneous; depth below 1; as :func:`mlp_kernels`.
     """
     a, b = checked_inputs(x1, x2)
     phi = find(activation)
@@ -127,7 +128,7 @@ def residual_kernels(
 
 
 def _branch(stream: Pairs, product: Tensor, slope: float, weight: float, bias: float) -> Pairs:
-    """The pairs of a branch's output: weight E[phi phi'] + bias."""
+    """The pairs of a branch's output, with covariance weight E[phi phi'] + bias."""
     own = weight * (1 + slope**2) / 2
     image = Pairs(own * stream.q1, own * stream.q2, weight * product, *leaky_relu_complements(stream, slope))
     b, zero = torch.full_like(product, bias), torch.zeros_like(product)
@@ -143,7 +144,7 @@ def _squares(u: Pairs, h: Pairs, slope: float) -> Tensor:
         E[u u' sign(h) sign(h')] = (2/pi) sqrt(U U') { r arcsin(rho)
             + (a b [(r - rho)^2 + 1 - rho^2] - rho r (a - b)^2) / sqrt(1 - rho^2) }
 
-    whose second term is 0 where rho = +-1: there r = rho and a = b. For u = h it is that of :func:`leaky_relu`.
+    whose second term is 0 where rho = +-1, since r = rho and a = b there. For u = h it is the formula of leaky ReLU.
     """
     s2, t2 = ((1 + slope) / 2) ** 2, ((1 - slope) / 2) ** 2
     a, b = root(ratio(u.q1, h.q1)), root(ratio(u.q2, h.q2))

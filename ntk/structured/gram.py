@@ -1,4 +1,4 @@
-"""Kernels from features: one parameter's Gram matrix, forming its features slice by slice or not at all.
+"""One parameter's Gram matrix from its features, which are formed slice by slice or not at all.
 
 `_direct` forms features and multiplies them; `_ghost` works on pairs of tokens (Novak et al. 2022, sec. 3; Li et al.
 2022, "ghost"). :func:`gram` takes whichever needs less time. Outputs are contracted as the kernel's layout says
@@ -18,33 +18,30 @@ from ntk.counts import CONTRACTED, note
 from ntk.features import Dense, Feature, Lookup, Outer
 from ntk.layout import Layout
 
-# Elements of the largest temporary: 64 MB in float32, which stays in reach of the caches' prefetching.
+# Elements of the largest temporary: 64 MB in float32, which the caches' prefetching copes with.
 CHUNK = 1 << 24
-# Tokens in a block of a ghost contraction on a processor: its matrices of c tokens squared stay in the caches.
+# Tokens in a block of a ghost contraction on a processor, so that its matrices over pairs of tokens stay in the caches.
 _BLOCK = 256
-# Rows from which a product of halves is faster than a whole one.
+# The number of rows from which a product by halves is faster than a whole one.
 _HALF = 128
 
 
+Groups = Sequence[Sequence[Feature]]
+"""For each group of examples, the features of every use of one parameter, which add up."""
+
+
 def gram(
-    groups: Sequence[Sequence[Feature]],
-    shape: torch.Size,
-    split: int | None,
-    layout: Layout,
-    chunk: int = CHUNK,
-    *,
-    signed: bool = False,
+    groups: Groups, shape: torch.Size, split: int | None, layout: Layout, chunk: int = CHUNK, *, signed: bool = False
 ) -> Tensor:
-    """Kernel of one parameter, over all examples of all groups in their order: ``(k, n m, n m)``, outputs fast.
+    """Kernel of one parameter over all examples of all groups in their order: ``(k, n m, n m)``, outputs fast.
 
     Args:
         groups: for each group of examples, the features of every use of the parameter, which add up.
         shape: of the parameter.
-        split: with two batches, the number of examples of the first; only its block against the second is computed
-            then.
+        split: with two batches, the number of examples of the first; only its block against the second is computed.
         layout: what becomes of the outputs.
         chunk: elements of the largest temporary.
-        signed: put the sign of each column's feature in place of the feature, which leaves no way but to form it.
+        signed: replace each column's feature by its sign, for which features must be formed.
     """
     kinds = {type(feature) for features in groups for feature in features}
     if kinds == {Lookup}:
@@ -60,7 +57,7 @@ def gram(
 def product(left: Tensor, split: int | None, *, signed: bool = False) -> Tensor:
     """left left^T for each of k matrices ``(k, rows, d p)``, or its block between two batches.
 
-    A large symmetric product goes by halves, at 9/16 of the work. With ``signed``, left sign(left)^T.
+    A large symmetric product is taken by halves, at 9/16 of the work. With ``signed``, left sign(left)^T.
     """
     if split is not None or signed:
         rows, columns = (left, left) if split is None else (left[:, :split], left[:, split:])
@@ -90,58 +87,46 @@ def _symmetric(left: Tensor, out: Tensor) -> None:
 
 
 def _direct(
-    groups: Sequence[Sequence[Feature]],
-    shape: torch.Size,
-    split: int | None,
-    layout: Layout,
-    chunk: int = CHUNK,
-    *,
-    signed: bool = False,
+    groups: Groups, shape: torch.Size, split: int | None, layout: Layout, chunk: int = CHUNK, *, signed: bool = False
 ) -> Tensor:
-    """Feature by feature: some outputs at a time, where they do not meet one another, and a slice of rows of those."""
+    """By formed features: some outputs at a time where the layout keeps outputs apart, and a slice of rows of those."""
     width = shape[1:].numel() if shape else 1
     n, c = sum(features[0].shape[0] for features in groups), groups[0][0].shape[1]
-    k, m, _ = layout.places(c)
+    k, m, _ = layout.factors(c)
     step = c if m > 1 else max(1, chunk // max(1, n * width))
     if step >= c:
         return _formed(groups, shape, split, layout, chunk, signed=signed)
-    found: list[Tensor] = []
+    products: list[Tensor] = []
     for first in range(0, c, step):
         some = [[feature.of(slice(first, first + step)) for feature in features] for features in groups]
         value = _formed(some, shape, split, layout, chunk, signed=signed)
-        if k > 1 or not found:
-            found.append(value)
+        if k > 1 or not products:
+            products.append(value)
         else:
-            found[0].add_(value)
-    return torch.cat(found) if k > 1 else found[0]
+            products[0].add_(value)
+    return torch.cat(products) if k > 1 else products[0]
 
 
 def _formed(
-    groups: Sequence[Sequence[Feature]],
-    shape: torch.Size,
-    split: int | None,
-    layout: Layout,
-    chunk: int,
-    *,
-    signed: bool,
+    groups: Groups, shape: torch.Size, split: int | None, layout: Layout, chunk: int, *, signed: bool
 ) -> Tensor:
     """A slice of the parameter's rows at a time, skipping rows that are zero for everyone."""
     rows, width = (shape[0], shape[1:].numel()) if shape else (1, 1)
     sizes = [features[0].shape[0] for features in groups]
-    like = groups[0][0].values
+    like = groups[0][0].like
     n, c = sum(sizes), groups[0][0].shape[1]
-    k, m, _ = layout.places(c)
+    k, m, _ = layout.factors(c)
     first = None if split is None else split * m
     most = min(rows, max(1, chunk // max(1, n * c * width)))
     buffer = like.new_empty(n * c * most * width)
     total: Tensor | None = None
-    for part in _slices(groups, rows, most):
-        inside = part.stop - part.start
+    for chosen in _slices(groups, rows, most):
+        inside = chosen.stop - chosen.start
         formed = buffer[: n * c * inside * width].view(n, c, inside, width)
         for features, block in zip(groups, formed.split(sizes), strict=True):
-            features[0].write(part, block)
+            features[0].write(chosen, block)
             for feature in features[1:]:
-                feature.write(part, block, add=True)
+                feature.write(chosen, block, add=True)
         value = product(layout.arrange(formed), first, signed=signed)
         total = value if total is None else total.add_(value)
     if total is None:
@@ -149,7 +134,7 @@ def _formed(
     return total
 
 
-def _slices(groups: Sequence[Sequence[Feature]], rows: int, size: int) -> Iterator[slice]:
+def _slices(groups: Groups, rows: int, size: int) -> Iterator[slice]:
     """Slices of at most ``size`` rows that cover every row which is not zero for all examples."""
     if rows <= size:
         yield slice(0, rows)
@@ -165,10 +150,10 @@ def _slices(groups: Sequence[Sequence[Feature]], rows: int, size: int) -> Iterat
 
 @dataclass(frozen=True)
 class _Block:
-    """Some tokens, one after another.
+    """Some consecutive tokens.
 
     Attributes:
-        x: ``(N, s)``, what a matrix multiplied, or ``(N,)``, which row was read.
+        x: ``(N, s)``, what a matrix multiplied, or ``(N,)``, the rows of an embedding that were read.
         g: ``(k, m N, d r)``.
         owner: ``(n, N)``, 1 where a token belongs to an example.
         start: number of the first example.
@@ -181,41 +166,41 @@ class _Block:
 
     @property
     def examples(self) -> slice:
-        """Those that have a token here."""
+        """The examples that have a token here."""
         return slice(self.start, self.start + len(self.owner))
 
     def inner(self, other: "_Block") -> Tensor:
-        """x . x' for each pair of tokens: ``(N, N')``; of rows of an embedding, 1 where they are the same."""
+        """x . x' for each pair of tokens, ``(N, N')``; for an embedding, 1 where both tokens read the same row."""
         if self.x.ndim == 2:
             return self.x @ other.x.T
         return ((self.x[:, None] == other.x) & (self.x >= 0)[:, None]).to(self.g.dtype)
 
 
-def _ghost(groups: Sequence[Sequence[Feature]], split: int | None, layout: Layout, chunk: int = CHUNK) -> Tensor:
+def _ghost(groups: Groups, split: int | None, layout: Layout, chunk: int = CHUNK) -> Tensor:
     """sum_ts (g_t . g_s)(x_t . x_s), without forming a feature.
 
-    Block by block, small enough to stay in cache; of a symmetric kernel only the upper blocks.
+    Blocks of tokens are small enough to stay in cache. A symmetric kernel needs only the upper blocks.
     """
     merged = [_merged(features) for features in groups]
     counts = [count for _, _, owned in merged for count in owned]
     n, c = len(counts), len(merged[0][1])
-    k, m, _ = layout.places(c)
+    k, m, _ = layout.factors(c)
     size = _block_size(merged[0][1].device, chunk, k * m**2)
     before = sum(counts[:split])  # tokens of the first batch
-    left = list(_cut(0, before, size))
-    right = left if split is None else list(_cut(before, sum(counts), size))
-    first = 0 if split is None else split  # example that the first column is of
+    row_spans = list(_spans(0, before, size))
+    column_spans = row_spans if split is None else list(_spans(before, sum(counts), size))
+    first = 0 if split is None else split  # the example of the first column
     full = merged[0][1].new_zeros(k, n if split is None else split, m, n - first, m)
-    for i, place in enumerate(left):
-        rows = _block(merged, counts, place, layout)
-        for other in right[i if split is None else 0 :]:
-            columns = rows if other == place else _block(merged, counts, other, layout)
+    for i, span in enumerate(row_spans):
+        rows = _block(merged, counts, span, layout)
+        for other in column_spans[i if split is None else 0 :]:
+            columns = rows if other == span else _block(merged, counts, other, layout)
             pairs = _times(rows.g, columns.g).view(k, m, len(rows.x), m, len(columns.x))
             pairs *= rows.inner(columns)[:, None, :]
             value = (rows.owner @ pairs.flatten(3)).view(k, m, -1, m, len(columns.x)) @ columns.owner.T
             value = value.transpose(1, 2).transpose(3, 4)
             _shifted(full, rows.examples, columns.examples, first).add_(value)
-            if split is None and other != place:
+            if split is None and other != span:
                 _shifted(full, columns.examples, rows.examples, 0).add_(value.permute(0, 3, 4, 1, 2))
     return full.view(k, full.shape[1] * m, -1)
 
@@ -225,7 +210,7 @@ def _shifted(full: Tensor, rows: slice, columns: slice, first: int) -> Tensor:
 
 
 def _block_size(device: torch.device, chunk: int, size: int) -> int:
-    """Tokens in a block, of whose pairs a temporary has so many elements each.
+    """Tokens in a block, if a temporary has ``size`` elements for each pair of tokens.
 
     An accelerator waits for launches rather than for memory, and takes as few blocks as ``chunk`` allows.
     """
@@ -233,17 +218,17 @@ def _block_size(device: torch.device, chunk: int, size: int) -> int:
     return min(_BLOCK, most) if device.type == "cpu" else most
 
 
-def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+def _spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     yield from ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
-def _block(merged: Sequence["_Merged"], counts: list[int], place: tuple[int, int], layout: Layout) -> _Block:
-    """The tokens from one number to another, which may be a part of an example's."""
-    start, stop = place
-    x, g = ([part[i] for part in _parts(merged, start, stop)] for i in (0, 1))
-    x, g = torch.cat(x), torch.cat(g, dim=1)
+def _block(merged: Sequence["_Merged"], counts: list[int], span: tuple[int, int], layout: Layout) -> _Block:
+    """The tokens of a span, which may begin or end within an example."""
+    start, stop = span
+    xs, gs = zip(*_within(merged, start, stop), strict=True)
+    x, g = torch.cat(xs), torch.cat(gs, dim=1)
     c, tokens, r = g.shape
-    k, m, d = layout.places(c)
+    k, m, d = layout.factors(c)
     g = g.view(k, m, d, tokens, r).transpose(2, 3).reshape(k, m * tokens, d * r)
     ends = list(itertools.accumulate(counts))
     first, last = bisect_right(ends, start), bisect_right(ends, stop - 1)
@@ -254,7 +239,7 @@ def _block(merged: Sequence["_Merged"], counts: list[int], place: tuple[int, int
     return _Block(x.to(g.dtype) if x.ndim == 2 else x, g, owner, first)
 
 
-_Merged = tuple[Tensor, Tensor, list[int]]  # x, g and how many tokens each example has
+_Merged = tuple[Tensor, Tensor, list[int]]  # x, g and the number of tokens of each example
 
 
 def _merged(features: Sequence[Feature]) -> _Merged:
@@ -275,7 +260,7 @@ def _inputs(feature: Feature) -> Tensor:
     return feature.x if isinstance(feature, Outer) else feature.ids
 
 
-def _parts(merged: Sequence[_Merged], start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _within(merged: Sequence[_Merged], start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and gradients of tokens start..stop-1, as slices of the groups that hold them."""
     for x, g, _ in merged:
         if start < len(x) and stop > 0:
@@ -283,7 +268,7 @@ def _parts(merged: Sequence[_Merged], start: int, stop: int) -> Iterator[tuple[T
         start, stop = start - len(x), stop - len(x)
 
 
-def _ghost_is_cheaper(groups: Sequence[Sequence[Feature]], shape: torch.Size, layout: Layout) -> bool:
+def _ghost_is_cheaper(groups: Groups, shape: torch.Size, layout: Layout) -> bool:
     """Compare the multiplications of the two contractions, weighted by the share of the peak rate that each reaches."""
     tokens, n, c, r, s = 0, 0, 1, 1, 1
     for features in groups:
@@ -294,14 +279,14 @@ def _ghost_is_cheaper(groups: Sequence[Sequence[Feature]], shape: torch.Size, la
             s = feature.x.shape[-1] if isinstance(feature, Outer) else 0
         n += features[0].shape[0]
     forming = 1.4 * tokens * c * r * s
-    k, m, d = layout.places(c)
+    k, m, d = layout.factors(c)
     direct = forming + (1 if n * m < 2 * _HALF else 0.75) * k * (n * m) ** 2 * d * shape.numel()
     ghost = 0.65 * tokens**2 * (s + k * m**2 * (d * r + 20))
     return ghost < direct
 
 
-def _renumbered(groups: Sequence[Sequence[Feature]]) -> tuple[list[list[Feature]], int]:
-    """Lookups with the rows that were read numbered anew, and how many those are, at least 1."""
+def _renumbered(groups: Groups) -> tuple[list[list[Feature]], int]:
+    """Lookups with the rows that were read renumbered from 0, and the number of these rows, at least 1."""
     lookups = [[f for f in features if isinstance(f, Lookup)] for features in groups]
     ids = torch.cat([f.ids for features in lookups for f in features])
     read = ids[ids >= 0].unique()

@@ -337,7 +337,7 @@ class _Tile:
         features = [pending.features[i] for i in used]
         matrix = gram(features, pending.shape, split, self.layout, self.chunk, signed=self.signed).to(self.plan.dtype)
         if len(used) < len(batches):
-            k, m, _ = self.layout.places(self.plan.outputs)
+            k, m, _ = self.layout.factors(self.plan.outputs)
             entries = torch.cat([torch.arange(starts[i] * m, starts[i + 1] * m) for i in used]).to(self.plan.device)
             rows, columns = (entries, entries) if split is None else (entries[: split * m], entries[split * m :])
             whole = matrix.new_zeros(k, self.n1 * m, self.size[1] * m)

@@ -28,7 +28,7 @@ from ntk.request import Request
 from ntk.structured.gram import gram
 from ntk.tokens import Tokens, not_zero
 
-# Of a layer that only multiplies by its weight, outputs differ from W x + b by no more machine epsilons than this.
+# If a layer only multiplies by its weight, its outputs differ from W x + b by at most this many machine epsilons.
 _ROUNDING = 64
 
 
@@ -62,13 +62,13 @@ class _Watched:
 
     Attributes:
         calls: what it was given (None for an embedding) and returned, in each call.
-        apart: its parameters as the model finds them outside of its calls: (owner, name) -> that tensor.
+        copies: (owner, name) of a parameter -> the copy that the model reads outside of the layer's calls.
     """
 
     name: str
     module: nn.Module
     calls: list[tuple[Tensor | None, Tensor]] = field(default_factory=list)
-    apart: dict[tuple[nn.Module, str], nn.Parameter] = field(default_factory=dict)
+    copies: dict[tuple[nn.Module, str], nn.Parameter] = field(default_factory=dict)
 
 
 def adapter_kernels(
@@ -126,13 +126,13 @@ def adapter_kernels(
 
 
 def _kernels(method: Method, layers: Sequence[Layer], layout: Layout) -> Iterator[Tensor]:
-    """What each parameter that a method adds to one layer has for a kernel."""
+    """The kernel of each parameter that a method adds to one layer, which is given once for each side."""
     split = layers[0].feature.tokens.n if len(layers) > 1 else None
-    for pieces in zip(*(method.features(layer) for layer in layers), strict=True):
-        features: list[list[Feature]] = [[feature] for _, _, feature in pieces]
+    for sides in zip(*(method.features(layer) for layer in layers), strict=True):
+        features: list[list[Feature]] = [[feature] for _, _, feature in sides]
         if all(isinstance(f, Outer | Lookup) and not f.g.shape[1] for (f,) in features):
-            continue  # never called
-        yield layout.kernel(gram(features, pieces[0][1], split, layout), layers[0].feature.shape[1])
+            continue  # the layer is never called
+        yield layout.kernel(gram(features, sides[0][1], split, layout), layers[0].feature.shape[1])
 
 
 def _with_read(layer: Layer, c: int) -> Layer:
@@ -165,7 +165,7 @@ def _run(request: Request, example: Group, layers: Mapping[str, nn.Module]) -> d
     try:
         with torch.enable_grad(), _watching(layers) as watched:
             values = call(request.model, request.output, batch_of(example), 1)[0]
-            tensors = [t for w in watched for t in (*(t for pair in w.calls for t in pair), *w.apart.values())]
+            tensors = [t for w in watched for t in (*(t for pair in w.calls for t in pair), *w.copies.values())]
             # A tensor that the model computes under no_grad requires no gradient.
             targets = [t for t in tensors if t is not None and t.requires_grad]
             rows: list[Sequence[Tensor | None]] = []
@@ -188,8 +188,9 @@ def _run(request: Request, example: Group, layers: Mapping[str, nn.Module]) -> d
 
 def _record(w: _Watched, gradients: Mapping[int, list[Tensor | None]], c: int, dtype: torch.dtype) -> _Record:
     def at(t: Tensor) -> Tensor:
-        """(c, N, d): the gradients at a tensor of tokens."""
-        if t.requires_grad and id(t) not in gradients:  # called again by the backward pass, or on torch.func's tensors
+        """The gradients at a tensor of tokens, ``(c, N, d)``."""
+        # This happens if the backward pass calls the layer again, or torch.func calls it on tensors of its own.
+        if t.requires_grad and id(t) not in gradients:
             raise NotImplementedError(
                 f"what {w.name} does cannot be captured, called inside of torch.func or of a checkpoint: leave it "
                 "out of the method's modules, or switch that off"
@@ -237,14 +238,14 @@ def _only_multiplies(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def _read(w: _Watched, gradients: Mapping[int, list[Tensor | None]], dtype: torch.dtype, c: int) -> Tensor | None:
-    """(c, r): sum_k (df/dW_jk) W_jk + (df/db_j) b_j over what the model reads outside of the layer's calls.
+    """sum_k (df/dW_jk) W_jk + (df/db_j) b_j, ``(c, r)``, over what the model reads outside of the layer's calls.
 
-    None if it reads nothing.
+    Returns None if it reads nothing.
 
     Raises:
-        NotImplementedError: it reads something else of the layer.
+        NotImplementedError: it reads another parameter of the layer.
     """
-    used = {key: p for key, p in w.apart.items() if any(g is not None for g in gradients[id(p)])}
+    used = {key: p for key, p in w.copies.items() if any(g is not None for g in gradients[id(p)])}
     if not used:
         return None
     total: Tensor | int = 0
@@ -263,44 +264,44 @@ def _read(w: _Watched, gradients: Mapping[int, list[Tensor | None]], dtype: torc
     return total
 
 
-def _joined(name: str, module: nn.Module, parts: Sequence[_Record]) -> Layer:
+def _joined(name: str, module: nn.Module, records: Sequence[_Record]) -> Layer:
     """The layer on all examples of one side."""
     weight, bias = matrix_of(module)
-    g = torch.cat([p.g for p in parts], dim=1)
-    counts = torch.tensor([p.g.shape[1] for p in parts], device=g.device)
-    tokens = Tokens(len(parts), torch.arange(len(parts), device=g.device).repeat_interleave(counts))
+    g = torch.cat([p.g for p in records], dim=1)
+    counts = torch.tensor([p.g.shape[1] for p in records], device=g.device)
+    tokens = Tokens(len(records), torch.arange(len(records), device=g.device).repeat_interleave(counts))
     read = None
-    if any(p.read is not None for p in parts):
+    if any(p.read is not None for p in records):
         zeros = g.new_zeros(len(g), g.shape[-1])
-        read = torch.stack([zeros if p.read is None else p.read for p in parts])
-    y = torch.cat([p.y for p in parts])
+        read = torch.stack([zeros if p.read is None else p.read for p in records])
+    y = torch.cat([p.y for p in records])
     if isinstance(module, nn.Embedding):
         ids = torch.full((g.shape[1],), -1, device=g.device)
         return Layer(name, weight, bias, None, y, Lookup(ids, g, tokens), weighed=False, read=read)
-    x = torch.cat([p.x for p in parts if p.x is not None])
+    x = torch.cat([p.x for p in records if p.x is not None])
     back = None
-    if any(p.at_inputs is not None and p.g.shape[1] for p in parts):
+    if any(p.at_inputs is not None and p.g.shape[1] for p in records):
         matrix = weight.to(g.dtype)
-        back = torch.cat([p.g @ matrix if p.at_inputs is None else p.at_inputs for p in parts], dim=1)
+        back = torch.cat([p.g @ matrix if p.at_inputs is None else p.at_inputs for p in records], dim=1)
     return Layer(name, weight, bias, x, y, Outer(x, g, tokens), weighed=False, at_inputs=back, read=read)
 
 
 @contextmanager
 def _watching(layers: Mapping[str, nn.Module]) -> Iterator[list[_Watched]]:
-    """Note what layers are given and return, and set apart what the model reads of them outside of their calls."""
+    """Record what layers are given and return; outside of their calls the model reads copies of their parameters."""
     watched = [_Watched(name, module) for name, module in layers.items()]
     hooks = []
     own = [(owner, name, p) for w in watched for owner, name, p in _parameters(w.module)]
     try:
         for w in watched:
             for owner, name, p in _parameters(w.module):
-                w.apart[owner, name] = nn.Parameter(p.detach(), requires_grad=p.is_floating_point())
-            _put(w.apart)
-            inside = {(owner, name): p for owner, name, p in own if (owner, name) in w.apart}
+                w.copies[owner, name] = nn.Parameter(p.detach(), requires_grad=p.is_floating_point())
+            _put(w.copies)
+            inside = {(owner, name): p for owner, name, p in own if (owner, name) in w.copies}
             hooks.append(w.module.register_forward_pre_hook(partial(_enter, w, inside), with_kwargs=True))
             hooks.append(w.module.register_forward_hook(partial(_leave, w)))
         for w in watched:
-            w.apart = {key: p for key, p in w.apart.items() if p.requires_grad}
+            w.copies = {key: p for key, p in w.copies.items() if p.requires_grad}
         yield watched
     finally:
         for hook in hooks:
@@ -329,7 +330,7 @@ def _enter(
     if key is None:
         raise NotImplementedError(f"{w.name} is called without a tensor: leave it out of the method's modules")
     x = args[key] if isinstance(key, int) else kwargs[key]
-    x = (x if x.requires_grad else x.detach().requires_grad_()).clone()  # a tensor of this call's own
+    x = (x if x.requires_grad else x.detach().requires_grad_()).clone()  # each call has a tensor of its own
     w.calls.append((x, torch.empty(0)))
     if isinstance(key, int):
         return (*args[:key], x, *args[key + 1 :]), kwargs
@@ -337,7 +338,7 @@ def _enter(
 
 
 def _leave(w: _Watched, module: nn.Module, args: tuple, output: Any) -> Tensor:
-    _put(w.apart)
+    _put(w.copies)
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise NotImplementedError(
             f"{w.name} returns {type(output).__name__} and not a tensor of numbers, so that no adapter can stand "
@@ -345,4 +346,4 @@ def _leave(w: _Watched, module: nn.Module, args: tuple, output: Any) -> Tensor:
         )
     y = output if output.requires_grad else output.detach().requires_grad_()
     w.calls[-1] = (w.calls[-1][0], y)
-    return y.clone()  # what the model writes into the output does not reach the tensor that is kept
+    return y.clone()  # the model may write into its output, and must not change the tensor that is kept

@@ -92,7 +92,11 @@ def run(
         mixing = reads = None
         if proof is not None and values is not None:
             reads = tuple(proof.reads)
-            mixing = proof.why or _mixed(proof, values)
+            mixing = proof.why
+            if mixing is None and not proof.in_order(values):
+                mixing = "its forward pass may mix the examples of a batch"
+            elif mixing is None and not follows_torch(values):
+                mixing = "its backward pass is partly its own, and may mix the examples of a batch"
         missed = dict(capture.unhandled)
         if above is None:
             assert values is not None
@@ -162,15 +166,6 @@ def _features(use: Use, leaves: Leaves, c: int, packing: Packing) -> Iterator[Ca
     for name, value in zip(names, pulled, strict=True):
         if value is not None:
             yield Captured(name, use.number, Dense(value.unflatten(0, (packing.n, c))), within=use.within)
-
-
-def _mixed(proof: Independence, values: Tensor) -> str | None:
-    """Why the outputs may depend on several examples."""
-    if not proof.in_order(values):
-        return "its forward pass may mix the examples of a batch"
-    if not follows_torch(values):
-        return "its backward pass is partly its own, and may mix the examples of a batch"
-    return None
 
 
 def _leaking(capture: Capture, group: Group) -> str | None:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ntk.features import Feature, subtract
 from ntk.functional import Leaves, batch_of, call
 from ntk.inputs import Group, pad_together, padding_token
-from ntk.jacobian import SHARE, tolerance
+from ntk.jacobian import SHARE, accumulation_dtype, tolerance
 from ntk.request import Request
 from ntk.structured.capture import WHOLE, Segment
 from ntk.structured.dependence import Origin
@@ -125,10 +125,7 @@ def compare(
         segments: cover the model, from the last to the first.
     """
     first = next(iter(leaves.values()))
-    dtype = torch.float32
-    for p in leaves.values():
-        dtype = torch.promote_types(dtype, p.dtype)
-    plan = Plan(0, first.device, dtype, torch.finfo(first.dtype).eps, checked=(group, single))
+    plan = Plan(0, first.device, accumulation_dtype(leaves), torch.finfo(first.dtype).eps, checked=(group, single))
     n, tokens = len(group.indices), len(group.indices) * group.length
     real = sum(len(g.indices) * g.length for g in single)  # padding leaves no features
     remainders: dict[str, Tensor] = {}  # what the features leave of the gradients

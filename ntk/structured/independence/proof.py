@@ -1,22 +1,22 @@
-"""Proof that a batched forward pass gives every example what the example gives alone, operation by operation.
+"""The examples of a batch, followed through a forward pass operation by operation.
 
 A forward pass over n examples runs under :class:`Independence`, which sees every operation that torch dispatches. It
-knows of every tensor along which axis the examples lie, and of every operation whether its result at example i depends
+knows along which axis of every tensor the examples lie, and whether the result of every operation at example i depends
 on its arguments at example i alone. If that holds from the inputs to the outputs, the outputs of example i are a
-function of example i, and so their gradients have no entries at other examples. Nothing is inferred from values: equal
+function of example i, and their gradients have no entries at other examples. Nothing is inferred from values, so equal
 examples, or examples that happen not to trigger a branch, prove as much as any others.
 
-Where the examples lie is kept for each storage, as the distance in bytes from one example to the next. Views need no
-rules then: the axis of a view is the one whose stride covers that distance.
+Where the examples lie is kept for each storage, as the distance in bytes from one example to the next. Views therefore
+need no rules: the axis of a view is the one whose stride covers that distance.
 
-An operation that is not known, an axis that is lost, and a value of the data that the model's Python code reads (so
-that a branch may follow from it) end the proof; the batch is then run one example at a time, which needs no proof.
+The proof ends at an operation that is not known, at an axis that is lost, and at a value of the data that the model's
+Python code reads, since a branch may follow from it. The batch then runs one example at a time, which needs no proof.
 Values read from attention masks alone, as transformers reads whether there is padding, are kept instead: a batch is
 right if two examples that lead to the same values were compared with the same examples alone
 (:mod:`ntk.structured.verification`).
 
 Cost: a few look-ups in Python for each operation of the forward pass, and none in the backward passes; no arithmetic on
-activations. Constants that meet the data along the examples are compared with themselves.
+activations. A constant that meets the data along the examples is checked to be the same for all of them.
 """
 
 from collections.abc import Callable
@@ -32,23 +32,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ntk.structured.autograd import Root
-from ntk.structured.independence_rules import FAMILIES, RULES, Call, Lost, alike, pointwise, tensors_of
+from ntk.structured.independence.call import Call, Lost, alike, tensors_of
+from ntk.structured.independence.rules import FAMILIES, RULES, pointwise
 
-# The derivative of our own function.
+# The derivative of ntk.structured.autograd.Root, which keeps the examples apart.
 _OWN = {Root._backward_cls}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass
-class _Held:
+class _Storage:
     """What a storage holds of the batch.
 
     Attributes:
-        storage: keeps its address from being used again; does not keep its memory.
+        alive: keeps the storage's address from being used again, without keeping its memory.
         step: bytes from one example to the next; None where examples are mixed.
-        mask: whether it was made of attention masks and constants alone.
+        mask: whether the values depend on attention masks and constants alone.
     """
 
-    storage: StorageWeakRef
+    alive: StorageWeakRef
     step: int | None
     mask: bool
 
@@ -67,22 +68,22 @@ class Independence(TorchDispatchMode):
         self.n = n
         self.why: str | None = None
         self.reads: list[Any] = []
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, _Storage] = {}
 
     def mark(self, t: Tensor, *, mask: bool = False) -> None:
-        """An input of the model, whose first axis runs over the examples."""
+        """Note an input of the model, whose first axis runs over the examples."""
         self._set(t, 0, len(t), len(t) // self.n, mask)
 
     def in_order(self, t: Tensor) -> bool:
-        """Whether the first axis of a tensor runs over the examples, and each depends on its own example alone.
+        """Whether the first axis of a tensor runs over the examples, and each row depends on its own example alone.
 
-        That of a constant may: what it holds for one example is compared where it meets the data.
+        True for a constant too: its values for different examples are compared where it meets the data.
         """
         with torch._C.DisableTorchFunction():
             if _address(t) not in self._held:
                 return True
             try:
-                axis, m = self._place(t)
+                axis, m = self._locate(t)
             except Lost:
                 return False
             return axis == 0 and m * self.n == len(t)
@@ -92,7 +93,7 @@ class Independence(TorchDispatchMode):
         self.why = self.why or why
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunction():  # What is looked at here is no part of the forward pass.
+        with torch._C.DisableTorchFunction():  # the capture must not see the look-ups here
             return self._follow(func, args, kwargs or {})
 
     def _follow(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -106,19 +107,21 @@ class Independence(TorchDispatchMode):
         held = {id(t): self._held[address] for t in tensors if (address := _address(t)) in self._held}
         if not held:
             return func(*args, **kwargs)
-        places: dict[int, tuple[int, int]] = {}
+        located: dict[int, tuple[int, int]] = {}
         with suppress(Lost):
-            places = {id(t): self._place(t) for t in tensors if id(t) in held}
-        axes = {key: axis for key, (axis, _) in places.items()}
-        shapes = {(t.shape[axes[id(t)]], places[id(t)][1]) for t in tensors if id(t) in axes}
+            located = {id(t): self._locate(t) for t in tensors if id(t) in held}
+        axes = {key: axis for key, (axis, _) in located.items()}
+        shapes = {(t.shape[axes[id(t)]], located[id(t)][1]) for t in tensors if id(t) in axes}
         mask = all(entry.mask for entry in held.values())
         kind = _kind(func)
-        written = _written(kind, args, kwargs)
-        # A constant that is written to must have been alike for all examples before; there is no looking afterwards.
+        written = list(tensors_of(args[i] if i < len(args) else kwargs.get(name) for i, name in kind.written))
+        # A constant that is written to must have been the same for all examples before, so its bytes are copied.
         constants = [_bytes(t).clone() for t in written if id(t) not in held and not kind.fresh]
         result = func(*args, **kwargs)
         values = [r for r in tree_leaves(result) if r is not None]
-        if kind.reads or (kind.selects and _by_truth(tensors)) or not all(isinstance(r, Tensor) for r in values):
+        # A mask decides how many entries are selected.
+        masked = kind.selects and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
+        if kind.reads or masked or not all(isinstance(r, Tensor) for r in values):
             self._read(kind, values, mask)
         results = list(tensors_of([result]))
         if kind.constant or kind.relabels or (not written and all(_shares(r, args, kwargs) for r in results)):
@@ -138,7 +141,7 @@ class Independence(TorchDispatchMode):
         return result
 
     def _check_constants(self, written: list[Tensor], constants: list[Tensor]) -> None:
-        """Make sure that tensors which were constants held the same for all examples before they were written to."""
+        """Make sure that tensors which were constants were the same for all examples before they were written to."""
         for held in (self._held[_address(t)] for t in written):
             for before in constants:
                 step = held.step
@@ -146,38 +149,38 @@ class Independence(TorchDispatchMode):
                     held.step = None
 
     def _read(self, kind: "_Kind", values: list[Any], mask: bool) -> None:
-        """A value, or a shape, that leaves the tensors."""
+        """Note a value or a shape that Python reads from tensors."""
         if not mask:
             self.lose(f"its forward pass reads values of the batch ({kind.name}), and may branch on them")
             return
         self.reads.append(tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in values))
 
-    def _place(self, t: Tensor) -> tuple[int, int]:
-        """(axis, m): along which axis the examples lie, and how many entries of each lie there in a row.
+    def _locate(self, t: Tensor) -> tuple[int, int]:
+        """(axis, m): the axis of the examples, and the number of consecutive entries of each example along it.
 
-        Example i has the entries j with (j // m) % n = i.
+        The entries j with (j // m) % n = i are those of example i.
 
         Raises:
-            Lost: along none.
+            Lost: there is no such axis.
         """
         step = self._held[_address(t)].step
         if step is None:
             raise Lost
         size = t.element_size()
         whole = step * self.n
-        found = None
+        located = None
         start = int(t.storage_offset()) * size
-        last = start % step + size  # of the bytes from one example to the next, those that the other axes reach
+        last = start % step + size  # how many of the bytes from one example to the next the other axes reach
         for axis, (length, stride) in enumerate(zip(t.shape, t.stride())):
             stride *= size
-            if found is None and stride and step % stride == 0 and length > 1 and length * stride % whole == 0:
-                found = axis, step // stride
+            if located is None and stride and step % stride == 0 and length > 1 and length * stride % whole == 0:
+                located = axis, step // stride
                 last += step - stride
             elif length > 1 and stride % whole:
                 last += stride * (length - 1)
-        if found is None or last > step or start // step % self.n:
+        if located is None or last > step or start // step % self.n:
             raise Lost
-        return found
+        return located
 
     def _set(self, t: Tensor, axis: int | None, length: int, m: int, mask: bool) -> None:
         """Note where the examples lie in a tensor that was written, and so in its storage."""
@@ -186,17 +189,14 @@ class Independence(TorchDispatchMode):
             step = t.stride(axis) * t.element_size() * m or None
         before = self._held.get(_address(t))
         if before is None:
-            self._held[_address(t)] = _Held(StorageWeakRef(t.untyped_storage()), step, mask)
+            self._held[_address(t)] = _Storage(StorageWeakRef(t.untyped_storage()), step, mask)
         else:
             before.step = before.step if before.step == step else None
             before.mask = before.mask and mask
 
 
 def follows_torch(t: Tensor) -> bool:
-    """Whether every derivative on the way to a tensor is torch's own, and none a Python ``autograd.Function``'s.
-
-    That of :mod:`ntk.structured.autograd` keeps to its example.
-    """
+    """Whether no derivative on the way to a tensor is that of a Python ``autograd.Function`` of the model's."""
     seen, waiting = set(), [t.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -210,13 +210,8 @@ def follows_torch(t: Tensor) -> bool:
 
 
 def _address(t: Tensor) -> int:
-    """Which storage a tensor is in."""
+    """A number for the storage that a tensor is in."""
     return t.untyped_storage()._cdata
-
-
-def _by_truth(tensors: list[Tensor]) -> bool:
-    """Whether a selection takes the entries where a mask is true, of which there may be any number."""
-    return any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
 
 
 def _bytes(t: Tensor) -> Tensor:
@@ -232,12 +227,12 @@ class _Kind:
         name: of the operation.
         names: of its arguments.
         written: positions and names of the arguments that it writes to.
-        fresh: whether it overwrites them whole.
-        relabels: it changes the shape of its argument in place, and no values.
-        constant: its results do not depend on its tensors' values.
-        reads: its result, or the shape of that, tells values of its tensors.
-        selects: it does so where an index is a mask.
-        rule: gives the axis of the result.
+        fresh: whether it overwrites them completely.
+        relabels: whether it changes the shape of its argument in place, and no values.
+        constant: whether its results do not depend on its tensors' values.
+        reads: whether its result, or the shape of its result, reveals values of its tensors.
+        selects: whether it does so where an index is a mask.
+        rule: gives the axis of the result; None if there is none.
     """
 
     name: str
@@ -276,7 +271,7 @@ def _kind(func: Any) -> _Kind:
 
 
 def _is_pointwise(func: Any, full: str, plain: str) -> bool:
-    """Whether torch says so, of the operation or of the one that does not write in place."""
+    """Whether torch tags the operation as pointwise, or the version of it that does not write in place."""
     if torch.Tag.pointwise in func.tags:
         return True
     packet = getattr(getattr(torch.ops, full.partition("::")[0]), plain, None)
@@ -285,11 +280,6 @@ def _is_pointwise(func: Any, full: str, plain: str) -> bool:
     )
 
 
-def _written(kind: _Kind, args: tuple, kwargs: dict) -> list[Tensor]:
-    found = (args[i] if i < len(args) else kwargs.get(name) for i, name in kind.written)
-    return list(tensors_of(found))
-
-
 def _shares(result: Tensor, args: tuple, kwargs: dict) -> bool:
-    """Whether a result is a view of an argument, whose storage says it all."""
+    """Whether a result is a view of an argument, so that the storage has an entry already."""
     return any(_address(t) == _address(result) for t in tensors_of((*args, *kwargs.values())))
