@@ -315,11 +315,11 @@ def _last_gradient_overflow(model: nn.Module, inputs: Inputs) -> str | None:
     """The last module at whose output a gradient of the network's outputs is not finite."""
     try:
         with torch.enable_grad():
-            found = [(name, t) for name, t in _outputs_of_modules(model, inputs) if t.requires_grad]
-            gradients = torch.autograd.grad(found[-1][1].sum(), [t for _, t in found], allow_unused=True)
+            activations = [(name, t) for name, t in _outputs_of_modules(model, inputs) if t.requires_grad]
+            gradients = torch.autograd.grad(activations[-1][1].sum(), [t for _, t in activations], allow_unused=True)
     except (RuntimeError, IndexError):  # the model writes into its activations, or has no gradients
         return None
-    for (name, _), gradient in zip(reversed(found), reversed(gradients), strict=True):
+    for (name, _), gradient in zip(reversed(activations), reversed(gradients), strict=True):
         if gradient is not None and not torch.isfinite(gradient).all():
             return name
     return None
@@ -327,7 +327,7 @@ def _last_gradient_overflow(model: nn.Module, inputs: Inputs) -> str | None:
 
 def _outputs_of_modules(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
     """The floating-point outputs of the modules without children, then the model's own, with their names."""
-    found: list[tuple[str, Tensor]] = []
+    activations: list[tuple[str, Tensor]] = []
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -335,7 +335,7 @@ def _outputs_of_modules(model: nn.Module, inputs: Inputs) -> list[tuple[str, Ten
                 if isinstance(t, Tensor) and t.is_floating_point():
                     if torch.is_grad_enabled() and not t.requires_grad:
                         t.requires_grad_()
-                    found.append((f"{name} ({type(module).__name__})", t))
+                    activations.append((f"{name} ({type(module).__name__})", t))
 
         return hook
 
@@ -348,4 +348,4 @@ def _outputs_of_modules(model: nn.Module, inputs: Inputs) -> list[tuple[str, Ten
         for hook in hooks:
             hook.remove()
     own = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
-    return [*found, *((f"the model ({type(model).__name__})", t) for t in own[:1])]
+    return [*activations, *((f"the model ({type(model).__name__})", t) for t in own[:1])]

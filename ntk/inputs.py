@@ -74,14 +74,14 @@ class Group:
 
     def repeated(self) -> dict[str, Any]:
         """The constant entries for the whole group: masks and lists with one row or element for each example."""
-        n, found = len(self.indices), {}
+        n, repeated = len(self.indices), {}
         for key, value in self.constant.items():
             if isinstance(value, Tensor) and value.ndim and len(value) == 1:
                 value = value.expand(n, *value.shape[1:])
             elif key in self.listed:
                 value = np.repeat(value, n, axis=0) if isinstance(value, np.ndarray) else value * n
-            found[key] = value
-        return found
+            repeated[key] = value
+        return repeated
 
 
 def batch_size(inputs: Inputs) -> int:
@@ -291,13 +291,13 @@ def _can_be_cut(inputs: Mapping[str, Any], mask: Tensor, side: str, encoder_deco
     """Whether all entries that belong to a mask are known to hold its tokens or not, and at least one holds them."""
     if mask.ndim != 2:
         return False
-    found = {
+    holds = {
         key: _holds_tokens(key, value, mask.shape[1])
         for key, value in inputs.items()
         if isinstance(value, Tensor) and value.ndim and _side(key, encoder_decoder) == side
     }
-    tokens = [key for key in found if found[key] and not key.endswith(ENCODER_MASK) and key != "labels"]
-    return bool(tokens) and None not in found.values()
+    tokens = [key for key in holds if holds[key] and not key.endswith(ENCODER_MASK) and key != "labels"]
+    return bool(tokens) and None not in holds.values()
 
 
 def _real_span(inputs: Mapping[str, Any], mask: Tensor | None, key: str, i: int) -> tuple[int, int, int] | None:

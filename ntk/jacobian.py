@@ -130,8 +130,8 @@ def _traced_jacobian(model: nn.Module, f: Callable[..., Tensor], params: Paramet
     otherwise. The fused attention kernels have no batching rule; the plain formula has one.
     """
     with requiring_gradients(model, ()), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        found = vmap(jacrev(lambda p, x: f(p, x, group.constant)), in_dims=(None, 0))(params, group.batched)
-    return {name: value.detach() for name, value in found.items()}
+        result = vmap(jacrev(lambda p, x: f(p, x, group.constant)), in_dims=(None, 0))(params, group.batched)
+    return {name: value.detach() for name, value in result.items()}
 
 
 # The fraction of the whole gradient that counts for a parameter whose own vanishes except for rounding.
@@ -160,8 +160,8 @@ def _mismatch(
             expected = gradients((values * weights[position].to(values)).sum(), leaves)
             size = sum(float(value.double().norm()) ** 2 for value in expected.values()) ** 0.5
             for name, value in expected.items():
-                found = torch.tensordot(weights[position].to(value), jacobian[name][position].to(value), dims=1)
-                if not float((found - value).norm()) <= allowed * (float(value.norm()) + SHARE * size):
+                traced = torch.tensordot(weights[position].to(value), jacobian[name][position].to(value), dims=1)
+                if not float((traced - value).norm()) <= allowed * (float(value.norm()) + SHARE * size):
                     return name
     return None
 
@@ -203,12 +203,12 @@ def gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor]:
     if not value.requires_grad:
         return {name: torch.zeros_like(p) for name, p in leaves.items()}
     try:
-        found = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
+        rows = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise ValueError(f"the model cannot be differentiated: {first_line(error)}") from error
-    dense = [g.to_dense() if g is not None and g.layout != torch.strided else g for g in found]
+    dense = [g.to_dense() if g is not None and g.layout != torch.strided else g for g in rows]
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), dense, strict=True)}
 
 

@@ -23,10 +23,10 @@ from ntk.structured.targets import Targets, WatchedLayers
 
 @contextmanager
 def watched(capture: Capture, layers: WatchedLayers) -> Iterator[set[str]]:
-    """Mark the uses within the calls of these layers, and those that are all that a call does.
+    """Mark the uses within the calls of these layers, and the uses beside which a call does nothing else.
 
     Yields:
-        The layers of which a call was not one recorded use and nothing else, so far.
+        The layers that have had another call than one recorded use and nothing else.
     """
     unmatched: set[str] = set()
     starts: list[int] = []  # for each call under way, the number of uses before it
@@ -60,7 +60,7 @@ def watched(capture: Capture, layers: WatchedLayers) -> Iterator[set[str]]:
 def _whole_call(
     capture: Capture, name: str, uses: list[Use], weight: str, module: nn.Module, given: Tensor | None, output: Any
 ) -> Use | Derived | None:
-    """The use that is all that a call does, or the rows that it returns and that nothing has used yet."""
+    """The use beside which a call does nothing else, or the rows that it returns and that nothing has used yet."""
     if not isinstance(output, Tensor):
         return None
     dependence = capture.dependence[output]

@@ -159,7 +159,7 @@ class _Tile:
         self.chunk = int(min(CHUNK, _TEMPORARY / 3 * self.budget / self.plan.dtype.itemsize))
 
     def run(self) -> dict[str, Tensor]:
-        """The captured parameters' part of every target kernel that they have a part in."""
+        """What the captured parameters contribute to the target kernels."""
         groups = [*self.rows, *self.columns]
         tokens = sum(len(g.indices) * g.length for g in groups)
         room = self._room()
@@ -240,13 +240,13 @@ class _Tile:
             check_outputs(self.request, batch, done.values, self.plan)
 
     def _check_reads(self, reads: tuple, batch: Group) -> None:
-        """Compare two examples with the same examples alone, where a batch's masks were read as never before."""
+        """Compare two examples with the same examples alone, after a forward pass that read new values of masks."""
         shortest, *_, longest = sorted((batch.alone(i) for i in range(len(batch.indices))), key=lambda one: one.length)
         pair = pad_together([shortest, longest], self.plan.padding or 0)
         if len(pair) == 1:
-            found = compare(self.request, self.leaves, self.targets, pair[0], [shortest, longest])
-            if not found.uncaptured.keys() - self.plan.uncaptured.keys():
-                self.plan.reads |= found.reads
+            other = compare(self.request, self.leaves, self.targets, pair[0], [shortest, longest])
+            if not other.uncaptured.keys() - self.plan.uncaptured.keys():
+                self.plan.reads |= other.reads
         if reads not in self.plan.reads:
             raise NotImplementedError("its forward pass reads the padding of the whole batch, and may branch on it")
 
@@ -274,16 +274,15 @@ class _Tile:
         kernels: dict[str, Tensor] = {}
         kept = len(self.targets.kernels) * self._kernel_bytes()
         note(PASSES, "tiles", len(pairs))
-        for left, right in pairs:
-            (rows, row_indices), (columns, column_indices) = _renumbered(left), _renumbered(right)
-            part = replace(
-                self, rows=rows, columns=columns, budget=self.budget - kept, held=self.held + kept, totals={}
-            ).run()
-            for key, kernel in part.items():
+        budget, held = self.budget - kept, self.held + kept
+        for row_groups, column_groups in pairs:
+            (rows, i), (columns, j) = _renumbered(row_groups), _renumbered(column_groups)
+            tile = replace(self, rows=rows, columns=columns, budget=budget, held=held, totals={})
+            for key, kernel in tile.run().items():
                 whole = kernels[key] if key in kernels else kernels.setdefault(key, self._zeros())
-                whole[row_indices[:, None], (column_indices if right else row_indices)[None, :]] = kernel
-                if right and self.n2 == 0:
-                    whole[column_indices[:, None], row_indices[None, :]] = mirrored(kernel)
+                whole[i[:, None], (j if column_groups else i)[None, :]] = kernel
+                if column_groups and self.n2 == 0:
+                    whole[j[:, None], i[None, :]] = mirrored(kernel)
         if wrong := self.plan.uncaptured.keys() & self.leaves.keys():
             raise NotImplementedError(f"some examples use {min(wrong)} in a way that others do not")
         return kernels
@@ -349,13 +348,11 @@ class _Tile:
             else:
                 self.totals[key] = matrix * weight
 
-    def _in_order(self, total: Tensor, left: list[Group], right: list[Group]) -> Tensor:
-        """The kernel ``(n1, n2, ...)``, the examples in their own order."""
-        rows, columns = (
-            torch.tensor([i for g in side for i in g.indices], device=total.device) for side in (left, right or left)
-        )
+    def _in_order(self, total: Tensor, rows: list[Group], columns: list[Group]) -> Tensor:
+        """The kernel ``(n1, n2, ...)``, with the examples in the order of the inputs."""
+        i, j = (torch.tensor([i for group in side for i in group.indices]) for side in (rows, columns or rows))
         kernel = self._zeros()
-        kernel[rows[:, None], columns[None, :]] = self.layout.kernel(total, self.plan.outputs)
+        kernel[i.to(total.device)[:, None], j.to(total.device)[None, :]] = self.layout.kernel(total, self.plan.outputs)
         return kernel
 
     def _zeros(self) -> Tensor:

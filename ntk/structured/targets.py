@@ -94,7 +94,7 @@ class Targets:
         return users[0] if alone else None
 
     def layer_used(self, parameter: str, within: str | None, layer: str | None) -> str | None:
-        """The layer whose whole call a use of a parameter is; notes the layers that the use shows to be lost."""
+        """The layer whose call is this use of a parameter and nothing else; notes layers that are shown to be lost."""
         layers = self.layers_of_weight.get(parameter, [])
         if layer in layers:
             return layer
