@@ -139,6 +139,7 @@ def full_plan(
                                                                     "--max-steps 60") + FIXED + rates_of(task),
               rated(task))
           for task in tasks if get_labelled_task(task).num_labels == 2),
+        Run("pooling", ("--tasks", "demo", first, *every)),
         Run("default_rates", ("--tasks", *tasks, *every)),
         *(Run(f"ablation/{factor}", (*one, "--factor", factor, *sizes.get(factor, small)))
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value", "layers")),
