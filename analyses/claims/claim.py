@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from analyses.records import Metric, Result, interval
 
@@ -98,7 +99,6 @@ class Claim:
     Attributes:
         key: Its name on the command line.
         title: Its name in tables.
-        words: The claim in our words.
         where: Its place in the paper.
         measure: What the numbers are.
         threshold: When one number meets the claim, in words.
@@ -110,7 +110,6 @@ class Claim:
 
     key: str
     title: str
-    words: str
     where: str
     measure: str
     threshold: str
@@ -119,25 +118,15 @@ class Claim:
     judge: Judge
     also: tuple[str, ...] = ()
 
+    @property
+    def words(self) -> str:
+        """The claim in our words: the docstring of its judge."""
+        return " ".join((self.judge.__doc__ or "").split())
 
-def claim(
-    key: str,
-    title: str,
-    *,
-    where: str,
-    measure: str,
-    threshold: str,
-    rule: Rule,
-    needs: tuple[str, ...],
-    also: tuple[str, ...] = (),
-) -> Callable[[Judge], Claim]:
-    """Make a judge into the claim that it judges; its docstring is the claim in our words."""
 
-    def judged(judge: Judge) -> Claim:
-        words = " ".join((judge.__doc__ or "").split())
-        return Claim(key, title, words, where, measure, threshold, rule, needs, judge, also)
-
-    return judged
+def claim(key: str, title: str, **entry: Any) -> Callable[[Judge], Claim]:
+    """Make a judge into the claim that it judges, with what `Claim` says of it."""
+    return lambda judge: Claim(key, title, judge=judge, **entry)
 
 
 def _everywhere(outcomes: Sequence[Outcome]) -> Verdict:

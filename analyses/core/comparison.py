@@ -76,9 +76,8 @@ class SeedComparison:
 
     def keep(self, name: str, function: Function, unit: str, left: str, right: str = "") -> Metric:
         """As :meth:`measure`; the value of each seed is added to `values`."""
-        each = self._each(function, left, right)
-        self._note(name, left, right, [value for value, _ in each])
-        return Metric(name, *seed_interval(each, seed=self.seed), unit, self.stage, left, right)
+        self._note(name, left, right, [_value(function, kernels) for kernels in self._operands(left, right)])
+        return self.measure(name, function, unit, left, right)
 
     def measure(self, name: str, function: Function, unit: str, left: str, right: str = "") -> Metric:
         """The mean over seeds of a function of one kernel or two, with its interval over seeds and examples."""

@@ -18,7 +18,7 @@ from analyses.kernel_drift.tables import summary
 from analyses.records import STAGES
 from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
-from analyses.subjects.learning_rates import tuned_factors
+from analyses.subjects.learning_rates import factors_of
 from analyses.subjects.training_run import RunConfig, dataset_identity, training_run
 from propulsion.data import TaskData
 from propulsion.errors import UserError
@@ -76,7 +76,7 @@ class HeldOut:
 def find(config: Config, runs: Runs) -> Findings | None:
     """Compute the cells that are missing, and summarise."""
     methods = parse_methods(config.methods)
-    factors = _factors(config)
+    factors = factors_of(methods, config.comparison, config.task)
     data = config.run.load(config.task)
     tokenizer = config.run.start(data, seed=0)[1]
     length = config.run.training.max_length
@@ -92,16 +92,6 @@ def find(config: Config, runs: Runs) -> Findings | None:
             if cell is not None:
                 cells[text].append(cell)
     return None if runs.missing else _summarised(config, data, examples, cells)
-
-
-def _factors(config: Config) -> dict[str, float]:
-    """Every method's factor on its default learning rate."""
-    if config.comparison is None:
-        return dict.fromkeys(config.methods, 1.0)
-    factors = tuned_factors(config.comparison, config.task)
-    if absent := [text for text in config.methods if text not in factors]:
-        raise UserError(f"{config.comparison} holds no learning rate of {', '.join(absent)} on {config.task}")
-    return {text: factors[text] for text in config.methods}
 
 
 def _cell(

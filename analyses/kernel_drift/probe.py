@@ -317,8 +317,9 @@ class Probe(TrainerCallback):
                 # The linearisation is exact at the start, and the Jacobians are the start's: nothing to compute.
                 self._keep(linearized=outputs)
             else:
+                assert self.block is not None
                 self._keep(linearized=batched_outputs(model, self._inputs, self._at(model)))
-                drift = jacobian_drift(model, self._few, self._start, self._own, self._block())
+                drift = jacobian_drift(model, self._few, self._start, self._own, self.block)
                 self._keep(**{field.name: getattr(drift, field.name) for field in fields(drift)})
         head = [name for name in self._start if name not in self._own]
         moved = {
@@ -327,10 +328,6 @@ class Probe(TrainerCallback):
         }
         self.points.append({"step": step, "score": score} | moved)
         self.seconds += time.time() - started
-
-    def _block(self) -> Block:
-        assert self.block is not None
-        return self.block
 
     def _at(self, model: nn.Module) -> Linearized:
         """The linearisation, moved as far as the parameters have moved."""

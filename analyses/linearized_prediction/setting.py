@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from analyses.core.analysis import GridOutput
-from analyses.subjects.learning_rates import tuned_factors
+from analyses.subjects.learning_rates import factors_of
 from analyses.subjects.readout import Readout
 from propulsion.data import TaskData, load_task_data
 from propulsion.errors import UserError
@@ -128,7 +128,4 @@ def setting_of(config: Config) -> Setting:
         # The readout stands for the head, which no adapter touches.
         readout = {"exclude_modules": ["lm_head"]}
         methods = {t: m.with_defaults(**readout) if m.name == "propulsion" else m for t, m in methods.items()}
-    factors = tuned_factors(config.comparison, config.task)
-    if absent := [text for text in methods if factors and text not in factors]:
-        raise UserError(f"{config.comparison} holds no learning rate of {', '.join(absent)}")
-    return Setting(config, methods, data, {text: factors.get(text, 1.0) for text in methods})
+    return Setting(config, methods, data, factors_of(methods, config.comparison, config.task))

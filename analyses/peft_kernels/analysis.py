@@ -81,23 +81,6 @@ class Config(GridOutput):
         return self.readout.name_of(self.model)
 
 
-@dataclass(frozen=True)
-class Network:
-    """A model, what is differentiated, and the examples.
-
-    Attributes:
-        model: the model.
-        inputs: a padded batch.
-        output: None for a classifier's logits.
-        labels: of the examples.
-    """
-
-    model: Any
-    inputs: dict[str, Tensor]
-    output: ntk.outputs.Output | None
-    labels: np.ndarray
-
-
 def find(config: Config, runs: Runs) -> Findings | None:
     """Measure the kernels of every seed once, or take them from their cells, and compare them."""
     data = config.readout.rows(load_task_data(config.task, data_dir=config.data_dir))
@@ -147,14 +130,18 @@ def find(config: Config, runs: Runs) -> Findings | None:
 def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
     """All kernels of one seed, traced over the outputs, by name."""
     started, seconds = time.time(), {}
-    network = _network(config, data, seed)
-    model = network.model
+    dtype = getattr(torch, config.dtype)
+    model, tokenizer = config.readout.load(
+        config.model, num_labels=data.task.num_labels, seed=seed, dtype=dtype, device=config.device
+    )
+    inputs, labels = held_out(data, tokenizer, config.n_examples, seed, device=config.device)
+    output = ntk.outputs.margin() if config.readout.in_words else None
     methods, left_out = methods_of(model, config.methods, seed)
     places = places_of(model)
-    parts = {f"linear: {name}": m for name, m in split_methods(mean_inputs(model, network.inputs)).items()}
+    parts = {f"linear: {name}": m for name, m in split_methods(mean_inputs(model, inputs)).items()}
     with memory_budget(config.memory_budget_gb) as budget:
         whole = ntk.adapter_kernels(
-            model, network.inputs, methods | place_methods(places) | parts, output=network.output,
+            model, inputs, methods | place_methods(places) | parts, output=output,
             memory_budget=budget, progress=True,
         )  # fmt: skip
     full = whole[FULL].cpu()
@@ -163,8 +150,8 @@ def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
     seconds["kernels"] = time.time() - started
     scales = sum(map(_outputs, layers_of(model).values()))
     nulls = model_nulls(
-        model, network.inputs, full, kernels[REFERENCE], scales, draws=config.null_draws, seed=seed,
-        output=network.output,
+        model, inputs, full, kernels[REFERENCE], scales, draws=config.null_draws, seed=seed,
+        output=output,
     )  # fmt: skip
     for null, draws in nulls.items():
         kernels |= {draw_name(null, i): kernel for i, kernel in enumerate(draws)}
@@ -186,22 +173,8 @@ def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
             "fingerprint": fingerprint(model),
             "prompt": asdict(config.readout) if config.readout.in_words else None,
         },
-        "arrays": {LABELS: network.labels} | {name: kernel.numpy() for name, kernel in kernels.items()},
+        "arrays": {LABELS: labels} | {name: kernel.numpy() for name, kernel in kernels.items()},
     }
-
-
-def _network(config: Config, data: TaskData, seed: int) -> Network:
-    """The model with its head and the examples of one seed."""
-    model, tokenizer = config.readout.load(
-        config.model,
-        num_labels=data.task.num_labels,
-        seed=seed,
-        dtype=getattr(torch, config.dtype),
-        device=config.device,
-    )
-    inputs, labels = held_out(data, tokenizer, config.n_examples, seed, device=config.device)
-    output = ntk.outputs.margin() if config.readout.in_words else None
-    return Network(model, inputs, output, labels)
 
 
 def _outputs(module: Any) -> int:

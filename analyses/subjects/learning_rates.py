@@ -1,10 +1,11 @@
 """The learning rates that a comparison of methods chose."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from analyses.records import Result, load_result
+from propulsion.errors import UserError
 
 
 def tuned_factors(comparison: Path | None, task: str | None = None) -> dict[str, float]:
@@ -23,6 +24,18 @@ def tuned_factors(comparison: Path | None, task: str | None = None) -> dict[str,
     rows = result.tables["summary"]
     chosen = rows[0]["task"] if task is None else task
     return {row["method"]: trained_factor(result, row) for row in rows if row["task"] == chosen}
+
+
+def factors_of(methods: Iterable[str], comparison: Path | None, task: str) -> dict[str, float]:
+    """Factor on its default learning rate of each of these methods; 1 where there is no comparison.
+
+    Raises:
+        UserError: The comparison has no such result, or none of a method on the task.
+    """
+    factors = tuned_factors(comparison, task)
+    if absent := [text for text in methods if text not in factors and comparison is not None]:
+        raise UserError(f"{comparison} holds no learning rate of {', '.join(absent)} on {task}")
+    return {text: factors.get(text, 1.0) for text in methods}
 
 
 def trained_factor(comparison: Result, row: Mapping[str, Any]) -> float:

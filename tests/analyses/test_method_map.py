@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analyses.peft_kernels.method_map import classical_scaling
+from analyses.peft_kernels.measures import classical_scaling
 
 
 def test_distances_of_a_plane_are_kept():

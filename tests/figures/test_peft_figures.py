@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from analyses.peft_kernels.method_map import classical_scaling
+from analyses.peft_kernels.measures import classical_scaling
 from analyses.records import Metric, Result
 from figures.peft_kernels import draw, layers, map, write
 
