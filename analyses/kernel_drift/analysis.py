@@ -64,15 +64,6 @@ class Config(GridOutput):
         return sorted({0, last} | {max(1, round(share * last)) for share in self.checkpoints})
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """The examples that everything is measured on."""
-
-    inputs: dict[str, Tensor]
-    labels: np.ndarray
-    tokenizer: Any
-
-
 def find(config: Config, runs: Runs) -> Findings | None:
     """Compute the cells that are missing, and summarise."""
     methods = parse_methods(config.methods)
@@ -81,9 +72,8 @@ def find(config: Config, runs: Runs) -> Findings | None:
     tokenizer = config.run.start(data, seed=0)[1]
     length = config.run.training.max_length
     inputs, labels = held_out(data, tokenizer, config.n_examples, 0, max_length=length, device=config.run.device)
-    examples = HeldOut(inputs, labels, tokenizer)
     shared = runs.of(data, config.run.identity(data))
-    compute = partial(_cell, config, data, examples)
+    compute = partial(_cell, config, data, inputs, tokenizer)
     cells: Cells = {text: [] for text in methods}
     for seed in config.seeds:
         for text, method in methods.items():
@@ -91,21 +81,28 @@ def find(config: Config, runs: Runs) -> Findings | None:
             cell = shared.cell(label, compute, method=method, seed=seed, factor=factors[text])
             if cell is not None:
                 cells[text].append(cell)
-    return None if runs.missing else _summarised(config, data, examples, cells)
+    return None if runs.missing else _summarised(config, data, labels, cells)
 
 
 def _cell(
-    config: Config, data: TaskData, examples: HeldOut, *, method: Method, seed: int, factor: float
+    config: Config,
+    data: TaskData,
+    inputs: dict[str, Tensor],
+    tokenizer: Any,
+    *,
+    method: Method,
+    seed: int,
+    factor: float,
 ) -> dict[str, Any]:
     """Train once, measuring on the way."""
     started = time.time()
 
     def score(model: Any) -> float:
-        found = evaluate(model, examples.tokenizer, data, max_length=config.run.training.max_length)
+        found = evaluate(model, tokenizer, data, max_length=config.run.training.max_length)
         return next(iter(found.values()))
 
     with memory_budget(config.memory_budget_gb) as budget:
-        probe = Probe(config.steps[1:], examples.inputs, n_jacobians=config.n_jacobians, module=config.block,
+        probe = Probe(config.steps[1:], inputs, n_jacobians=config.n_jacobians, module=config.block,
                       width=config.width, score=score, memory_budget=budget)  # fmt: skip
         found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[probe])
     probe.points[-1]["score"] = next(iter(found["scores"].values()))
@@ -123,9 +120,9 @@ def _cell(
     }
 
 
-def _summarised(config: Config, data: TaskData, examples: HeldOut, cells: Cells) -> Findings:
+def _summarised(config: Config, data: TaskData, labels: np.ndarray, cells: Cells) -> Findings:
     methods, checkpoints, pairs = [], [], []
-    arrays: dict[str, np.ndarray] = {"labels": examples.labels, "steps": np.array(config.steps)}
+    arrays: dict[str, np.ndarray] = {"labels": labels, "steps": np.array(config.steps)}
     for place, step in enumerate(config.steps):
         for text, runs in cells.items():
             found = method_estimates(runs, place, config.resamples)
