@@ -157,17 +157,14 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 ANALYSIS = Analysis(
-    "ablation",
-    Config,
-    find,
-    summary,
+    "ablation", Config, find, summary,
     least={"n_layers": 1},
     above={"reference_degree": 0},
     # The setting of a cell, which follows from the factor, and its seed are its own, as are task, rows and model.
     free=("task", "factor", "reference_degree", "n_layers", "seeds", "run.data_dir", "run.model"),
     about=lambda config: f"intervals: 95 %, Student's over {len(config.seeds)} seeds",
     variant=lambda config: f"-{config.factor}",
-)
+)  # fmt: skip
 run = ANALYSIS.run
 
 if __name__ == "__main__":

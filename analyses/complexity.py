@@ -192,12 +192,9 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 ANALYSIS = Analysis(
-    "complexity",
-    Config,
-    find,
-    summary,
+    "complexity", Config, find, summary,
     least=dict.fromkeys(("n", "m", "tokens", "rank", "vectors", "repeats"), 1),
-)
+)  # fmt: skip
 run = ANALYSIS.run
 
 if __name__ == "__main__":

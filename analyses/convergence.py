@@ -150,15 +150,12 @@ def _cell(metric: Metric) -> str:
 
 
 ANALYSIS = Analysis(
-    "convergence",
-    Config,
-    find,
-    summary,
+    "convergence", Config, find, summary,
     least={"every": 1},
     # The method, the seed and the factor of a cell are its own, as are task, rows and model.
     free=("task", "methods", "seeds", "comparison", "run.data_dir", "run.model"),
     about=lambda config: f"intervals: 95 %, Student's over {len(config.seeds)} seeds",
-)
+)  # fmt: skip
 run = ANALYSIS.run
 
 if __name__ == "__main__":

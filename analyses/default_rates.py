@@ -220,17 +220,14 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 ANALYSIS = Analysis(
-    "default_rates",
-    Config,
-    find,
-    summary,
+    "default_rates", Config, find, summary,
     least={"resamples": 1},
     above={"factors": 0},
     check=_check,
     # The method and the factor of a cell are its own, as are task, rows and model.
     free=("tasks", "methods", "factors", "resamples", "partial", "run.data_dir", "run.model"),
     draws=False,
-)
+)  # fmt: skip
 run = ANALYSIS.run
 
 if __name__ == "__main__":

@@ -217,14 +217,11 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 ANALYSIS = Analysis(
-    "degree_scale",
-    Config,
-    find,
-    summary,
+    "degree_scale", Config, find, summary,
     least={"widths": 1, "depths": 1, "draws": 1},
     check=_check,
     about=lambda config: f"the paper's best degrees are about {PAPER_BEST[0]} to {PAPER_BEST[1]}",
-)
+)  # fmt: skip
 run = ANALYSIS.run
 
 if __name__ == "__main__":

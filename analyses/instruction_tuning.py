@@ -202,15 +202,12 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 ANALYSIS = Analysis(
-    "instruction_tuning",
-    Config,
-    find,
-    summary,
+    "instruction_tuning", Config, find, summary,
     check=_check,
     about=lambda config: (
         f"intervals: 95 %, Wilson's over {config.max_eval_samples} rows; of differences, bootstrap over the same rows"
     ),
-)
+)  # fmt: skip
 run = ANALYSIS.run
 
 if __name__ == "__main__":

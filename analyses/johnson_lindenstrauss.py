@@ -125,14 +125,11 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 ANALYSIS = Analysis(
-    "johnson_lindenstrauss",
-    Config,
-    find,
-    summary,
+    "johnson_lindenstrauss", Config, find, summary,
     least={"draws": 100},
     check=_check,
     about=lambda config: f"intervals: {config.confidence:.1%}",
-)
+)  # fmt: skip
 run = ANALYSIS.run
 
 if __name__ == "__main__":

@@ -147,13 +147,10 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 ANALYSIS = Analysis(
-    "memory",
-    Config,
-    find,
-    summary,
+    "memory", Config, find, summary,
     least={"rounds": 1},
     check=_check,
-)
+)  # fmt: skip
 run = ANALYSIS.run
 
 if __name__ == "__main__":

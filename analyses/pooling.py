@@ -164,15 +164,12 @@ def _share(result: Result, task: str, pooling: str, key: str, label: Any) -> flo
 
 
 ANALYSIS = Analysis(
-    "pooling",
-    Config,
-    find,
-    summary,
+    "pooling", Config, find, summary,
     check=_check,
     # The pooling, the method and the seed of a cell are its own, as are task, rows and model.
     free=("tasks", "poolings", "methods", "seeds", "run.data_dir", "run.model"),
     draws=False,
-)
+)  # fmt: skip
 run = ANALYSIS.run
 
 if __name__ == "__main__":

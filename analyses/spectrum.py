@@ -320,14 +320,11 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 ANALYSIS = Analysis(
-    "spectrum",
-    Config,
-    find,
-    summary,
+    "spectrum", Config, find, summary,
     least={"n_examples": 4, "null_draws": 1},
     above={"memory_budget_gb": 0},
     about=lambda config: f"intervals: 95 %, Student's over {len(config.seeds)} seeds",
-)
+)  # fmt: skip
 run = ANALYSIS.run
 
 if __name__ == "__main__":

@@ -182,17 +182,14 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 ANALYSIS = Analysis(
-    "width_convergence",
-    Config,
-    find,
-    summary,
+    "width_convergence", Config, find, summary,
     least={"widths": 1, "draws": 2, "inputs": 2, "depth": 1, "sigma_b": 0},
     above={"sigma_w": 0, "degree": 0},
     check=_check,
     about=lambda config: (
         f"gaps relative to K_F of the hidden layers; intervals: {config.confidence:.0%}, over networks"
     ),
-)
+)  # fmt: skip
 run = ANALYSIS.run
 
 if __name__ == "__main__":

@@ -230,11 +230,8 @@ def summary(result: Result, *, markdown: bool = False) -> str:
 
 
 ANALYSIS = Analysis(
-    "theorem1",
-    Config,
-    find,
-    summary,
+    "theorem1", Config, find, summary,
     least={"inputs": 2, "width": 2, "depth": 1, "draws": 1, "transformer_draws": 1, "n_examples": 2},
     check=_check,
-)
+)  # fmt: skip
 run = ANALYSIS.run
