@@ -120,7 +120,6 @@ def find(config: Config, runs: Runs) -> Findings | None:
 
 
 def _check(config: Config) -> None:
-    parse_methods(config.methods)
     if not config.tasks or 1 in config.factors:
         raise UserError("there must be a task, and factors must be other than 1, which is always computed")
 

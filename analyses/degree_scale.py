@@ -153,17 +153,9 @@ def _diagonals(model: Any, inputs: dict[str, Tensor]) -> tuple[np.ndarray, np.nd
 
 
 def _row(
-    kind: str,
-    model: str,
-    full: np.ndarray,
-    propulsion: np.ndarray,
-    config: Config,
-    *,
-    width: int,
-    depth: int,
-    expected: float,
-    paper: float | None = None,
-) -> dict[str, Any]:
+    kind: str, model: str, full: np.ndarray, propulsion: np.ndarray, config: Config, *, width: int, depth: int,
+    expected: float, paper: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """k* with its 95 % bootstrap interval over what was averaged: networks drawn, or examples."""
     rng = np.random.default_rng(config.seed)
     picks = rng.integers(0, len(full), size=(1000, len(full)))

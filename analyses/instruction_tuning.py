@@ -68,7 +68,6 @@ class Config(Output):
 
 
 def _check(config: Config) -> None:
-    parse_methods(config.methods)
     task = get_task(config.task)
     if task.kind != "instruction":
         raise UserError(f"task {task.name} is no instruction: choose sst2_instruction, boolq, gsm8k or their like")

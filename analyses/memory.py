@@ -27,7 +27,7 @@ from analyses.records import Metric, Result, format_table, number
 from analyses.subjects.cost import peak_bytes, reset_peak
 from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.errors import UserError
-from propulsion.methods import Method, parse_methods
+from propulsion.methods import Method
 from propulsion.training import TrainingOptions
 
 COST = "six minutes"
@@ -64,10 +64,6 @@ class _Before(TrainerCallback):
         device = kwargs["model"].device
         reset_peak(device)
         self.bytes = peak_bytes(device)
-
-
-def _check(config: Config) -> None:
-    parse_methods(config.methods)
 
 
 def find(config: Config) -> Findings:
@@ -146,11 +142,7 @@ def summary(result: Result, *, markdown: bool = False) -> str:
     return format_table(["method", "peak MB", "over the model, MB", "s/step", "trained"], rows, markdown=markdown)
 
 
-ANALYSIS = Analysis(
-    "memory", Config, find, summary,
-    least={"rounds": 1},
-    check=_check,
-)  # fmt: skip
+ANALYSIS = Analysis("memory", Config, find, summary, least={"rounds": 1})
 run = ANALYSIS.run
 
 if __name__ == "__main__":

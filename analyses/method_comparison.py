@@ -96,7 +96,6 @@ def find(config: Config, runs: Runs) -> Findings | None:
 
 
 def _check(config: Config) -> None:
-    parse_methods(config.methods)
     if not config.tasks:
         raise UserError("there must be a task")
 

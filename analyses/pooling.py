@@ -54,7 +54,6 @@ class Config(GridOutput):
 
 
 def _check(config: Config) -> None:
-    parse_methods(config.methods)
     for pooling in config.poolings:
         check_pooling(pooling)
     if not config.poolings or not config.tasks:

@@ -185,13 +185,9 @@ def _kernels(
     The kernels are those of each method's own parameters, of the head, and of both together as "METHOD + head".
     """
     model, tokenizer = load_classifier(
-        config.model,
-        num_labels=data.task.num_labels,
-        pooling=config.pooling,
-        seed=seed,
-        dtype=DTYPES[config.dtype],
+        config.model, num_labels=data.task.num_labels, pooling=config.pooling, seed=seed, dtype=DTYPES[config.dtype],
         device=config.device,
-    )
+    )  # fmt: skip
     inputs, labels = held_out(data, tokenizer, config.n_examples, seed, device=config.device)
     wanted = tangents(model, methods, task_type="SEQ_CLS", seed=seed, degree=data.task.degree)
     budget = None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9

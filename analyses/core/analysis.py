@@ -29,6 +29,7 @@ from analyses.core.errors import run_command
 from analyses.records import Metric, Result, check_writable, environment, write_result
 from propulsion.data import TaskData
 from propulsion.errors import UserError
+from propulsion.methods import parse_methods
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Analysis(Generic[C]):
         return None if found is None else self._result(config, found, time.time() - started)
 
     def check_options(self, config: C) -> None:
-        """Make sure that every option is in its range.
+        """Make sure that every option is in its range, and every method known.
 
         Raises:
             UserError: One is not, with what was expected.
@@ -143,6 +144,8 @@ class Analysis(Generic[C]):
                 if not all(one is None or (math.isfinite(one) and holds(one, limit)) for one in values):
                     raise UserError(f"{name.rpartition('.')[2]} must be {words} {limit:g}; got {value}")
         check_seeds(seeds_of(config))
+        if isinstance(methods := getattr(config, "methods", None), tuple):
+            parse_methods(methods)
         self.check(config)
 
     def publish(self, config: C) -> None:

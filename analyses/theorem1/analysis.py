@@ -82,30 +82,20 @@ def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
         k = residual_kernels(x, depth=config.depth, activation="relu", sigma_w=2**0.5)
         return k.ntk, k.weights.sum(0), k.propulsion.sum(0) + k.propulsion_input
 
-    sizes = {"width": config.width, "depth": config.depth}
+    sizes: dict[str, Any] = {"width": config.width, "depth": config.depth, "activation": "relu"}
     tokens = tokens_of(config)
     yield "linear", "limit", limit("linear", "all", 0.0)
     yield "ReLU", "limit", limit("relu", "all", 0.0)
-    yield (
-        "ReLU, finite",
-        f"width {config.width}",
-        finite(lambda r: MLP(config.n_in, activation="relu", recipe=r, **sizes), x),
-    )
+    yield "ReLU, finite", f"width {config.width}", finite(lambda r: MLP(config.n_in, recipe=r, **sizes), x)
     yield "ReLU, biases trained", "limit", limit("relu", "all", 0.5)
     yield "ReLU, not on the input", "limit", limit("relu", "hidden", 0.0)
     yield "GELU", "limit", limit("gelu", "all", 0.0)
     yield "erf", "limit", limit("erf", "all", 0.0)
     yield "residual ReLU", "limit", residual_limit
-    yield (
-        "residual ReLU, finite",
-        f"width {config.width}",
-        finite(lambda r: ResidualMLP(config.n_in, activation="relu", recipe=r, **sizes), x),
-    )
-    yield (
-        "transformer, random",
-        "width 64",
-        finite(lambda r: Headless(32, width=64, depth=config.depth, recipe=r), tokens, ("input", "readout")),
-    )
+    residual = finite(lambda r: ResidualMLP(config.n_in, recipe=r, **sizes), x)
+    yield "residual ReLU, finite", f"width {config.width}", residual
+    transformer = finite(lambda r: Headless(32, width=64, depth=config.depth, recipe=r), tokens, ("input", "readout"))
+    yield "transformer, random", "width 64", transformer
     yield "MiniLM-L6, pre-trained", "standard parameters", lambda: _pretrained(config)
 
 
@@ -193,11 +183,8 @@ def find(config: Config) -> Findings:
             "trace_ratio": ntk.trace_ratio(full, propulsion),
         })  # fmt: skip
         key = name.replace(" ", "_").replace(",", "")
-        arrays |= {
-            f"{key}.full": full.numpy(),
-            f"{key}.weights": weights.numpy(),
-            f"{key}.propulsion": propulsion.numpy(),
-        }
+        kernels = {"full": full, "weights": weights, "propulsion": propulsion}
+        arrays |= {f"{key}.{of}": kernel.numpy() for of, kernel in kernels.items()}
     print("transformers by position ...", flush=True)
     by_position = list(positions(config))
     measures = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
