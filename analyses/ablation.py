@@ -8,6 +8,7 @@ rate for all, as in the paper, where a degree is also a learning rate (for Adam,
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -95,20 +96,16 @@ def find(config: Config, runs: Runs) -> Findings | None:
     data, chosen = config.run.load(config.task), settings_of(config)
     cells = runs.of(data, config.run.identity(data))
     found: dict[str, list[dict[str, Any]]] = {setting.label: [] for setting in chosen}
-
-    def compute(*, setting: Setting, seed: int) -> dict[str, Any]:
-        return _train(config.run, data, setting, seed)
-
     for seed in config.seeds:
         for setting in chosen:
             label = f"{config.task}.{config.factor}.{setting.label}.seed{seed}"
-            cell = cells.cell(label, compute, setting=setting, seed=seed)
+            cell = cells.cell(label, partial(_train, config.run, data), setting=setting, seed=seed)
             if cell is not None:
                 found[setting.label].append(cell)
     return None if runs.missing else _summarised(config, data, found)
 
 
-def _train(shared: RunConfig, data: TaskData, setting: Setting, seed: int) -> dict[str, Any]:
+def _train(shared: RunConfig, data: TaskData, *, setting: Setting, seed: int) -> dict[str, Any]:
     method = Method("propulsion", setting.options)
     if setting.learning_rate is not None:
         shared = replace(shared, training=replace(shared.training, learning_rate=setting.learning_rate))
@@ -116,13 +113,9 @@ def _train(shared: RunConfig, data: TaskData, setting: Setting, seed: int) -> di
         found = training_run(shared, data, method, seed=seed)
     except Diverged as error:
         return {"score": None, "last_loss": None, "trained_parameters": 0, "diverged": str(error)}
-    score = next(iter(found["scores"].values()))
-    return {
-        "score": score,
-        "last_loss": float(np.mean(found["losses"][-10:])),
-        "trained_parameters": found["trained_parameters"],
-        "diverged": "",
-    }
+    score, last_loss = next(iter(found["scores"].values())), float(np.mean(found["losses"][-10:]))
+    trained = found["trained_parameters"]
+    return {"score": score, "last_loss": last_loss, "trained_parameters": trained, "diverged": ""}
 
 
 def _summarised(config: Config, data: TaskData, found: dict[str, list[dict[str, Any]]]) -> Findings:

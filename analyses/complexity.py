@@ -9,13 +9,14 @@ such formula counts, are what a method costs.
 """
 
 import statistics
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 from analyses.core.analysis import Analysis, Findings, Output
 from analyses.records import Metric, Result, format_table, number
@@ -28,14 +29,23 @@ WARM_UP = 3
 
 
 @dataclass(frozen=True)
-class Shape:
-    """n features in, m out, T tokens, rank r, p vectors."""
+class Config(Output):
+    """Cost of every method on one linear layer."""
 
-    n: int
-    m: int
-    tokens: int
-    rank: int
-    vectors: int
+    n: int = 768
+    """Features in."""
+    m: int = 768
+    """Features out."""
+    tokens: int = 2048
+    """Tokens of a batch."""
+    rank: int = 8
+    """Rank of the methods that have one."""
+    vectors: int = 4
+    """Propulsion's vectors, where there are several."""
+    repeats: int = 15
+    """Timed passes of each method, in turn."""
+    device: str = "cpu"
+    """Torch device."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +58,12 @@ class Cost:
         build: peft's name of the method and its options; None for what is not a peft method.
     """
 
-    parameters: tuple[str, Callable[[Shape], int]]
-    operations: tuple[str, Callable[[Shape], int]]
-    build: Callable[[Shape], tuple[str, dict[str, Any]]] | None
+    parameters: tuple[str, Callable[[Config], int]]
+    operations: tuple[str, Callable[[Config], int]]
+    build: Callable[[Config], tuple[str, dict[str, Any]]] | None
 
 
-def _frozen(s: Shape) -> int:
+def _frozen(s: Config) -> int:
     return 2 * s.tokens * s.m * s.n
 
 
@@ -96,45 +106,13 @@ COSTS: dict[str, Cost] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Config(Output):
-    """Cost of every method on one linear layer."""
-
-    n: int = 768
-    """Features in."""
-    m: int = 768
-    """Features out."""
-    tokens: int = 2048
-    """Tokens of a batch."""
-    rank: int = 8
-    """Rank of the methods that have one."""
-    vectors: int = 4
-    """Propulsion's vectors, where there are several."""
-    repeats: int = 15
-    """Timed passes of each method, in turn."""
-    device: str = "cpu"
-    """Torch device."""
-
-
-class OneLayer(nn.Module):
-    """A linear layer under a name that methods can target."""
-
-    def __init__(self, n: int, m: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(n, m)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply it."""
-        return self.layer(x)
-
-
-def build(name: str, shape: Shape) -> nn.Module:
+def build(name: str, config: Config) -> nn.Module:
     """A layer that trains by a method."""
     torch.manual_seed(0)
-    model: Any = OneLayer(shape.n, shape.m)
+    model: Any = nn.Sequential(OrderedDict(layer=nn.Linear(config.n, config.m)))  # A name that methods can target.
     make = COSTS[name].build
     if make is not None:
-        method, options = make(shape)
+        method, options = make(config)
         return get_peft_model(model, option_config(method, {"target_modules": ["layer"], **options}))
     model.requires_grad_(name == "full")
     model.layer.bias.requires_grad_(name in ("full", "bitfit"))
@@ -143,10 +121,9 @@ def build(name: str, shape: Shape) -> nn.Module:
 
 def find(config: Config) -> Findings:
     """Count and time every method."""
-    shape = Shape(config.n, config.m, config.tokens, config.rank, config.vectors)
-    models = {name: build(name, shape).to(config.device) for name in COSTS}
-    x = torch.randn(shape.tokens, shape.n, device=config.device, requires_grad=True)
-    g = torch.randn(shape.tokens, shape.m, device=config.device)
+    models = {name: build(name, config).to(config.device) for name in COSTS}
+    x = torch.randn(config.tokens, config.n, device=config.device, requires_grad=True)
+    g = torch.randn(config.tokens, config.m, device=config.device)
     seconds: dict[str, list[float]] = {name: [] for name in COSTS}
     for _ in range(WARM_UP + config.repeats):
         for name, model in models.items():  # In turn, so that a busy machine slows all of them alike.
@@ -155,7 +132,7 @@ def find(config: Config) -> Findings:
             model(x).backward(g)
             clock.on_step_end(None, None, None)
             seconds[name] += clock.seconds
-    rows = [_row(name, shape, models[name], seconds, seconds["frozen"]) for name in COSTS]
+    rows = [_row(name, config, models[name], seconds, seconds["frozen"]) for name in COSTS]
     metrics = [Metric("time over frozen", row["time_ratio"], None, None, "", "initialisation", row["method"], "")
                for row in rows]  # fmt: skip
     model = {"name": f"one linear layer, {config.n} to {config.m}"}
@@ -163,7 +140,7 @@ def find(config: Config) -> Findings:
 
 
 def _row(
-    name: str, shape: Shape, model: nn.Module, seconds: dict[str, list[float]], frozen: list[float]
+    name: str, config: Config, model: nn.Module, seconds: dict[str, list[float]], frozen: list[float]
 ) -> dict[str, Any]:
     cost = COSTS[name]
     counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -171,10 +148,10 @@ def _row(
     return {
         "method": name,
         "parameters_formula": cost.parameters[0],
-        "parameters": cost.parameters[1](shape),
+        "parameters": cost.parameters[1](config),
         "counted": counted,
         "operations_formula": cost.operations[0],
-        "operations_ratio": cost.operations[1](shape) / _frozen(shape),
+        "operations_ratio": cost.operations[1](config) / _frozen(config),
         "seconds": statistics.median(seconds[name][WARM_UP:]),
         "time_ratio": statistics.median(ratios),
     }

@@ -8,9 +8,9 @@ in the trace of full fine-tuning's kernel at initialisation, the head left out, 
 One cell a run: a killed grid goes on where it was.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ def find(config: Config, runs: Runs) -> Findings | None:
     methods = parse_methods(config.methods)
     data = config.run.load_all(config.tasks)
     scores, shares = [], []
-    for task, pooling, seed in _cases(config):
+    for task, pooling, seed in product(config.tasks, config.poolings, config.seeds):
         place = {"task": task, "pooling": pooling, "seed": seed}
         model = model_content(*_load(config, data[task], pooling, 0))
         cells = runs.of(data[task], model)
@@ -82,8 +82,7 @@ def find(config: Config, runs: Runs) -> Findings | None:
         return None
     chances = {task: chance_score(rows) for task, rows in data.items()}
     return Findings(
-        metrics=[_mean(f"{r['task']}, {r['pooling']}, {r['method']}", "score", "trained", scores, r)
-                 for r in scores if r["seed"] == config.seeds[0]],
+        metrics=[_mean(scores, row) for row in scores if row["seed"] == config.seeds[0]],
         tables={"scores": scores, "shares": shares, "chance": [{"task": t, "score": s} for t, s in chances.items()]},
         model={"name": config.run.model or DEFAULT_MODEL_NAME, "pooling": list(config.poolings)},
         dataset={"name": ", ".join(config.tasks), "metric": {t: rows.task.metrics[0] for t, rows in data.items()},
@@ -92,13 +91,11 @@ def find(config: Config, runs: Runs) -> Findings | None:
     )  # fmt: skip
 
 
-def _cases(config: Config) -> Iterator[tuple[str, Pooling, int]]:
-    return ((t, p, s) for t in config.tasks for p in config.poolings for s in config.seeds)
-
-
-def _mean(label: str, name: str, stage: str, rows: list[dict[str, Any]], like: dict[str, Any]) -> Metric:
-    same = [row[name] for row in rows if all(row[key] == like[key] for key in ("task", "pooling", "method"))]
-    return Metric(name, float(np.mean(same)), None, None, "", stage, label, "")
+def _mean(rows: list[dict[str, Any]], like: dict[str, Any]) -> Metric:
+    """The mean score over seeds of one task, pooling and method."""
+    same = [row["score"] for row in rows if all(row[key] == like[key] for key in ("task", "pooling", "method"))]
+    label = f"{like['task']}, {like['pooling']}, {like['method']}"
+    return Metric("score", float(np.mean(same)), None, None, "", "trained", label, "")
 
 
 def _load(config: Config, data: TaskData, pooling: Pooling, seed: int) -> tuple[Any, Any]:

@@ -136,7 +136,7 @@ def changed(config, path, value):
 @pytest.mark.parametrize(("module", "config_class"), ANALYSES)
 def test_every_field_counts_that_is_not_declared_free(module, config_class):
     config = config_class()
-    declared = module.ANALYSIS.free if hasattr(module, "ANALYSIS") else module.FREE
+    declared = module.ANALYSIS.free
 
     def settings(config):
         return settings_of(config, free=declared, task=get_task("demo"), rows="r", model="m")
