@@ -36,7 +36,7 @@ def gram(
     """Kernel of one parameter over all examples of all groups in their order: ``(k, n m, n m)``, outputs fast.
 
     Args:
-        groups: for each group of examples, the features of every use of the parameter, which add up.
+        groups: the features.
         shape: of the parameter.
         split: with two batches, the number of examples of the first; only its block against the second is computed.
         layout: what becomes of the outputs.
@@ -244,20 +244,14 @@ _Merged = tuple[Tensor, Tensor, list[int]]  # x, g and the number of tokens of e
 
 def _merged(features: Sequence[Feature]) -> _Merged:
     """The tokens of one group, of all uses of the parameter, in the examples' order."""
-    first = features[0]
-    assert not isinstance(first, Dense)
-    if len(features) == 1:
-        return _inputs(first), first.g, first.tokens.counts
-    owner = torch.cat([f.tokens.owner for f in features if not isinstance(f, Dense)])
+    held = [f for f in features if not isinstance(f, Dense)]
+    xs = [f.x if isinstance(f, Outer) else f.ids for f in held]
+    if len(held) == 1:
+        return xs[0], held[0].g, held[0].tokens.counts
+    owner = torch.cat([f.tokens.owner for f in held])
     order = owner.argsort(stable=True)
-    x = torch.cat([_inputs(f) for f in features])[order]
-    g = torch.cat([f.g for f in features if not isinstance(f, Dense)], dim=1)[:, order]
-    return x, g, torch.bincount(owner, minlength=first.tokens.n).tolist()
-
-
-def _inputs(feature: Feature) -> Tensor:
-    assert not isinstance(feature, Dense)
-    return feature.x if isinstance(feature, Outer) else feature.ids
+    g = torch.cat([f.g for f in held], dim=1)[:, order]
+    return torch.cat(xs)[order], g, torch.bincount(owner, minlength=held[0].tokens.n).tolist()
 
 
 def _within(merged: Sequence[_Merged], start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:

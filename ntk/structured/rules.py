@@ -34,17 +34,15 @@ class Unsuitable(Exception):
 
 def uses_of(dependence: Dependence, func: Any, args: tuple, kwargs: dict, result: Tensor) -> dict[int, Use]:
     """The uses in one call, by the id of the tensor used."""
-    way, rule = BY_RULE, RULES.get(func, _no_rule)
+    way, rule = BY_RULE, RULES.get(func)
     try:
+        if rule is None:
+            raise Unsuitable
         uses = rule(dependence, args, kwargs, result)
     except Unsuitable:
         way, uses = BY_EXAMPLE, _example_by_example(dependence, func, args, kwargs, result)
     note(way, name_of(func))
     return {id(t): use if isinstance(use, Use) else _use(dependence, t, use) for t, use in uses}
-
-
-def _no_rule(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
-    raise Unsuitable
 
 
 def _use(dependence: Dependence, t: Tensor, feature: FeatureOf) -> Use:
