@@ -2,4 +2,5 @@
 
 from analyses.theorem1 import ANALYSIS, __doc__
 
-ANALYSIS.command(__doc__)
+if __name__ == "__main__":
+    ANALYSIS.command(__doc__)
