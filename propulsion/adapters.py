@@ -16,24 +16,24 @@ BASE_FILE = "base_model.json"
 
 
 def save_base(folder: Path, base: str, config: Any = None, pooling: str = "pooler") -> None:
-    """Write beside an adapter what it was trained on: weights by their `fingerprint`, names of labels, the pooling."""
+    """Write a file beside an adapter with its base model's `fingerprint`, names of labels, and pooling."""
     labels = {"label_names": names} if (names := label_names(config)) else {}
     write_json(folder / BASE_FILE, {"fingerprint": base, "pooling": pooling} | labels)
 
 
 def name_labels(config: Any, names: Sequence[str]) -> None:
-    """Give a model's labels their names, which `transformers.pipeline` answers with, by its configuration."""
+    """Set the names of a model's labels, which `transformers.pipeline` returns, in its configuration."""
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
 
 
 def label_names(config: Any) -> list[str]:
-    """Names of a model's labels in their order; empty where they have none but transformers' LABEL_0, LABEL_1, ..."""
+    """Names of a model's labels in order; empty if they are transformers' LABEL_0, LABEL_1, ..."""
     names = [name for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
 def explain_loading(folder: Path, model: Any) -> None:
-    """Say in a saved model's README.md what loads it, where that is more than plain transformers or peft."""
+    """Write into a saved model's README.md how to load it, if transformers or peft alone cannot."""
     pooling = pooling_of(model)
     if pooling == "pooler":
         return
@@ -68,7 +68,7 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         trainable: Whether the adapter is to be trained further.
 
     Returns:
-        The model with the adapter, and with its names of labels.
+        The model with the adapter and its names of labels.
 
     Raises:
         UserError: The folder holds no adapter, or one of another base model.

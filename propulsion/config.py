@@ -20,9 +20,9 @@ BIASES = ("none", "all", f"{METHOD}_only")
 class PropulsionConfig(PeftConfig):
     """What to adapt with Propulsion and how: y = z^k * v on a layer's output v (Kowsher et al. 2024, Eq. 1-3).
 
-    Modules are chosen by `positions` or by `target_modules`, not both; without either, by ``positions="all"``. With
-    ``task_type="SEQ_CLS"`` (and its like) all of the task's head is added to `modules_to_save`: it is trained in full,
-    and not adapted. Without a task type the head is a module like any other.
+    Modules are chosen by `positions` or by `target_modules`, not both; by default with ``positions="all"``. With a task
+    type that has a new head, such as ``task_type="SEQ_CLS"``, the whole head is added to `modules_to_save`: it is
+    trained in full, and not adapted. Without a task type the head is a module like any other.
 
     Args:
         degree: k > 0. An integer gives z^k; another real gives sign(z) |z|^k, which is finite for every z.
@@ -34,21 +34,20 @@ class PropulsionConfig(PeftConfig):
         layers_to_transform: Indices of the blocks to adapt; modules outside numbered blocks are then left alone.
         layers_pattern: Name of the list of blocks, where the first number in a module's name is not the block.
         bias: Biases to train besides z: "none", "all", or "propulsion_only" (those of adapted modules).
-        init_weights: True starts as the next two say. False adds noise of standard deviation 0.02, for tests.
-        init_value: What z starts at. At 1 the model starts unchanged.
+        init_weights: False adds noise of standard deviation 0.02 to the start that the next two describe, for tests.
+        init_value: Initial value of z. With 1 the model starts unchanged.
         init_noise: Standard deviation of noise added to z, from torch's global generator.
         degree_pattern: Degrees of single modules, by the end of their name or a regular expression for it, as LoRA's
             ``rank_pattern``.
         vectors: Number p of vectors of each module, whose scales are pooled (the paper's multi-propulsion, App. F).
-            They start spread by 2 %, since equal vectors would stay equal for ever, with the pooled scale at
+            They start with scales that differ by 2 %, since equal vectors would stay equal, and with the pooled scale
             init_value^k. Every pooling merges.
         pooling: "mean", "max", "min" or "l2" (the root mean square), over the p scales.
-        lean: In training, keep a layer's scaled output for the backward pass and not its unscaled one beside it
+        lean: In training, keep a layer's scaled output for the backward pass, and not its unscaled one
             (`propulsion.scaled_output`): less memory and time, and a gradient of z that is exact but for two roundings.
-            Not for models that write into their layers' outputs in place (Falcon, ``nn.ReLU(inplace=True)``): an error
-            says so.
-            None takes it for architectures that are known not to, at degrees above 1: at degree 1, Propulsion is (IA)3
-            to the last bit.
+            Models that write into their layers' outputs in place (Falcon, ``nn.ReLU(inplace=True)``) raise an error.
+            None means True for architectures that are known not to, at degrees above 1; at degree 1, Propulsion is then
+            (IA)3 to the last bit.
 
     Raises:
         ValueError: a field, or two fields together, make no sense; the message says what to change.
@@ -75,8 +74,7 @@ class PropulsionConfig(PeftConfig):
     )
     bias: str = field(default="none", metadata={"help": f"Biases to train: one of {', '.join(BIASES)}."})
     init_weights: bool = field(default=True, metadata={"help": "Start at z = 1; False: at z = 1 plus noise."})
-
-    init_value: float = field(default=1.0, metadata={"help": "What z starts at."})
+    init_value: float = field(default=1.0, metadata={"help": "Initial value of z."})
     init_noise: float = field(default=0.0, metadata={"help": "Standard deviation of noise added to z."})
     degree_pattern: dict[str, int | float] = field(
         default_factory=dict, metadata={"help": "Degrees of single modules: name or regular expression -> degree."}
@@ -87,7 +85,7 @@ class PropulsionConfig(PeftConfig):
         default=None, metadata={"help": "Keep less for the backward pass; unset: where known to be safe."}
     )
 
-    # The positions as module names of the model at hand. Not a field: a saved config stays free of one model's names.
+    # The positions as module names of one model. It is no field, so that a saved config holds no such names.
     resolved: ClassVar[SimpleNamespace | None] = None
 
     def __post_init__(self):
@@ -121,7 +119,7 @@ class PropulsionConfig(PeftConfig):
             )
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
-        # Sets, as in peft's own methods: peft looks names up in them, and saves them as lists.
+        # peft looks names up in sets, and saves them as lists.
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -130,7 +128,7 @@ class PropulsionConfig(PeftConfig):
 
 def _checked_degree(degree: int | float) -> int | float:
     """Return an integral degree as an int, so that z^k is then an integer power however k was written."""
-    # Beyond float32 no power is finite; a float of more digits than that overflows here.
+    # Larger degrees have no finite powers, and some do not convert to a float.
     is_number = isinstance(degree, numbers.Real) and not isinstance(degree, bool)
     if not is_number or not 0 < degree < 1e38:
         raise ValueError(f"degree must be a finite number > 0, got {degree!r}: use for example 15, the paper's")
@@ -138,7 +136,7 @@ def _checked_degree(degree: int | float) -> int | float:
 
 
 def _check_names(config: PropulsionConfig) -> None:
-    """Refuse what names no modules: another type, or an expression that does not compile."""
+    """Refuse module names of another type, and regular expressions that do not compile."""
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
         if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Mistakes of the user: one exception class, and how a command reports it."""
+"""Exceptions for mistakes of the user, and how commands report them."""
 
 import signal
 import sys
@@ -11,15 +11,15 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: its message says in one line what is wrong and what to do."""
+    """A mistake that the user can correct. Its message says in one line what is wrong and what to do."""
 
 
 class Problems(UserError):
-    """Several mistakes, told together on one line, and what to do about them.
+    """Several mistakes, reported together in one line.
 
     Attributes:
-        findings: What is wrong, each with where it is.
-        remedies: What to do, each once.
+        findings: The mistakes, each with its location.
+        remedies: What to do about them, each remedy once.
     """
 
     def __init__(self, findings: Sequence[str], remedies: Sequence[str] = ()) -> None:
@@ -32,13 +32,13 @@ class Unusable(UserError):
 
     Attributes:
         what: What is wrong with them.
-        examples: Which they are, from 0.
+        examples: Their indices, from 0.
         remedy: What to do.
     """
 
     def __init__(self, what: str, examples: Sequence[int], remedy: str) -> None:
         self.what, self.examples, self.remedy = what, tuple(examples), remedy
-        super().__init__(f"{what}: {listed([f'example {place + 1}' for place in examples])}; {remedy}")
+        super().__init__(f"{what}: {listed([f'example {index + 1}' for index in examples])}; {remedy}")
 
 
 class Diverged(UserError):
@@ -46,20 +46,20 @@ class Diverged(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """An interrupt of work of which a part is kept: its message says what is there and how to go on."""
+    """An interrupt of work that can be resumed: its message says what is kept and how to resume."""
 
 
 class Terminated(KeyboardInterrupt):
-    """A request to end, as from a batch system whose time is up: SIGTERM."""
+    """The signal SIGTERM, which a batch system sends when the time of a job is over."""
 
 
 def run_command(main: Callable[[], None], *, mistakes: tuple[type[Exception], ...] = (UserError,)) -> None:
     """Run a command's main function, turning the user's mistakes into one line on stderr.
 
-    Exit codes: 2 after one of the mistakes, 130 after an interrupt and 143 after SIGTERM, as shells report them. Any
-    other exception is a defect of ours and keeps its traceback.
+    Exit codes: 2 after one of the mistakes, 130 after an interrupt and 143 after SIGTERM, as in shells. Any other
+    exception is a defect of this package and keeps its traceback.
     """
-    # Libraries announce their own plans by these; who runs a command can do nothing about them.
+    # These announce changes of libraries, about which the user of a command can do nothing.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         with _ended_as_if_interrupted():
@@ -76,8 +76,8 @@ def run_command(main: Callable[[], None], *, mistakes: tuple[type[Exception], ..
 
 @contextmanager
 def _ended_as_if_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the block by `Terminated`, so that what is kept is said, and temporary files go."""
-    # Only a main thread may set handlers, and a signal that is ignored, as under nohup, stays so.
+    """Raise `Terminated` in the block on SIGTERM, so that messages are printed and temporary files removed."""
+    # Only the main thread may set handlers, and a signal that is ignored, as under nohup, stays ignored.
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -92,7 +92,7 @@ def _ended_as_if_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-_SHOWN = 3  # Of many mistakes of one kind in one file.
+_SHOWN = 3  # Number of items that a message lists.
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:
@@ -102,7 +102,7 @@ def listed(items: Sequence[str], separator: str = ", ") -> str:
 
 
 def together(*calls: Callable[[], Any]) -> list[Any]:
-    """Make all calls, and return what they return, or raise the mistakes of all of them as one.
+    """Make all calls and return their results, or raise the mistakes of all of them together.
 
     Raises:
         UserError: A call raised it.
@@ -127,9 +127,9 @@ def one_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's message: what follows it is mostly advice for that library's users.
+    """Return the first line of a library's message; the rest is mostly advice for users of the library.
 
-    A line that ends in a colon only announces causes: the first of them follows it, and how many more there are.
+    If it ends in a colon, the first of the lines that it announces is added, and the number of the others.
     """
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if not first.endswith(":") or not rest:

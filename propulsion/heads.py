@@ -1,4 +1,4 @@
-"""Modules that are trained in full, as a task's head: which they are; combined, mixed in a batch, merged.
+"""Modules that are trained in full, such as a task's head: found, combined, mixed in a batch, and merged.
 
 peft keeps a copy of such a module for each adapter (`ModulesToSaveWrapper`), and the original for adapters without one.
 """
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from propulsion.pretrained.untrained import FEWEST, looks_untrained
 
 HEADED = frozenset({TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS})
-"""Task types whose head is new, and so is trained by every method."""
+"""Task types with a new head, which every method trains."""
 
-# transformers' mark on what it has read from a checkpoint.
+# transformers sets this attribute on parameters that it has read from a checkpoint.
 _READ = "_is_hf_initialized"
 
 
 def head_modules(model: nn.Module) -> list[str]:
     """Names of the modules outside the pre-trained body that have parameters: the task's head.
 
-    Of a model that says of no body where it is, those of whose parameters loading has read none.
+    If the model names no body, the modules of which no parameter was read from the checkpoint.
     """
     children = {name: list(child.parameters()) for name, child in model.named_children()}
     children = {name: parameters for name, parameters in children.items() if parameters}
@@ -36,11 +36,11 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def random_in_body(model: nn.Module) -> list[str]:
-    """Names of the layers of the body that the checkpoint did not have, as a pooler: not read from it, and random.
+    """Names of the layers of the body, such as a pooler, that the checkpoint lacks and that are therefore random.
 
-    What the caller has put in later bears no mark of loading either, so that its values must look as drawn: a bias of
-    zeros, and a weight of independent Gaussian numbers, where they are enough to tell. Embeddings are left out, whose
-    new rows for new words stand beside old ones. Empty for a model that was not loaded.
+    A layer that the caller has replaced was not read from the checkpoint either. So its values must also look
+    untrained: a bias of zeros and, if there are enough values to tell, a Gaussian weight. Embeddings are left out,
+    which may have new rows for new words. The list is empty for a model that was not loaded.
     """
     body = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if not isinstance(body, nn.Module) or not any(hasattr(p, _READ) for p in model.parameters()):
@@ -60,29 +60,29 @@ def _is_random(module: nn.Module) -> bool:
 
 
 def trained_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
-    """Every module that some adapter trains in full, by name."""
+    """The modules that some adapter trains in full, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
 
 
 def combined(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, dict[str, Tensor]]:
-    """The weighted means of what adapters have trained in full, by the names of the modules.
+    """The weighted means of the modules that adapters have trained in full, by the names of the modules.
 
-    Of linear heads it is the head whose outputs are the mean of theirs. Weights of another sum than 1 would leave open
-    what the rest of the head is: scales start at 1, a head at random.
+    The mean of linear heads is the head whose outputs are the means of theirs. The weights must sum to 1, since a head
+    has no neutral value that the rest could stand for.
 
     Args:
         model: the model with the adapters.
-        adapters: their names; those that have not trained a module do not enter its mean.
+        adapters: names of the adapters; the mean of a module is over those that have trained it.
         weights: one for each.
 
     Returns:
-        State of each module that one of them has trained.
+        The state of each module that one of the adapters has trained.
 
     Raises:
-        ValueError: the weights of those that have trained a module do not sum to 1, or their buffers, such as running
-            statistics, differ.
+        ValueError: the weights of the adapters that have trained a module do not sum to 1, or the buffers of their
+            modules, such as running statistics, differ.
     """
-    found = {}
+    means = {}
     for name, module in model.named_modules():
         if not isinstance(module, AuxiliaryTrainingWrapper):
             continue
@@ -98,8 +98,8 @@ def combined(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]
                 f"({', '.join(dict.fromkeys(a for a, _ in present))}), got {total:g}: heads have no other combination. "
                 "Give such weights, or combine adapters without heads"
             )
-        found[name] = _mean(name, [(module.modules_to_save[a], w) for a, w in present])
-    return found
+        means[name] = _mean(name, [(module.modules_to_save[a], w) for a, w in present])
+    return means
 
 
 @torch.no_grad()
@@ -120,12 +120,12 @@ def _mean(name: str, modules: list[tuple[nn.Module, float]]) -> dict[str, Tensor
 
 
 def of_each_example(wrapper: ModulesToSaveWrapper, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The output of a module, each example's by its own adapter's copy, or by the original where it has none.
+    """The output of a module: of each example by its own adapter's copy, or by the original if there is none.
 
-    Every copy sees the whole batch, so that the module may be of any kind that treats examples alone.
+    Every copy is called with the whole batch; the module must not mix examples.
 
     Raises:
-        ValueError: the output is no tensor with one row for each example.
+        ValueError: the output is not a tensor with one row for each example.
     """
     modules: dict[str, Any] = {name: wrapper.original_module for name in names} | dict(wrapper.modules_to_save.items())
     outputs = {name: modules[name](*args, **kwargs) for name in dict.fromkeys(names)}
@@ -140,10 +140,10 @@ def of_each_example(wrapper: ModulesToSaveWrapper, names: Sequence[str], args: t
 
 
 def check_merged_with_head(model: nn.Module, adapters: Iterable[str] | None) -> None:
-    """Make sure that adapters to merge go with the copies that the model uses.
+    """Make sure that the model uses the trained modules of the adapters to merge.
 
     Raises:
-        ValueError: they have others, or several of them have some.
+        ValueError: it uses those of other adapters, or several of the adapters have their own.
     """
     if adapters is None:
         return

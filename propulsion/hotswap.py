@@ -1,4 +1,4 @@
-"""Putting another saved adapter in the place of a loaded one, without compiling a compiled model again."""
+"""Replacing a loaded adapter by a saved one, without a new compilation of a compiled model."""
 
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,23 @@ from torch import nn
 from propulsion.config import PropulsionConfig
 from propulsion.layer import PropulsionLayer
 
-# What a compiled model has as constants.
+# These are constants of a compiled model.
 _FIXED = ("degree", "degree_pattern", "vectors", "pooling")
 
 
 def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "default") -> None:
     """Overwrite an adapter by one that `save_pretrained` wrote, in place, as `peft.utils.hotswap` does for LoRA.
 
-    What was trained in full beside the scales, as a head, is overwritten too.
+    Modules that were trained in full, such as a head, are overwritten too.
 
     Args:
         model: a PeftModel with the adapter, compiled or not.
-        folder: of the other adapter.
-        adapter_name: the loaded adapter's.
+        folder: folder of the saved adapter.
+        adapter_name: name of the loaded adapter.
 
     Raises:
-        ValueError: there is no such adapter, the adapters differ in degree, vectors, pooling, modules, what is trained
-            beside the scales or shapes, or the adapter is merged; nothing has changed then.
+        ValueError: there is no such adapter, the adapters differ in degree, vectors, pooling, modules or shapes, or the
+            adapter is merged. Nothing has changed then.
     """
     network: Any = getattr(model, "_orig_mod", model)
     if adapter_name not in network.peft_config:
@@ -55,5 +55,5 @@ def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "d
         if p.shape != values[name].shape:
             raise ValueError(f"expected {name} of shape {tuple(p.shape)}, got {tuple(values[name].shape)}")
     with torch.no_grad():
-        for name, p in own.items():  # The parameters' own memory, without the history of their gradients.
+        for name, p in own.items():  # In place, since a compiled model holds the parameters' memory.
             p.copy_(values[name])

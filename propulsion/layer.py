@@ -19,11 +19,11 @@ from propulsion.scale import initial_vectors, scale_of
 from propulsion.scaled_output import SMALLEST, multiply, transforms_active
 
 _NOISE = 0.02
-BASE = "__base__"  # peft's name, among a batch's adapter names, for the model without any
+BASE = "__base__"  # peft's name, in a list of adapter names, for the model without adapters
 
 
 class Scales(nn.ParameterDict):
-    """The vectors z of a layer, by adapter: they follow the layer to another device, and never below float32."""
+    """The vectors z of a layer, by adapter. They move with the layer, and are never cast below float32."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Scales":
         def wide(z: Tensor) -> Tensor:
@@ -37,22 +37,21 @@ class Scales(nn.ParameterDict):
 class PropulsionLayer(nn.Module, BaseTunerLayer):
     """A frozen layer whose output v, bias included, is multiplied by z^k.
 
-    One z per adapter: a vector (d_out,), or several (p, d_out) whose scales are pooled. z is float32 whatever the dtype
-    of the layer, as 1 + 1e-3 is 1 in bfloat16, and float64 over a float64 layer; it stays so when the model is cast.
-    Several active adapters multiply.
+    Each adapter has one z: a vector (d_out,), or several (p, d_out) whose scales are pooled. z is float32 unless the
+    layer is float64, and stays so when the model is cast, since 1 + 1e-3 is 1 in bfloat16. The scales of several active
+    adapters are multiplied.
 
-    Merging replaces the layer's Parameter objects and keeps the old ones: unmerging restores their bits (z = 0
-    included), and another module that shares a parameter, as a tied head does, keeps the old one and so its function.
-    A merged layer thus holds its weight twice until it is unmerged or unloaded. Every pooling merges, since it acts on
-    the scales alone. A quantised weight merges into its own scales where it has one for each output
+    Merging replaces the layer's parameters and keeps the old ones. So unmerging restores them bit for bit, also where
+    z = 0, and a module that shares a parameter, such as a tied head, keeps the old one. A merged layer holds its weight
+    twice until it is unmerged or unloaded. A quantised weight merges into its own scales if it has one for each output
     (`propulsion.quantised`).
 
-    A model that reads the layer's `weight` and `bias`, and does not call it, as fused kernels, Mamba and tied readouts
-    do, finds z^k in them: it computes what it would with the merged layer, and gradients reach z. The other attributes
-    are those of the layer beneath.
+    Some models read the layer's `weight` and `bias` and do not call it, as fused kernels, Mamba and tied readouts do.
+    They read weights multiplied by z^k, as if the layer were merged, and gradients reach z. Other attributes are those
+    of the layer beneath.
 
-    Abstract: a subclass says along which axis of the weight the outputs lie, and how many axes follow them in the
-    output.
+    Abstract: a subclass defines the axis of the weight along which the outputs are, and how many axes follow the
+    outputs' axis in the output.
     """
 
     adapter_layer_names = ("propulsion_z",)
@@ -61,15 +60,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     weight_axis: int
     kernel_axes: int = 0
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: PropulsionConfig,
-        name: str = "",
-        *,
-        lean: bool | None = None,
-    ):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PropulsionConfig, name: str = "", *,
+                 lean: bool | None = None):  # fmt: skip
         super().__init__()
         self.degree: dict[str, int | float] = {}
         self.pooling: dict[str, str] = {}
@@ -83,7 +75,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self._key = name
         self._was_read = False
         self._of_examples: list[str] | None = None
-        # After all others, as a layer beneath takes the attributes that it has.
+        # Last, since attributes that the layer beneath has would be set on it (`__setattr__`).
         self.base_layer = base_layer
         self.propulsion_z = Scales()
         self.update_layer(adapter_name, config, name, lean=lean)
@@ -105,14 +97,14 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
     @property
     def base_weight(self) -> Tensor:
-        """Weight of the layer beneath."""
+        """The weight of the layer beneath."""
         return self.get_base_layer().weight  # pyright: ignore[reportReturnType]
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The weight with which the layer beneath would do what this layer does: diag(z^k) W, formed at each read.
+        """The weight with which the layer beneath would compute the scaled output: diag(z^k) W, formed at each read.
 
-        That of the layer beneath itself where no adapter acts, where it is merged, and where it is quantised.
+        It is that of the layer beneath if no adapter is active, and if the layer is merged or quantised.
 
         Raises:
             ValueError: the layer beneath is a norm that does not multiply by its weight, nor by one plus it.
@@ -121,7 +113,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
     @property
     def bias(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As `weight`: z^k * b."""
+        """The bias z^k * b, as for `weight`."""
         return self._as_read("bias")
 
     def _as_read(self, name: str) -> Any:
@@ -141,30 +133,30 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         return self._times(name, value, scale)
 
     def _times(self, name: str, value: Tensor, scale: Tensor) -> Tensor:
-        """The weight or bias times the scale, computed in the wider dtype of the two and rounded once."""
+        """The weight or bias times the scale, in the wider dtype of the two, and rounded once."""
         shape = [1] * value.ndim
         shape[self.weight_axis if name == "weight" else 0] = -1
         return (value * scale.view(shape).to(value.device)).to(value.dtype)
 
     def __getattr__(self, name: str) -> Any:
-        """What the layer beneath answers: `eps`, `num_embeddings`, `kernel_size`, methods of a class of its own.
+        """An attribute of the layer beneath, such as `eps` or `kernel_size`, or a method of a class of its own.
 
-        Such methods and properties find this layer as their `self`, and so the scaled weight. Names that begin with an
-        underscore are not looked up there: by those, libraries mark the module itself.
+        Such methods and properties are called with this layer as `self`, and so read the scaled weight. Names with a
+        leading underscore are not looked up there, since libraries mark modules by them.
         """
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # A copy is asked before it has modules; and an error within `weight` must not end with the unscaled one.
+            # A copy has no modules yet. An AttributeError within `weight` must not return the unscaled weight.
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None or name.startswith("_") or isinstance(getattr(type(self), name, None), property):
                 raise
         owner = next((cls for cls in type(base).__mro__ if name in vars(cls)), None)
-        found = None if owner is None or owner.__module__.startswith("torch.nn.") else vars(owner)[name]
-        return found.__get__(self) if isinstance(found, (types.FunctionType, property)) else getattr(base, name)
+        attribute = None if owner is None or owner.__module__.startswith("torch.nn.") else vars(owner)[name]
+        return attribute.__get__(self) if isinstance(attribute, (types.FunctionType, property)) else getattr(base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute where it is: on the layer beneath, if only that has it."""
+        """Set an attribute on the layer beneath if only that has it, and otherwise here."""
         base = self.__dict__.get("_modules", {}).get("base_layer")
         own = name.startswith("_") or base is None or hasattr(type(self), name) or name in self.__dict__
         if own or name in self._modules or name in self._parameters or not hasattr(base, name):
@@ -180,8 +172,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: its name.
             config: its configuration.
-            name: of the module, which `degree_pattern` may single out.
-            lean: what to keep for the backward pass where the configuration leaves it open.
+            name: name of the module, which `degree_pattern` may match.
+            lean: the value of `lean` where the configuration has None.
         """
         weight = self.base_weight
         degree = config.degree_pattern.get(get_pattern_key(list(config.degree_pattern), name), config.degree)
@@ -201,14 +193,14 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move z: peft would cast it to the layer's dtype as well, and round what it has just loaded."""
+        """Move z to the layer's device. peft's own method would also cast it to the layer's dtype."""
         z: Any = self.propulsion_z.get(adapter_name)
         if z is not None and "meta" not in (z.device.type, self.base_weight.device.type):
             dtype = torch.float64 if self.base_weight.dtype == torch.float64 else z.dtype
             z.data = z.data.to(self.base_weight.device if device is None else device, dtype)
 
     def scale(self, adapter_names: Sequence[str]) -> Float[Tensor, "d_out"] | None:
-        """The product of the scales of those of the named adapters that this layer has; None if it has none."""
+        """The product of the scales of the named adapters, as far as the layer has them; None if it has none."""
         scale = None
         for name in adapter_names:
             if name in self.propulsion_z:
@@ -217,12 +209,12 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         return scale
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Return z^k * v; v alone when disabled, and what the merged weight gives when merged.
+        """Return z^k * v, or the output of the layer beneath if the adapters are disabled or merged.
 
         Args:
-            args: of the layer beneath.
-            adapter_names: one adapter for each example, for batches that mix them; "__base__" is the model without any.
-            kwargs: of the layer beneath.
+            args: arguments of the layer beneath.
+            adapter_names: one adapter for each example of a batch that mixes them; "__base__" stands for none.
+            kwargs: keyword arguments of the layer beneath.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -240,28 +232,28 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         return multiply(output, self._along_output(scale), lean=lean, overwrite=lean and self._owns(output))
 
     def _mixed(self, output: Tensor, adapter_names: list[str]) -> Tensor:
-        """Each example scaled by its own adapter; an output that all share (positions') gets a row for each."""
+        """Scale each example by its own adapter; an output with one row for all (of positions) gets a row for each."""
         if len(output) not in (1, len(adapter_names)) or output.ndim < 2 + self.kernel_axes:
             raise ValueError(f"expected one adapter name for each of {len(output)} examples, got {len(adapter_names)}")
-        found = {name: self.scale([name]) for name in dict.fromkeys(adapter_names)}
-        some = next((scale for scale in found.values() if scale is not None), None)
+        by_name = {name: self.scale([name]) for name in dict.fromkeys(adapter_names)}
+        some = next((scale for scale in by_name.values() if scale is not None), None)
         if some is None:
             return output
-        scales = torch.stack([torch.ones_like(some) if scale is None else scale for scale in found.values()])
-        places = torch.tensor([list(found).index(name) for name in adapter_names], device=output.device)
+        scales = torch.stack([torch.ones_like(some) if scale is None else scale for scale in by_name.values()])
+        rows = torch.tensor([list(by_name).index(name) for name in adapter_names], device=output.device)
         between = (1,) * (output.ndim - 2 - self.kernel_axes)
         after = (1,) * self.kernel_axes
-        return multiply(output, scales[places].reshape(len(places), *between, -1, *after), lean=False)
+        return multiply(output, scales[rows].reshape(len(rows), *between, -1, *after), lean=False)
 
     def _along_output(self, scale: Tensor) -> Tensor:
         """The scale, shaped to multiply the output."""
         return scale.reshape(-1, *(1,) * self.kernel_axes)
 
     def _may_be_lean(self, scale: Tensor) -> bool:
-        """Whether to keep the scaled output for the backward pass instead of the other (`propulsion.scaled_output`)."""
+        """Whether the scaled output alone may be kept for the backward pass (`propulsion.scaled_output`)."""
         if not (self._lean and self.training and scale.requires_grad and torch.is_grad_enabled()):
             return False
-        # A compiler decides itself what to keep, and a transform of torch.func cannot look at values.
+        # A compiler decides what to keep, and under a transform of torch.func values cannot be read.
         if torch.compiler.is_compiling() or transforms_active():
             return False
         if not _waits(scale):
@@ -271,19 +263,19 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         return self._far[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of one layer is no copy of those it is looked at with."""
+        """Copy the layer without references to the model's other layers."""
         return {**self.__dict__, "_together": [], "_far": ((), False)}
 
     def _state(self) -> tuple:
-        """What the scale is computed from: it changes when any z does."""
+        """A value that changes whenever any z, or the set of active adapters, does."""
         return tuple((name, z._version, id(z)) for name, z in self.propulsion_z.items()), tuple(self.active_adapters)
 
     @torch.no_grad()
     def _look(self) -> None:
-        """Note whether the scale is far from zero, for all layers of the model at once.
+        """Find out whether the scale is far from zero, for all layers of the model at once.
 
-        Looking waits for an accelerator: so, once for each step of training, and not for each layer. What is written to
-        `z.data` goes unnoticed there, and exactly z = 0 then gives a gradient that is not a number.
+        Reading values waits for the accelerator, and is therefore done once for each step and not for each layer. A
+        change through `z.data` is not noticed; if it sets z = 0, the gradient is then not a number.
         """
         scales = {layer: layer.scale(layer.active_adapters) for layer in self._together or [self] if layer._lean}
         smallest = [scale.abs().amin().to(self.base_weight.device) for scale in scales.values() if scale is not None]
@@ -292,7 +284,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             layer._far = (layer._state(), scale is not None and next(values) >= SMALLEST)
 
     def _owns(self, output: Tensor) -> bool:
-        """Whether nobody else can hold this output of the layer beneath: it has no hooks and a forward of torch's."""
+        """Whether nothing else holds this output: the layer beneath has torch's own forward and no hooks."""
         base = self.get_base_layer()
         watched = base._forward_hooks or "forward" in vars(base) or nn.modules.module._global_forward_hooks
         return _is_torchs_own(base) and not watched and output.is_contiguous() and output.is_floating_point()
@@ -305,9 +297,9 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             adapter_names: Adapters to merge; the active ones if None.
 
         Raises:
-            ValueError: the weight is quantised in a way that no scale folds into, an embedding renormalises its rows,
-                the layer is a class of its own that is not linear in its weight, or `safe_merge` found a non-finite
-                value. The layer is then as it was.
+            ValueError: the weight is quantised without a scale for each output, an embedding renormalises its rows, the
+                layer's class has a forward that is not linear in its weight, or `safe_merge` found a non-finite value.
+                The layer is then unchanged.
         """
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.propulsion_z]
         if not adapter_names:
@@ -315,7 +307,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         self._check_mergeable(base, adapter_names)
         quantised.gather(base)
-        # A further merge starts again from the unmerged weight, so that it rounds only once.
+        # A further merge starts from the unmerged weight, so that the weight is rounded once.
         unmerged = self._unmerged or {
             name: parameter for name in ("weight", "bias") if (parameter := getattr(base, name, None)) is not None
         }
@@ -340,7 +332,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         for name, parameter in self._unmerged.items():
             merged = getattr(base, name)
-            # The model may have moved since; the stash, which is no part of it, follows only now.
+            # The kept parameters are not part of the model, and have not moved with it.
             if not quantised.is_quantised(parameter):
                 parameter.data = parameter.data.to(merged.device, merged.dtype)
             elif parameter.device != merged.device:
@@ -386,12 +378,12 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             )
 
     def probe(self) -> Tensor | None:
-        """An input on which to see what a class of its own does with its weight; None where there is no telling."""
+        """An input to test the forward of a layer's own class with; None if no input is known."""
         return None
 
     @torch.no_grad()
     def _check_follows(self, base: nn.Module, merged: dict[str, nn.Parameter], adapter_names: list[str]) -> None:
-        """Try the merged weight on layers with a forward of their own, which may do more than multiply by it."""
+        """Test the merged weight on a layer with a forward of its own, which may do more than multiply by it."""
         x = None if _is_torchs_own(base) or quantised.is_quantised(self.base_weight) else self.probe()
         if x is None:
             return
@@ -404,7 +396,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             self._put(base, merged)
             error = (base(x) - expected).abs().max()
         except (TypeError, IndexError, RuntimeError):
-            return  # Called in a way of its own.
+            return  # Its forward takes other arguments.
         finally:
             self._put(base, current)
             base.train(training)
@@ -420,10 +412,10 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
 
 def _waits(scale: Tensor) -> bool:
-    """Whether looking at a scale waits for an accelerator."""
+    """Whether reading a scale waits for an accelerator."""
     return scale.device.type != "cpu"
 
 
 def _is_torchs_own(base: nn.Module) -> bool:
-    """Whether a layer's forward is known: a product with its weight, whose result is new."""
+    """Whether a layer has torch's forward: a product with its weight, whose result is a new tensor."""
     return type(base).__module__.startswith("torch.nn.") or type(base) is Conv1D

@@ -1,4 +1,4 @@
-"""Which layer of Propulsion adapts which kind of module."""
+"""The layer of Propulsion for each kind of module."""
 
 from typing import Any
 
@@ -17,19 +17,21 @@ class PropulsionLinear(PropulsionLayer):
     weight_axis = 0
 
     def features(self) -> tuple[int, int]:
-        """As the layer says: a quantised weight is packed."""
+        """(d_in, d_out) as the layer has them, since a quantised weight is packed."""
         base: Any = self.get_base_layer()
         return base.in_features, base.out_features
 
     @property
     def base_weight(self) -> Tensor:
-        """Weight of the layer beneath; of backends that have none, what they keep in its place."""
+        """The weight of the layer beneath, or what a quantisation backend has in its place."""
         base: Any = self.get_base_layer()
-        found = next((w for name in ("weight", "qweight", "W_q") if (w := getattr(base, name, None)) is not None), None)
-        return next(t for t in (*base.parameters(), *base.buffers())) if found is None else found
+        weight = next(
+            (w for name in ("weight", "qweight", "W_q") if (w := getattr(base, name, None)) is not None), None
+        )
+        return next(t for t in (*base.parameters(), *base.buffers())) if weight is None else weight
 
     def probe(self) -> Tensor | None:
-        """Two inputs."""
+        """Two inputs, each (d_in,)."""
         x = torch.linspace(-1, 1, 2 * self.in_features, device=self.base_weight.device, dtype=self.base_weight.dtype)
         return x.reshape(2, -1)
 
@@ -37,7 +39,7 @@ class PropulsionLinear(PropulsionLayer):
 class PropulsionTransposedLinear(PropulsionLayer):
     """Over `transformers.pytorch_utils.Conv1D`, GPT-2's Linear: weight (d_in, d_out).
 
-    The name holds "Linear" because peft's "all-linear" finds adapted Linears by the name of their class.
+    "Linear" is in the name because peft's "all-linear" finds adapted Linears by the name of their class.
     """
 
     weight_axis = 1
@@ -49,12 +51,12 @@ class PropulsionEmbedding(PropulsionLayer):
     weight_axis = 1
 
     def features(self) -> tuple[int, int]:
-        """As the layer says: a quantised weight is packed."""
+        """(vocabulary, d_out)."""
         base: Any = self.get_base_layer()
         return base.num_embeddings, base.embedding_dim
 
     def probe(self) -> Tensor | None:
-        """Some of the vocabulary."""
+        """The first tokens of the vocabulary."""
         return torch.arange(min(4, len(self.base_weight)), device=self.base_weight.device)[None]
 
 
@@ -64,27 +66,27 @@ class PropulsionConvolution(PropulsionLayer):
     weight_axis = 0
 
     def features(self) -> tuple[int, int]:
-        """Channels."""
+        """(input channels, output channels)."""
         base: Any = self.get_base_layer()
         return base.in_channels, base.out_channels
 
     @property
     def kernel_axes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """One, two or three."""
+        """Number of spatial axes: 1, 2 or 3."""
         return self.base_weight.ndim - 2
 
 
 class PropulsionNorm(PropulsionLayer):
-    """Over `torch.nn.LayerNorm`, and RMSNorms of any family: weight (d_out,), and a bias perhaps.
+    """Over `torch.nn.LayerNorm`, and RMSNorms of any family: weight (d_out,), with or without a bias.
 
-    Families multiply by the weight, or by one plus it (Gemma). Which, is found by trying when it comes to merging.
+    Families multiply by the weight, or by one plus the weight (Gemma). A test finds out which, before merging.
     """
 
     weight_axis = 0
     _added: int | None = None
 
     def features(self) -> tuple[int, int]:
-        """The normalised axis."""
+        """(d_out, d_out), of the normalised axis."""
         return self.base_weight.numel(), self.base_weight.numel()
 
     def _times(self, name: str, value: Tensor, scale: Tensor) -> Tensor:
@@ -95,18 +97,18 @@ class PropulsionNorm(PropulsionLayer):
 
     @torch.no_grad()
     def _shift(self) -> int:
-        """What the norm adds to its weight before it multiplies by it, 0 or 1; found by trying, once.
+        """The number that the norm adds to its weight before it multiplies, 0 or 1; found by one test.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: it does neither.
         """
         base: Any = self.get_base_layer()
         if base.weight.is_meta or (isinstance(base, (nn.LayerNorm, nn.RMSNorm)) and _has_forward_of_torch(base)):
             return 0
         if self._added is None:
-            found = {shift: _error_of(base, shift) for shift in (0, 1)}
-            shift = min(found, key=lambda shift: found[shift])
-            if found[shift] > 1:
+            errors = {shift: _error_of(base, shift) for shift in (0, 1)}
+            shift = min(errors, key=lambda shift: errors[shift])
+            if errors[shift] > 1:
                 raise ValueError(
                     f"expected a norm that multiplies by its weight, or by one plus it, to merge into or to be read; "
                     f"{type(base).__name__} does neither: keep the adapter unmerged, or leave the norm out"
@@ -120,13 +122,13 @@ def _has_forward_of_torch(base: nn.Module) -> bool:
 
 
 def _error_of(base: Any, shift: int) -> float:
-    """How far a norm is from one that multiplies by its weight plus `shift`: in units of rounding, below 1 if it is."""
+    """The distance of a norm from one that multiplies by its weight plus `shift`, relative to rounding errors."""
     parameters = {name: p for name in ("weight", "bias") if (p := getattr(base, name, None)) is not None}
     weight = parameters["weight"]
     wide = torch.promote_types(weight.dtype, torch.float32)
     x = torch.linspace(-1, 1, weight.numel(), device=weight.device, dtype=weight.dtype)
     x = torch.stack([x, x.roll(1).cos()])
-    # A weight and a scale of several sizes; the norm's own weight may be of zeros.
+    # The test replaces the norm's own weight, which may be zero.
     scale = 1.5 + torch.linspace(-3, 3, weight.numel(), device=weight.device, dtype=wide).sin()
     first = {name: torch.ones_like(p) + 0.5 * x[0] for name, p in parameters.items()}
     second = {name: p * scale for name, p in first.items()}
@@ -138,11 +140,11 @@ def _error_of(base: Any, shift: int) -> float:
                 setattr(base, name, nn.Parameter(value.to(weight.dtype), requires_grad=False))
             outputs.append(base(x).to(wide))
     except (TypeError, IndexError, RuntimeError):
-        return float("inf")  # Called in a way of its own.
+        return float("inf")  # Its forward takes other arguments.
     finally:
         for name, p in parameters.items():
             setattr(base, name, p)
-    # Many norms compute in float32, whatever the dtype of their weight.
+    # Many norms compute in float32 for weights of any dtype.
     precision = 32 * max(torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32))
     error = (outputs[1] - outputs[0] * scale).abs().max() / (precision * outputs[1].abs().max())
     return float(error)
@@ -162,9 +164,9 @@ LAYERS: dict[type[nn.Module], type[PropulsionLayer]] = {
 
 def layer_class(module: nn.Module) -> type[PropulsionLayer] | None:
     """Return the class that adapts this module; None if none does."""
-    found = next((layer for kind, layer in LAYERS.items() if isinstance(module, kind)), None)
-    if found is PropulsionNorm or (found is None and is_norm(module)):
+    adapter_class = next((layer for kind, layer in LAYERS.items() if isinstance(module, kind)), None)
+    if adapter_class is PropulsionNorm or (adapter_class is None and is_norm(module)):
         return PropulsionNorm if is_norm(module) else None
-    if found is None and quantised.is_quantised_linear(module):
+    if adapter_class is None and quantised.is_quantised_linear(module):
         return PropulsionLinear
-    return found
+    return adapter_class

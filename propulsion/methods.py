@@ -1,8 +1,8 @@
-"""Methods of fine-tuning by name: what a method trains, on the same model, with the same head, from its own seed.
+"""Methods of fine-tuning by name, applied to the same model with the same head.
 
 Four names are ours: "full" trains everything, "bitfit" all biases (Ben Zaken et al. 2022), "head" the task's head
-alone, "none" nothing. Every other name is a peft method in lower case ("propulsion", "lora", "prefix_tuning", ...) with
-the fields of its peft configuration as options. All but "none" train the task's head in full where it starts at random.
+alone, "none" nothing. Every other name is a peft method in lower case ("propulsion", "lora", "prefix_tuning", ...),
+whose options are the fields of its peft configuration. All but "none" train a new head in full.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from propulsion.positions import is_norm
 
 @dataclass(frozen=True)
 class Method:
-    """A method and its options, written ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` in one word.
+    """A method and its options, specified as ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``.
 
-    Values are JSON, or text where they are not; ``a+b`` is a list of texts, and ``a+`` one of a single text.
+    Values are JSON, or otherwise text; ``a+b`` is a list of texts, and ``a+`` a list of one text.
 
     >>> Method.parse("propulsion:positions=query+value,degree=20")
     Method(name='propulsion', options={'positions': ['query', 'value'], 'degree': 20})
@@ -38,31 +38,31 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, text: str) -> "Method":
-        """Read a method from one word.
+    def parse(cls, method_spec: str) -> "Method":
+        """Read a method from its specification.
 
         Raises:
             UserError: There is no such method, or an option is not of the form OPTION=VALUE.
         """
-        name, _, options = text.partition(":")
+        name, _, options = method_spec.partition(":")
         check_name(name)
         return cls(name, parse_options(options.split(",") if options else ()))
 
     def with_defaults(self, **defaults: Any) -> "Method":
-        """The method with options that it does not set, as far as it has them."""
+        """The method with defaults for options that it has and does not set."""
         known = option_names(self.name)
         return Method(self.name, {k: v for k, v in defaults.items() if k in known} | dict(self.options))
 
 
-def parse_methods(texts: Sequence[str]) -> dict[str, Method]:
-    """Read several methods, by their words.
+def parse_methods(method_specs: Sequence[str]) -> dict[str, Method]:
+    """Read several methods, and return each under its specification.
 
     Raises:
         UserError: There is none, or one cannot be read.
     """
-    if not texts:
+    if not method_specs:
         raise UserError("there must be a method, such as full, propulsion or lora")
-    return {text: Method.parse(text) for text in texts}
+    return {method_spec: Method.parse(method_spec) for method_spec in method_specs}
 
 
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:
@@ -85,37 +85,37 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         words = {"True": True, "False": False, "None": None}
-        if re.fullmatch(r"[\w.-]+(\+[\w.-]+)*\+?", text) and "+" in text:  # And no regular expression.
+        if re.fullmatch(r"[\w.-]+(\+[\w.-]+)*\+?", text) and "+" in text:  # Not a regular expression.
             return [word for word in text.split("+") if word]
         return words.get(text, text)
 
 
 def method_names() -> tuple[str, ...]:
-    """All methods, ours first."""
+    """The names of all methods, our own first."""
     peft_methods = sorted(str(getattr(name, "value", name)).lower() for name in PEFT_TYPE_TO_CONFIG_MAPPING)
     return (*_OWN, *peft_methods)
 
 
 def check_name(name: str) -> None:
-    """Make sure that there is such a method.
+    """Refuse an unknown method.
 
     Raises:
-        UserError: There is none; the message lists those there are.
+        UserError: There is no such method; the message lists all.
     """
     if name not in method_names():
         raise UserError(f"unknown method {name!r}: the methods are {', '.join(method_names())}")
 
 
 def option_names(name: str) -> set[str]:
-    """Options that a method takes."""
+    """The options of a method."""
     return set() if name in _OWN else {f.name for f in dataclasses.fields(_config_class(name)) if f.init}
 
 
 def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed: int = 0) -> Any:
     """Make a pre-trained model trainable by a method, in place where the method allows.
 
-    What the method draws at random follows `seed` alone: the head, drawn when the model was loaded, is the same for
-    all methods.
+    Random values of the method depend on `seed` alone. The head was drawn when the model was loaded, and is the same
+    for all methods.
 
     Args:
         model: The pre-trained model with its head.
@@ -127,7 +127,7 @@ def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed
         The model, or the `PeftModel` around it.
 
     Raises:
-        UserError: Unknown method or option, or one that cannot be used on this model.
+        UserError: The method or an option is unknown, or cannot be used on this model.
     """
     check_name(method.name)
     if unknown := set(method.options) - option_names(method.name):
@@ -137,14 +137,14 @@ def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed
         raise UserError(f"option {', '.join(sorted(reserved))} follows from the task and cannot be given")
     head = head_modules(model) if task_type in HEADED else []
     if method.name in _OWN:
-        _OWN[method.name](model, head)
+        _apply_own(model, method.name, head)
         return model
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return get_peft_model(model, _config(model, method, task_type, head))
     except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, AssertionError) as error:
-        # peft compares numbers without a look at what they are, and then says so in terms of its own code.
+        # peft does not check the types of options: the message of its TypeError names none, and this one does.
         options = [f"{n}={v}" for n, v in method.options.items()] if isinstance(error, TypeError) else []
         given = f", with {', '.join(options)}," if options else ""
         raise UserError(f"method {method.name}{given} cannot be used here: {one_line(error)}") from error
@@ -158,48 +158,35 @@ def trainable_parameters(model: nn.Module) -> int:
 # --- our own methods ------------------------------------------------------------------------------------------------
 
 
-def _train_only(model: PreTrainedModel, chosen: Callable[[str], bool], what: str) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(chosen(name))
-    if not trainable_parameters(model):
+_OWN: dict[str, Callable[[str, bool], bool]] = {
+    "full": lambda name, in_head: True,
+    "bitfit": lambda name, in_head: in_head or name.endswith("bias"),
+    "head": lambda name, in_head: in_head,
+    "none": lambda name, in_head: False,
+}
+"""By method, whether it trains a parameter of this name, which may be in the task's head."""
+
+
+def _apply_own(model: PreTrainedModel, name: str, head: list[str]) -> None:
+    any_trained = False
+    for parameter_name, parameter in model.named_parameters():
+        in_head = _is_in(parameter_name, head)
+        parameter.requires_grad_(_OWN[name](parameter_name, in_head))
+        any_trained |= parameter.requires_grad and (name == "head" or not in_head)
+    if name in ("bitfit", "head") and not any_trained:
+        what = "bias" if name == "bitfit" else "head of its own"
         raise UserError(f"{type(model).__name__} has no {what} to train: choose another method")
-
-
-def _full(model: PreTrainedModel, head: list[str]) -> None:
-    model.requires_grad_(True)
-
-
-def _bitfit(model: PreTrainedModel, head: list[str]) -> None:
-    biases = [name for name, _ in model.named_parameters() if name.endswith("bias") and not _is_in(name, head)]
-    if not biases:
-        raise UserError(f"{type(model).__name__} has no bias to train: choose another method")
-    _train_only(model, lambda name: name in biases or _is_in(name, head), "bias")
-
-
-def _head(model: PreTrainedModel, head: list[str]) -> None:
-    _train_only(model, lambda name: _is_in(name, head), "head of its own")
-
-
-def _none(model: PreTrainedModel, head: list[str]) -> None:
-    model.requires_grad_(False)
 
 
 def _is_in(name: str, modules: Iterable[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
 
 
-_OWN: dict[str, Callable[[PreTrainedModel, list[str]], None]] = {
-    "full": _full,
-    "bitfit": _bitfit,
-    "head": _head,
-    "none": _none,
-}
-
 # --- peft's methods -------------------------------------------------------------------------------------------------
 
 _RESERVED = ("task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path")
 
-# What a method needs and peft gives no default for.
+# Defaults of options that peft requires and has no default for.
 _NEEDED: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 20},
     "prefix_tuning": {"num_virtual_tokens": 20},
@@ -220,16 +207,16 @@ def option_config(name: str, options: Mapping[str, Any]) -> PeftConfig:
 def _config(model: PreTrainedModel, method: Method, task_type: str, head: list[str]) -> PeftConfig:
     options = _NEEDED.get(method.name, {}) | dict(method.options)
     if method.name == "ln_tuning" and options.get("target_modules") is None:
-        # peft knows the norms of few architectures, by name; here they are known by what they are.
+        # peft finds the norms of few architectures, by name; here they are found by type.
         options["target_modules"] = [name for name, m in model.named_modules() if is_norm(m) and not _is_in(name, head)]
     if head and "modules_to_save" in option_names(method.name):
-        # peft adds heads by their usual names; a head of other or several modules must be named.
+        # peft finds heads by their usual names; others, and heads of several modules, must be named.
         options["modules_to_save"] = [*head, *(options.get("modules_to_save") or [])]
     return _config_class(method.name)(task_type=TaskType(task_type), **options)
 
 
 def update_ranks(model: Any, step: int) -> None:
-    """What methods that move their own parameters between layers (AdaLoRA) do after each step of the optimizer."""
+    """Let methods that reassign ranks between layers (AdaLoRA) do so after a step of the optimizer."""
     inner = getattr(model, "base_model", None) if isinstance(model, PeftModel) else None
     update = getattr(inner, "update_and_allocate", None)
     if update is not None and "global_step" in inspect.signature(update).parameters:

@@ -23,7 +23,7 @@ from propulsion.heads import (
     of_each_example,
     random_in_body,
     trained_modules,
-)
+)  # fmt: skip
 from propulsion.heads import combined as combined_heads
 from propulsion.layer import BASE, PropulsionLayer
 from propulsion.layers import LAYERS, layer_class
@@ -34,7 +34,7 @@ from propulsion.training_checks import is_watched, unwatched, watch
 
 
 class PropulsionModel(BaseTuner):
-    """A model with Propulsion on the modules its config names (Kowsher et al. 2024); made by `peft.get_peft_model`.
+    """A model with Propulsion on the modules that its config names (Kowsher et al. 2024): see `peft.get_peft_model`.
 
     Adapter parameters are named ``<module>.propulsion_z.<adapter>``, each of shape (d_out,).
 
@@ -55,14 +55,14 @@ class PropulsionModel(BaseTuner):
     tuner_layer_cls = PropulsionLayer
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
-        """Resolve positions for the model at hand; `target_modules` stays unset, so that a reload resolves again."""
+        """Resolve positions for this model. `target_modules` stays unset, so that loading resolves them again."""
         assert isinstance(peft_config, PropulsionConfig)
         _train_head(self.model, peft_config)
         if peft_config.positions is not None:
             names = resolve(
                 self.model, peft_config.positions, peft_config.layers_to_transform, peft_config.layers_pattern
             )
-            # What peft's own matching reads, to apply its rules for exclude_modules and modules_to_save.
+            # Attributes that peft's matching reads to apply its rules for exclude_modules and modules_to_save.
             vars(peft_config)["resolved"] = SimpleNamespace(
                 target_modules=names,
                 exclude_modules=peft_config.exclude_modules,
@@ -72,19 +72,19 @@ class PropulsionModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        # What peft trains in full, it finds by the end of a name: DistilBERT's "pre_classifier" with "classifier".
+        # peft matches modules_to_save by the end of a name: "classifier" also matches DistilBERT's "pre_classifier".
         if any(key.endswith(name) for name in getattr(peft_config, "modules_to_save", None) or ()):
             return False
         resolved = getattr(peft_config, "resolved", None)
         if resolved is None:
             return check_target_module_exists(peft_config, key)
-        # peft also matches the ends of names; resolved names are complete.
+        # peft matches ends of names; resolved names are whole.
         return check_target_module_exists(resolved, key) and key in resolved.target_modules
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every target before the first is replaced."""
         assert isinstance(peft_config, PropulsionConfig)
-        # peft expands "all-linear" only after this: until then every Linear is taken for a target.
+        # peft expands "all-linear" later: until then every Linear counts as a target.
         targets = peft_config.target_modules
         all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
         names_by_module = _names_by_module(model)
@@ -98,14 +98,9 @@ class PropulsionModel(BaseTuner):
                 _warn_of_head(model, name)
 
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        peft_config: PropulsionConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
+        self, peft_config: PropulsionConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str,
-    ) -> None:
+    ) -> None:  # fmt: skip
         lean = peft_config.degree > 1 and leaves_outputs_alone(self.model)
         if isinstance(target, PropulsionLayer):
             target.update_layer(adapter_name, peft_config, current_key, lean=lean)
@@ -114,18 +109,18 @@ class PropulsionModel(BaseTuner):
         assert layer is not None  # _prepare_model checked
         adapted = layer(target, adapter_name, peft_config, current_key, lean=lean)
         if adapter_name not in self.active_adapters:
-            adapted.requires_grad_(False)  # a further adapter is trainable only once it is made active
+            adapted.requires_grad_(False)  # a further adapter is trainable once it is active
         self._replace_module(parent, target_name, adapted, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):
-            # A head of several layers, trained beside the scales: peft would look for one `weight` on it.
+            # A trained head of several layers has no `weight`, which peft's method reads.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As in peft; the first pass of training is then looked at."""
+        """As in peft; the first pass of training is then checked."""
         result = super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [module for module in model.modules() if isinstance(module, PropulsionLayer)]
         for layer in layers:
@@ -135,23 +130,23 @@ class PropulsionModel(BaseTuner):
         return result
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """As in peft, which asks adapted layers for the biases that are to be trained: those beneath, unscaled."""
+        """As in peft, which reads the biases to be trained from the adapted layers: unscaled ones."""
         layers = [module for module in model.modules() if isinstance(module, PropulsionLayer)]
         with _read_as(layers, []):
             super()._mark_only_adapters_as_trainable(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own."""
+        """Call the wrapped model."""
         return self.model(*args, **kwargs) if is_watched(self.model) else self.model.forward(*args, **kwargs)
 
     def unload(self) -> nn.Module:
-        """Return the base model as it was, without adapters; merged ones are unmerged first."""
+        """Return the base model without adapters; merged ones are unmerged first."""
         if any(module.merged for module in self.modules() if isinstance(module, PropulsionLayer)):
             self.unmerge_adapter()
         return unwatched(super().unload())
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in peft, after a look at whether the trained heads are those of the adapters to merge."""
+        """As in peft, if the trained heads in use are those of the adapters to merge."""
         check_merged_with_head(self.model, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
@@ -163,14 +158,14 @@ class PropulsionModel(BaseTuner):
         return unwatched(super().merge_and_unload(progressbar, safe_merge, adapter_names))
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        """Nothing to warn of: a tied embedding and head have one weight and each a z of its own."""
+        """Do nothing: a tied embedding and head share a weight, and each has its own z."""
 
     def _check_merge_allowed(self) -> None:
-        """Nothing to refuse: merging one of two tied modules unties them (`PropulsionLayer`)."""
+        """Do nothing: merging one of two tied modules unties them (`PropulsionLayer`)."""
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one for each example, to every adapted layer."""
+        """Pass `adapter_names`, one for each example, to every adapted layer."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -178,18 +173,18 @@ class PropulsionModel(BaseTuner):
         if self.training:
             raise ValueError("expected a model in evaluation mode for adapter_names: call eval() first")
         if unknown := sorted(set(names) - {BASE, *self._adapters()}):
-            # peft's own words, which its users search for.
+            # The wording of peft, which users search for.
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         beams = kwargs.get("num_beams")
         repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
 
-        # A decoder by itself may call itself its encoder.
+        # `get_encoder` of a decoder-only model may return the decoder.
         two_sided = beams and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         encoder: Any = self.model.get_encoder() if two_sided else None
         inside = {id(module) for module in encoder.modules()} if isinstance(encoder, nn.Module) else set()
 
         def of(module: nn.Module) -> list[str]:
-            return names if id(module) in inside else repeated  # an encoder runs before the beams part
+            return names if id(module) in inside else repeated  # the encoder runs before rows are repeated for beams
 
         def hand_over(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             return args, {**kwargs, "adapter_names": of(module)}
@@ -218,7 +213,7 @@ class PropulsionModel(BaseTuner):
                 handle.remove()
 
     def _adapters(self) -> set[str]:
-        """Names of the adapters that some layer or trained module has."""
+        """Names of the adapters of all layers and trained modules."""
         found: set[str] = set()
         for module in self.modules():
             if isinstance(module, PropulsionLayer):
@@ -230,19 +225,19 @@ class PropulsionModel(BaseTuner):
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Add an adapter whose scale is the geometric combination of others': s = prod_i sign(s_i) |s_i|^w_i.
 
-        Scales multiply, so that weights of 1 compose the adapters, as merging them one after another would, and weights
-        of 1/m take their geometric mean. Several vectors of one module combine by their pooled scale. Modules that were
-        trained in full, as heads, take their weighted mean (`propulsion.heads`).
+        Scales multiply: weights of 1 compose the adapters, as merging them one after another would, and weights of 1/m
+        give their geometric mean. Several vectors of one module enter by their pooled scale. Modules that were trained
+        in full, such as heads, become their weighted mean (`propulsion.heads`).
 
         Args:
-            adapters: names of those to combine; each layer combines those that it has.
+            adapters: names of the adapters to combine; each layer combines those that it has.
             weights: one finite number for each.
-            adapter_name: of the new adapter, which gets the degree of the first.
+            adapter_name: name of the new adapter, which gets the degree of the first.
 
         Raises:
-            ValueError: an adapter does not exist, the name is taken, the numbers differ, a weight is not finite, they
-                choose modules differently, the combined scale is negative and the degree even, one trains biases, or
-                the weights of those with a head do not sum to 1; nothing has changed then.
+            ValueError: an adapter does not exist, the name is taken, the numbers of adapters and weights differ, a
+                weight is not finite, a combined scale is negative at an even degree, an adapter trains biases, or the
+                weights of adapters with a head do not sum to 1. Nothing has changed then.
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"expected a new name for the combined adapter, got {adapter_name!r}, which exists")
@@ -297,7 +292,7 @@ class PropulsionModel(BaseTuner):
 
 @contextmanager
 def _read_as(layers: list[PropulsionLayer], adapter_names: list[str]) -> Iterator[None]:
-    """Let reads of layers' weights find these adapters in them, and not the active ones."""
+    """Scale weights that are read from layers by these adapters, and not by the active ones."""
     for layer in layers:
         layer._of_examples = adapter_names
     try:
@@ -344,9 +339,9 @@ def _check_target(model: nn.Module, name: str, target: nn.Module, names: list[st
 
 
 def _train_head(model: nn.Module, config: PropulsionConfig) -> None:
-    """Add to `modules_to_save` what of the task's head peft does not know by name, as DeBERTa's pooler and BART's head.
+    """Add the modules of the task's head that peft does not know by name to `modules_to_save`.
 
-    What the configuration excludes stays frozen.
+    Such are DeBERTa's pooler and BART's head. Modules that the configuration excludes stay frozen.
     """
     if config.task_type not in HEADED or config.inference_mode:
         return
@@ -356,7 +351,7 @@ def _train_head(model: nn.Module, config: PropulsionConfig) -> None:
         known = any(module.endswith(name) for name in config.modules_to_save or ())
         if known or check_target_module_exists(excluded, module):
             continue
-        # peft finds what it trains in full by the end of its name.
+        # peft matches modules_to_save by the end of their names.
         others = [n for n in names if n.endswith(module) and n.partition(".")[0] not in head]
         if others:
             warnings.warn(
@@ -380,13 +375,13 @@ def _train_head(model: nn.Module, config: PropulsionConfig) -> None:
 
 
 def _upwards(name: str) -> list[str]:
-    """A module's name and those of the modules around it."""
+    """The names of a module and of the modules that contain it."""
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def _warn_of_head(model: nn.Module, name: str) -> None:
-    """Say when a task's head is scaled but stays random."""
+    """Warn if a task's head gets a scale, but its weight stays random."""
     body = getattr(model, "base_model_prefix", "")
     is_classifier = type(model).__name__.endswith(("Classification", "QuestionAnswering"))
     if is_classifier and hasattr(model, body) and not name.startswith(f"{body}."):
@@ -398,19 +393,15 @@ def _warn_of_head(model: nn.Module, name: str) -> None:
 
 
 def _warn_of_patterns(model: nn.Module, adapter_name: str, config: PeftConfig) -> None:
-    """Say which patterns of degrees match no adapted module."""
+    """Warn of degree patterns that match no adapted module."""
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, PropulsionLayer) and adapter_name in module.propulsion_z
     ]
     patterns = getattr(config, "degree_pattern", None) or {}
-    if unused := [pattern for pattern in patterns if not any(_matches(pattern, name) for name in names)]:
+    if unused := [p for p in patterns if not any(get_pattern_key([p], name) == p for name in names)]:
         warnings.warn(f"degree_pattern {unused} matches no adapted module: correct it, or drop it", stacklevel=2)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return get_pattern_key([pattern], name) == pattern
 
 
 def _names_by_module(model: nn.Module) -> dict[int, list[str]]:

@@ -1,11 +1,11 @@
-"""A weight that has no one value: that of a layer in a batch whose examples have different adapters there."""
+"""The weight of a layer in a batch whose examples have different adapters, which has no single value."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# What may be asked of it all the same, as models look at a weight's dtype before they call its layer.
+# Functions that are allowed, since models read a weight's dtype before they call its layer.
 _ANSWERED = frozenset(
     {
         *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_meta", "layout", "ndim", "requires_grad")),
@@ -16,13 +16,13 @@ _ANSWERED = frozenset(
 
 
 class OfSeveralAdapters(Tensor):
-    """The shape, dtype and device of a weight; whatever would compute with its values raises."""
+    """A tensor with the shape, dtype and device of a weight, which raises if its values are used."""
 
     layer: str
 
     @classmethod
     def of(cls, weight: Tensor, layer: str) -> "OfSeveralAdapters":
-        """That of a layer of this name."""
+        """Stand for the weight of the layer of this name."""
         made = weight.detach().as_subclass(cls)
         made.layer = layer
         return made

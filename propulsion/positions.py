@@ -1,7 +1,7 @@
 """The paper's positions, as the modules of an architecture (Kowsher et al. 2024, Section 4 and Table 1).
 
-"all" (which leaves norms out), "embedding" and "norm" go by a module's type and work on any model. The others go by
-name, and a name is a matter of the architecture: a new family is one entry in `FAMILIES`.
+"all" (without norms), "embedding" and "norm" are found by a module's type, in any model. The others are found by names,
+which differ between architectures: a new family is one entry in `FAMILIES`.
 """
 
 import re
@@ -24,7 +24,7 @@ def _split(prefix: str, query: str, key: str, value: str, attention_output: str,
 
 
 def _fused(attn: str, attention_output: str, mlp: str) -> _Names:
-    """One module computes query, key and value: there is no separate z for each."""
+    """Names of a family in which one module computes query, key and value, so that they have one z together."""
     return {"attn": attn, "attention_output": attention_output, "mlp": mlp}
 
 
@@ -34,7 +34,7 @@ _DEBERTA = _split("attention", r"self\.query_proj", r"self\.key_proj", r"self\.v
 _LLAMA = _split("self_attn", "q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.(gate_proj|up_proj|down_proj)")
 _BART = _split("(self_attn|encoder_attn)", "q_proj", "k_proj", "v_proj", "out_proj", r"layers\.\d+\.(fc1|fc2)")
 _VIT = _split("attention", "q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.(fc1|fc2)")
-# Experts are stacked in one parameter, and no modules.
+# Experts are stacked in one parameter, and are no modules.
 _MIXTRAL = {position: names for position, names in _LLAMA.items() if position != "mlp"}
 _BLOOM = _fused(r"self_attention\.query_key_value", r"self_attention\.dense", r"mlp\.(dense_h_to_4h|dense_4h_to_h)")
 
@@ -58,15 +58,15 @@ FAMILIES: dict[str, _Names] = {
     **dict.fromkeys(("opt", "bart"), _BART),
 }
 
-# Modules that are neither called nor read: a z on them would be dead. In other models, the first pass of training finds
-# them (`propulsion.training_checks`).
+# Modules that are neither called nor read, so that a z on them has no effect. In other models, the first pass of
+# training finds them (`propulsion.training_checks`).
 _UNUSED = {"t5": "shared", "bart": "shared"}
 
 
-# Families that write into what their layers return, so that the output of a layer is no safe thing to keep.
+# Families that write into the outputs of their layers, which therefore cannot be kept for the backward pass.
 _IN_PLACE = ("deberta", "falcon")
 
-# Modules whose output has no axis of examples: T5 adds one bias by position to the scores of all.
+# Modules whose output has no axis of examples: T5 adds the same bias to the scores of all examples.
 _WITHOUT_EXAMPLES = {"t5": "relative_attention_bias"}
 
 
@@ -78,7 +78,7 @@ def resolve(
 ) -> set[str]:
     """Return the full names of the modules of `model` at the given positions.
 
-    What an adapter already adapts counts by what it adapts; what it trains in full does not count.
+    Modules that an adapter adapts count as what they were before; modules that it trains in full do not count.
 
     Raises:
         ValueError: the architecture is unknown, or has no module of its own for a position.
@@ -86,13 +86,13 @@ def resolve(
     candidates = {name: module for name, module in base_modules(model).items() if bypass(model, name) is None}
     names: set[str] = set()
     for position in [positions] if isinstance(positions, str) else positions:
-        found = _at(position, model, candidates)
-        if not found:
+        matching = _at(position, model, candidates)
+        if not matching:
             raise ValueError(
                 f"position {position!r} matches no module of {type(model).__name__}: choose other positions, "
                 "or name modules with target_modules"
             )
-        names |= found
+        names |= matching
     if layers_to_transform is None:
         return names
     layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
@@ -107,7 +107,7 @@ def resolve(
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every module by name, adapted ones as what they adapt, without the insides of adapters."""
+    """Return every module by name; in place of an adapted module the one beneath, without modules of adapters."""
     modules, inside = {}, []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
@@ -178,9 +178,9 @@ def _ends_with(pattern: str, name: str) -> bool:
 
 
 def _layer(name: str, patterns: list[str]) -> int | None:
-    """The block a module is in: the first number in its name, or the first after one of the patterns."""
-    parts = name.split(".")
-    for before, part in zip(["", *parts], parts[:-1]):
-        if part.isdigit() and (not patterns or before in patterns):
-            return int(part)
+    """The number of the block of a module: the first number in its name, or the first after one of the patterns."""
+    segments = name.split(".")
+    for before, segment in zip(["", *segments], segments[:-1]):
+        if segment.isdigit() and (not patterns or before in patterns):
+            return int(segment)
     return None

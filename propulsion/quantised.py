@@ -1,9 +1,8 @@
-"""Layers whose weight is quantised: which they are, and how z^k folds into the scales that they already have.
+"""Layers with a quantised weight: which layers they are, and how z^k is merged into the scales of the weight.
 
 bitsandbytes keeps one scale for each row of an 8-bit weight, and one for each block along the rows of a 4-bit weight.
-A row is an output, so z^k multiplies those scales and leaves the whole numbers as they are: merging costs one rounding
-of a float32 scale, where quantising again would cost a bit of the weight. Other backends' layers are adapted, and not
-merged.
+A row is an output, so z^k multiplies those scales and leaves the integers unchanged: merging rounds a float32 scale
+once, where quantising again would round the whole weight. Layers of other backends are adapted, but not merged.
 """
 
 import copy
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 
 def is_quantised_linear(module: nn.Module) -> bool:
-    """A backend's own class (GPTQ, AWQ, HQQ, EETQ, ...): whole numbers for a weight, and features like a Linear's."""
+    """Whether a module is a linear layer with integer weights of a backend such as GPTQ, AWQ, HQQ or EETQ."""
     if not all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
         return False
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -24,12 +23,12 @@ def is_quantised_linear(module: nn.Module) -> bool:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is anything but plain floating-point numbers."""
+    """Whether a weight is stored in another form than plain floating-point numbers."""
     return not weight.is_floating_point() or _kind(weight) != "" or type(weight).__module__.startswith("torchao")
 
 
 def gather(base: nn.Module) -> None:
-    """Put the scales of an 8-bit weight back on it, from the state that its layer moves them to at the first call."""
+    """Set the scales of an 8-bit weight on it again, which its layer moves to its state at the first call."""
     weight: Any = base.weight
     if _kind(weight) == "8bit" and weight.dtype == torch.int8:
         state: Any = base.state
@@ -38,7 +37,7 @@ def gather(base: nn.Module) -> None:
 
 
 def obstacle(weight: Any, scale: Float[Tensor, "d_out"], axis: int = 0) -> str | None:
-    """Why z^k, along this axis of the weight, does not fold into its quantised form; None if it does."""
+    """Why z^k, along this axis of the weight, cannot be merged into its quantised form; None if it can."""
     kind = _kind(weight)
     if kind and axis != 0:
         return "its scales are those of rows, and its outputs are columns"
@@ -54,10 +53,10 @@ def obstacle(weight: Any, scale: Float[Tensor, "d_out"], axis: int = 0) -> str |
 
 
 def scaled(weight: Any, scale: Float[Tensor, "d_out"]) -> nn.Parameter:
-    """The weight times z^k, one factor for each row; `obstacle` must have found none."""
+    """The weight times z^k, one factor for each row; `obstacle` must have returned None."""
     scale = scale.float().to(weight.device)
     if _kind(weight) == "8bit":
-        # -127 to 127, so that every number has its opposite.
+        # The numbers are from -127 to 127, so that each can be negated.
         numbers = weight.data * scale.sign().where(scale != 0, 1.0).to(torch.int8)[:, None]
         return type(weight)(
             numbers, requires_grad=False, has_fp16_weights=False, CB=numbers, SCB=weight.SCB * scale.abs()
@@ -69,7 +68,7 @@ def scaled(weight: Any, scale: Float[Tensor, "d_out"]) -> nn.Parameter:
         absmax = functional.dequantize_blockwise(old.absmax, old.state2) + old.offset
     merged, state = copy.copy(weight), copy.copy(old)
     state.absmax = absmax.float() * scale.repeat_interleave(old.shape[1] // old.blocksize)
-    # The scales' own second quantisation would round them: they stay float32.
+    # The scales stay float32, since their second quantisation would round them.
     state.nested, state.state2, state.offset = False, None, None
     merged.quant_state, merged.compress_statistics = state, False
     return merged
@@ -83,5 +82,5 @@ def is_finite(weight: Any) -> bool:
 
 
 def _kind(weight: Tensor) -> str:
-    """Bitsandbytes' classes, by name as peft does: it need not be installed."""
+    """ "8bit" or "4bit" for weights of bitsandbytes, found by class name, since it may not be installed; else ""."""
     return {"Int8Params": "8bit", "Params4bit": "4bit"}.get(type(weight).__name__, "")

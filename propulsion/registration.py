@@ -1,12 +1,11 @@
-"""How `peft` learns of Propulsion.
+"""The registration of Propulsion as a method of `peft`.
 
-peft keeps its methods in tables keyed by the members of one enum, `PeftType`, and an enum with members is closed: it
-cannot be subclassed and has no public way to grow. So the member is added here, with the same bookkeeping that
-`enum` does for a member written in the class body, and what that bookkeeping must achieve is then checked: if peft or
-`enum` changes shape, importing `propulsion` says so instead of failing later in the middle of a training run.
+peft has tables of its methods, whose keys are the members of one enum, `PeftType`, and Python has no public way to add
+a member to an enum. It is therefore added here as `enum` itself does it for a member in the class body, and the result
+is checked: after an incompatible change of peft or `enum`, importing `propulsion` raises.
 
-The member pickles by value, as every enum member does: a process that unpickles a bare ``PeftType`` of ours must have
-imported `propulsion` before. A pickled `PropulsionConfig` imports it by itself.
+Enum members are pickled by value: a process that unpickles our ``PeftType`` must have imported `propulsion` before. A
+pickled `PropulsionConfig` imports it.
 """
 
 import enum
@@ -25,7 +24,7 @@ def _add_member(name: str) -> PeftType:
     """Return ``PeftType[name]``, added if peft does not have it (a second import finds it there).
 
     Raises:
-        RuntimeError: `PeftType` is not the enum this was written for.
+        RuntimeError: `PeftType` is not as expected.
     """
     try:
         if name not in PeftType.__members__:
@@ -36,7 +35,7 @@ def _add_member(name: str) -> PeftType:
             PeftType._member_names_.append(name)
             PeftType._member_map_[name] = member
             PeftType._value2member_map_[name] = member
-            # The metaclass guards its members against assignment, so the attribute is set behind its back.
+            # The metaclass refuses assignments to members, so `type` sets the attribute.
             type.__setattr__(PeftType, name, member)
         member = PeftType[name]
         works = (
@@ -54,11 +53,10 @@ def _add_member(name: str) -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enter the method in peft's tables; does nothing when it is there, and replaces classes that were re-imported.
+    """Add the method to peft's tables, or replace its classes if this package was imported again.
 
     Raises:
-        RuntimeError: another package registered a method of this name, or peft's registry is not the one this was
-            written for.
+        RuntimeError: another package registered a method of this name, or peft's registry is not as expected.
     """
     try:
         tables = (
@@ -76,7 +74,7 @@ def register(config_cls: type, model_cls: type) -> None:
                 "Use only one of the two packages in a process."
             )
         for table in tables:
-            table.pop(PROPULSION, None)  # ours, from before a re-import: the classes are new objects
+            table.pop(PROPULSION, None)  # our own classes from before a second import
         register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
         complete = tuple(table.get(PROPULSION) for table in tables) == wanted
     except (AttributeError, KeyError, TypeError, ValueError) as error:

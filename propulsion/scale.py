@@ -1,11 +1,11 @@
 """The scale of Propulsion: z^k (Kowsher et al. 2024, Eq. 1-3), of one vector or pooled over several (App. F).
 
-A pooling acts on the scales z_i^k, coordinate by coordinate, and does not see the layer's output. So the pooled scale
-of any pooling is again one vector, and merges as one.
+A pooling acts on the scales z_i^k, coordinate by coordinate, and does not depend on the layer's output. So the pooled
+scale is again one vector, and can be merged.
 
-Vectors that start equal get equal gradients from mean and L2 pooling, and stay equal for ever: p of them are one vector
-trained at another rate. From max and min, ties share the gradient, with the same end. So several vectors start apart
-(`initial_vectors`), spread so that their pooled scale is the wanted one.
+Vectors that start equal get equal gradients from every pooling (with max and min, ties share the gradient) and stay
+equal: they act as one vector trained at another rate. Several vectors therefore start at different values
+(`initial_vectors`), chosen so that the pooled scale is as configured.
 """
 
 import math
@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Relative spread of the scales that several vectors start with. Small beside what training moves them by, so that with
-# max or min pooling every vector comes into play.
+# Relative standard deviation of the initial scales of several vectors: small compared with the changes of training, so
+# that with max or min pooling every vector gets gradients.
 SPREAD = 0.02
 
 
@@ -35,7 +35,7 @@ def power(z: Float[Tensor, "..."], degree: int | float) -> Float[Tensor, "..."]:
 
 
 def root(scale: Float[Tensor, "..."], degree: int | float) -> Float[Tensor, "..."]:
-    """The z whose `power` is the scale, the positive one of two.
+    """The z whose `power` is the scale; the positive one if there are two.
 
     Raises:
         ValueError: a negative scale, which no even power gives.
@@ -46,7 +46,7 @@ def root(scale: Float[Tensor, "..."], degree: int | float) -> Float[Tensor, "...
 
 
 def root_mean_square(scales: Float[Tensor, "p d_out"]) -> Float[Tensor, "d_out"]:
-    """|s| / sqrt(p): L2 pooling, so that equal vectors pool to what they are."""
+    """L2 pooling |s| / sqrt(p), which returns the common value of equal vectors."""
     return torch.linalg.vector_norm(scales, dim=0) / math.sqrt(len(scales))
 
 
@@ -67,7 +67,7 @@ def scale_of(z: Tensor, degree: int | float, pooling: str = "mean") -> Float[Ten
 def initial_vectors(
     vectors: int, width: int, *, degree: int | float, pooling: str, value: float, noise: float, dtype: torch.dtype
 ) -> Tensor:
-    """What z starts with: `value` everywhere, plus Gaussian noise; of several vectors, spread about that.
+    """The initial z: `value` everywhere, plus Gaussian noise; several vectors differ around it.
 
     Args:
         vectors: p.

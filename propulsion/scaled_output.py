@@ -1,12 +1,12 @@
-"""Multiplying a layer's output by its scale, with little kept for the backward pass and little written.
+"""The product of a layer's output and its scale, with less memory kept for the backward pass.
 
 The gradient of the scale s is sum_t g_t v_t. Autograd would keep the unscaled output v for it, which nothing else
-needs, beside the scaled output y = s v, which most layers' successors (attention, activations) keep for gradients of
-their own. Here y is kept, and v_t = y_t / s in the backward pass. That is exact but for two roundings where s is not
-small; where any |s| is below `SMALLEST`, v is kept as usual, so that the gradient is exact down to s = 0.
+needs, in addition to the scaled output y = s v, which most following operations (attention, activations) keep for their
+own gradients. Here y is kept, and the backward pass computes v_t = y_t / s. That is exact but for two roundings if s is
+not small; if any |s| is below `SMALLEST`, v is kept as usual, so that the gradient is exact down to s = 0.
 
-v is then of no use once y is formed, so that y may take its place in memory; and the buffer of the products g_t y_t
-that are summed becomes the gradient of v. Fresh memory is what such cheap operations spend their time on.
+Then v is not needed once y is computed, and y may be written over it; the buffer of the products g_t y_t is used again
+for the gradient of v. Allocating memory is most of the cost of such cheap operations.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ SMALLEST = 1 / 16
 
 
 class _ScaledOutput(torch.autograd.Function):
-    """y = s v, from which the backward pass takes v = y / s."""
+    """y = s v, whose backward pass computes v = y / s."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, scale: Tensor, overwrite: bool) -> Tensor:
-        # A detached v shares its count of changes with v: a backward pass that needs v after all raises.
+        # A detached v shares its version counter with v, so that a backward pass that needs v raises.
         y = v.detach().mul_(scale) if overwrite else (v * scale).to(v.dtype)
         ctx.save_for_backward(y, scale)
         return y
@@ -51,14 +51,14 @@ class _ScaledOutput(torch.autograd.Function):
 
 
 def transforms_active() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, is looking on."""
+    """Whether a transform of torch.func, or forward-mode differentiation, is active."""
     level: int = torch.autograd.forward_ad._current_level
     stack = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
     return stack is not None or level >= 0
 
 
 def _is_batched(g: Tensor) -> bool:
-    """Whether several gradients are taken at once (``is_grads_batched``), which writes into no buffer."""
+    """Whether several gradients are computed at once (``is_grads_batched``), where buffers cannot be written into."""
     return torch._C._functorch.is_legacy_batchedtensor(g)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -70,7 +70,7 @@ def multiply(
     Args:
         v: the layer's output.
         scale: s, of a shape that broadcasts to v's, float32 or wider.
-        lean: keep y for the backward pass. Only for |s| >= `SMALLEST`, and for outputs that nobody overwrites in place.
-        overwrite: with `lean`, let y take v's memory. Only for a v that nobody else holds.
+        lean: keep y for the backward pass. Allowed if |s| >= `SMALLEST`, and if y is not overwritten in place.
+        overwrite: with `lean`, write y over v. Allowed if nothing else holds v.
     """
     return _ScaledOutput.apply(v, scale, overwrite) if lean else (v * scale).to(v.dtype)

@@ -1,17 +1,16 @@
 """Train a model on a task by any method: `python -m propulsion.train --task sst2 --method propulsion`.
 
-Options have the names of `transformers.TrainingArguments`. The same command resumes a run that was killed, at any
-moment, and ends with the same weights, to the last bit on a CPU. `accelerate launch -m propulsion.train ...` trains on
+Options have the names of `transformers.TrainingArguments`. The same command resumes a run that was killed at any
+moment, and ends with the same weights, bit for bit on a CPU. `accelerate launch -m propulsion.train ...` trains on
 several devices. The output folder holds:
 
-    run.json       the configuration, data and base model; what a checkpoint must agree with
-    rates.json     the learning rates that were measured, and why; a resumed run reads them
-    files.json     what the run wrote, by content: of all that is in the folder, the only files it may remove
-    checkpoint-N   to resume from
-    model          what was trained, with its tokenizer: loads by plain peft, or by transformers if the method has no
-                   adapter
-    predictions    one for every validation row drawn, in predictions.json
-    result.json    metrics, losses, learning rates, trained parameters, times
+    run.json          the configuration, data and base model, with which a resumed run must agree
+    rates.json        the measured learning rates and how they were chosen; a resumed run reads them
+    files.json        the files that the run wrote, by content: it removes no others
+    checkpoint-N      a checkpoint, from which the run can be resumed
+    model             the trained model or adapter, with its tokenizer; transformers or peft loads it
+    predictions.json  one prediction for every validation row
+    result.json       metrics, losses, learning rates, number of trained parameters, times
 """
 
 import dataclasses
@@ -39,7 +38,7 @@ from propulsion.identity import model_content, weights_identity
 from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
 from propulsion.pretrained import fingerprint, load_model, pooling_of
 from propulsion.training.checkpoints import latest_checkpoint
-from propulsion.training.config import TrainConfig, identity
+from propulsion.training.config import TrainConfig, identity, training_arguments
 from propulsion.training.evaluation import Evaluation
 from propulsion.training.learning_rates import Rates, RoleRate, describe_rates, model_degree, parameter_groups
 from propulsion.training.measured_rates import with_measured
@@ -48,13 +47,13 @@ from propulsion.training.presets import PRESETS, describe, get_preset
 from propulsion.training.reporting import check_reporting
 from propulsion.training.run_folder import (
     MODEL,
-    Standing,
+    FolderState,
     check_folder,
     claim,
     finish,
+    folder_state,
     rates_of,
     save_model,
-    standing,
     store_rates,
 )  # fmt: skip
 from propulsion.training.sharding import check_sharding, prepare_sharding
@@ -63,22 +62,20 @@ from propulsion.training.trainer import WITHOUT_OVERWRITE, TaskTrainer, isolated
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run ended with.
+    """The result of a run.
 
     Attributes:
         metrics: The task's metrics on the validation rows.
         steps: Optimizer steps taken.
         trained_parameters: Number of parameters trained.
-        learning_rates: Peak learning rate of every role trained (`propulsion.training.learning_rates`).
-        rate_reasons: Where each comes from, in words.
-        signs_of_failure: What shows that nothing was learnt, and the remedy; empty where nothing shows it.
-        history: What was logged on the way.
+        learning_rates: Peak learning rate of every trained role (`propulsion.training.learning_rates`).
+        rate_reasons: How each rate was chosen, in words.
+        signs_of_failure: Signs that nothing was learnt, with the remedy; empty if there are none.
+        history: The entries of the log.
         seconds: Wall time of the last call.
         output_dir: The run's folder.
-        pooling: How a classifier read its body ("mean", "first", or "pooler", transformers' own way); None of other
-            tasks.
-        extended_at: Steps after which the run was made longer; from each on, the learning rates are of a longer
-            schedule.
+        pooling: Pooling of a classifier ("mean", "first", or transformers' own, "pooler"); None for other tasks.
+        extended_at: Steps after which the run was made longer; from each on, the schedule is that of the longer run.
     """
 
     metrics: dict[str, float]
@@ -94,10 +91,10 @@ class TrainResult:
     signs_of_failure: list[str] = dataclasses.field(default_factory=list)
 
 
-_SHUFFLED = 1000  # Streamed rows that are read ahead of those that are used, and drawn from.
+_SHUFFLED = 1000  # Size of the buffer in which streamed rows are shuffled.
 
-# Fields of transformers.TrainingArguments that would be ignored, or break what a run relies on: the optimizer is AdamW
-# with rates by role, the columns and their order are the task's.
+# Fields of transformers.TrainingArguments that cannot be set: the optimizer is AdamW with rates by role, and the
+# columns and their order are the task's.
 _FIXED = frozenset(
     {"optim", "optim_args", "optim_target_modules", "data_seed", "greater_is_better", "label_names",
      "remove_unused_columns"}
@@ -107,13 +104,13 @@ _FIXED = frozenset(
 def run(config: TrainConfig) -> TrainResult:
     """Train as configured, from the last checkpoint where there is one, and evaluate.
 
-    A finished run is returned as it is. One that is finished or was stopped is made longer by more steps or epochs: it
-    goes on from its last checkpoint, with the learning rates that the longer schedule has from that step on.
+    The result of a finished run is returned. With more steps or epochs, a run that is finished or was stopped is
+    continued from its last checkpoint, with the learning rates of the longer schedule.
 
     Raises:
-        UserError: Unusable options, data or model; the folder is of another run or of none; training diverged; a full
-            disk.
-        Interrupted: The process was interrupted, with what is kept in words.
+        UserError: Options, data or model cannot be used, the folder holds another run or something else, training
+            diverged, or the disk is full.
+        Interrupted: The process was interrupted; the message says what is kept.
     """
     started = time.perf_counter()
     output = config.output_dir.expanduser().resolve()
@@ -136,27 +133,27 @@ def run(config: TrainConfig) -> TrainResult:
     )  # fmt: skip
     if kind.task_type in ("SEQ_CLS", "TOKEN_CLS") and task.label_names:
         name_labels(model.config, task.label_names)
-    # Before anything is written.
+    # All rows are checked before anything is written.
     encoded = check_inputs(data, tokenizer, config.limits, cached=True, streamed=_streamed_rows(config, state))
     base, content = fingerprint(model), model_content(model, tokenizer)
     model = _adapted(config, model, kind.task_type)
     adapter = None if config.adapter is None else weights_identity(model.named_parameters())
     same = identity(config, data, content, adapter)
-    found = standing(output, same, overwrite=config.overwrite_output_dir)
-    if found.finished is not None:
+    folder = folder_state(output, same, overwrite=config.overwrite_output_dir)
+    if folder.finished is not None:
         if state.is_main_process:
             print(
-                f"finished already at step {found.finished['steps']}, nothing was trained: a larger --max-steps or "
+                f"finished already at step {folder.finished['steps']}, nothing was trained: a larger --max-steps or "
                 "--num-train-epochs goes on, --overwrite-output-dir starts anew",
                 flush=True,
             )
-        stored: dict[str, Any] = found.finished | {"extended_at": found.extended_at}
+        stored: dict[str, Any] = folder.finished | {"extended_at": folder.extended_at}
         return TrainResult(**stored)
     rates, stored_rates = Rates(config.learning_rate, config.head_learning_rate, config.rate_multiplier), None
     if config.max_steps != 0:
         if not trainable_parameters(model):
             raise UserError(f"method {config.method} trains nothing: choose another one, or max_steps 0 to evaluate")
-        stored_rates = None if found.replaces or not rates.automatic else rates_of(output)
+        stored_rates = None if folder.replaces or not rates.automatic else rates_of(output)
         rates = _measured(config, rates, stored_rates, model, encoded, kind.collator(tokenizer, model))
         if state.is_main_process:
             groups = parameter_groups(model, rates=rates, weight_decay=config.weight_decay)
@@ -168,15 +165,15 @@ def run(config: TrainConfig) -> TrainResult:
         note = check_sharding(trainer, model) if sharded else None
         if note is not None and state.is_main_process:
             print(note, flush=True)
-        # Nothing in the folder has changed so far: an option that cannot be used loses no earlier run.
+        # The folder is unchanged so far, so that unusable options lose no earlier run.
         state.wait_for_everyone()
         if state.is_main_process:
-            claim(output, same, found)
+            claim(output, same, folder)
             if rates.measured and stored_rates is None:
                 store_rates(output, {role: dataclasses.asdict(rate) for role, rate in rates.measured.items()})
         state.wait_for_everyone()
         try:
-            result = _carry_out(config, trainer, evaluation, rates, found, started)
+            result = _carry_out(config, trainer, evaluation, rates, folder, started)
             save_model(trainer, output / MODEL, tokenizer, base)
             if state.is_main_process:
                 finish(output, dataclasses.asdict(result), evaluation.predictions)
@@ -187,14 +184,14 @@ def run(config: TrainConfig) -> TrainResult:
 
 
 def _carry_out(
-    config: TrainConfig, trainer: TaskTrainer, evaluation: Evaluation, rates: Rates, found: Standing, started: float
+    config: TrainConfig, trainer: TaskTrainer, evaluation: Evaluation, rates: Rates, folder: FolderState, started: float
 ) -> TrainResult:
-    """Train from where the run is, and evaluate."""
+    """Train, from the last checkpoint if there is one, and evaluate."""
     output, main_process = Path(str(trainer.args.output_dir)), PartialState().is_main_process
     if config.max_steps != 0:
         checkpoint = latest_checkpoint(output)
         if checkpoint is not None and main_process:
-            longer = "; the learning rates from here on are those of the longer schedule" if found.extended_at else ""
+            longer = "; the learning rates from here on are those of the longer schedule" if folder.extended_at else ""
             print(f"going on from {checkpoint}{longer}", flush=True)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.check_finite()
@@ -205,22 +202,17 @@ def _carry_out(
         used = {group["role"]: rates.of(group["role"], degree) for group in groups}
         failure = signs(evaluation.data.task, evaluation.predictions, evaluation.labels(), _losses(trainer))
     return TrainResult(
-        metrics=metrics,
-        steps=trainer.state.global_step,
-        trained_parameters=trainable_parameters(trainer.network),
+        metrics=metrics, steps=trainer.state.global_step, trained_parameters=trainable_parameters(trainer.network),
         learning_rates={role: rate.rate for role, rate in used.items()},
-        rate_reasons={role: rate.reason for role, rate in used.items()},
-        signs_of_failure=failure,
-        history=trainer.state.log_history,
-        seconds=time.perf_counter() - started,
-        output_dir=str(output),
+        rate_reasons={role: rate.reason for role, rate in used.items()}, signs_of_failure=failure,
+        history=trainer.state.log_history, seconds=time.perf_counter() - started, output_dir=str(output),
         pooling=pooling_of(trainer.network) if kind_of(get_task(config.task)).task_type == "SEQ_CLS" else None,
-        extended_at=found.extended_at,
-    )
+        extended_at=folder.extended_at,
+    )  # fmt: skip
 
 
 def _check_best(config: TrainConfig, evaluation: Evaluation) -> None:
-    """Make sure, before the first step, that what is best is one of the metrics."""
+    """Make sure, before the first step, that `metric_for_best_model` is one of the metrics."""
     if config.metric_for_best_model is not None:
         best, names = config.metric_for_best_model.removeprefix("eval_"), evaluation.names()
         if best not in names:
@@ -236,7 +228,7 @@ def _how_to_go_on(config: TrainConfig, output: Path) -> str:
 
 
 def _streamed_rows(config: TrainConfig, state: PartialState) -> int:
-    """How many streamed rows are read in training, at most."""
+    """The largest number of streamed rows that training reads."""
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * state.num_processes
     return config.max_steps * batch + _SHUFFLED if config.max_steps > 0 else 0
 
@@ -259,11 +251,11 @@ def _adapted(config: TrainConfig, model: Any, task_type: str) -> Any:
 def _measured(
     config: TrainConfig, rates: Rates, stored: dict[str, Any] | None, model: Any, encoded: Any, collator: Any
 ) -> Rates:
-    """The rates with what is automatic: as the run's folder has it, or measured now, by one process for all."""
+    """The rates, with automatic ones from the run's folder, or measured now by one process for all."""
     if not rates.automatic:
         return rates
     if stored is not None:
-        return dataclasses.replace(rates, measured={role: RoleRate(**found) for role, found in stored.items()})
+        return dataclasses.replace(rates, measured={role: RoleRate(**rate) for role, rate in stored.items()})
     measured = [rates]
     if PartialState().is_main_process:
         size = config.per_device_train_batch_size
@@ -272,7 +264,7 @@ def _measured(
 
 
 def _losses(trainer: TaskTrainer) -> list[float]:
-    """Training losses as they were logged, those before a resumption too; of every step, where too few were logged."""
+    """The logged training losses, those before a resumption too; if none were logged, those of every step."""
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return trainer.losses if len(trainer.losses) == trainer.state.global_step or not logged else logged
 
@@ -288,17 +280,10 @@ def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation, encoded:
     arguments = _arguments(config, output, data)
     try:
         trainer = TaskTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=encoded,
-            eval_dataset=data.validation,
-            data_collator=kind.collator(tokenizer, model),
-            rates=rates,
-            score=evaluation,
-            keep=config.save_total_limit,
-            loss_by_token=kind.task_type == "CAUSAL_LM",
-            callbacks=callbacks,
-        )
+            model=model, args=arguments, train_dataset=encoded, eval_dataset=data.validation,
+            data_collator=kind.collator(tokenizer, model), rates=rates, score=evaluation, keep=config.save_total_limit,
+            loss_by_token=kind.task_type == "CAUSAL_LM", callbacks=callbacks,
+        )  # fmt: skip
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"options that do not go together: {one_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
@@ -307,34 +292,28 @@ def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation, encoded:
 
 def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArguments:
     named = {field.name for field in dataclasses.fields(TrainingArguments)}
-    own = {name: value for name, value in vars(config).items() if name in named and name != "learning_rate"}
     best = config.metric_for_best_model or data.task.metrics[0]
     more = parse_options(config.training_options)
     if unknown := sorted(more.keys() - named):
         raise UserError(f"transformers.TrainingArguments has no field {', '.join(unknown)}")
     if given := sorted(more.keys() & ({field.name for field in dataclasses.fields(config)} | _FIXED)):
         raise UserError(f"training_options cannot set {given[0]}: it has an option of its own here, or is fixed")
-    values = own | {
+    values = {
         "output_dir": str(output),
         "report_to": list(config.report_to),
-        "data_seed": config.seed,
         "metric_for_best_model": f"eval_{best.removeprefix('eval_')}",
         "greater_is_better": True,
-        "save_total_limit": None,  # The trainer below removes old checkpoints itself, safely.
-        "use_cpu": config.on_cpu,  # Said, or processes on a machine without accelerators would not find each other.
+        "save_total_limit": None,  # `TaskTrainer` removes old checkpoints.
+        "use_cpu": config.on_cpu,  # Without it, processes without accelerators would not find each other.
         "dataloader_pin_memory": not config.on_cpu and torch.cuda.is_available(),
-        "remove_unused_columns": False,
         "label_names": ["labels"] if data.task.kind != "question_answering" else ["start_positions", "end_positions"],
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
         "ddp_find_unused_parameters": False,
     }
     try:
-        arguments = TrainingArguments(**(values | more))
+        return training_arguments(config, **(values | more))
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"options that do not go together: {one_line(error)}") from error
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # Else the trainer would split over all devices; several are a launcher's business.
-    return arguments
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -382,5 +361,5 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    tqdm.monitor_interval = 0  # No thread of its own: a run's end waits for nothing.
+    tqdm.monitor_interval = 0  # No monitor thread, which would delay the end of the process.
     run_command(command)

@@ -1,4 +1,4 @@
-"""A look at the first forward pass and the first optimizer steps of training, for what would fail in silence."""
+"""Warnings at the first forward pass and the first optimizer steps, about settings that fail without an error."""
 
 import warnings
 import weakref
@@ -19,25 +19,25 @@ LARGEST_STEP = 0.25
 
 
 def watch(model: nn.Module) -> None:
-    """Have the next forward pass in training mode looked at, and the steps of an optimizer of its scales."""
+    """Check the next forward pass in training mode, and the steps of the optimizer of the scales."""
     if not is_watched(model):
-        model.register_forward_pre_hook(_look)
+        model.register_forward_pre_hook(_check_pass)
 
 
 def is_watched(model: nn.Module) -> bool:
-    """Whether a forward pass is still to be looked at, when it comes through the model's own call."""
-    return _look in model._forward_pre_hooks.values()
+    """Whether a forward pass is still to be checked, which needs a call of the model itself."""
+    return _check_pass in model._forward_pre_hooks.values()
 
 
 def unwatched(model: nn.Module) -> nn.Module:
-    """Take the look off a model, and return it."""
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _look]:
+    """Remove the check from a model, and return the model."""
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _check_pass]:
         del model._forward_pre_hooks[key]
     return model
 
 
-# A function of the module, and no closure, as models are pickled with their hooks.
-def _look(model: nn.Module, args: Any) -> None:
+# Not a closure, since models are pickled with their hooks.
+def _check_pass(model: nn.Module, args: Any) -> None:
     if not model.training or torch.compiler.is_compiling():
         return
     unwatched(model)
@@ -78,7 +78,7 @@ def _warn_of_dead(what: str) -> None:
 
 
 def _watch_steps(model: nn.Module, known: list[str]) -> None:
-    """Look at the first optimizer that steps on a scale of this model, and again whenever its rate rises.
+    """Check the first optimizer that steps on a scale of this model, and again whenever its rate rises.
 
     Args:
         model: the model.
@@ -88,19 +88,19 @@ def _watch_steps(model: nn.Module, known: list[str]) -> None:
     first: weakref.ref[torch.optim.Optimizer] | None = None
     judged = 0.0
 
-    def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal first, judged
         model = watched()
         if model is None or (first is not None and first() is not optimizer):
             return
-        # Later steps are looked at where that waits for no accelerator.
+        # Later steps are checked only if the rates are on the CPU, so that this waits for no accelerator.
         if first is not None and (_rates_are_elsewhere(optimizer) or largest_rate(optimizer) <= judged):
             return
         scales = {id(p): name for name, p in model.named_parameters() if SCALE_NAME in name}
         stepped = [p for group in optimizer.param_groups for p in group["params"] if id(p) in scales]
         if not stepped:
             return
-        # An optimizer that is given the loss to compute has no gradients before it does.
+        # An optimizer that is given a closure has no gradients before it calls it.
         if first is None and not any(callable(given) for given in (*args, *kwargs.values())):
             without = [scales[id(p)] for p in stepped if p.requires_grad and p.grad is None]
             names = [name.partition(f".{SCALE_NAME}")[0] for name in without]
@@ -109,19 +109,15 @@ def _watch_steps(model: nn.Module, known: list[str]) -> None:
         first = weakref.ref(optimizer)
         judged = float("inf") if warn_of_traps(model, optimizer) else largest_rate(optimizer)
 
-    # A hook cannot remove itself while hooks run.
-    weakref.finalize(model, register_optimizer_step_pre_hook(look).remove)
+    # The hook lives as long as the model: it cannot remove itself while hooks run.
+    weakref.finalize(model, register_optimizer_step_pre_hook(check).remove)
 
 
 def warn_of_traps(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Warn of settings that are known to spoil the training of scales.
+    """Warn of settings that spoil the training of scales, and return whether there were any.
 
-    Weight decay on z, which pulls the scales to 0 and the network with them; a learning rate with which one step of
-    Adam or sign descent can move a scale z^k, near 1, by more than `LARGEST_STEP`. Under a schedule, that is the
-    largest rate that the optimizer knows of (`largest_rate`).
-
-    Returns:
-        Whether there was something to warn of.
+    These are weight decay on z, which pulls the scales to 0, and a learning rate (`largest_rate`) at which one step of
+    Adam or sign descent can move a scale z^k near 1 by more than `LARGEST_STEP`.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     degrees = _degrees(model)
@@ -138,7 +134,7 @@ def warn_of_traps(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
                 stacklevel=2,
             )
         k, rate = max(degrees.get(name, 1.0) for name in scales), _rate_of(group)
-        # A step of plain SGD is as large as its gradient, which is not known here.
+        # The size of a step of plain SGD depends on the gradient, which is not known here.
         if k * rate > LARGEST_STEP and not isinstance(optimizer, torch.optim.SGD):
             warned = True
             warnings.warn(
@@ -150,30 +146,30 @@ def warn_of_traps(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def largest_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The largest learning rate of any group: now, or as far as a schedule has noted there what it leads to."""
+    """The largest learning rate of any group, now or later in the schedule, as far as the groups hold it."""
     return max((_rate_of(group) for group in optimizer.param_groups), default=0.0)
 
 
 def _rate_of(group: dict[str, Any]) -> float:
-    # torch's schedules note the rate that they multiply as "initial_lr", and those in cycles their peak as "max_lr".
+    # torch's schedules store the rate that they multiply as "initial_lr", and cyclic ones their peak as "max_lr".
     return max(float(group[name]) for name in ("lr", "initial_lr", "max_lr") if group.get(name) is not None)
 
 
 class TrapWarnings(TrainerCallback):
     """`warn_of_traps` before the first pass of `transformers.Trainer`: ``Trainer(..., callbacks=[TrapWarnings()])``.
 
-    Without it, they come at the first step (`propulsion.training_checks`).
+    Without it, they come at the first step (`watch`).
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the optimizer before the first step."""
+        """Check the optimizer before the first step."""
         if kwargs.get("optimizer") is not None:
             optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
             warn_of_traps(kwargs["model"], optimizer)
 
 
 def _degrees(model: nn.Module) -> dict[str, float]:
-    """Degree of every z, by its parameter's name."""
+    """The degree of every z, by its parameter's name."""
     return {
         f"{name}.{SCALE_NAME}.{adapter}": float(degree)
         for name, module in model.named_modules()

@@ -26,7 +26,6 @@ from propulsion.methods import Method
 from propulsion.train import TrainConfig
 from propulsion.train import run as train_run
 from propulsion.training import TrainingOptions
-from propulsion.training import trainer as trainer_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -164,7 +163,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(config, bf16, monkeypatch):
     config = dataclasses.replace(config, bf16=bf16)
     whole = dataclasses.replace(config, output_dir=config.output_dir.with_name("whole"))
     train_run(whole)
-    rename, calls = trainer_module.os.rename, []
+    rename, calls = os.rename, []
 
     def kill(*args, **kwargs):
         calls.append(1)
@@ -173,7 +172,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(config, bf16, monkeypatch):
         return rename(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module.os, "rename", kill)
+        patch.setattr(os, "rename", kill)
         with pytest.raises(Killed):
             train_run(config)
     assert (config.output_dir / "checkpoint-4").is_dir()

@@ -1,28 +1,14 @@
 """Tasks and their rows: what is trained and evaluated on."""
 
 from propulsion.data.kinds import Limits, kind_of, to_dataset
-from propulsion.data.loading import SPLITS, Places, TaskData, load_task_data
+from propulsion.data.loading import SPLITS, Origin, TaskData, load_task_data
 from propulsion.data.sampling import draw_rows
 from propulsion.data.sources import EMBEDDED, check_folders, task_folder
 from propulsion.data.tasks import TASKS, Task, get_task
 from propulsion.data.tokens import check_inputs, tokenize, tokenize_cached
 
 __all__ = [
-    "EMBEDDED",
-    "SPLITS",
-    "TASKS",
-    "Limits",
-    "Places",
-    "Task",
-    "TaskData",
-    "check_folders",
-    "check_inputs",
-    "draw_rows",
-    "get_task",
-    "kind_of",
-    "load_task_data",
-    "task_folder",
-    "to_dataset",
-    "tokenize",
+    "EMBEDDED", "SPLITS", "TASKS", "Limits", "Origin", "Task", "TaskData", "check_folders", "check_inputs",
+    "draw_rows", "get_task", "kind_of", "load_task_data", "task_folder", "to_dataset", "tokenize",
     "tokenize_cached",
-]
+]  # fmt: skip

@@ -1,7 +1,7 @@
-"""Tasks as instructions to a language model: from a row to what it is told and should say, and back from what it said.
+"""Tasks as instructions to a language model: prompts made from rows, and answers extracted from generated text.
 
-A question with choices is answered by the choice's tag ("answer2"), a sum by its number. An answer is extracted from
-generated text as the first tag, or the last number, in it: what the model says around it does not matter.
+A question with choices is answered by the tag of a choice ("answer2"), an arithmetic problem by a number. The answer in
+generated text is the first tag, or the last number, in it.
 """
 
 import math
@@ -19,9 +19,9 @@ class Exchange:
     """One instruction and its answer.
 
     Attributes:
-        prompt: What the model is told; the answer follows at its end.
-        answer: What it should say.
-        choices: The possible answers; empty if it is a number.
+        prompt: The text that the model continues.
+        answer: The right continuation.
+        choices: The possible answers; empty if the answer is a number.
     """
 
     prompt: str
@@ -30,19 +30,19 @@ class Exchange:
 
     def is_right(self, text: str) -> bool:
         """Whether generated text holds the answer."""
-        found, wanted = extract(text, self.choices), extract(self.answer, self.choices)
-        if found is None or wanted is None:
+        extracted, wanted = extract(text, self.choices), extract(self.answer, self.choices)
+        if extracted is None or wanted is None:
             return False
-        return found == wanted if self.choices else math.isclose(float(found), float(wanted), rel_tol=1e-6)
+        return extracted == wanted if self.choices else math.isclose(float(extracted), float(wanted), rel_tol=1e-6)
 
 
 def extract(text: str, choices: Sequence[str] = ()) -> str | None:
-    """The first of the choices in a text, in any case, or without choices its last number; None if there is none."""
+    """The first choice in a text, in upper or lower case, or without choices the last number; None if there is none."""
     if not choices:
         return number(text)
     pattern = "|".join(rf"\b{re.escape(choice)}\b" for choice in sorted(choices, key=len, reverse=True))
-    found = re.search(pattern, text, flags=re.IGNORECASE)
-    return None if found is None else next(c for c in choices if c.lower() == found.group().lower())
+    match = re.search(pattern, text, flags=re.IGNORECASE)
+    return None if match is None else next(c for c in choices if c.lower() == match.group().lower())
 
 
 def number(text: str) -> str | None:
@@ -51,8 +51,8 @@ def number(text: str) -> str | None:
     >>> number("3 boxes of 1,200 make 3,600.")
     '3600'
     """
-    found = re.findall(r"-?\d[\d,]*\.?\d*", text)
-    return found[-1].replace(",", "").rstrip(".") if found else None
+    numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
+    return numbers[-1].replace(",", "").rstrip(".") if numbers else None
 
 
 def boolq(row: Mapping[str, Any]) -> Exchange:
@@ -100,14 +100,14 @@ def openbookqa(row: Mapping[str, Any]) -> Exchange:
 
 
 def arithmetic(row: Mapping[str, Any]) -> Exchange:
-    """MultiArith, AddSub, SingleEq: question and its number, in whatever column the answer is."""
+    """MultiArith, AddSub, SingleEq: question, and the number in the column final_ans or answer."""
     return _sum(_text(row, "question"), next(row[name] for name in ("final_ans", "answer") if name in row))
 
 
 def gsm8k(row: Mapping[str, Any]) -> Exchange:
     """GSM8K (Cobbe et al. 2021): question, answer (its reasoning, then #### and the number).
 
-    The model is trained on the reasoning too, without the calculator's marks.
+    The model is trained on the reasoning too, without its calculator annotations.
     """
     answer = row["answer"]
     if isinstance(answer, str):
@@ -134,7 +134,7 @@ def _exchange(asked: str, answer: str, choices: tuple[str, ...] = ()) -> Exchang
 def _choose(asked: str, options: Sequence[str], right: int) -> Exchange:
     if not 0 <= right < len(options):
         raise UserError(f"the right answer is number {right + 1} of {len(options)}")
-    tags = tuple(f"answer{place}" for place in range(1, len(options) + 1))
+    tags = tuple(f"answer{number}" for number in range(1, len(options) + 1))
     listed = "\n".join(f"{tag}: {option}" for tag, option in zip(tags, options))
     return _exchange(f"{asked}\n{listed}\nReply with one of {', '.join(tags)}.", tags[right], tags)
 

@@ -23,18 +23,18 @@ SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
-class Places:
+class Origin:
     """Where rows come from, for messages.
 
     Attributes:
         rows: The rows.
         name: The file, or the split of a dataset on the hub.
-        numbers: Where each row stands there.
+        locations: Where each row is in it.
     """
 
     rows: Dataset
     name: str
-    numbers: Sequence[str]
+    locations: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class TaskData:
         train: Training rows in the task's columns (of an instruction: prompt, answer, choices); none if streamed.
         validation: Held-out rows, in the same columns.
         source: Where the rows come from and how they were subsampled, in words.
-        fingerprint: SHA-256 of the rows, so that two runs can be known to have used the same; of streamed training
-            rows, of their source alone.
-        stream: Training rows, read as they are needed, where that was asked for.
-        places: Where the rows come from, of those that were loaded.
+        fingerprint: SHA-256 of the rows, which says whether two runs used the same ones; for streamed training rows,
+            of their source.
+        stream: Training rows that are read as they are needed; None unless that was asked for.
+        origins: Where the rows that were loaded come from.
     """
 
     task: Task
@@ -58,7 +58,7 @@ class TaskData:
     source: str
     fingerprint: str
     stream: IterableDataset | None = None
-    places: tuple[Places, ...] = ()
+    origins: tuple[Origin, ...] = ()
 
 
 def load_task_data(
@@ -79,10 +79,10 @@ def load_task_data(
         data_dir: Folder with one `train` and one `validation` file in the column names of the hub: .jsonl, .json, .csv
             or .tsv, as they are or compressed (.gz, .bz2, .xz), or .parquet; or a folder with such a folder in it,
             named after the task. Labels are numbers, or the task's label names in any case. Other columns are not read.
-        n_train: Rows to draw at random for training; all if None. Of streamed rows, the first.
+        n_train: Rows to draw at random for training; all if None. Of streamed rows, the first ones are taken.
         n_validation: Rows to draw at random for validation; all if None.
         seed: Seed of the draws. Draws are stratified: classes keep their proportions, each with one row at least.
-        streaming: Read training rows as they are needed, and hold none; they are checked as they come.
+        streaming: Read and check training rows as they are needed, and keep none in memory.
 
     Raises:
         UserError: If the task is unknown, the data cannot be found or read, or rows cannot be used; all such rows of
@@ -91,46 +91,43 @@ def load_task_data(
     entry = get_task(task)
     source = source_of(entry, data_dir)
     sizes = {split: n for split, n in zip(SPLITS, (n_train, n_validation)) if not (streaming and split == "train")}
-    found = together(*(partial(_read_split, entry, source, split, n, seed) for split, n in sizes.items()))
-    rows, notes = {split: columns for split, (columns, _, _, _) in zip(sizes, found)}, [note for *_, note in found]
+    splits = together(*(partial(_read_split, entry, source, split, n, seed) for split, n in sizes.items()))
+    rows, notes = {split: columns for split, (columns, _, _, _) in zip(sizes, splits)}, [note for *_, note in splits]
     if streaming:
         notes.insert(0, f"train rows streamed{'' if n_train is None else f', the first {n_train}'}")
         rows["train"] = {name: [] for name in kind_of(entry).features(entry)}
     sets = {split: to_dataset(entry, columns) for split, columns in rows.items()}
     return TaskData(
-        task=entry,
-        train=sets["train"],
-        validation=sets["validation"],
-        source=f"{source.origin}; {', '.join(notes)}",
+        task=entry, train=sets["train"], validation=sets["validation"], source=f"{source.origin}; {', '.join(notes)}",
         fingerprint=_fingerprint(rows | ({"streamed": source.origin} if streaming else {})),
         stream=_stream(entry, source, n_train) if streaming else None,
-        places=tuple(Places(sets[split], name, numbers) for split, (_, name, numbers, _) in zip(sizes, found)),
-    )
+        origins=tuple(Origin(sets[split], name, locations) for split, (_, name, locations, _) in zip(sizes, splits)),
+    )  # fmt: skip
 
 
 def _read_split(
     task: Task, source: Source, split: str, n: int | None, seed: int
 ) -> tuple[Columns, str, list[str], str]:
-    """The rows of a split that are used, its name, their places in it, and how they were chosen, in words."""
+    """The drawn rows of a split, the split's name, where each row is in it, and how the rows were drawn, in words."""
     name, rows = source.read(split)
-    columns, numbers, left_out = _checked(task, name, rows, leave_out=source.leaves_out_blank)
-    if (label := _label_column(task)) is not None:
-        check_variety(name, columns[label])
+    columns, locations, left_out = _checked(task, name, rows, leave_out=source.leaves_out_blank)
+    if task.kind in ("classification", "regression"):
+        check_variety(name, columns[task.label_column])
     chosen = draw(task, name, columns, n, seed)
-    note = f"{len(chosen)} of {len(numbers)} {split} rows"
-    note += "" if len(chosen) == len(numbers) else f" drawn with seed {seed}"
+    note = f"{len(chosen)} of {len(locations)} {split} rows"
+    note += "" if len(chosen) == len(locations) else f" drawn with seed {seed}"
     note += f" ({left_out} without text left out)" if left_out else ""
-    return select(columns, chosen), name, [numbers[place] for place in chosen], note
+    return select(columns, chosen), name, [locations[row] for row in chosen], note
 
 
 def _checked(task: Task, name: str, rows: Iterable[Row], *, leave_out: bool) -> tuple[Columns, list[str], int]:
-    """Rows as the task's columns, their places, and the number of those left out for want of text.
+    """Rows as the task's columns, where each row is, and how many rows without text were left out.
 
     Raises:
-        UserError: Rows cannot be used, or there are none; all are read before the first few are named.
+        UserError: Rows cannot be used, or there are none; all rows are read before the first few are named.
     """
     columns: Columns = {column: [] for column in kind_of(task).features(task)}
-    numbers, problems, seen, left_out, unread = [], [], {}, 0, 0
+    locations, problems, seen, left_out, unread = [], [], {}, 0, 0
     for row in rows:
         seen |= dict.fromkeys(row.values)
         unread += row.problem is not None
@@ -140,12 +137,12 @@ def _checked(task: Task, name: str, rows: Iterable[Row], *, leave_out: bool) -> 
             if leave_out and isinstance(error, NoText):
                 left_out += 1
             else:
-                problems.append(f"{row.place}: {error}")
+                problems.append(f"{row.location}: {error}")
         else:
-            numbers.append(row.place)
+            locations.append(row.location)
             for column, values in columns.items():
                 values.append(read[column])
-    total = len(numbers) + len(problems)
+    total = len(locations) + len(problems)
     if not total:
         raise UserError(f"{name} has no rows")
     if not unread and (missing := [column for column in (*task.text_columns, task.label_column) if column not in seen]):
@@ -156,7 +153,7 @@ def _checked(task: Task, name: str, rows: Iterable[Row], *, leave_out: bool) -> 
         raise UserError(f"{name}, {problems[0]}")
     if problems:
         raise UserError(f"{name}: {len(problems)} of {total} rows cannot be used: {listed(problems, '; ')}")
-    return columns, numbers, left_out
+    return columns, locations, left_out
 
 
 def _read_row(task: Task, row: Row) -> dict[str, Any]:
@@ -168,8 +165,8 @@ def _read_row(task: Task, row: Row) -> dict[str, Any]:
 def _stream(task: Task, source: Source, n: int | None) -> IterableDataset:
     def rows() -> Iterator[dict[str, Any]]:
         seen = 0
-        name, found = source.stream("train")
-        for row in found:
+        name, stream = source.stream("train")
+        for row in stream:
             if n is not None and seen >= n:
                 return
             try:
@@ -177,19 +174,14 @@ def _stream(task: Task, source: Source, n: int | None) -> IterableDataset:
             except UserError as error:
                 if source.leaves_out_blank and isinstance(error, NoText):
                     continue
-                raise UserError(f"{name}, {row.place}: {error}") from error
+                raise UserError(f"{name}, {row.location}: {error}") from error
             seen += 1
             yield read
         if not seen:
             raise UserError(f"{name} has no rows")
 
-    source.stream("train")  # What cannot be opened is said now.
+    source.stream("train")  # Raises now if the rows cannot be opened.
     return IterableDataset.from_generator(rows, features=kind_of(task).features(task))
-
-
-def _label_column(task: Task) -> str | None:
-    """The column of single labels, in tasks that have one."""
-    return task.label_column if task.kind in ("classification", "regression") else None
 
 
 def _fingerprint(rows: Mapping[str, Any]) -> str:

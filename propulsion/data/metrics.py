@@ -65,13 +65,9 @@ def entity_scores(predictions: Sequence[Sequence[str]], labels: Sequence[Sequenc
     from seqeval import metrics as seqeval_metrics
 
     pair: list[Any] = [list(map(list, labels)), list(map(list, predictions))]
-    options: Any = {"zero_division": 0}
-    functions: dict[str, Callable[..., Any]] = {
-        "f1": seqeval_metrics.f1_score,
-        "precision": seqeval_metrics.precision_score,
-        "recall": seqeval_metrics.recall_score,
-    }
-    return {name: float(function(*pair, **options)) for name, function in functions.items()}
+    functions: Any = (seqeval_metrics.f1_score, seqeval_metrics.precision_score, seqeval_metrics.recall_score)
+    scores = (float(function(*pair, zero_division=0)) for function in functions)
+    return dict(zip(("f1", "precision", "recall"), scores, strict=True))
 
 
 def rouge_scores(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
@@ -99,17 +95,17 @@ def answer_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) 
     """
     exact, overlap = [], []
     for prediction, golds in zip(predictions, answers, strict=True):
-        # As the official script: a gold answer of nothing but articles counts as none.
+        # As in the official script, a right answer that consists of articles counts as none.
         texts = [text for text in golds if _normalize(text)] or [""]
         exact.append(max(float(_normalize(prediction) == _normalize(text)) for text in texts))
         overlap.append(max(_word_f1(_normalize(prediction).split(), _normalize(text).split()) for text in texts))
-    found = {"f1": float(np.mean(overlap)), "exact_match": float(np.mean(exact))}
+    scores = {"f1": float(np.mean(overlap)), "exact_match": float(np.mean(exact))}
     answered = np.array([bool(golds) for golds in answers])
     if not answered.all() and answered.any():
         for name, chosen in (("has_answer", answered), ("no_answer", ~answered)):
-            found[f"{name}_f1"] = float(np.mean(np.array(overlap)[chosen]))
-            found[f"{name}_exact_match"] = float(np.mean(np.array(exact)[chosen]))
-    return found
+            scores[f"{name}_f1"] = float(np.mean(np.array(overlap)[chosen]))
+            scores[f"{name}_exact_match"] = float(np.mean(np.array(exact)[chosen]))
+    return scores
 
 
 def _normalize(text: str) -> str:

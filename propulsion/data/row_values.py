@@ -1,7 +1,7 @@
-"""Values of rows that people write by hand: read as the one thing that they can mean, or refused.
+"""Values of rows that people write by hand: a value is read if it has one possible meaning, and refused otherwise.
 
-A file's format, or the habit of who wrote it, decides whether a label is `1`, `1.0`, `"1"`, `True` or `"Positive"`, and
-whether one answer stands in a list. The messages name the column; the caller adds the file and the row.
+Depending on a file's format and its author, a label is `1`, `1.0`, `"1"`, `True` or `"Positive"`, and a single answer
+is in a list or not. Messages name the column; the caller adds the file and the row.
 """
 
 import math
@@ -11,20 +11,20 @@ from typing import Any
 from propulsion.data.tables import encoding_problem
 from propulsion.errors import UserError
 
-UNLABELLED = -1  # What GLUE's test sets hold in place of a label.
+UNLABELLED = -1  # The label of every row in GLUE's test sets.
 _TRUTH = {"true": True, "false": False}
 _SHOWN = 60  # Characters of a value in a message.
 
 
 class NoText(UserError):
-    """A text is empty, where something should stand."""
+    """A text is empty that must not be."""
 
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:
-    """What a row holds in a column.
+    """The value of a row in a column.
 
     Raises:
-        UserError: It has no such column.
+        UserError: The row has no such column.
     """
     if column not in row:
         raise UserError(f"lacks the column {column}; its columns are: {', '.join(row) or 'none'}")
@@ -32,12 +32,12 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
 
 
 def text(value: Any, column: str, *, blank: bool = False) -> str:
-    """A text.
+    """A value that must be text.
 
     Args:
-        value: What may be one.
-        column: Its name.
-        blank: Whether it may hold nothing but spaces.
+        value: The value.
+        column: Name of its column.
+        blank: Whether the text may be blank.
 
     Raises:
         UserError: It is no text, or cannot be written as UTF-8.
@@ -53,27 +53,27 @@ def text(value: Any, column: str, *, blank: bool = False) -> str:
 
 
 def texts(value: Any, column: str, what: str) -> list[str]:
-    """A list of texts, of at least one.
+    """A value that must be a list of one text or more.
 
     Raises:
-        UserError: It is something else.
+        UserError: It is no such list.
     """
     if not isinstance(value, list) or not value:
         raise UserError(f"{column} is {shown(value)}, expected a list of {what}{_held(value)}")
-    return [text(item, f"item {place} of {column}", blank=True) for place, item in enumerate(value, start=1)]
+    return [text(item, f"item {number} of {column}", blank=True) for number, item in enumerate(value, start=1)]
 
 
 def label_number(value: Any, names: Sequence[str], column: str = "label") -> int:
-    """The number of a label: given as this number, as its name in any case, or, of two labels, as true or false.
+    """The number of a label, given as the number, as the name in upper or lower case, or as true or false.
 
-    True and false are taken where label 1 affirms what label 0 denies, as in "not_equivalent", "equivalent".
+    True and false are read where label 1 affirms what label 0 denies, as in "not_equivalent", "equivalent".
 
     Raises:
-        UserError: It is none of these.
+        UserError: The value is no label.
     """
     if (named := _named(value, names)) is not None:
         return named
-    expected = ", ".join(f"{place} ({name})" for place, name in enumerate(names))
+    expected = ", ".join(f"{number} ({name})" for number, name in enumerate(names))
     truth = _truth(value)
     if truth is not None:
         if not _affirms(names):
@@ -87,10 +87,10 @@ def label_number(value: Any, names: Sequence[str], column: str = "label") -> int
 
 
 def score(value: Any, low: float, high: float, column: str = "label") -> float:
-    """A number within a range.
+    """A value that must be a number within a range.
 
     Raises:
-        UserError: It is none.
+        UserError: It is not.
     """
     number = _number(value, column, f"a number from {low} to {high}")
     if not low <= number <= high:
@@ -100,10 +100,10 @@ def score(value: Any, low: float, high: float, column: str = "label") -> float:
 
 
 def whole_number(value: Any, column: str) -> int:
-    """A whole number, also as text or as a float without a fraction.
+    """A value that must be a whole number, perhaps written as text or as a float.
 
     Raises:
-        UserError: It is none.
+        UserError: It is not.
     """
     number = as_number(value)
     if number is None or not math.isfinite(number) or number != int(number):
@@ -112,24 +112,24 @@ def whole_number(value: Any, column: str) -> int:
 
 
 def parallel_lists(value: Any, keys: tuple[str, ...], column: str) -> dict[str, list[Any]]:
-    """Lists of equal length by name: given so, as a list of objects, or a list of one item as the item alone.
+    """Lists of equal length by name; also read from a list of objects, and from single items in place of lists.
 
     Raises:
-        UserError: It is none of these.
+        UserError: The value has another form, or lists of different lengths.
     """
     if isinstance(value, list) and all(isinstance(item, dict) and item.keys() >= set(keys) for item in value):
         return {key: [item[key] for item in value] for key in keys}
     if not isinstance(value, dict) or not value.keys() >= set(keys):
         raise UserError(f"{column} is {shown(value)}, expected the lists {' and '.join(keys)}{_held(value)}")
-    found = {key: value[key] if isinstance(value[key], list) else [value[key]] for key in keys}
-    if len({len(items) for items in found.values()}) > 1:
-        lengths = ", ".join(f"{len(items)} in {key}" for key, items in found.items())
+    lists = {key: value[key] if isinstance(value[key], list) else [value[key]] for key in keys}
+    if len({len(items) for items in lists.values()}) > 1:
+        lengths = ", ".join(f"{len(items)} in {key}" for key, items in lists.items())
         raise UserError(f"the lists of {column} differ in length ({lengths}): expected as many items in each")
-    return found
+    return lists
 
 
 def as_number(value: Any) -> float | None:
-    """A number, or text that is one; None of anything else, truth values among it."""
+    """The number that a value is, or that its text is; None for any other value, and for truth values."""
     if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
         return None
     try:
@@ -149,7 +149,7 @@ def _named(value: Any, names: Sequence[str]) -> int | None:
         return None
     if value in names:
         return names.index(value)
-    matches = [place for place, name in enumerate(names) if _plain(name) == _plain(value)]
+    matches = [number for number, name in enumerate(names) if _plain(name) == _plain(value)]
     return matches[0] if len(matches) == 1 else None
 
 
@@ -185,5 +185,5 @@ def _refuse_unlabelled(number: float, column: str) -> None:
 
 
 def _held(value: Any) -> str:
-    # A cell of CSV or TSV is text, whatever is written into it.
+    # All values of CSV and TSV files are text.
     return ", which .jsonl, .json and .parquet files can hold" if isinstance(value, str) else ""

@@ -19,7 +19,7 @@ def draw_rows(data: Dataset, task: Task, n: int, seed: int) -> Dataset:
 
 
 def draw(task: Task, name: str, columns: Columns, n: int | None, seed: int) -> list[int]:
-    """Which rows are used, in file order: a draw decides which rows are used, never their order."""
+    """The numbers of the drawn rows, in the order of the file."""
     total = len(columns[next(iter(columns))])
     if n is None:
         return list(range(total))
@@ -37,7 +37,7 @@ def draw(task: Task, name: str, columns: Columns, n: int | None, seed: int) -> l
 
 def select(columns: Columns, chosen: Sequence[int]) -> Columns:
     """The chosen rows, by number, of every column."""
-    return {column: [values[place] for place in chosen] for column, values in columns.items()}
+    return {column: [values[row] for row in chosen] for column, values in columns.items()}
 
 
 def _stratified(labels: np.ndarray, n: int, generator: np.random.Generator, name: str) -> np.ndarray:

@@ -18,20 +18,20 @@ _BATCH = 256  # Rows read from the hub at once.
 
 
 class Source:
-    """Where the splits of a task are."""
+    """A source of a task's rows."""
+
+    leaves_out_blank = False
+    """Whether rows without text are left out; in files they are reported as mistakes."""
 
     def __init__(self, task: Task, origin: str) -> None:
         self.task, self.origin = task, origin
-
-    leaves_out_blank = False
-    """Whether rows without text are left out: in what somebody made by hand they are mistakes."""
 
     def read(self, split: str) -> tuple[str, Iterable[Row]]:
         """A split's name in messages, and its rows."""
         raise NotImplementedError
 
     def stream(self, split: str) -> tuple[str, Iterable[Row]]:
-        """The same of rows that are not held."""
+        """A split's name in messages, and its rows, which are read one by one and not kept in memory."""
         raise UserError(f"{self.origin} cannot be streamed: leave streaming out")
 
 
@@ -74,7 +74,7 @@ class _Hub(Source):
             rows = datasets.load_dataset(
                 task.hub_path, task.hub_config, split=hub_split, revision=task.hub_revision, **options
             )
-        except (OSError, ValueError, RuntimeError) as error:  # Both what cannot be reached and what is not there.
+        except (OSError, ValueError, RuntimeError) as error:  # No network, or no such dataset.
             shown = f"{task.hub_path} ({task.hub_config})" if task.hub_config else str(task.hub_path)
             raise UserError(
                 f"cannot get {shown} from the Hugging Face hub: give --data-dir with train and "
@@ -93,7 +93,7 @@ class _Hub(Source):
         return name, self._labelled(rows)
 
     def _labelled(self, rows: Any) -> Iterator[Row]:
-        """Rows that have a label: of SNLI's pairs, some have none that people agreed on."""
+        """The rows with a label: SNLI marks pairs that annotators did not agree on by a negative one."""
         for row in rows_of_batches(rows.iter(batch_size=_BATCH)):
             if self.task.name != "snli" or row.values[LABEL] >= 0:
                 yield row
@@ -130,10 +130,10 @@ def task_folder(task: Task, data_dir: Path) -> Path | None:
 
 
 def check_folders(tasks: Sequence[str], data_dir: Path | None) -> None:
-    """Make sure that several tasks are not read from one task's files.
+    """Refuse to read several tasks from one task's files.
 
     Raises:
-        UserError: They would be.
+        UserError: Two tasks would be read from the same folder.
     """
     if data_dir is None:
         return
@@ -149,14 +149,16 @@ def _find_file(folder: Path, stems: Sequence[str]) -> Path:
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {error.strerror or error}") from error
     named = [path for path in paths if "." in path.name and path.name.split(".")[0] in stems]
-    found = [path for path in named if path.name[path.name.index(".") :].lower() in SUFFIXES]
-    found.sort(key=lambda path: SUFFIXES.index(suffix_of(path)))
-    if not found:
+    readable = [path for path in named if path.name[path.name.index(".") :].lower() in SUFFIXES]
+    readable.sort(key=lambda path: SUFFIXES.index(suffix_of(path)))
+    if not readable:
         there = f"; there is {', '.join(path.name for path in named)}" if named else ""
         suffixes = ", ".join(suffix for suffix in SUFFIXES if suffix.count(".") == 1)
         raise UserError(
             f"no {stems[0]} file in {folder}: looked for {' or '.join(stems)} with {suffixes}, compressed or not{there}"
         )
-    if len(found) > 1:
-        raise UserError(f"ambiguous {stems[0]} file in {folder}: keep one of {', '.join(path.name for path in found)}")
-    return found[0]
+    if len(readable) > 1:
+        raise UserError(
+            f"ambiguous {stems[0]} file in {folder}: keep one of {', '.join(path.name for path in readable)}"
+        )
+    return readable[0]

@@ -1,8 +1,7 @@
 """Tables in files: JSON lines, JSON, CSV, TSV and Parquet, as rows of plain Python values.
 
-Values are read as they stand, with no guessing of types: a sentence that happens to be "1999" or "NA" stays text. Text
-is UTF-8, with or without a byte order mark, and any ends of lines; blank lines count for nothing. The text formats may
-be compressed by gzip, bzip2 or xz.
+Types are not guessed: a sentence that happens to be "1999" or "NA" stays text. Text is UTF-8, with or without a byte
+order mark, and with any line ends; blank lines are ignored. The text formats may be compressed by gzip, bzip2 or xz.
 """
 
 import bz2
@@ -30,10 +29,10 @@ class Row:
     """One row of a table.
 
     Attributes:
-        number: Its number, from 1; headers and blank lines are not counted.
+        number: Its number, from 1, without headers and blank lines.
         line: The line where it starts; None in formats without lines.
-        values: Its columns by name; empty where there is a problem.
-        problem: Why it could not be read; None where it could.
+        values: Its columns by name; empty if the row cannot be read.
+        problem: Why the row cannot be read; None if it can.
     """
 
     number: int
@@ -42,8 +41,8 @@ class Row:
     problem: str | None = None
 
     @property
-    def place(self) -> str:
-        """Its number, and its line where that is another number."""
+    def location(self) -> str:
+        """The number of the row, and its line if that is another number."""
         return f"row {self.number}" + (f" (line {self.line})" if self.line not in (None, self.number) else "")
 
 
@@ -51,7 +50,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Read one file, of one of `SUFFIXES`, row by row; a single JSON array is read whole.
 
     Raises:
-        UserError: While reading, if the file cannot be read on. A single row that cannot be read says so itself.
+        UserError: While the rows are read, if the file cannot be read further. A single bad row has a `problem`.
     """
     try:
         yield from _READERS[suffix_of(path)](path)
@@ -60,7 +59,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that says how a file is read, in lower case, with that of its compression; "" if it is not read."""
+    """The suffix of `SUFFIXES` that a file has, in upper or lower case; "" if it has none."""
     name = path.name.lower()
     return max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
 
@@ -76,7 +75,7 @@ def _open(path: Path) -> io.TextIOWrapper:
 
 
 def encoding_problem(text: str) -> str | None:
-    """What of a text cannot be written as UTF-8; None if all of it can."""
+    """Why a text cannot be written as UTF-8; None if it can."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -138,12 +137,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    # Strict: a quotation mark out of place is an error and not a guess at what the text may be.
+    # With strict=True, a misplaced quotation mark is an error.
     return _read_delimited(path, delimiter=",", strict=True)
 
 
 def _read_tsv(path: Path) -> Iterator[Row]:
-    # GLUE's own .tsv files do not quote: a quotation mark is a character of the sentence.
+    # GLUE's .tsv files have no quoting: a quotation mark is part of the sentence.
     return _read_delimited(path, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
@@ -168,9 +167,9 @@ def _read_delimited(path: Path, **dialect: Any) -> Iterator[Row]:
 
 
 def _fields(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """What a csv reader reads, with the line where each row starts, and fields of any length.
+    """The rows of a csv reader, with fields of any length, and the line where each row starts.
 
-    csv's own limit is a setting of the whole process: it is put back after every row.
+    The limit on the length of a field is a setting of the process, and is restored after every row.
     """
     while True:
         line, limit = reader.line_num + 1, csv.field_size_limit(2**31 - 1)
@@ -194,10 +193,10 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         yield from rows_of_batches(batch.to_pydict() for batch in file.iter_batches(batch_size=1024))
 
 
-def rows_of_batches(parts: Iterable[Columns]) -> Iterator[Row]:
+def rows_of_batches(batches: Iterable[Columns]) -> Iterator[Row]:
     """Batches of columns, row by row."""
     number = 0
-    for columns in parts:
+    for columns in batches:
         for values in zip(*columns.values()):
             number += 1
             yield Row(number, values=dict(zip(columns, values)))

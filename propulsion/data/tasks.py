@@ -20,7 +20,7 @@ class Task:
 
     Attributes:
         name: Name on the command line.
-        text_columns: Columns of text: one, or the two of a pair; of an instruction, all that its template reads.
+        text_columns: Columns of text: one, or two for a pair; for an instruction, all that its template reads.
         label_names: Names of labels 0, 1, ..., or of tags; empty where there are none.
         metrics: Names of the metrics, the headline first.
         degree: Propulsion's degree for this task (Kowsher et al. 2024, Appendix E).
@@ -33,7 +33,7 @@ class Task:
         hub_path: Name of the dataset on the hub; None if it is not there.
         hub_revision: Revision to read there, if not the main one.
         unanswerable: Whether some questions have no answer.
-        exchange: Of an instruction: from a row to what the model is told and should say.
+        exchange: For an instruction: the function from a row to its prompt and answer.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Task:
     exchange: Callable[[Mapping[str, Any]], Exchange] | None = None
 
     def __post_init__(self) -> None:
-        for place, name in enumerate(self.label_names):
-            if as_number(name) not in (None, place):
+        for number, name in enumerate(self.label_names):
+            if as_number(name) not in (None, number):
                 raise ValueError(
-                    f"label {place} of task {self.name} has the name {name!r}, which reads as another label"
+                    f"label {number} of task {self.name} has the name {name!r}, which reads as another label"
                 )
 
     @property
@@ -70,7 +70,7 @@ class Task:
         return len(self.label_names) or 1
 
 
-# Where the hub keeps Parquet files of datasets whose own form is a script, which `datasets` runs no longer.
+# The revision with Parquet files of a dataset that is a script, which `datasets` no longer runs.
 _PARQUET = "refs/convert/parquet"
 _SENTIMENT = ("negative", "positive")
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -85,12 +85,12 @@ def _glue(name: str, columns: tuple[str, ...], labels: tuple[str, ...], metrics:
 
 
 def _tags(*entities: str) -> tuple[str, ...]:
-    return ("O", *(f"{place}-{entity}" for entity in entities for place in "BI"))
+    return ("O", *(f"{prefix}-{entity}" for entity in entities for prefix in "BI"))
 
 
 def _entities(name: str, hub_path: str, tags: tuple[str, ...], hub_config: str | None = None,
               hub_revision: str | None = None) -> Task:  # fmt: skip
-    # The paper gives no degree for these; its degree for language models stands in.
+    # The paper gives no degree for these tasks; this is its degree for language models.
     return Task(name, ("tokens",), tags, ("f1", "precision", "recall"), 15, kind="token_classification",
                 label_column="ner_tags", hub_path=hub_path, hub_config=hub_config,
                 hub_revision=hub_revision)  # fmt: skip
@@ -106,19 +106,12 @@ def _summaries(name: str, hub_path: str, document: str, summary: str, degree: fl
                 label_column=summary, hub_path=hub_path, **more)  # fmt: skip
 
 
-def _instruction(
-    name: str,
-    exchange: Callable[[Mapping[str, Any]], Exchange],
-    columns: tuple[str, ...],
-    label: str,
-    hub_path: str | None,
-    **more: Any,
-) -> Task:
+def _instruction(name: str, exchange: Callable[[Mapping[str, Any]], Exchange], columns: tuple[str, ...], label: str,
+                 hub_path: str | None, **more: Any) -> Task:  # fmt: skip
     return Task(name, columns, (), ("accuracy",), 15, kind="instruction", label_column=label, hub_path=hub_path,
                 exchange=exchange, **more)  # fmt: skip
 
 
-_CHOICES = ("choices",)
 _TASKS = (
     Task("demo", ("sentence",), _SENTIMENT, ("accuracy",), 15),
     # GLUE (Wang et al. 2018).
@@ -156,15 +149,15 @@ _TASKS = (
         hub_config="winogrande_xl",
     ),
     _instruction(
-        "arc_easy", instructions.arc, ("question", *_CHOICES), "answerKey", "allenai/ai2_arc", hub_config="ARC-Easy",
+        "arc_easy", instructions.arc, ("question", "choices"), "answerKey", "allenai/ai2_arc", hub_config="ARC-Easy",
         validation_split="test",
     ),
     _instruction(
-        "arc_challenge", instructions.arc, ("question", *_CHOICES), "answerKey", "allenai/ai2_arc",
+        "arc_challenge", instructions.arc, ("question", "choices"), "answerKey", "allenai/ai2_arc",
         hub_config="ARC-Challenge", validation_split="test",
     ),
     _instruction(
-        "openbookqa", instructions.openbookqa, ("question_stem", *_CHOICES), "answerKey", "allenai/openbookqa",
+        "openbookqa", instructions.openbookqa, ("question_stem", "choices"), "answerKey", "allenai/openbookqa",
         hub_config="main", validation_split="test",
     ),
     # Arithmetic, by instruction.
@@ -184,7 +177,7 @@ TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 
 def get_labelled_task(name: str) -> Task:
-    """Return a task by name that gives a whole text one label: a classification or a regression.
+    """Return a task by name, which must be a classification or a regression of whole texts.
 
     Raises:
         UserError: If there is no such task, or it is of another kind.
@@ -200,7 +193,7 @@ def get_task(name: str) -> Task:
     """Return a task by name.
 
     Raises:
-        UserError: If there is no such task; the message lists those there are.
+        UserError: If there is no such task; the message lists all tasks.
     """
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}: the tasks are {', '.join(TASKS)}")

@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import Dataset, IterableDataset
-from datasets import config as datasets_config
+import pyarrow.lib
+from datasets import Dataset, IterableDataset, config
 from transformers import PreTrainedTokenizerBase
 
 from propulsion.data.kinds import Limits, kind_of
@@ -45,17 +42,16 @@ def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_
 def check_inputs(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits, *, cached: bool = False, streamed: int = 0
 ) -> Dataset | IterableDataset:
-    """Training rows as model inputs, after every row of both splits was found to fit the model.
+    """Training rows as model inputs, after a check that every row of both splits fits the model.
 
-    Of streamed training rows, those that will be needed are read once for this, and not kept.
+    Streamed training rows that will be needed are read once for this check, and not kept.
 
     Args:
         data: The task's data.
         tokenizer: The tokenizer.
         limits: Lengths.
-        cached: Whether training rows come from an earlier run's file where there is one (`tokenize_cached`): only of
-            data as they were loaded, which their fingerprint stands for.
-        streamed: How many streamed training rows to look at.
+        cached: Whether to use `tokenize_cached`; only for data as they were loaded, which their fingerprint describes.
+        streamed: How many streamed training rows to check.
 
     Raises:
         UserError: As `tokenize` does, of rows of both splits together.
@@ -79,69 +75,63 @@ def check_inputs(
 
 
 def _located(data: TaskData, rows: Dataset, call: Callable[[], Any]) -> Any:
-    """Call, and name the rows that cannot be used by their places."""
+    """Call a function, and say where the rows are that it cannot use."""
     try:
         return call()
     except Unusable as error:
         split = "training rows" if rows is data.train else "validation rows"
-        known = [places for places in data.places if places.rows is rows]
-        name = known[0].name if known else split
-        numbers = known[0].numbers if known else [f"example {place + 1}" for place in range(len(rows))]
-        which = listed([numbers[place] for place in error.examples])
-        raise Problems([f"{name}: {error.what}: {which}"], [error.remedy]) from error
+        origin = next((origin for origin in data.origins if origin.rows is rows), None)
+        examples = error.examples
+        which = listed([f"example {row + 1}" if origin is None else origin.locations[row] for row in examples])
+        raise Problems(
+            [f"{split if origin is None else origin.name}: {error.what}: {which}"], [error.remedy]
+        ) from error
 
 
 def tokenize_cached(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits, cache_dir: Path | None = None
 ) -> Dataset | IterableDataset:
-    """Training rows as model inputs: from an earlier run's file where there is one, or lazily where they are streamed.
+    """Training rows as model inputs, from an earlier run's file if there is one; streamed rows are encoded lazily.
 
     Args:
         data: The task's data.
         tokenizer: The tokenizer.
         limits: Lengths.
-        cache_dir: Folder of the files; by default within that of `datasets`. A file is known by the rows, the
+        cache_dir: Folder of the files, by default within that of `datasets`. A file's name is a hash of the rows, the
             tokenizer and the lengths.
 
     Raises:
         UserError: As `tokenize` does.
     """
-    kind = kind_of(data.task)
+    options: Any = {"batched": True, "remove_columns": data.train.column_names}
+    encode = partial(_encode, tokenizer=tokenizer, task=data.task, limits=limits)
     if data.stream is not None:
-        return data.stream.map(
-            partial(_encode_streamed, tokenizer=tokenizer, task=data.task, limits=limits),
-            with_indices=True, batched=True, batch_size=_BATCH,
-            remove_columns=list(kind.features(data.task)),
-        )  # fmt: skip
-    folder = cache_dir or Path(datasets_config.HF_DATASETS_CACHE) / "propulsion-tokenized"
-    path = folder / _tokens_key(data, tokenizer, limits)
-    try:
-        return datasets.load_from_disk(str(path))  # pyright: ignore[reportReturnType]
-    except (OSError, ValueError, KeyError):
-        pass  # Not there, or of another version: made again.
-    encoded = Dataset.from_dict(kind.encode(columns_of(data.train), tokenizer, data.task, limits))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        streamed = partial(_encode_streamed, encode)
+        return data.stream.map(streamed, with_indices=True, batch_size=_BATCH, **options)
+    folder = cache_dir or Path(config.HF_DATASETS_CACHE) / "propulsion-tokenized"
+    key = _tokens_key(data, tokenizer, limits)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        encoded.save_to_disk(str(unfinished))
-        os.rename(unfinished, path)
-    except OSError:  # A cache that cannot be written, or was written by another process meanwhile, costs time alone.
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return encoded
+        file = str(folder / f"{key}.arrow")
+        return data.train.map(encode, batch_size=None, cache_file_name=file, new_fingerprint=key, **options)
+    except (OSError, pyarrow.lib.ArrowInvalid):  # The cache cannot be written, or its file is damaged.
+        return Dataset.from_dict(encode(data.train[:]))
 
 
-def _encode_streamed(
-    batch: Columns, places: list[int], tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits
-) -> Columns:
+def _encode(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
+    return kind_of(task).encode(dict(batch), tokenizer, task, limits)
+
+
+def _encode_streamed(encode: Callable[[Columns], Columns], batch: Columns, indices: list[int]) -> Columns:
     try:
-        return kind_of(task).encode(batch, tokenizer, task, limits)
+        return encode(batch)
     except Unusable as error:
-        which = listed([f"example {places[place] + 1}" for place in error.examples])
+        which = listed([f"example {indices[example] + 1}" for example in error.examples])
         raise Problems([f"streamed training rows: {error.what}: {which}"], [error.remedy]) from error
 
 
 def _tokens_key(data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> str:
-    parts = (
+    identity = (
         data.fingerprint, data.task.name, tokenizer_identity(tokenizer), limits.max_length, limits.max_target_length,
     )  # fmt: skip
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

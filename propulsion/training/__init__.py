@@ -8,14 +8,6 @@ TrainingConfig = TrainingOptions
 """The former name of `TrainingOptions`."""
 
 __all__ = [
-    "Rates",
-    "TrainConfig",
-    "TrainingConfig",
-    "TrainingOptions",
-    "TrainingResult",
-    "apply_propulsion",
-    "evaluate",
-    "parameter_groups",
-    "predict",
-    "train",
-]
+    "Rates", "TrainConfig", "TrainingConfig", "TrainingOptions", "TrainingResult", "apply_propulsion", "evaluate",
+    "parameter_groups", "predict", "train",
+]  # fmt: skip

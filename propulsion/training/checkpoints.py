@@ -19,7 +19,7 @@ STAGING, REMOVED = ".partial-checkpoint", ".removed-checkpoint"
 
 @contextlib.contextmanager
 def reading(checkpoint: Path | str | None) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is read into the user's business, which it is."""
+    """Raise `UserError` if a checkpoint cannot be read."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -34,26 +34,25 @@ def reading(checkpoint: Path | str | None) -> Iterator[None]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, the oldest first."""
-    names = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = {path: match for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (match := names.fullmatch(path.name))}
-    return sorted((path for path in found if path.is_dir()), key=lambda path: int(found[path][1]))
+    names = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+    paths = (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if names.fullmatch(path.name) and path.is_dir())
+    return sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run, if it has one."""
-    found = checkpoints(folder)
-    return found[-1] if found else None
+    return next(reversed(checkpoints(folder)), None)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half written or half removed."""
+    """Remove checkpoints that a killed process has half written or half removed."""
     for name in (STAGING, REMOVED):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint of which everything is known to be a run's own."""
-    # Renamed first: half a checkpoint must not have a checkpoint's name.
+    """Remove a checkpoint; the caller has made sure that the run wrote all of it."""
+    # It is renamed first, so that no incomplete checkpoint has the name of one.
     hidden = checkpoint.with_name(REMOVED)
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(checkpoint, hidden)

@@ -1,4 +1,4 @@
-"""The options of a training run, and what of them a call that goes on with it must share."""
+"""The options of training, and which of them must agree for a run to be resumed."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
-from transformers import SchedulerType
+from transformers import SchedulerType, TrainingArguments
 
 from propulsion.data import Limits, TaskData
 from propulsion.errors import UserError
@@ -32,8 +32,8 @@ class TrainingOptions:
     per_device_train_batch_size: Annotated[int, _formerly("--batch-size")] = 16
     """Rows of a batch."""
     learning_rate: RateChoice = "auto"
-    """Learning rate of what the method trains: a number, as it is; auto, measured on a few training batches
-    (propulsion.training.measured_rates); None, the fixed rate of its role (propulsion.training.learning_rates)."""
+    """Learning rate of what the method trains: a number; auto, measured on a few training batches
+    (propulsion.training.measured_rates); or None, the fixed rate of its role (propulsion.training.learning_rates)."""
     head_learning_rate: RateChoice = "auto"
     """Learning rate of the head, likewise."""
     rate_multiplier: float = 1.0
@@ -81,6 +81,16 @@ _SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
 _ORDERS = ("random", "group_by_length")
 
 
+def training_arguments(options: TrainingOptions, **values: Any) -> TrainingArguments:
+    """`transformers.TrainingArguments` with the options that have the same names there, and further values."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)} - {"learning_rate"}
+    named = {name: value for name, value in vars(options).items() if name in names}
+    arguments = TrainingArguments(**(named | {"data_seed": options.seed, "remove_unused_columns": False} | values))
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # Otherwise the trainer would use all devices; a launcher starts one process for each.
+    return arguments
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is trained: a model by a method on a task."""
@@ -92,8 +102,8 @@ class Subject:
     model: str | None = None
     """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
     pooling: Pooling = "auto"
-    """What a classifier reads: auto, what the checkpoint declares; the mean or the first of the tokens; or as
-    transformers' own classifier does, BERT's through its pooler."""
+    """What a classifier reads: auto, what the checkpoint declares; mean or first, of the tokens' hidden states; or
+    pooler, what transformers' own classifier reads."""
     method: str = "propulsion"
     """full, bitfit, head, none, or any peft method in lower case."""
     method_options: tuple[str, ...] = ()
@@ -103,11 +113,11 @@ class Subject:
     positions: tuple[str, ...] = ("all",)
     """Layers that Propulsion scales: all, attn, query, key, value, attention_output, mlp, embedding, norm."""
     vectors: int = 1
-    """Propulsion's vectors a layer, pooled."""
+    """Number of Propulsion's vectors in each layer, which are pooled."""
     vector_pooling: str = "mean"
     """How several vectors are pooled: mean, max, min or l2."""
     adapter: Path | None = None
-    """Start from this saved adapter, which must be of the same base model; the method's options are its own."""
+    """Start from this saved adapter of the same base model, with the method and options that it was saved with."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class TrainConfig(TrainingOptions, Subject):
     output_dir: Path = Path("results/train")
     """Folder of the run."""
     overwrite_output_dir: bool = False
-    """Start anew, and remove what an earlier run wrote into the folder; what it did not write is kept."""
+    """Start anew: remove what an earlier run wrote into the folder, and keep other files."""
     num_train_epochs: float = 3.0
     """Passes over the training rows."""
     per_device_eval_batch_size: int = 64
@@ -137,7 +147,7 @@ class TrainConfig(TrainingOptions, Subject):
     max_eval_samples: int | None = None
     """Validation rows, drawn by the seed."""
     streaming: bool = False
-    """Read training rows as they are needed, and hold none; needs max_steps."""
+    """Read training rows as they are needed, and keep none in memory; needs max_steps."""
     eval_strategy: Strategy = "no"
     """When to evaluate before the end."""
     eval_steps: int = 500
@@ -147,15 +157,15 @@ class TrainConfig(TrainingOptions, Subject):
     save_steps: int = 500
     """Steps between checkpoints."""
     save_total_limit: int | None = 2
-    """Checkpoints to keep, the best beside them."""
+    """Number of newest checkpoints to keep; the best is kept too."""
     load_best_model_at_end: bool = False
     """End with the checkpoint of the best evaluation."""
     metric_for_best_model: str | None = None
-    """What is best; by default the task's first metric."""
+    """Metric that decides which checkpoint is best; by default the task's first."""
     early_stopping_patience: int | None = None
-    """Stop after this many evaluations without a better one."""
+    """Stop after this many evaluations without an improvement."""
     gradient_checkpointing: bool = False
-    """Less memory, more time."""
+    """Compute activations again in the backward pass, which needs less memory and more time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the pre-trained weights; Propulsion's scales are float32 over either."""
     torch_compile: bool = False
@@ -165,9 +175,9 @@ class TrainConfig(TrainingOptions, Subject):
     logging_steps: int = 50
     """Steps between reports of the loss."""
     report_to: tuple[str, ...] = ("none",)
-    """Where losses and metrics are reported: tensorboard, wandb, ...; event files of TensorBoard are in runs."""
+    """Where losses and metrics are reported: tensorboard (event files in OUTPUT_DIR/runs), wandb, ..."""
     disable_tqdm: bool = False
-    """No progress bar."""
+    """Show no progress bar."""
     training_options: tuple[str, ...] = ()
     """Any other fields of transformers.TrainingArguments, each as NAME=VALUE."""
 
@@ -188,7 +198,7 @@ class TrainConfig(TrainingOptions, Subject):
         if self.streaming and self.max_steps < 0:
             raise UserError("streamed rows have no end that is known: give max_steps")
         if "epoch" in (self.eval_strategy, self.save_strategy) and self.eval_strategy != self.save_strategy != "no":
-            # An evaluation between a checkpoint and the next step would be lost to a run resumed from there.
+            # A run resumed from a checkpoint would miss an evaluation between it and the next step.
             raise UserError("eval_strategy and save_strategy must be the same where one of them is epoch")
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise UserError("early_stopping_patience needs load_best_model_at_end")
@@ -199,7 +209,7 @@ class TrainConfig(TrainingOptions, Subject):
 
     @property
     def on_cpu(self) -> bool:
-        """Whether this machine's run uses no accelerator."""
+        """Whether the run uses no accelerator."""
         return self.use_cpu or not torch.accelerator.is_available()
 
     @property
@@ -211,10 +221,10 @@ class TrainConfig(TrainingOptions, Subject):
         )  # fmt: skip
 
 
-# Fields that older records do not have: recorded where they are used, so that older runs go on.
-_YOUNGER = ("generation_max_length", "generation_num_beams", "rate_multiplier", "train_sampling_strategy")
+# Fields that older records lack. They are recorded only if they differ from their defaults, so that older runs resume.
+_NEWER = ("generation_max_length", "generation_num_beams", "rate_multiplier", "train_sampling_strategy")
 
-# Fields that may differ when a run is resumed: they change no weight, or what they name is recorded by its content.
+# Fields that may differ when a run is resumed: they change no weights, or name what is recorded by its content.
 _FREE = frozenset(
     {"output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "disable_tqdm", "logging_steps", "data_dir",
      "per_device_eval_batch_size", "model", "adapter"}
@@ -222,14 +232,14 @@ _FREE = frozenset(
 
 
 def identity(config: TrainConfig, data: TaskData, base: str, adapter: str | None) -> dict[str, Any]:
-    """What two runs must have in common for one to go on where the other stopped.
+    """What two runs must have in common for one to resume the other, as JSON has it.
 
     Args:
         config: The options.
         data: The rows.
-        base: Which model, by its content (`propulsion.identity.model_content`).
-        adapter: Which adapter it starts from, by its content; None without one.
+        base: Identity of the model's content (`propulsion.identity.model_content`).
+        adapter: Identity of the weights of the adapter that it starts from; None without one.
     """
-    unused = {name for name in _YOUNGER if getattr(config, name) == getattr(TrainConfig, name)}
+    unused = {name for name in _NEWER if getattr(config, name) == getattr(TrainConfig, name)}
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE | unused}
     return json.loads(json.dumps(fields | {"rows": data.fingerprint, "base_model": base, "adapter": adapter}))

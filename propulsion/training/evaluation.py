@@ -1,4 +1,4 @@
-"""Evaluation of a run: every process predicts its share of the validation rows, and all know the metrics."""
+"""Evaluation of a run: every process predicts its share of the validation rows, and all get the metrics."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +15,10 @@ from propulsion.training.sharding import equal_share
 
 @dataclass
 class Evaluation:
-    """What says how good a model is, called as often as needed while it is trained.
+    """The task's metrics of a model, computed at every call.
 
     Attributes:
-        predictions: One a row, of the last call.
+        predictions: Of the last call, one for each validation row.
     """
 
     model: Any
@@ -28,23 +28,23 @@ class Evaluation:
     predictions: list[Any] = field(default_factory=list)
 
     def labels(self) -> list[Any]:
-        """What the predictions should have been, one a validation row."""
+        """The right predictions, one for each validation row."""
         task, columns = self.data.task, columns_of(self.data.validation)
         if task.kind == "instruction":
             return [exchange.answer for exchange in exchanges_of(columns)]
         return list(columns[task.label_column])
 
     def __call__(self) -> dict[str, float]:
-        """The task's metrics of the model as it is."""
+        """Predict the validation rows, and return the metrics."""
         state, kind, task, rows = PartialState(), kind_of(self.data.task), self.data.task, self.data.validation
         share = rows.select(equal_share(len(rows), state.num_processes, state.process_index))
-        found = kind.predict(self.model, self.tokenizer, task, columns_of(share), self.limits)
+        predictions = kind.predict(self.model, self.tokenizer, task, columns_of(share), self.limits)
         if state.num_processes > 1:
-            found = gather_object(found)[: len(rows)]
-        self.predictions = found
-        return kind.measure(task, found, columns_of(rows))
+            predictions = gather_object(predictions)[: len(rows)]
+        self.predictions = predictions
+        return kind.measure(task, predictions, columns_of(rows))
 
     def names(self) -> list[str]:
-        """Names of the metrics, known without a model."""
+        """Names of the metrics, without a call of the model."""
         kind, rows = kind_of(self.data.task), columns_of(self.data.validation)
-        return list(kind.measure(self.data.task, kind.silent(self.data.task, rows), rows))
+        return list(kind.measure(self.data.task, kind.trivial(self.data.task, rows), rows))

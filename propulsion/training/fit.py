@@ -1,4 +1,4 @@
-"""Training and evaluating a classifier or regressor, whole or through any peft adapter."""
+"""Training and evaluation of a classifier or regressor, in full or with any peft adapter, without a run folder."""
 
 import tempfile
 import time
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from peft import PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from propulsion.config import PropulsionConfig
@@ -19,7 +19,7 @@ from propulsion.data.kinds import Limits, kind_of
 from propulsion.data.kinds.base import columns_of
 from propulsion.data.kinds.classification import logits
 from propulsion.errors import UserError, one_line
-from propulsion.training.config import TrainingOptions
+from propulsion.training.config import TrainingOptions, training_arguments
 from propulsion.training.learning_rates import Rates, model_degree, parameter_groups
 from propulsion.training.measured_rates import with_measured
 from propulsion.training.trainer import TaskTrainer, isolated_randomness
@@ -33,8 +33,8 @@ class TrainingResult:
         losses: Loss of each step's batch, before the step.
         seconds: Wall time.
         trained_parameters: Number of parameters trained.
-        learning_rates: Peak learning rate of each role trained (see `propulsion.training.learning_rates`).
-        rate_reasons: Where each comes from, in words.
+        learning_rates: Peak learning rate of each trained role (`propulsion.training.learning_rates`).
+        rate_reasons: How each rate was chosen, in words.
     """
 
     losses: tuple[float, ...]
@@ -53,13 +53,12 @@ def apply_propulsion(
         model: A classifier or regressor.
         degree: Exponent k of the scales.
         positions: Which layers carry a scale vector, as in `PropulsionConfig`.
-        train_head: Whether the head is trained too. It starts at random, so without it the scales must fit a random
-            readout.
+        train_head: Whether the head is trained too; otherwise it stays at its random start.
 
     Raises:
         UserError: If the degree or a position cannot be used on this model.
     """
-    # The task type is what makes peft train, and save, the head beside the adapter.
+    # Given a task type, peft trains and saves the head with the adapter.
     task_type = TaskType.SEQ_CLS if train_head else None
     try:
         config = PropulsionConfig(degree=degree, positions=list(positions), task_type=task_type)
@@ -96,7 +95,7 @@ def train(
     peaks = {group["role"]: group["lr"] for group in groups}
     reasons = {role: rates.of(role, model_degree(model)).reason for role in peaks}
     trained = sum(parameter.numel() for group in groups for parameter in group["params"])
-    mode, start = model.training, time.perf_counter()
+    mode, on_cpu, start = model.training, model.device.type == "cpu", time.perf_counter()
     with (
         isolated_randomness(),
         tempfile.TemporaryDirectory() as folder,
@@ -107,16 +106,14 @@ def train(
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
+        arguments = training_arguments(
+            config, output_dir=folder, bf16=False, use_cpu=on_cpu, dataloader_pin_memory=not on_cpu, save_strategy="no",
+            logging_strategy="no", report_to="none", disable_tqdm=True, label_names=["labels"],
+        )  # fmt: skip
         trainer = TaskTrainer(
-            model=model,
-            args=_arguments(model, config, folder),
-            train_dataset=examples,
-            data_collator=collator,
-            rates=rates,
-            on_loss=show,
-            autocast=torch.bfloat16 if config.bf16 else None,
-            callbacks=list(callbacks),
-        )
+            model=model, args=arguments, train_dataset=examples, data_collator=collator, rates=rates, on_loss=show,
+            autocast=torch.bfloat16 if config.bf16 else None, callbacks=list(callbacks),
+        )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     trainer.check_finite()
@@ -125,54 +122,16 @@ def train(
     return TrainingResult(tuple(trainer.losses), time.perf_counter() - start, trained, peaks, reasons)
 
 
-def evaluate(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TaskData,
-    *,
-    max_length: int | None = None,
-    batch_size: int = 64,
-) -> dict[str, float]:
+def evaluate(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: TaskData, *,
+             max_length: int | None = None, batch_size: int = 64) -> dict[str, float]:  # fmt: skip
     """Return the task's metrics on the validation rows."""
     kind, rows = kind_of(data.task), columns_of(data.validation)
     limits = Limits(max_length, batch_size=batch_size)
     return kind.measure(data.task, kind.predict(model, tokenizer, data.task, rows, limits), rows)
 
 
-def predict(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TaskData,
-    *,
-    max_length: int | None = None,
-    batch_size: int = 64,
-) -> Float[Tensor, "n c"]:
+def predict(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: TaskData, *,
+            max_length: int | None = None, batch_size: int = 64) -> Float[Tensor, "n c"]:  # fmt: skip
     """Return the logits, or the regression output, of the validation rows, without dropout and on the CPU."""
     limits = Limits(max_length, batch_size=batch_size)
     return torch.tensor(logits(model, tokenizer, data.task, columns_of(data.validation), limits), dtype=torch.float32)
-
-
-def _arguments(model: PreTrainedModel | PeftModel, config: TrainingOptions, folder: str) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=folder,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type=config.lr_scheduler_type,
-        max_grad_norm=config.max_grad_norm,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        data_seed=config.seed,
-        train_sampling_strategy=config.train_sampling_strategy,
-        use_cpu=model.device.type == "cpu",
-        dataloader_pin_memory=model.device.type != "cpu",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # Else the trainer would split over all devices and multiply the batch size.
-    return arguments

@@ -1,7 +1,7 @@
-"""Which learning rate and weight decay each parameter trains with: the one home of that rule.
+"""Which learning rate and weight decay each parameter trains with.
 
 By default the rate of each role is measured on the model and the rows that it trains
-(`propulsion.training.measured_rates`). Beside it there is one fixed rate a role, whatever the model and the rows:
+(`propulsion.training.measured_rates`). There is also a fixed rate for each role, independent of model and rows:
 
     weight   a pre-trained weight, trained directly        WEIGHT_RATE
     bias     a pre-trained bias, where only biases train   BIAS_RATE
@@ -13,8 +13,8 @@ A step of AdamW has a size set by its learning rate, whatever the gradient's sca
 moves the multiplier z**k by about k*r; dividing by the degree therefore makes SCALE_RATE the relative change of an
 activation per step, the same for every degree.
 
-Weight decay pulls towards 0, and so applies to matrices only. Biases and norms are left out as is customary; z is left
-out because its neutral value is 1.
+Weight decay pulls towards 0. It applies to matrices, and not to biases and norms, as is customary, nor to z, whose
+neutral value is 1.
 """
 
 from collections.abc import Mapping
@@ -32,11 +32,11 @@ ADAPTER_RATE = 1e-3
 HEAD_RATE = 1e-3
 
 RateChoice = float | Literal["auto"] | None
-"""A learning rate as it is chosen: a number; "auto", measured; None, the fixed rate of the parameter's role."""
+"""How a learning rate is chosen: a number; "auto", measured; None, the fixed rate of the parameter's role."""
 
 
 def is_rate(choice: RateChoice) -> bool:
-    """Whether a choice is one: a number must be finite and above 0."""
+    """Whether a choice is valid: a number must be finite and above 0."""
     return choice is None or choice == "auto" or (not isinstance(choice, str) and 0 < choice < float("inf"))
 
 
@@ -46,7 +46,7 @@ class RoleRate:
 
     Attributes:
         rate: The rate.
-        reason: Where it comes from, in words.
+        reason: How it was chosen, in words.
     """
 
     rate: float
@@ -58,10 +58,10 @@ class Rates:
     """How learning rates are chosen.
 
     Attributes:
-        body: Of weights, biases, scales and adapters; a number is taken as it is, not divided by the degree.
-        head: Of the head.
-        multiplier: Factor on the rates that are no numbers given.
-        measured: What "auto" stands for, by role: filled in by `propulsion.training.measured_rates.measured`.
+        body: Choice for weights, biases, scales and adapters; a number is not divided by the degree.
+        head: Choice for the head.
+        multiplier: Factor on the rates that are not given as numbers.
+        measured: The rates for "auto", by role (`propulsion.training.measured_rates`).
     """
 
     body: RateChoice = None
@@ -75,34 +75,34 @@ class Rates:
         return "auto" in (self.body, self.head)
 
     def choice(self, role: str) -> RateChoice:
-        """What is chosen for a role."""
+        """The choice for a role."""
         return self.head if role == "head" else self.body
 
     def of(self, role: str, degree: float) -> RoleRate:
-        """The rate of a role, the factor on it included.
+        """The rate of a role, times the multiplier.
 
         Args:
             role: weight, bias, scale, adapter or head.
-            degree: Of the model, 1 without Propulsion.
+            degree: Degree of the model; 1 without Propulsion.
 
         Raises:
-            ValueError: It is to be measured and was not.
+            ValueError: The rate is automatic and was not measured.
         """
         choice = self.choice(role)
         if isinstance(choice, float | int):
             return RoleRate(float(choice), f"given; the fixed one is {fixed_rate(role, degree).reason}")
         if choice is None:
-            found = fixed_rate(role, degree)
+            rate = fixed_rate(role, degree)
         elif role in self.measured:
-            found = self.measured[role]
+            rate = self.measured[role]
         else:
             raise ValueError(f"the learning rate of role {role} is automatic and was not measured: call with_measured")
         times = "" if self.multiplier == 1 else f", times {self.multiplier:g}"
-        return RoleRate(self.multiplier * found.rate, found.reason + times)
+        return RoleRate(self.multiplier * rate.rate, rate.reason + times)
 
 
 def fixed_rate(role: str, degree: float) -> RoleRate:
-    """The rate of a role that no model and no rows change, for scales of a degree."""
+    """The fixed rate of a role; that of scales is divided by the degree."""
     if role == "scale":
         words = (
             f"{SCALE_RATE:g} / degree {degree:g}, so that a step moves a scale z^k by the same share at every degree"
@@ -123,24 +123,16 @@ def parameter_groups(model: nn.Module, *, rates: Rates, weight_decay: float) -> 
             continue
         role = roles[name]
         decays = parameter.ndim >= 2 and role != "scale"
-        group = groups.setdefault(
-            (role, decays),
-            {
-                "role": role,
-                "params": [],
-                "lr": rates.of(role, degree).rate,
-                "weight_decay": weight_decay if decays else 0.0,
-            },
-        )
-        group["params"].append(parameter)
+        options = {"lr": rates.of(role, degree).rate, "weight_decay": weight_decay if decays else 0.0}
+        groups.setdefault((role, decays), {"role": role, "params": [], **options})["params"].append(parameter)
     return list(groups.values())
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """Return the role of every parameter by name: weight, bias, scale, adapter or head."""
     network = model.get_base_model() if isinstance(model, PeftModel) else model
-    # The head is what stands in the network outside its pre-trained body; by identity, since adapters rename
-    # parameters. Prompts stand outside the network.
+    # The head is the part of the network outside its pre-trained body, found by identity, since adapters rename
+    # parameters. Prompts are outside the network.
     body = getattr(network, getattr(network, "base_model_prefix", ""), network)
     outside = {id(parameter) for parameter in network.parameters()} - {id(parameter) for parameter in body.parameters()}
     inner = "adapter" if isinstance(model, PeftModel) else "bias" if _trains_biases_only(body) else "weight"
@@ -151,16 +143,16 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
 
 
 def describe_rates(model: nn.Module, groups: list[dict[str, Any]], rates: Rates) -> str:
-    """The learning rates of `parameter_groups` and where they come from, in one line a role."""
+    """The learning rates of `parameter_groups` and how they were chosen, one line for each role."""
     k = model_degree(model)
     lines = []
     for role in dict.fromkeys(group["role"] for group in groups):
         of_role = [group for group in groups if group["role"] == role]
         count = sum(parameter.numel() for group in of_role for parameter in group["params"])
         decay = max(group["weight_decay"] for group in of_role)
-        found = rates.of(role, k)
+        rate = rates.of(role, k)
         lines.append(
-            f"{role}: {count:,} parameters, learning rate {found.rate:.3g} ({found.reason}), weight decay {decay:g}"
+            f"{role}: {count:,} parameters, learning rate {rate.rate:.3g} ({rate.reason}), weight decay {decay:g}"
         )
     return "\n".join(lines)
 

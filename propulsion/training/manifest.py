@@ -1,7 +1,7 @@
-"""What a program wrote into a folder, by content: of all that is there, the only files that it may remove.
+"""A list of the files that a program wrote into a folder, by content, so that it removes no others.
 
-The list lies in the folder itself. A file is the program's own as long as it has the content that the list gives it:
-what somebody else put there, changed or linked is theirs, whatever its name.
+The list is a file in the folder. A file is the program's own as long as it has the listed content: one that somebody
+else added, changed or linked is not, whatever its name.
 """
 
 import hashlib
@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from propulsion.atomic import json_text, write_json
+from propulsion.atomic import beside, json_text, write_json
 
 MANIFEST = "files.json"
-_PARTIAL = f".{MANIFEST}.partial"
 _FORMAT = 1
 
 
 class Manifest:
-    """The files that a program wrote into one folder. Every call reads the list anew."""
+    """The files that a program wrote into one folder. Every method reads the list again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,10 +29,11 @@ class Manifest:
         return self._read() is not None
 
     def others(self) -> list[str]:
-        """Names in the folder that are no part of keeping the list, sorted."""
+        """Names in the folder, sorted, without those of the list itself."""
         if not self.folder.is_dir():
             return []
-        return sorted(path.name for path in self.folder.iterdir() if path.name not in (MANIFEST, _PARTIAL))
+        kept = (MANIFEST, beside(self.folder / MANIFEST).name)
+        return sorted(path.name for path in self.folder.iterdir() if path.name not in kept)
 
     def start(self) -> None:
         """Make the folder and a list without files."""
@@ -41,30 +41,30 @@ class Manifest:
         self._write({})
 
     def record(self, files: Mapping[str, Path]) -> None:
-        """Take files for the program's own.
+        """Add files to the list.
 
-        Call it before they get their final names: a process that is killed between the two leaves an entry too many,
-        and never a file that nobody owns.
+        Call it before they get their final names: a process that is killed between the two then leaves an entry without
+        a file, and never a file without an entry.
 
         Args:
-            files: Where each file lies now, by its path within the folder.
+            files: Where each file is now, by its path within the folder.
         """
         self._write((self._read() or {}) | {name: _entry(path) for name, path in files.items()})
 
     def write_json(self, path: Path, content: Any) -> None:
-        """Write a file of JSON into the folder, recorded; the caller has made sure that nobody else's is there."""
+        """List and write a file of JSON; the caller has made sure that it replaces nobody else's."""
         data = json_text(content).encode()
         entry = {"bytes": len(data), "modified": None, "sha256": hashlib.sha256(data).hexdigest()}
         self._write((self._read() or {}) | {self._name(path): entry})
         write_json(path, content)
 
     def not_own(self, path: Path) -> list[Path]:
-        """What lies at a path, or below it, and is not the program's own: files, links, empty folders."""
+        """Files, links and empty folders at or below a path that are not the program's own."""
         known = self._read() or {}
-        return [found for found in _below(path) if not _is(found, known.get(self._name(found)))]
+        return [file for file in _below(path) if not _is(file, known.get(self._name(file)))]
 
     def own(self) -> list[Path]:
-        """The recorded files that are there and have their content."""
+        """The listed files that exist with their listed content."""
         paths = (
             (self.folder.joinpath(*PurePosixPath(name).parts), entry) for name, entry in (self._read() or {}).items()
         )
@@ -103,9 +103,9 @@ class Manifest:
 
 
 def files_below(folder: Path, as_if: str) -> dict[str, Path]:
-    """The files below a folder by the paths they have when it is called `as_if`, as `Manifest.record` takes them."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {f"{as_if}/{path.relative_to(folder).as_posix()}": path for path in found}
+    """The files below a folder, as `Manifest.record` takes them if the folder is to be renamed to `as_if`."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {f"{as_if}/{path.relative_to(folder).as_posix()}": path for path in files}
 
 
 def _is_inside(name: str) -> bool:
@@ -127,22 +127,22 @@ def _below(path: Path) -> Iterator[Path]:
 
 def _linked(folder: Path, path: Path) -> bool:
     """Whether a folder on the way to a path is a link."""
-    parts = path.relative_to(folder).parts
-    return any(folder.joinpath(*parts[:i]).is_symlink() for i in range(1, len(parts)))
+    folders = path.relative_to(folder).parts
+    return any(folder.joinpath(*folders[:i]).is_symlink() for i in range(1, len(folders)))
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    found = path.stat()
-    return {"bytes": found.st_size, "modified": found.st_mtime_ns, "sha256": _digest(path)}
+    status = path.stat()
+    return {"bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": _digest(path)}
 
 
 def _is(path: Path, entry: Mapping[str, Any] | None) -> bool:
     try:
-        found = path.lstat()
-        if entry is None or not stat.S_ISREG(found.st_mode) or found.st_size != entry["bytes"]:
+        status = path.lstat()
+        if entry is None or not stat.S_ISREG(status.st_mode) or status.st_size != entry["bytes"]:
             return False
-        # Checkpoints are large: one that nobody touched since it was written is not read again.
-        return found.st_mtime_ns == entry["modified"] or _digest(path) == entry["sha256"]
+        # Checkpoints are large: a file with its old time of modification is not read again.
+        return status.st_mtime_ns == entry["modified"] or _digest(path) == entry["sha256"]
     except OSError:
         return False
 

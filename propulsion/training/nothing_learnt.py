@@ -1,4 +1,4 @@
-"""Signs that a run has learnt nothing: one prediction for all rows, or a loss that has not fallen; and what to do."""
+"""Signs that a run has learnt nothing, one prediction for all rows or a loss that has not fallen, and the remedy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,21 +7,21 @@ import numpy as np
 
 from propulsion.data.tasks import Task
 
-_FEWEST = 8  # Losses below which a fall and noise cannot be told apart.
-_SPREAD = 0.02  # Of a regression's predictions beside that of the labels, below which they count as one number.
+_FEWEST = 8  # With fewer losses, a fall cannot be told from noise.
+_SPREAD = 0.02  # A regression's predictions count as one number below this share of the labels' standard deviation.
 
 
 def signs(task: Task, predictions: Sequence[Any], labels: Sequence[Any], losses: Sequence[float]) -> list[str]:
-    """Say in a sentence each what shows that nothing was learnt, and the remedy last; empty where nothing shows it.
+    """The signs that nothing was learnt, one sentence each, with the remedy last; empty if there are none.
 
     Args:
-        task: What was trained.
+        task: The task.
         predictions: One for every validation row.
-        labels: What they should have been; where these are all the same too, one prediction is no sign.
-        losses: Of training, in order: of every step, or means over as many steps each.
+        labels: The right predictions; if they are all the same, one prediction for all rows is no sign.
+        losses: Training losses in order, of every step, or means over equal numbers of steps.
     """
-    found = [text for text in (_one_prediction(task, predictions, labels), _no_fall(losses)) if text]
-    return [*found, _remedy(losses)] if found else []
+    findings = [text for text in (_one_prediction(task, predictions, labels), _no_fall(losses)) if text]
+    return [*findings, _remedy(losses)] if findings else []
 
 
 def _one_prediction(task: Task, predictions: Sequence[Any], labels: Sequence[Any]) -> str:
@@ -42,8 +42,8 @@ def _one_prediction(task: Task, predictions: Sequence[Any], labels: Sequence[Any
 
 def _values(items: Sequence[Any]) -> set[Any]:
     """The different values of rows, or of the parts of rows, such as tags."""
-    flat = [part for item in items for part in (item if isinstance(item, list | tuple) else [item])]
-    return {part if isinstance(part, str) else repr(part) if isinstance(part, dict) else int(part) for part in flat}
+    flat = [value for item in items for value in (item if isinstance(item, list | tuple) else [item])]
+    return {v if isinstance(v, str) else repr(v) if isinstance(v, dict) else int(v) for v in flat}
 
 
 def _no_fall(losses: Sequence[float]) -> str:
@@ -58,7 +58,7 @@ def _no_fall(losses: Sequence[float]) -> str:
 def _ends(losses: Sequence[float]) -> tuple[float, float, float]:
     """Mean of the first losses and of the last quarter, and the standard error of their difference.
 
-    Few are the first ones, as a run may have learnt the most of it in a quarter of its steps.
+    The first losses are few, since most of the learning may happen in the first quarter of the steps.
     """
     first, last = np.asarray(losses[: max(3, len(losses) // 20)]), np.asarray(losses[-max(3, len(losses) // 4) :])
     noise = np.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))

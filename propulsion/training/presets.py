@@ -1,11 +1,11 @@
 """The paper's experiments as options of `propulsion.train`, and where the paper and its notebooks disagree.
 
 The paper (Kowsher et al. 2024) gives degrees and models; learning rates, epochs and batches are in its public
-notebooks, for GLUE alone, all with AdamW and a cosine schedule with 500 steps of warm-up. Where they have nothing, a
-preset leaves the defaults of `propulsion.train`, whose rates follow the rule of `propulsion.training.learning_rates`.
+notebooks, for GLUE alone, all with AdamW and a cosine schedule with 500 steps of warm-up. What they do not give is left
+at the defaults of `propulsion.train`.
 
-Two things differ on purpose: the head is trained (in most notebooks it stays at its random start), and biases are not
-(in the notebooks those of replaced layers are).
+Two things differ on purpose: the head is trained, which in most notebooks stays at its random start; and biases are not
+trained, while the notebooks train those of replaced layers.
 """
 
 import json
@@ -24,7 +24,7 @@ class Preset:
     Attributes:
         name: Name on the command line.
         options: Fields of `propulsion.train.TrainConfig`.
-        notes: What is known of them, and what disagrees.
+        notes: Where the options come from, and where the sources disagree.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class _Notebook:
-    """A public notebook: degree, learning rate, epochs, batch, weight decay, and what else to know."""
+    """The options of a public notebook, and notes."""
 
     degree: float
     learning_rate: float
@@ -45,7 +45,7 @@ class _Notebook:
     warmup: int = 500
 
 
-# paper.md section 4. "twice" in the notebooks: the training cell was run a second time; the epochs are of one run.
+# "The notebook trains twice": its training cell was run a second time; the epochs here are those of one run.
 _NOTEBOOKS = {
     "rte": _Notebook(55, 2e-4, 30, 32),
     "cola": _Notebook(55, 1e-4, 7, 32, more="The notebook trains twice."),
@@ -109,7 +109,7 @@ def get_preset(name: str) -> Preset:
     """Return a preset by name.
 
     Raises:
-        UserError: There is none of this name; the message says how to list them.
+        UserError: There is no such preset; the message says how to list them.
     """
     if name not in PRESETS:
         close = [known for known in PRESETS if name.split("-")[0] in known][:6]

@@ -1,4 +1,4 @@
-"""Where losses and metrics are reported: only to what is there."""
+"""A check of where losses and metrics are to be reported."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from propulsion.errors import UserError
 
 
 def check_reporting(report_to: Sequence[str]) -> None:
-    """Make sure that every reporter is there, before anything is computed.
+    """Make sure that every reporter is installed.
 
     Raises:
         UserError: One is not installed, or there is no such reporter.
@@ -20,6 +20,6 @@ def check_reporting(report_to: Sequence[str]) -> None:
                 raise UserError(f"report_to {name} stands alone: give it, or names of reporters")
         elif name not in known:
             raise UserError(f"cannot report to {name!r}: choose none, all, {', '.join(known)}")
-        # Of a few, transformers names this function otherwise; their callbacks say what is missing themselves.
+        # Where transformers has no function of this name, the reporter's own callback raises.
         elif not getattr(integration_utils, f"is_{name}_available", lambda: True)():
             raise UserError(f"cannot report to {name}: it is not installed here (pip install {name})")

@@ -1,4 +1,4 @@
-"""The folder of a training run: whose it is, and how what was trained gets into it."""
+"""The folder of a training run: which run it holds, and how results are written into it."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from propulsion.adapters import explain_loading, save_base
+from propulsion.atomic import beside, publish
 from propulsion.errors import UserError
 from propulsion.pretrained import pooling_of
 from propulsion.training.checkpoints import checkpoints, clear_leftovers, latest_checkpoint, remove_checkpoint
@@ -21,19 +22,19 @@ from propulsion.training.trainer import TaskTrainer
 
 RECORD, RATES, RESULT, PREDICTIONS, MODEL = "run.json", "rates.json", "result.json", "predictions.json", "model"
 LENGTHS = ("max_steps", "num_train_epochs")
-"""Fields that say how long a run is: it goes on where they are larger than they were."""
+"""Fields of the length of a run, which is continued if they have become larger."""
 _EXTENDED = "extended_at"
 _ANOTHER = "name another --output-dir"
 _ANEW = f"{_ANOTHER}, or pass --overwrite-output-dir to start anew"
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What a run finds in its folder.
+class FolderState:
+    """What a folder holds when a run starts in it.
 
     Attributes:
-        finished: What the run found, where it is finished and there is nothing to do.
-        extended_at: Steps after which the run was made longer, the first time first; the last may be new.
+        finished: The run's result, if it is finished and there is nothing to do.
+        extended_at: Steps after which the run was made longer, in order; the last may be new.
         replaces: Whether an earlier run is to be removed first.
     """
 
@@ -43,7 +44,7 @@ class Standing:
 
 
 def check_folder(output: Path, *, overwrite: bool) -> None:
-    """Make sure that a folder is empty, absent, or a run's: before anything is loaded, and without a change to it.
+    """Make sure that a folder is absent, empty, or a run's. Changes nothing.
 
     Raises:
         UserError: It is a file, or holds something else.
@@ -65,66 +66,66 @@ def check_folder(output: Path, *, overwrite: bool) -> None:
     raise UserError(f"{output} holds {what} ({shown}): {_ANOTHER}, which is empty or a run's")
 
 
-def standing(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Standing:
-    """Compare what is in a folder with a run, and change nothing.
+def folder_state(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> FolderState:
+    """Compare what is in a folder with a run. Changes nothing.
 
     Args:
-        output: The folder, which `check_folder` has let pass.
-        identity: What two runs must have in common for one to go on where the other stopped, as JSON has it.
-        overwrite: Whether an earlier run of whatever identity is removed first.
+        output: The folder, which `check_folder` has accepted.
+        identity: What two runs must have in common for one to resume the other, as JSON has it.
+        overwrite: Whether an earlier run is to be removed, whatever its identity.
 
     Raises:
         UserError: It holds another run.
     """
     if overwrite:
-        return Standing(replaces=bool(Manifest(output).others()))
-    found = _stored(output)
-    if found is None:
-        if left := [name for name in Manifest(output).others() if _is_a_runs(name)]:
-            raise UserError(f"{output} has {left[0]} but no {RECORD} that says of which run: {_ANEW}")
-        return Standing()
-    extended = tuple(found.pop(_EXTENDED, ()))
-    if found == identity:
-        return Standing(result_of(output), extended)
-    names = sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name))
-    if set(names) <= set(LENGTHS) and _longer(output, found, identity):
-        return Standing(None, (*extended, _to_go_on_from(output, identity)))
-    shown = ", ".join(f"{name} {_short(found.get(name))} there, {_short(identity.get(name))} here" for name in names)
+        return FolderState(replaces=bool(Manifest(output).others()))
+    stored = _read(output / RECORD, dict, _ANOTHER)
+    if stored is None:
+        if leftovers := [name for name in Manifest(output).others() if _is_a_runs(name)]:
+            raise UserError(f"{output} has {leftovers[0]} but no {RECORD} that says of which run: {_ANEW}")
+        return FolderState()
+    extended = tuple(stored.pop(_EXTENDED, ()))
+    if stored == identity:
+        return FolderState(result_of(output), extended)
+    names = sorted(name for name in {*stored, *identity} if stored.get(name) != identity.get(name))
+    if set(names) <= set(LENGTHS) and _longer(output, stored, identity):
+        return FolderState(None, (*extended, _to_go_on_from(output, identity)))
+    shown = ", ".join(f"{name} {_short(stored.get(name))} there, {_short(identity.get(name))} here" for name in names)
     raise UserError(f"{output} holds a run of another configuration ({shown}): {_ANEW}")
 
 
-def claim(output: Path, identity: Mapping[str, Any], found: Standing) -> None:
-    """Make the folder this run's: new, in place of an earlier run, or longer than it was.
+def claim(output: Path, identity: Mapping[str, Any], state: FolderState) -> None:
+    """Record this run in the folder, as a new run, in place of an earlier one, or as its continuation.
 
-    Of an earlier run only what it wrote is removed.
+    Files that the earlier run did not write are kept.
 
     Raises:
-        UserError: Something is in the way that no run wrote, or the folder cannot be written.
+        UserError: A file that no run wrote would be lost, or the folder cannot be written.
     """
     manifest = Manifest(output)
-    record = dict(identity) | ({_EXTENDED: list(found.extended_at)} if found.extended_at else {})
+    record = dict(identity) | ({_EXTENDED: list(state.extended_at)} if state.extended_at else {})
     try:
         names = manifest.others()
         if not names and not manifest.exists:
             manifest.start()
-        if found.replaces:
+        if state.replaces:
             _refuse_to_lose(manifest, [output / name for name in names if _is_a_runs(name)])
             _clear(manifest)
         elif names:
-            # What this run will replace. Older checkpoints with anything added to them are never removed.
+            # These files will be replaced. Older checkpoints with foreign files in them are never removed.
             _refuse_to_lose(manifest, [output / name for name in names if name in (MODEL, RESULT, PREDICTIONS)])
             clear_leftovers(output)
-        if _stored(output) != record:
+        if _read(output / RECORD, dict, _ANOTHER) != record:
             for path in (output / RESULT, output / PREDICTIONS):
                 if path.exists():
-                    _set_aside(manifest, path, found.extended_at[-1])
+                    _set_aside(manifest, path, state.extended_at[-1])
             manifest.write_json(output / RECORD, record)
     except OSError as error:
         raise UserError(f"cannot use the folder {output}: {error.strerror or error}") from error
 
 
 def _is_a_runs(name: str) -> bool:
-    """Whether a run looks for something of that name."""
+    """Whether this is the name of a file or folder that runs read."""
     return name in (RECORD, RATES, RESULT, PREDICTIONS, MODEL) or name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
@@ -138,11 +139,10 @@ def _refuse_to_lose(manifest: Manifest, paths: Sequence[Path]) -> None:
 
 
 def _clear(manifest: Manifest) -> None:
-    """Remove what a run wrote, the result first, so that what is left of it never looks finished."""
+    """Remove what a run wrote, its result first, so that the rest never looks like a finished run."""
     folder = manifest.folder
     clear_leftovers(folder)
-    order = [RESULT, PREDICTIONS]
-    for path in [*(folder / name for name in order), *reversed(checkpoints(folder))]:
+    for path in [folder / RESULT, folder / PREDICTIONS, *reversed(checkpoints(folder))]:
         if path.is_dir():
             remove_checkpoint(path)
         elif path.exists():
@@ -155,7 +155,7 @@ def _clear(manifest: Manifest) -> None:
 
 
 def _set_aside(manifest: Manifest, path: Path, step: int) -> None:
-    """Keep what the shorter run found under another name."""
+    """Rename a file of the shorter run, to keep it."""
     kept = path.with_name(f"{path.stem}-{step}{path.suffix}")
     if kept.exists():
         if manifest.not_own(kept):
@@ -165,29 +165,16 @@ def _set_aside(manifest: Manifest, path: Path, step: int) -> None:
     os.rename(path, kept)
 
 
-def _stored(output: Path) -> dict[str, Any] | None:
-    record = output / RECORD
-    if not record.exists():
-        return None
-    try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{record} is damaged: {_ANOTHER}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{record} is damaged: {_ANOTHER}")
-    return found
-
-
-def _longer(output: Path, found: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
-    """Whether a run is a longer one than that in its folder."""
-    steps, before = identity["max_steps"], found["max_steps"]
+def _longer(output: Path, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether a run is longer than the one in its folder."""
+    steps, before = identity["max_steps"], stored["max_steps"]
     if steps > 0:
         return steps > (before if before >= 0 else _done(output))
-    return steps == before and identity["num_train_epochs"] > found["num_train_epochs"]
+    return steps == before and identity["num_train_epochs"] > stored["num_train_epochs"]
 
 
 def _done(output: Path) -> int:
-    """Steps of the last checkpoint, and of the result where there is one."""
+    """Number of steps that have been taken, by the last checkpoint and the result."""
     last = latest_checkpoint(output)
     result = result_of(output) or {"steps": 0}
     return max(0 if last is None else int(last.name.rpartition("-")[2]), result["steps"])
@@ -208,17 +195,17 @@ def _short(value: Any) -> str:
 
 
 def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> None:
-    """Write what was trained, whole or not at all, with its tokenizer and its base model's fingerprint.
+    """Write the trained model or adapter, whole or not at all, with its tokenizer and its base model's fingerprint.
 
     Raises:
         UserError: It cannot be written.
     """
-    partial = destination.with_name(f".{destination.name}.partial")
+    partial = beside(destination)
     try:
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-        if sharding is not None:  # Checkpoints may be in shards, what is kept is whole.
+        if sharding is not None:  # Checkpoints may be sharded; the model is saved whole.
             sharding.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(partial))
         if trainer.args.should_save:
@@ -228,17 +215,17 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
             explain_loading(partial, trainer.model)
             manifest = Manifest(destination.parent)
             if destination.exists():
-                # `claim` has looked before training; what was put there since stops it too.
+                # `claim` has checked this before training; files may have been added since.
                 _refuse_to_lose(manifest, [destination])
                 shutil.rmtree(destination)
             manifest.record(files_below(partial, destination.name))
-            os.rename(partial, destination)
+            publish(partial, destination)
     except OSError as error:
         raise UserError(f"cannot write {destination}: {error.strerror or error}; the checkpoints are kept") from error
 
 
 def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) -> None:
-    """Write what a run found; with its result it is finished.
+    """Write predictions and result; with its result, a run is finished.
 
     Raises:
         UserError: It cannot be written.
@@ -246,7 +233,7 @@ def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) 
     manifest = Manifest(output)
     try:
         for path, content in ((output / PREDICTIONS, predictions), (output / RESULT, result)):
-            if path.exists():  # Left by a call that was killed between the two, or put there meanwhile.
+            if path.exists():  # From a call that was killed between the two, or from somebody else.
                 _refuse_to_lose(manifest, [path])
                 manifest.remove(path)
             manifest.write_json(path, content)
@@ -257,7 +244,7 @@ def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) 
 
 
 def result_of(output: Path) -> dict[str, Any] | None:
-    """What a finished run found; None of a run that is not finished.
+    """The result of a run; None if the run is not finished.
 
     Raises:
         UserError: The file is damaged.
@@ -266,7 +253,7 @@ def result_of(output: Path) -> dict[str, Any] | None:
 
 
 def predictions_of(output: Path) -> list[Any] | None:
-    """What a finished run predicted, row by row; None of a run that kept none.
+    """The predictions of a finished run, one for each validation row; None if there are none.
 
     Raises:
         UserError: The file is damaged.
@@ -275,7 +262,7 @@ def predictions_of(output: Path) -> list[Any] | None:
 
 
 def store_rates(output: Path, rates: Mapping[str, Mapping[str, Any]]) -> None:
-    """Keep the learning rates that were measured, by role.
+    """Write the measured learning rates, by role.
 
     Raises:
         UserError: They cannot be written.
@@ -287,25 +274,25 @@ def store_rates(output: Path, rates: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def rates_of(output: Path) -> dict[str, Any] | None:
-    """The learning rates that the run in a folder measured, by role; None of a run that has measured none yet.
+    """The learning rates that the run in a folder measured, by role; None if it has measured none yet.
 
     Raises:
-        UserError: The file is damaged or was changed, or is missing beside a checkpoint that was trained at them.
+        UserError: The file is damaged, was changed, or is missing although there is a checkpoint.
     """
     _refuse_to_lose(Manifest(output), [output / RATES])
-    found = _read(output / RATES, dict)
-    if found is None and (last := latest_checkpoint(output)) is not None:
+    rates = _read(output / RATES, dict)
+    if rates is None and (last := latest_checkpoint(output)) is not None:
         raise UserError(f"{last} is there, but not the learning rates it was trained at, {output / RATES}: {_ANEW}")
-    return found
+    return rates
 
 
-def _read(path: Path, kind: type) -> Any:
+def _read(path: Path, kind: type, remedy: str = "remove it, and run the same command again") -> Any:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): remove it, and run the same command again") from error
-    if not isinstance(found, kind):
-        raise UserError(f"{path} is damaged: remove it, and run the same command again")
-    return found
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path} is damaged: {remedy}")
+    return content

@@ -15,11 +15,11 @@ USE, VERSION, EFFICIENT = "ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_CPU_RAM_E
 def prepare_sharding() -> bool:
     """Whether the run is to be sharded; if so, make every process load the weights.
 
-    The launcher's own default leaves weights to the first process, and the others without any: they could neither be
-    told from those of another model, nor begin a method that looks at them.
+    By the launcher's default the first process alone has weights; but every process needs them, for the identity of the
+    model and for methods that read them.
 
     Raises:
-        UserError: Version 1 of FSDP, which makes one flat parameter of many: learning rates go by parameter here.
+        UserError: Version 1 of FSDP, which flattens parameters, while learning rates go by parameter.
     """
     if not parse_flag_from_env(USE):
         return False
@@ -30,7 +30,7 @@ def prepare_sharding() -> bool:
 
 
 def check_sharding(trainer: Trainer, model: nn.Module) -> str | None:
-    """What the user should know before a run that `prepare_sharding` found is to be sharded; None if all is well.
+    """What to tell the user before a run that is to be sharded; None if there is nothing to tell.
 
     Raises:
         UserError: Trained parameters of several dtypes, which FSDP cannot gather together.
@@ -44,10 +44,10 @@ def check_sharding(trainer: Trainer, model: nn.Module) -> str | None:
 
 
 def equal_share(count: int, processes: int, index: int) -> Sequence[int]:
-    """Rows of one process: as many for each, the last row again where they do not come out even.
+    """The rows of one process: as many as of any other, with the last row repeated where the count does not divide.
 
-    Sharded models run in step, so that a process with fewer batches would leave the others waiting. One share after the
-    other, cut to `count`, are the rows in their order.
+    The processes of a sharded model wait for each other at every batch. All shares in order, cut to `count`, are the
+    rows in order.
 
     >>> [equal_share(5, 2, index) for index in range(2)]
     [[0, 1, 2], [3, 4, 4]]

@@ -1,12 +1,11 @@
-"""The Hugging Face loop with what long runs need: rates by role, divergence that stops, checkpoints whole or absent.
+"""`transformers.Trainer` with learning rates by role, a stop at divergence, and checkpoints that are whole or absent.
 
-A checkpoint is written beside its destination and renamed when it is complete, so `checkpoint-N` is never half a
-checkpoint: not after a kill, not on a full disk. Older ones go only after that, and vanish from sight before they are
-deleted. Evaluation leaves the random states alone, so that a run resumed from any checkpoint draws what it would have.
+A checkpoint is written beside its destination and renamed when it is complete, so that `checkpoint-N` is complete even
+after a kill or on a full disk. Older checkpoints are removed after that; each is renamed before it is deleted.
+Evaluation does not change the random states, so that a resumed run draws the same numbers as one that was not stopped.
 """
 
 import contextlib
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from propulsion.atomic import flush
+from propulsion.atomic import publish
 from propulsion.errors import Diverged, UserError, first_line
 from propulsion.methods import update_ranks
 from propulsion.training.checkpoints import (
@@ -58,18 +57,18 @@ class TaskTrainer(Trainer):
 
         Args:
             *args: As for `transformers.Trainer`.
-            rates: Learning rates that replace the rule's.
-            score: Evaluates the model as it is: the task's metrics.
-            on_loss: Told the loss of every batch.
-            keep: Checkpoints to keep, the newest ones, and the best beside them; all if None.
-            loss_by_token: Whether the model itself divides its loss by the tokens of all accumulated batches.
-            autocast: Mixed precision of the training loss alone: whatever else the model is called for, by callbacks
-                and afterwards, stays in full precision, as with the trainer's own `bf16` it would not.
+            rates: Learning rates by role.
+            score: Computes the task's metrics of the model.
+            on_loss: Called with the loss of every batch.
+            keep: Number of newest checkpoints to keep, with the best; all if None.
+            loss_by_token: Whether the model divides its loss by the number of tokens in all accumulated batches.
+            autocast: Precision of the training loss. Unlike the trainer's own `bf16`, it does not hold for calls of the
+                model by callbacks and after training.
             **kwargs: As for `transformers.Trainer`.
         """
         super().__init__(*args, **kwargs)
-        # transformers takes every model whose forward takes further arguments for one that does, and would not average
-        # the loss over accumulated batches; those of classifiers and taggers ignore the argument.
+        # transformers assumes so for every forward with keyword arguments, and does not average over accumulated
+        # batches; but the models of classifiers and taggers ignore the argument.
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and loss_by_token
         self.losses: list[float] = []
         self._rates, self._score, self._on_loss, self._keep = rates, score, on_loss, keep
@@ -87,26 +86,26 @@ class TaskTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with every parameter's rate and decay by its role (`propulsion.training.learning_rates`)."""
+        """AdamW with the rate and decay of every parameter's role (`propulsion.training.learning_rates`)."""
         if self.optimizer is None:
             network = self.network if model is None else model
             groups = parameter_groups(network, rates=self._rates, weight_decay=self.args.weight_decay)
             betas = (self.args.adam_beta1, self.args.adam_beta2)
-            # Fused, as is transformers' own default.
+            # Fused, as in transformers.
             self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon, fused=True)
         return self.optimizer
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
-        """What the training loss is computed in."""
+        """The context in which the training loss is computed."""
         if self._autocast is None:
             return super().autocast_smart_context_manager(cache_enabled)
         return torch.autocast(self.args.device.type, self._autocast)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One batch; its loss must be finite.
+        """Take one batch.
 
         Raises:
-            UserError: It is not.
+            Diverged: Its loss is not finite.
         """
         loss = super().training_step(*args, **kwargs)
         value = float(loss)
@@ -118,10 +117,10 @@ class TaskTrainer(Trainer):
         return loss
 
     def check_finite(self) -> None:
-        """Look at the weights: the last step's damage shows in no loss.
+        """Check that the weights are finite, since no loss shows the effect of the last step.
 
         Raises:
-            UserError: One is not finite.
+            Diverged: One is not finite.
         """
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
@@ -135,19 +134,19 @@ class TaskTrainer(Trainer):
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """The task's metrics, logged.
+        """Compute and log the task's metrics.
 
         Raises:
-            UserError: The metric that says which checkpoint is best is none of them.
+            UserError: `metric_for_best_model` is none of them.
         """
         assert self._score is not None
         with isolated_randomness():
-            found = self._score()
+            scores = self._score()
         best = str(self.args.metric_for_best_model).removeprefix("eval_")
-        if self.args.load_best_model_at_end and best not in found:
-            raise UserError(f"metric_for_best_model is {best}, expected one of {', '.join(found)}")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self.log(dict(metrics))  # A copy: logging adds the epoch to it.
+        if self.args.load_best_model_at_end and best not in scores:
+            raise UserError(f"metric_for_best_model is {best}, expected one of {', '.join(scores)}")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(dict(metrics))  # A copy, since logging adds the epoch.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -168,7 +167,7 @@ class TaskTrainer(Trainer):
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(folder / name)
             super()._save_checkpoint(model, trial)
-            if self.state.best_global_step:  # Recorded under its staged path, in every process.
+            if self.state.best_global_step:  # transformers has recorded the path before the rename.
                 self.state.best_model_checkpoint = str(self._best())
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -176,7 +175,7 @@ class TaskTrainer(Trainer):
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "writ" not in str(error):
-                raise  # No trouble of the disk's.
+                raise  # Not an error of the disk.
             shutil.rmtree(staging, ignore_errors=True)
             last = latest_checkpoint(folder)
             kept = f"the last complete one is {last}" if last else "there is none before it"
@@ -189,27 +188,24 @@ class TaskTrainer(Trainer):
 
     def _publish(self, written: Path, destination: Path) -> None:
         self.state.save_to_json(str(written / "trainer_state.json"))
-        for path in written.rglob("*"):
-            if path.is_file():
-                flush(path)
         manifest = Manifest(destination.parent)
         if destination.exists():
             if others := manifest.not_own(destination):
                 raise UserError(f"{others[0]} is in the way, and this run did not write it: move it away")
             remove_checkpoint(destination)
         manifest.record(files_below(written, destination.name))
-        os.rename(written, destination)
+        publish(written, destination)
         written.parent.rmdir()
         if self._keep is not None:
             best = Path(self.state.best_model_checkpoint or "")
             for old in checkpoints(destination.parent)[: -self._keep]:
-                # One with a file in it that this run did not write is kept, all of it.
+                # A checkpoint that holds a file of somebody else's is kept.
                 if old.name != best.name and not manifest.not_own(old):
                     remove_checkpoint(old)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         started = super()._init_training_state(*args, **kwargs)
-        # By its step, since the folder may have been moved since.
+        # The folder may have been moved since: find the best checkpoint by its step.
         if self.state.best_global_step:
             best = self._best()
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
@@ -219,7 +215,7 @@ class TaskTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         with reading(folder):
             TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-            # Without these the run would go on all the same, from an optimizer that starts anew.
+            # Without these files transformers would resume with a new optimizer.
             needed = (SCHEDULER_NAME,) if self.is_fsdp_enabled else (SCHEDULER_NAME, OPTIMIZER_NAME)
             if lacking := [name for name in needed if not (folder / name).exists()]:
                 raise ValueError(f"{lacking[0]} is missing")
@@ -229,12 +225,12 @@ class TaskTrainer(Trainer):
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and isinstance(self.lr_scheduler, LambdaLR) and self.optimizer is not None:
-            # The checkpoint's rates are those of its own schedule. One of a longer run goes on from this step.
+            # The checkpoint holds rates of its own schedule; a run that was made longer has another schedule.
             schedule = self.lr_scheduler
             factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
             for group, base, factor in zip(self.optimizer.param_groups, schedule.base_lrs, factors, strict=True):
                 group["lr"] = base * factor
-            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # What is logged.
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # These are logged.
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(checkpoint):
@@ -245,7 +241,7 @@ class TaskTrainer(Trainer):
 
 
 class _RankUpdates(TrainerCallback):
-    """For methods that move parameters between layers while they train."""
+    """Calls `update_ranks` after every step of the optimizer."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         update_ranks(kwargs.get("model"), state.global_step)
@@ -253,7 +249,7 @@ class _RankUpdates(TrainerCallback):
 
 @contextlib.contextmanager
 def isolated_randomness() -> Iterator[None]:
-    """Give back the global random states, which training seeds for dropout and the data order."""
+    """Restore the global random states afterwards, which training seeds for dropout and the data order."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         try:

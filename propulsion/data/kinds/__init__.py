@@ -1,4 +1,4 @@
-"""Kinds of tasks: how rows are checked, become model inputs, are predicted and scored. One module a kind."""
+"""Kinds of tasks, one module each: how rows are checked, encoded, predicted and scored."""
 
 from datasets import Dataset
 
@@ -18,7 +18,7 @@ _KINDS = {
 
 
 def kind_of(task: Task) -> Kind:
-    """How a task's rows are handled."""
+    """The kind of a task."""
     return _KINDS[task.kind]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from propulsion.data.kinds.base import Kind, Limits, input_limit, run_batches
 from propulsion.data.metrics import answer_scores
@@ -20,7 +20,7 @@ from propulsion.errors import Unusable, UserError
 
 DEFAULT_LENGTH = 384  # Of a window, in tokens: that of BERT's own SQuAD script.
 STRIDE_SHARE = 3  # Neighbouring windows share a third of their length.
-BEST = 20  # Starts and ends looked at, each.
+BEST = 20  # How many of the best starts and of the best ends are combined.
 LONGEST_ANSWER = 30  # In tokens.
 _ANSWER = ("text", "answer_start")
 
@@ -34,7 +34,7 @@ def _features(task: Task) -> datasets.Features:
 
 
 def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep question, context and answers; every answer stands in its context where it says."""
+    """Read question, context and answers, and check that every answer is in the context at its stated position."""
     values = {column: text(value_of(row, column), column) for column in task.text_columns}
     column, context = task.label_column, values["context"]
     answers = parallel_lists(value_of(row, column), _ANSWER, column)
@@ -45,14 +45,14 @@ def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
         text(answer, f"text of {column}")
         starts.append(whole_number(start, f"answer_start of {column}"))
         if starts[-1] < 0 or not context.startswith(answer, starts[-1]):
-            found = context.find(answer)
-            where = "it is nowhere in it" if found < 0 else f"it stands at {found}"
+            position = context.find(answer)
+            where = "it is nowhere in it" if position < 0 else f"it stands at {position}"
             raise UserError(f"the context does not hold the answer {shown(answer)} at character {starts[-1]}: {where}")
     return values | {column: {"text": answers["text"], "answer_start": starts}}
 
 
 def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> tuple[Any, list[int]]:
-    """The encoded windows of all questions, and which question each is of.
+    """The encoded windows of all questions, and the number of each window's question.
 
     Raises:
         Unusable: A question leaves no room for its context.
@@ -63,7 +63,7 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
     limit = min(input_limit(tokenizer, limits, pair=True), limits.max_length or DEFAULT_LENGTH)
     lengths = [len(ids) for ids in tokenizer(list(columns["question"]), verbose=False)["input_ids"]]
     most = limit - tokenizer.num_special_tokens_to_add(pair=True) - 2
-    if long := [place for place, length in enumerate(lengths) if length > most]:
+    if long := [question for question, length in enumerate(lengths) if length > most]:
         what = f"a question of {max(lengths)} tokens leaves no room for its context in {limit}"
         more = (
             f"raise max_length to {tokenizer.model_max_length} at most, or "
@@ -80,54 +80,56 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """One row a window, with the first answer's first and last token; the first token where it is not in the window."""
+    """One row for each window: first and last token of the first answer, or token 0 where it is not in the window."""
     batch, questions = inputs(columns, tokenizer, task, limits)
     offsets = batch.pop("offset_mapping")
     encoded = dict(batch)
     if task.label_column not in columns:
         return encoded
     spans = [
-        _span(columns[task.label_column][question], places, batch.sequence_ids(window))
-        for window, (question, places) in enumerate(zip(questions, offsets))
+        _span(columns[task.label_column][question], spans, batch.sequence_ids(window))
+        for window, (question, spans) in enumerate(zip(questions, offsets))
     ]
     return encoded | {"start_positions": [start for start, _ in spans], "end_positions": [end for _, end in spans]}
 
 
-def _span(answers: dict[str, list], places: Sequence[tuple[int, int]], parts: Sequence[int | None]) -> tuple[int, int]:
+def _span(
+    answers: dict[str, list], spans: Sequence[tuple[int, int]], sequence_ids: Sequence[int | None]
+) -> tuple[int, int]:
     if not answers["text"]:
         return 0, 0
     start, end = answers["answer_start"][0], answers["answer_start"][0] + len(answers["text"][0])
-    context = [token for token, part in enumerate(parts) if part == 1]
-    if not context or places[context[0]][0] > start or places[context[-1]][1] < end:
+    context = [token for token, sequence in enumerate(sequence_ids) if sequence == 1]
+    if not context or spans[context[0]][0] > start or spans[context[-1]][1] < end:
         return 0, 0
-    first = max(token for token in context if places[token][0] <= start)
-    last = min(token for token in context if places[token][1] >= end)
+    first = max(token for token in context if spans[token][0] <= start)
+    last = min(token for token in context if spans[token][1] >= end)
     return first, max(first, last)
 
 
 def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits) -> list[str]:
-    """The text of the answer to every question; empty where the model says that there is none."""
+    """The answer to every question; empty where the model predicts that there is none."""
     batch, questions = inputs(columns, tokenizer, task, limits)
     offsets = batch.pop("offset_mapping")
     outputs = run_batches(model, tokenizer, dict(batch), limits.batch_size, ("start_logits", "end_logits"))
     best: dict[int, tuple[float, str]] = {}
     null: dict[int, float] = {}
-    for window, (question, places) in enumerate(zip(questions, offsets)):
-        parts = batch.sequence_ids(window)
+    for window, (question, spans) in enumerate(zip(questions, offsets)):
+        sequence_ids = batch.sequence_ids(window)
         starts, ends = (output.numpy() for output in outputs[window])
-        shift = len(starts) - len(parts) if tokenizer.padding_side == "left" else 0
-        starts, ends = starts[shift : shift + len(parts)], ends[shift : shift + len(parts)]
+        shift = len(starts) - len(sequence_ids) if tokenizer.padding_side == "left" else 0
+        starts, ends = starts[shift : shift + len(sequence_ids)], ends[shift : shift + len(sequence_ids)]
         null[question] = min(null.get(question, np.inf), float(starts[0] + ends[0]))
-        inside = np.array([part == 1 for part in parts])
+        inside = np.array([sequence == 1 for sequence in sequence_ids])
         score, first, last = _best_span(starts, ends, inside)
         if score > best.get(question, (-np.inf, ""))[0]:
-            text = columns["context"][question][places[first][0] : places[last][1]]
+            text = columns["context"][question][spans[first][0] : spans[last][1]]
             best[question] = (score, text)
-    found = []
+    predictions = []
     for question in range(len(columns["question"])):
         score, text = best.get(question, (-np.inf, ""))
-        found.append(text if not task.unanswerable or score > null.get(question, -np.inf) else "")
-    return found
+        predictions.append(text if not task.unanswerable or score > null.get(question, -np.inf) else "")
+    return predictions
 
 
 def _best_span(starts: np.ndarray, ends: np.ndarray, inside: np.ndarray) -> tuple[float, int, int]:
@@ -143,12 +145,8 @@ def _best_span(starts: np.ndarray, ends: np.ndarray, inside: np.ndarray) -> tupl
 
 
 def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[str, float]:
-    """Exact match and F1 over all answers that people gave."""
+    """Exact match and F1, the best over each question's answers."""
     return answer_scores(predictions, [answers["text"] for answers in columns[task.label_column]])
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorWithPadding:
-    return DataCollatorWithPadding(tokenizer)
-
-
-KIND = Kind("QUESTION_ANS", _features, read, encode, inputs, _collator, predict, measure)
+KIND = Kind("QUESTION_ANS", _features, read, encode, inputs, predict, measure)

@@ -1,4 +1,4 @@
-"""What a kind of task must say, and what several kinds share."""
+"""The interface of a kind of task, and what several kinds share."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from propulsion.data.tables import Columns
 from propulsion.data.tasks import Task
@@ -15,12 +15,12 @@ from propulsion.errors import Unusable, UserError
 
 @dataclass(frozen=True)
 class Limits:
-    """Lengths and sizes.
+    """Limits on lengths, and the batch size of predictions.
 
     Attributes:
-        max_length: Cut inputs to this many tokens. If None nothing is cut, and an input too long is an error, except
-            where a kind says otherwise.
-        max_target_length: Cut summaries to this many tokens, and generate no more unless `generate_length` says so.
+        max_length: Cut inputs to this many tokens. If None nothing is cut, and an input that is too long is an error,
+            except for summaries and answers.
+        max_target_length: Cut summaries to this many tokens; without `generate_length`, also generate no more.
         batch_size: Rows of a batch in prediction.
         generate_length: Generate no more than this many tokens.
         num_beams: Beams of the search for generated text; 1 is greedy.
@@ -43,16 +43,16 @@ class Kind:
     """One kind of task.
 
     Attributes:
-        task_type: peft's name of it, which also says with which head a model is loaded.
+        task_type: peft's name of it, which decides the head of the model.
         features: Types of a task's columns.
-        read: (task, row as it was written) -> its values in the task's columns; raises `UserError` naming a column.
-        encode: (columns, tokenizer, task, limits) -> model inputs with labels, unpadded; may give more rows than came.
-            Raises `Unusable` of rows that are too long.
-        inputs: The same without labels: what `predict` runs the model on.
-        collator: (tokenizer, model) -> what makes a padded batch of encoded rows.
+        read: (task, row of a file) -> values of the task's columns; raises a `UserError` that names the column.
+        encode: (columns, tokenizer, task, limits) -> model inputs with labels, unpadded, perhaps several for a row;
+            raises `Unusable` for rows that are too long.
+        inputs: As `encode`, without labels: what `predict` calls the model with.
         predict: (model, tokenizer, task, columns, limits) -> one prediction a row.
         measure: (task, predictions, columns) -> the task's metrics.
-        silent: (task, columns) -> predictions that say nothing, one a row: of texts, empty ones.
+        trivial: (task, columns) -> predictions made without a model, one a row, such as empty texts.
+        collator: (tokenizer, model) -> a function that pads encoded rows to a batch.
     """
 
     task_type: str
@@ -60,17 +60,17 @@ class Kind:
     read: Callable[[Task, Mapping[str, Any]], dict[str, Any]]
     encode: Callable[[Columns, PreTrainedTokenizerBase, Task, Limits], Columns]
     inputs: Callable[[Columns, PreTrainedTokenizerBase, Task, Limits], Any]
-    collator: Callable[[PreTrainedTokenizerBase, Any], Callable[[list[dict[str, Any]]], Any]]
     predict: Callable[[Any, PreTrainedTokenizerBase, Task, Columns, Limits], list[Any]]
     measure: Callable[[Task, Sequence[Any], Columns], dict[str, float]]
-    silent: Callable[[Task, Columns], list[Any]] = lambda task, columns: [""] * len(next(iter(columns.values())))
+    trivial: Callable[[Task, Columns], list[Any]] = lambda task, columns: [""] * len(next(iter(columns.values())))
+    collator: Callable[[Any, Any], Any] = lambda tokenizer, model: DataCollatorWithPadding(tokenizer)
 
 
 def input_limit(tokenizer: PreTrainedTokenizerBase, limits: Limits, *, pair: bool = False) -> int:
-    """The longest input in tokens: what was asked for, or what the model takes.
+    """The longest input in tokens: `max_length`, or else what the model takes.
 
     Raises:
-        UserError: More was asked for than the model takes, or so little that no text fits.
+        UserError: `max_length` is more than the model takes, or too little for any text.
     """
     limit = tokenizer.model_max_length
     special = tokenizer.num_special_tokens_to_add(pair=pair)
@@ -82,12 +82,12 @@ def input_limit(tokenizer: PreTrainedTokenizerBase, limits: Limits, *, pair: boo
 
 
 def refuse_longer(lengths: Sequence[int], limit: int) -> None:
-    """Make sure that the model takes inputs of these lengths.
+    """Refuse inputs that are longer than the model takes.
 
     Raises:
-        Unusable: Some are longer.
+        Unusable: There are some.
     """
-    if longer := [place for place, length in enumerate(lengths) if length > limit]:
+    if longer := [row for row, length in enumerate(lengths) if length > limit]:
         raise Unusable(
             f"{len(longer)} of {len(lengths)} examples are longer than the model's limit of {limit} tokens (longest: "
             f"{max(lengths)})",
@@ -121,20 +121,20 @@ def run_batches(
     """
     mode = model.training
     model.eval()
-    found = []
+    rows = []
     try:
-        for part in batches(len(encoded["input_ids"]), size):
-            batch = tokenizer.pad({name: values[part] for name, values in encoded.items()}, return_tensors="pt")
+        for batch_rows in batches(len(encoded["input_ids"]), size):
+            batch = tokenizer.pad({name: values[batch_rows] for name, values in encoded.items()}, return_tensors="pt")
             output = model(**batch.to(model.device))
-            found += zip(*(getattr(output, name).float().cpu() for name in outputs))
+            rows += zip(*(getattr(output, name).float().cpu() for name in outputs))
     finally:
         model.train(mode)
-    return found
+    return rows
 
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, limits: Limits) -> list[str]:
-    """Generate after encoded rows, the likeliest text that a beam search finds, and return the new text of each."""
+    """Continue every encoded row by greedy or beam search, and return the new text of each."""
     mode, side = model.training, tokenizer.padding_side
     cached = getattr(model.config, "use_cache", None)
     model.eval()
@@ -145,8 +145,8 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, l
             tokenizer.padding_side = "left"  # New text follows the prompt's last token, in every row.
         if cached is not None:
             model.config.use_cache = True  # Gradient checkpointing turns it off, which makes generation slow.
-        for part in batches(len(encoded["input_ids"]), limits.batch_size):
-            batch = tokenizer.pad({name: values[part] for name, values in encoded.items()}, return_tensors="pt")
+        for batch_rows in batches(len(encoded["input_ids"]), limits.batch_size):
+            batch = tokenizer.pad({name: values[batch_rows] for name, values in encoded.items()}, return_tensors="pt")
             ids = model.generate(
                 **batch.to(model.device), max_new_tokens=limits.max_new_tokens, do_sample=False,
                 num_beams=limits.num_beams,

@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from propulsion.data.kinds.base import Kind, Limits, input_limit, refuse_longer, run_batches
 from propulsion.data.metrics import METRICS
@@ -22,7 +22,7 @@ def _features(task: Task) -> datasets.Features:
 
 
 def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the task's columns; the label as a number. Of two texts, one may be empty."""
+    """Read the task's columns, the label as a number. One of two texts may be empty."""
     values = {column: text(value_of(row, column), column, blank=True) for column in task.text_columns}
     if not any(value.strip() for value in values.values()):
         raise NoText(f"no text in {' or '.join(task.text_columns)}")
@@ -52,7 +52,7 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 
 def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """The same without labels."""
+    """As `encode`, without labels."""
     input_limit(tokenizer, limits, pair=len(task.text_columns) > 1)
     texts = [list(columns[column]) for column in task.text_columns]
     pairs = texts[1] if len(texts) > 1 else None
@@ -88,13 +88,9 @@ def measure(task: Task, predictions: Sequence[Any], columns: Columns) -> dict[st
     return {name: METRICS[name](*arrays) for name in task.metrics}
 
 
-def silent(task: Task, columns: Columns) -> list[int]:
-    """The first class, or 0, throughout."""
+def trivial(task: Task, columns: Columns) -> list[int]:
+    """The first class, or 0, for every row."""
     return [0] * len(columns[task.label_column])
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorWithPadding:
-    return DataCollatorWithPadding(tokenizer)
-
-
-KIND = Kind("SEQ_CLS", _features, read, encode, inputs, _collator, predict, measure, silent)
+KIND = Kind("SEQ_CLS", _features, read, encode, inputs, predict, measure, trivial)

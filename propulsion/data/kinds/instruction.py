@@ -1,4 +1,4 @@
-"""Instructions to a language model: trained on the answer after the prompt, evaluated by generation."""
+"""Instructions to a language model: trained on the answer that follows the prompt, evaluated by generation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
     """Turn the task's own columns into prompt, answer and choices."""
     assert task.exchange is not None
     values = {column: value_of(row, column) for column in (*task.text_columns, task.label_column)}
-    for column in task.text_columns:  # A template would write None, or a number, into its text.
+    for column in task.text_columns:  # A template would accept None or a number as text.
         if not isinstance(values[column], (list, dict)):
             text(values[column], column, blank=True)
     try:
@@ -39,9 +39,9 @@ def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """Tokens of prompt, answer and the end of text; only the latter two are learnt.
+    """Tokens of prompt, answer and the end of text; the loss is of answer and end alone.
 
-    A prompt that does not leave room for its answer is cut at its beginning if `max_length` is given.
+    If `max_length` is given, a prompt that leaves no room for its answer is cut at its beginning.
     """
     limit = input_limit(tokenizer, limits)
     prompts = tokenizer(list(columns[_PROMPT]), verbose=False)["input_ids"]
@@ -60,7 +60,7 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 
 def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """Tokens of the prompt, which leave room for the new ones: cut at their beginning if `max_length` is given."""
+    """Tokens of the prompt; if `max_length` is given, cut at the beginning to leave room for the new ones."""
     limit = input_limit(tokenizer, limits) - limits.max_new_tokens
     if limit < 1:
         raise UserError(
@@ -75,7 +75,7 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 
 def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits) -> list[str]:
-    """What the model says after every prompt."""
+    """The text that the model generates after every prompt."""
     return generate(model, tokenizer, inputs(columns, tokenizer, task, limits), limits)
 
 
@@ -85,15 +85,14 @@ def exchanges_of(columns: Columns) -> list[Exchange]:
 
 
 def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[str, float]:
-    """Shares of rows whose answer, extracted from the generated text, is right, and of those that hold one at all."""
+    """The share of rows whose generated text holds the right answer, and the share that holds any answer."""
     exchanges = exchanges_of(columns)
     right = [exchange.is_right(text) for exchange, text in zip(exchanges, predictions, strict=True)]
     answered = [extract(text, exchange.choices) is not None for exchange, text in zip(exchanges, predictions)]
     return {"accuracy": sum(right) / len(right), "answered": sum(answered) / len(answered)}
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorForSeq2Seq:
-    return DataCollatorForSeq2Seq(tokenizer)
-
-
-KIND = Kind("CAUSAL_LM", _features, read, encode, inputs, _collator, predict, measure)
+KIND = Kind(
+    "CAUSAL_LM", _features, read, encode, inputs, predict, measure,
+    collator=lambda tokenizer, model: DataCollatorForSeq2Seq(tokenizer),
+)  # fmt: skip

@@ -19,7 +19,7 @@ def _features(task: Task) -> datasets.Features:
 
 
 def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the document and its summary, which are texts."""
+    """Read the document and its summary."""
     return {column: text(value_of(row, column), column) for column in (*task.text_columns, task.label_column)}
 
 
@@ -49,14 +49,14 @@ def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns:
 
 
 def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[str, float]:
-    """ROUGE, the headline first."""
-    found = rouge_scores(predictions, columns[task.label_column])
-    return {name: found[name] for name in task.metrics}
+    """The task's ROUGE scores."""
+    scores = rouge_scores(predictions, columns[task.label_column])
+    return {name: scores[name] for name in task.metrics}
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorForSeq2Seq:
-    # The model makes the decoder's inputs of the labels, shifted by one.
+    # The collator asks the model for the decoder's inputs, which are the labels shifted by one.
     return DataCollatorForSeq2Seq(tokenizer, model=getattr(model, "base_model", model))
 
 
-KIND = Kind("SEQ_2_SEQ_LM", _features, read, encode, inputs, _collator, predict, measure)
+KIND = Kind("SEQ_2_SEQ_LM", _features, read, encode, inputs, predict, measure, collator=_collator)

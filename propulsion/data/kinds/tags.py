@@ -23,7 +23,7 @@ def _features(task: Task) -> datasets.Features:
 
 
 def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep words and tags, one tag a word, tags as numbers; they may come as their names."""
+    """Read words and their tags, one for each word; a tag may be a number or a name."""
     words_column, tags_column = task.text_columns[0], task.label_column
     words, tags = texts(value_of(row, words_column), words_column, "words"), value_of(row, tags_column)
     if "" in words:
@@ -34,7 +34,7 @@ def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """Tokens of the words; a word's tag stands at its first token, and its other tokens have none."""
+    """Tokens of the words; the first token of a word has the word's tag, and its other tokens have none."""
     input_limit(tokenizer, limits)
     if not tokenizer.is_fast:
         raise UserError("tagging words needs a fast tokenizer, which says which token belongs to which word")
@@ -54,11 +54,11 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 def _first_tokens(word_ids: Sequence[int | None]) -> list[int | None]:
     """The word that starts at each token; None at special tokens and inside words."""
-    return [word if place == 0 or word_ids[place - 1] != word else None for place, word in enumerate(word_ids)]
+    return [word if token == 0 or word_ids[token - 1] != word else None for token, word in enumerate(word_ids)]
 
 
 def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """Tokens of the words, with a word's number in the place of its tag: which word starts at each token."""
+    """Tokens of the words; in place of tags, the labels are the number of the word that starts at each token."""
     words = columns[task.text_columns[0]]
     numbered = {task.text_columns[0]: words, task.label_column: [range(len(row)) for row in words]}
     return encode(numbered, tokenizer, task, limits)
@@ -67,19 +67,19 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 def predict(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits
 ) -> list[list[str]]:
-    """A tag for every word, by name; words that were cut off are outside any entity."""
+    """A tag for every word, by name; words that were cut off get the tag outside any entity."""
     encoded, words_column = inputs(columns, tokenizer, task, limits), task.text_columns[0]
-    places = encoded.pop("labels")
-    found = []
+    word_starts = encoded.pop("labels")
+    predictions = []
     outputs = run_batches(model, tokenizer, encoded, limits.batch_size, ("logits",))
-    for words, starts, (row,) in zip(columns[words_column], places, outputs, strict=True):
+    for words, starts, (row,) in zip(columns[words_column], word_starts, outputs, strict=True):
         tags = [OUTSIDE] * len(words)
         offset = len(row) - len(starts) if tokenizer.padding_side == "left" else 0
-        for place, word in enumerate(starts):
+        for token, word in enumerate(starts):
             if word != IGNORED:
-                tags[word] = task.label_names[int(row[offset + place].argmax())]
-        found.append(tags)
-    return found
+                tags[word] = task.label_names[int(row[offset + token].argmax())]
+        predictions.append(tags)
+    return predictions
 
 
 def measure(task: Task, predictions: Sequence[Sequence[str]], columns: Columns) -> dict[str, float]:
@@ -88,13 +88,12 @@ def measure(task: Task, predictions: Sequence[Sequence[str]], columns: Columns) 
     return entity_scores(predictions, labels)
 
 
-def silent(task: Task, columns: Columns) -> list[list[str]]:
-    """No entities."""
-    return [["O"] * len(tags) for tags in columns[task.label_column]]
+def trivial(task: Task, columns: Columns) -> list[list[str]]:
+    """The tag outside any entity for every word."""
+    return [[OUTSIDE] * len(tags) for tags in columns[task.label_column]]
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorForTokenClassification:
-    return DataCollatorForTokenClassification(tokenizer)
-
-
-KIND = Kind("TOKEN_CLS", _features, read, encode, inputs, _collator, predict, measure, silent)
+KIND = Kind(
+    "TOKEN_CLS", _features, read, encode, inputs, predict, measure, trivial,
+    lambda tokenizer, model: DataCollatorForTokenClassification(tokenizer),
+)  # fmt: skip

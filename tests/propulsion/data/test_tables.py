@@ -57,8 +57,8 @@ def test_fields_have_any_length_and_csvs_own_limit_stays(tmp_path, separator):
 
 def test_rows_know_their_lines(tmp_path):
     rows = read(tmp_path / "a.csv", b'\nsentence,label\n"two\nlines",0\n\nb,1\n')
-    assert [row.place for row in rows] == ["row 1 (line 3)", "row 2 (line 6)"]
-    assert [row.place for row in read(tmp_path / "a.jsonl", b"{}\n\n{}\n")] == ["row 1", "row 2 (line 3)"]
+    assert [row.location for row in rows] == ["row 1 (line 3)", "row 2 (line 6)"]
+    assert [row.location for row in read(tmp_path / "a.jsonl", b"{}\n\n{}\n")] == ["row 1", "row 2 (line 3)"]
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("owner", "function", "call"),
     [
-        (trainer_module, "flush", 1),  # Everything is written under the partial name.
-        (trainer_module.os, "rename", 3),  # Not renamed yet; of a later checkpoint, or hiding an old one.
-        (trainer_module.os, "rename", 4),
+        (trainer_module, "publish", 1),  # Everything is written under the partial name.
+        (os, "rename", 3),  # Not renamed yet; of a later checkpoint, or hiding an old one.
+        (os, "rename", 4),
         (trainer_module, "remove_checkpoint", 2),  # The new checkpoint is there, the old one still too.
         (trainer_module.TaskTrainer, "_save_rng_state", 2),  # Half a checkpoint is written.
         (trainer_module.TaskTrainer, "evaluate", 5),
