@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ntk.functional import batch_of, call, requiring_gradients
 from ntk.inputs import Group
@@ -87,13 +89,43 @@ def _is_returned(use: Use, output: Tensor) -> bool:
     )
 
 
+class BiasReads(TorchFunctionMode):
+    """Notes the layers whose bias the model reads while it does not call them.
+
+    Propulsion scales what is read as well, and a captured use of a weight does not show it.
+
+    Attributes:
+        layers: Their names.
+    """
+
+    def __init__(self, capture: Capture, layers: WatchedLayers) -> None:
+        super().__init__()
+        self.layers: set[str] = set()
+        self._capture = capture
+        self._owners: dict[int, list[str]] = {}
+        for name, (module, _) in layers.items():
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                self._owners.setdefault(id(bias), []).append(name)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, and note whose bias it got unless it returns no values, as a shape is none."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor | tuple | list) and not isinstance(result, torch.Size):
+            owners = [self._owners.get(id(one), ()) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+            self.layers.update(owner for each in owners if not {*each} & {*self._capture.within} for owner in each)
+        return result
+
+
 def find_lost_layers(model: nn.Module, output: Output | None, example: Group, targets: Targets) -> None:
     """Note which layers' calls are not captured, as far as the forward pass of one example shows it."""
     with requiring_gradients(model, targets.layers_of_weight) as leaves:
         capture = Capture(leaves, 1, keep_outputs=True)
         batch = capture.mark(batch_of(example))
-        with torch.enable_grad(), capture, watched(capture, targets.watched) as unmatched:
+        reads = BiasReads(capture, targets.watched)
+        with torch.enable_grad(), capture, reads, watched(capture, targets.watched) as unmatched:
             call(model, output, batch, 1)
+    for name in reads.layers & targets.layers.keys():
+        targets.lost.setdefault(name, "the model reads its bias outside its call")
     for use in capture.uses:
         for parameter in use.names:
             name = targets.layer_used(parameter, use.within, use.layer)

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntk.adapters import Method, layer_of, layers_of
+from ntk.adapters import Method, chosen, layer_of, layers_of
 from ntk.features import Dense, Feature
 from ntk.structured.dependence import Captured
 
@@ -110,6 +111,30 @@ def parameter_kernels(parameters: Mapping[str, Tensor], *, summed: bool) -> Targ
     return Targets({name: {"" if summed else name: 1.0} for name in parameters})
 
 
+def check_named_modules(model: nn.Module, key: str, method: Method) -> None:
+    """Make sure that every module that a method names takes an adapter, so that none is left out in silence.
+
+    Raises:
+        ValueError: a name is that of a module with parameters that is no linear layer or embedding of the body.
+    """
+    layers = layers_of(model)
+    named = [part for field in ("modules", "feedforward") for part in _listed(getattr(method, field, None))]
+    for part in named:
+        if any(chosen([part], name) for name in layers):
+            continue
+        for name, module in model.named_modules():
+            if chosen([part], name) and next(module.parameters(recurse=False), None) is not None:
+                raise ValueError(
+                    f"method {key!r} names {name}, a {type(module).__name__}: adapters are on linear layers and "
+                    "embeddings of the model's body; leave it out"
+                )
+
+
+def _listed(modules: Any) -> list[str]:
+    """The names of a choice of modules that lists names."""
+    return [] if modules is None or isinstance(modules, str) or callable(modules) else list(modules)
+
+
 def method_kernels(model: nn.Module, methods: Mapping[str, Method], lost: Mapping[str, str] | None = None) -> Targets:
     """The kernel of each method under its name.
 
@@ -120,7 +145,7 @@ def method_kernels(model: nn.Module, methods: Mapping[str, Method], lost: Mappin
             are added to them.
 
     Raises:
-        ValueError: a method trains nothing in this model.
+        ValueError: a method trains nothing in this model, or names a module that takes no adapter here.
     """
     owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -129,18 +154,19 @@ def method_kernels(model: nn.Module, methods: Mapping[str, Method], lost: Mappin
         weight = module._parameters.get("weight")
         if weight is not None:
             users.setdefault(names[id(weight)], {})[name] = module
-    chosen = [name for name in layers_of(model) if any(method.adapts(name) for method in methods.values())]
+    adapted = [name for name in layers_of(model) if any(method.adapts(name) for method in methods.values())]
     for key, method in methods.items():
+        check_named_modules(model, key, method)
         trains = any(method.share(name, p, owners[id(p)], None) for name, p in model.named_parameters())
-        if not trains and not any(method.adapts(name) for name in chosen):
+        if not trains and not any(method.adapts(name) for name in adapted):
             raise ValueError(f"method {key!r} ({method}) trains nothing in this model: see its choice of modules")
     lost = dict(lost or {})
     layers, others = {}, {}
     for weight, modules in users.items():
-        if any(name in chosen for name in modules):
+        if any(name in adapted for name in modules):
             for name, module in modules.items():
-                (layers if name in chosen and name not in lost else others)[name] = (module, weight)
-    for name in chosen:
+                (layers if name in adapted and name not in lost else others)[name] = (module, weight)
+    for name in adapted:
         if name not in layers:
             lost.setdefault(name, "its weight is computed from other parameters")
     targets = Targets({}, methods, layers, others, lost)

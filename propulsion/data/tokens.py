@@ -1,14 +1,22 @@
 """Rows as the inputs of a model: tokenized, checked against its limits, and cached."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.lib
-from datasets import Dataset, IterableDataset, config
+from datasets import (
+    Dataset,
+    IterableDataset,
+    are_progress_bars_disabled,
+    config,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from transformers import PreTrainedTokenizerBase
 
 from propulsion.data.kinds import Limits, kind_of
@@ -113,7 +121,8 @@ def tokenize_cached(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = str(folder / f"{key}.arrow")
-        return data.train.map(encode, batch_size=None, cache_file_name=file, new_fingerprint=key, **options)
+        with _without_progress_bar():
+            return data.train.map(encode, batch_size=None, cache_file_name=file, new_fingerprint=key, **options)
     except (OSError, pyarrow.lib.ArrowInvalid):  # The cache cannot be written, or its file is damaged.
         return Dataset.from_dict(encode(data.train[:]))
 
@@ -128,6 +137,19 @@ def _encode_streamed(encode: Callable[[Columns], Columns], batch: Columns, indic
     except Unusable as error:
         which = listed([f"example {indices[example] + 1}" for example in error.examples])
         raise Problems([f"streamed training rows: {error.what}: {which}"], [error.remedy]) from error
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Let `datasets` show no bar of its own beside that of the training."""
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _tokens_key(data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> str:

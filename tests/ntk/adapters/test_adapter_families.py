@@ -271,6 +271,37 @@ def test_layers_that_only_some_examples_call(large):
     compare(model, x)
 
 
+class BiasRead(nn.Module):
+    """Calls layers and reads their biases besides: all of it, a part of it, that of a norm, for some examples alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.part, self.some = (nn.Linear(6, 6) for _ in range(3))
+        self.norm, self.out = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.one(x) + 2 * self.one.bias).tanh()
+        x = self.part(x) * self.part.bias[:1] + self.norm(x) * self.norm.bias
+        x = self.some(x) + self.some.bias if bool((x > 0.5).all(dim=2).any()) else self.some(x)
+        return self.out(x.tanh().mean(dim=1))
+
+
+@pytest.mark.parametrize("places", [["one", "part", "some", "out"], ["some"], ["one"], ["out"]])
+def test_biases_that_are_read_outside_the_call_are_scaled(places):
+    model, x = odd(BiasRead)
+    adapted = peft.get_peft_model(copy.deepcopy(model), PropulsionConfig(degree=3, target_modules=places)).double()
+    expected = oracle(adapted, x, [p for p in adapted.parameters() if p.requires_grad])
+    for method in ("auto", "jacobian"):
+        found = ntk.adapter_kernels(model, x, {"it": adapters.Propulsion(3, modules=places)}, method=method)["it"]
+        assert relative_error(found, expected) <= EXACT
+
+
+def test_a_named_module_that_takes_no_adapter_is_refused():
+    model, x = odd(BiasRead)
+    with pytest.raises(ValueError, match="'it' names norm, a LayerNorm"):
+        ntk.adapter_kernels(model, x, {"it": adapters.Propulsion(3, modules=["norm", "out"])})
+
+
 class Frozen(nn.Module):
     """One layer without gradients, and an embedding whose table is computed so, as RoFormer's is."""
 
