@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 
 import analyses
-from analyses.records import RESULT_FILE, Result, UserError, load_result
+from analyses.records import RESULT_FILE, RecordError, Result, load_result
 from analyses.records.atomic import write_texts
 from analyses.records.errors import run_command
 
@@ -38,14 +38,14 @@ def tables(result: Result, *, trials: bool = False) -> str:
     """The tables of a result in Markdown, or, of a comparison of methods, of the learning rates that it tried.
 
     Raises:
-        UserError: There is no such analysis, or the result tried no learning rates.
+        RecordError: There is no such analysis, or the result tried no learning rates.
     """
     if result.analysis not in {module.name for module in pkgutil.iter_modules(analyses.__path__)}:
-        raise UserError(f"there is no analysis {result.analysis!r}")
+        raise RecordError(f"there is no analysis {result.analysis!r}")
     module = importlib.import_module(f"analyses.{result.analysis}")
     if trials:
         if not result.tables.get("tuning"):
-            raise UserError(f"this result of {result.analysis} tried no learning rates")
+            raise RecordError(f"this result of {result.analysis} tried no learning rates")
         return module.trials(result)
     if hasattr(module, "__path__"):  # A question that is a folder.
         parts = {part.name for part in pkgutil.iter_modules(module.__path__)}
@@ -63,19 +63,19 @@ def rewritten(page: Path) -> str:
     """The text of a README with the tables of the stored results in its blocks.
 
     Raises:
-        UserError: A block has no end, or its result cannot be read.
+        RecordError: A block has no end, or its result cannot be read.
     """
 
     def block(found: re.Match[str]) -> str:
         try:
             text = tables(load_result(page.parent / found[1]), trials=bool(found[2]))
-        except UserError as error:
-            raise UserError(f"{page}: {error}") from error
+        except RecordError as error:
+            raise RecordError(f"{page}: {error}") from error
         return f"{_START} {found[1]}{found[2] or ''} -->\n\n{text}\n\n{_END}"
 
     text = page.read_text(encoding="utf-8")
     if not text.count(_START) == text.count(_END) == len(_BLOCK.findall(text)):
-        raise UserError(f"{page}: every line '{_START} FOLDER -->' needs one line '{_END}' below it")
+        raise RecordError(f"{page}: every line '{_START} FOLDER -->' needs one line '{_END}' below it")
     return _BLOCK.sub(block, text)
 
 
@@ -83,13 +83,13 @@ def main(config: Config) -> None:
     """Write the blocks of every README anew; list the results that stand in none.
 
     Raises:
-        UserError: There is no result, or a block cannot be written.
+        RecordError: There is no result, or a block cannot be written.
     """
     found = [path.parent for path in config.root.rglob(RESULT_FILE)]
     # Hidden folders are what killed runs left.
     results = {p.resolve() for p in found if not any(part.startswith(".") for part in p.relative_to(config.root).parts)}
     if not results:
-        raise UserError(f"{config.root} holds no result folder")
+        raise RecordError(f"{config.root} holds no result folder")
     for page in sorted(config.root.rglob(README)):
         results -= set(named(page))
         text = rewritten(page)

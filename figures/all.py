@@ -16,7 +16,7 @@ import tyro
 
 import figures
 from analyses.records import RESULT_FILE, load_result
-from analyses.records.errors import UserError, one_line, run_command
+from analyses.records.errors import RecordError, one_line, run_command
 from figures.figure import Drawing, Write
 
 
@@ -34,12 +34,12 @@ def folders(root: Path) -> list[Path]:
     """The result folders below a folder, hidden ones aside: those are what killed runs left.
 
     Raises:
-        UserError: There is none.
+        RecordError: There is none.
     """
     found = [path.parent for path in root.rglob(RESULT_FILE)]
     found = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
     if not found:
-        raise UserError(f"{root} holds no result folder")
+        raise RecordError(f"{root} holds no result folder")
     return found
 
 
@@ -71,7 +71,7 @@ def main(config: Config) -> None:
                 continue
             target = folder if config.output_dir is None else config.output_dir / name
             print(f"{name}: {', '.join(path.name for path in write(result, target))}")
-        except (UserError, KeyError, ValueError) as error:
+        except (RecordError, KeyError, ValueError) as error:
             failed = True
             print(f"{name}: {one_line(error)}", file=sys.stderr)
     if failed:

@@ -48,7 +48,7 @@ class Drawing:
         """Draw a result in the project's style.
 
         Raises:
-            UserError: The result lacks what is drawn.
+            RecordError: The result lacks what is drawn.
         """
         with style():
             drawn = self.function(result, **options)
@@ -60,7 +60,7 @@ class Drawing:
         """Draw a result, and write it into a folder as PNG and PDF; return the two paths.
 
         Raises:
-            UserError: As `__call__` and `save` do.
+            RecordError: As `__call__` and `save` do.
         """
         return save(self(result, **options), folder, self.stem)
 
@@ -88,7 +88,7 @@ def redraw(analysis: str, write: Write, result: Path, output_dir: Path | None = 
     """Draw a stored result of an analysis into a folder, by default its own; print the files.
 
     Raises:
-        UserError: The result is absent, damaged, of another analysis or lacks what is drawn; nowhere to write.
+        RecordError: The result is absent, damaged, of another analysis or lacks what is drawn; nowhere to write.
     """
     loaded = load_result(result, analysis=analysis)
     for path in write(loaded, output_dir or (result.parent if result.is_file() else result)):

@@ -22,7 +22,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from analyses.records import STAGES, Metric, Result
-from analyses.records.errors import UserError, run_command
+from analyses.records.errors import RecordError, run_command
 from figures.figure import figure, redraw
 from figures.style import DIVERGING, PAGE_WIDTH, PALETTE, SEQUENTIAL, save
 
@@ -62,15 +62,15 @@ def draw(result: Result, *, full: str = FULL, adapter: str = ADAPTER) -> Figure:
         adapter: Name of the kernel compared with it.
 
     Raises:
-        UserError: If the result does not hold both kernels at any stage, or holds them with values that are not finite.
+        RecordError: If the result does not hold both kernels at any stage, or holds them with values that are not finite.
     """
     rows = [_row(result, stage, full, adapter) for stage in _stages(result, full, adapter)]
     labels = _array(result, "labels")
     if any(row.full.shape != (labels.size, labels.size) for row in rows):
-        raise UserError(f"the result has {labels.size} labels, but its kernels have another number of examples")
+        raise RecordError(f"the result has {labels.size} labels, but its kernels have another number of examples")
     names = result.dataset.get("label_names")
     if names is not None and not set(labels.tolist()) <= set(range(len(names))):
-        raise UserError(f"the result has labels outside 0 to {len(names) - 1}, the places of its label_names")
+        raise RecordError(f"the result has labels outside 0 to {len(names) - 1}, the places of its label_names")
     order = np.argsort(labels, kind="stable")
     page = Figure(figsize=(PAGE_WIDTH, _ROW_HEIGHT * len(rows) + 0.2), layout="constrained")
     page.suptitle(_subject(result, labels.size), x=0.01, ha="left", color="0.35", fontsize=7)
@@ -104,7 +104,7 @@ def _stages(result: Result, full: str, adapter: str) -> list[str]:
     if not stages:
         kernels = {name.split(".", 1)[1] for name in result.arrays if name.split(".")[0] in STAGES}
         held = ", ".join(sorted(kernels)) or "none"
-        raise UserError(f"the result does not hold {full!r} and {adapter!r} at one stage; kernels in it: {held}")
+        raise RecordError(f"the result does not hold {full!r} and {adapter!r} at one stage; kernels in it: {held}")
     return stages
 
 
@@ -131,16 +131,16 @@ def _best_scale(result: Result, stage: str, full: str, adapter: str) -> float:
 
 def _array(result: Result, name: str) -> np.ndarray:
     if name not in result.arrays:
-        raise UserError(f"the result does not hold the array {name!r}, which this figure draws")
+        raise RecordError(f"the result does not hold the array {name!r}, which this figure draws")
     if not np.isfinite(result.arrays[name]).all():
-        raise UserError(f"the array {name!r} of the result holds values that are not finite")
+        raise RecordError(f"the array {name!r} of the result holds values that are not finite")
     return result.arrays[name]
 
 
 def _metric(result: Result, name: str, stage: str, pair: tuple[str, str]) -> Metric | None:
     try:
         return result.metric(name, stage=stage, left=pair[0], right=pair[1])
-    except UserError:
+    except RecordError:
         return None
 
 

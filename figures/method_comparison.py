@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from analyses.records import Result, UserError
+from analyses.records import RecordError, Result
 from figures.figure import figure
 from figures.methods import color_of_method, short
 from figures.style import PAGE_WIDTH
@@ -16,11 +16,11 @@ def draw(result: Result) -> Figure:
     rows. Propulsion is orange.
 
     Raises:
-        UserError: The result holds no task.
+        RecordError: The result holds no task.
     """
     tasks = list(dict.fromkeys(row["task"] for row in result.tables["summary"]))
     if not tasks:
-        raise UserError("the result holds no task to draw")
+        raise RecordError("the result holds no task to draw")
     methods = list(dict.fromkeys(row["method"] for row in result.tables["summary"]))
     columns = min(2, len(tasks))
     lines = -(-len(tasks) // columns)

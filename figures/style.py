@@ -14,7 +14,7 @@ import matplotlib as mpl
 from cycler import cycler
 from matplotlib.figure import Figure
 
-from analyses.records import UserError
+from analyses.records import RecordError
 from analyses.records.atomic import whole
 
 COLUMN_WIDTH = 3.4
@@ -84,7 +84,7 @@ def save(figure: Figure, folder: Path | str, stem: str) -> list[Path]:
         The two paths.
 
     Raises:
-        UserError: If the folder cannot be written, or holds a file of that name that this function did not write.
+        RecordError: If the folder cannot be written, or holds a file of that name that this function did not write.
     """
     # The writers' own dates and version would make every run differ.
     metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None, "ModDate": None}}
@@ -92,14 +92,14 @@ def save(figure: Figure, folder: Path | str, stem: str) -> list[Path]:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         if foreign := [path for path in paths if path.exists() and not _is_saved(path)]:
-            raise UserError(f"will not replace {foreign[0]}, which is no figure of this project; move it away first")
+            raise RecordError(f"will not replace {foreign[0]}, which is no figure of this project; move it away first")
         with style():
             for path, (suffix, entries) in zip(paths, metadata.items(), strict=True):
                 # The PDF too: its heat maps are images, rendered at this resolution.
                 with whole(path) as partial:
                     figure.savefig(partial, format=suffix, dpi=PNG_DPI, metadata=entries)
     except OSError as error:
-        raise UserError(f"cannot write the figure to {folder}: {error.strerror or error}") from error
+        raise RecordError(f"cannot write the figure to {folder}: {error.strerror or error}") from error
     return paths
 
 

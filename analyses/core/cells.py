@@ -19,7 +19,7 @@ import numpy as np
 
 from analyses.records import environment, plain, read_arrays
 from analyses.records.atomic import whole
-from analyses.records.errors import UserError as RecordError
+from analyses.records.errors import RecordError
 from propulsion.data import TaskData
 from propulsion.errors import Interrupted, UserError
 

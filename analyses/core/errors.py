@@ -5,7 +5,7 @@ from collections.abc import Callable
 import analyses.records
 import propulsion.errors
 
-MISTAKES = (analyses.records.UserError, propulsion.errors.UserError)
+MISTAKES = (analyses.records.RecordError, propulsion.errors.UserError)
 """What is raised for a mistake of the user, by the ground floor of the analyses and by all above it."""
 
 

@@ -4,7 +4,7 @@ Needs numpy and the standard library alone, so that reading a result or drawing 
 """
 
 from analyses.records.environment import environment
-from analyses.records.errors import UserError
+from analyses.records.errors import RecordError
 from analyses.records.folder import ARRAYS_FILE, RESULT_FILE, check_writable, load_result, read_arrays, write_result
 from analyses.records.result import STAGES, Metric, Result, plain
 from analyses.records.tables import format_table, interval, number
@@ -14,8 +14,8 @@ __all__ = [
     "RESULT_FILE",
     "STAGES",
     "Metric",
+    "RecordError",
     "Result",
-    "UserError",
     "check_writable",
     "environment",
     "format_table",

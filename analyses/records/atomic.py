@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from analyses.records.errors import UserError
+from analyses.records.errors import RecordError
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
     """Write text files into a folder, which is created if missing, each whole or not at all.
 
     Raises:
-        UserError: The folder or a file cannot be written.
+        RecordError: The folder or a file cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,4 +41,4 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
             with whole(folder / name) as partial:
                 partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+        raise RecordError(f"cannot write to {folder}: {error.strerror or error}") from error

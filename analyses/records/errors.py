@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 
-class UserError(ValueError):
+class RecordError(ValueError):
     """A mistake the user can mend: its message says in one line what is wrong and what to do."""
 
 
@@ -17,7 +17,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command's main function; a user's mistake becomes one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
+    except RecordError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from analyses.records.errors import UserError
+from analyses.records.errors import RecordError
 from analyses.records.result import Metric, Result, plain
 
 RESULT_FILE = "result.json"
@@ -63,7 +63,7 @@ def write_result(
         The folder written, absolute.
 
     Raises:
-        UserError: As `check_writable` does.
+        RecordError: As `check_writable` does.
     """
     output = check_writable(output_dir, overwrite=overwrite)
     partial = _hidden_sibling(output, "partial")
@@ -95,7 +95,7 @@ def check_writable(output_dir: Path | str, *, overwrite: bool = False) -> Path:
         The folder, absolute and with symbolic links resolved.
 
     Raises:
-        UserError: If the folder cannot be created; if it holds a result and `overwrite` is not set; if it holds
+        RecordError: If the folder cannot be created; if it holds a result and `overwrite` is not set; if it holds
             anything that this project did not write, even with `overwrite`.
     """
     output = Path(output_dir).expanduser().resolve()
@@ -108,7 +108,7 @@ def check_writable(output_dir: Path | str, *, overwrite: bool = False) -> Path:
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise UserError(f"cannot write results to {output}: {error.strerror or error}") from error
+        raise RecordError(f"cannot write results to {output}: {error.strerror or error}") from error
     return output
 
 
@@ -123,22 +123,22 @@ def load_result(path: Path | str, *, analysis: str | None = None) -> Result:
         analysis: If given, the analysis that the result must come from.
 
     Raises:
-        UserError: If it is not a result folder, is incomplete or damaged, or comes from another analysis.
+        RecordError: If it is not a result folder, is incomplete or damaged, or comes from another analysis.
     """
     folder = Path(path).expanduser()
     folder = folder.parent if folder.name == RESULT_FILE else folder
     content = _read_json(folder)
     if analysis is not None and content["analysis"] != analysis:
-        raise UserError(f"{folder} is a result of {content['analysis']!r}, not of {analysis!r}")
+        raise RecordError(f"{folder} is a result of {content['analysis']!r}, not of {analysis!r}")
     try:
         shapes = {name: stored["shape"] for name, stored in content.pop("arrays").items()}
         metrics = [Metric(**_undefined_as_nan(m)) for m in content.pop("metrics")]
         if not (folder / ARRAYS_FILE).is_file():
-            raise UserError(f"{folder} is incomplete: it has no {ARRAYS_FILE}")
+            raise RecordError(f"{folder} is incomplete: it has no {ARRAYS_FILE}")
         content["config"] = _renamed(content["config"])
         result = Result(metrics=metrics, arrays=read_arrays(folder / ARRAYS_FILE, shapes), **content)
     except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder / RESULT_FILE} is damaged or was written by another version: {error}") from error
+        raise RecordError(f"{folder / RESULT_FILE} is damaged or was written by another version: {error}") from error
     return result
 
 
@@ -149,22 +149,22 @@ def _refuse_to_lose(output: Path, *, overwrite: bool) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"cannot write results to {output}: it is a file; name a folder that does not exist yet")
+        raise RecordError(f"cannot write results to {output}: it is a file; name a folder that does not exist yet")
     if output.is_mount():
-        raise UserError(f"cannot write results to {output}: it is a mount point; name a folder inside it")
+        raise RecordError(f"cannot write results to {output}: it is a mount point; name a folder inside it")
     names = sorted(entry.name for entry in output.iterdir())
     if names and RESULT_FILE not in names:
-        raise UserError(f"cannot write results to {output}: it holds something else ({names[0]}); name a new folder")
+        raise RecordError(f"cannot write results to {output}: it holds something else ({names[0]}); name a new folder")
     if names and not overwrite:
-        raise UserError(f"{output} already holds a result; name another folder, or pass --overwrite")
+        raise RecordError(f"{output} already holds a result; name another folder, or pass --overwrite")
     if not names:
         return
     try:
         analysis = _read_json(output)["analysis"]
-    except UserError as error:
-        raise UserError(f"will not replace what is in {output}, which may be somebody's: {error}") from error
+    except RecordError as error:
+        raise RecordError(f"will not replace what is in {output}, which may be somebody's: {error}") from error
     if foreign := [name for name in names if not _is_of(analysis, output / name)]:
-        raise UserError(f"will not replace the result in {output}: it also holds {foreign[0]}; move that away first")
+        raise RecordError(f"will not replace the result in {output}: it also holds {foreign[0]}; move that away first")
 
 
 def _is_of(analysis: str, path: Path) -> bool:
@@ -219,8 +219,8 @@ def _publish(partial: Path, output: Path, *, overwrite: bool) -> None:
         _refuse_to_lose(output, overwrite=overwrite)
         with _moved_aside(output, previous):
             partial.rename(output)
-    except (OSError, UserError) as error:
-        raise UserError(f"{error}; the finished result is kept in {partial}") from error
+    except (OSError, RecordError) as error:
+        raise RecordError(f"{error}; the finished result is kept in {partial}") from error
 
 
 @contextlib.contextmanager
@@ -252,19 +252,19 @@ def _to_json(result: Result) -> str:
 
 def _read_json(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a result folder: there is no such folder")
+        raise RecordError(f"{folder} is not a result folder: there is no such folder")
     path = folder / RESULT_FILE
     if not path.is_file():
         state = "incomplete" if (folder / ARRAYS_FILE).exists() else "not a result folder"
-        raise UserError(f"{folder} is {state}: it has no {RESULT_FILE}")
+        raise RecordError(f"{folder} is {state}: it has no {RESULT_FILE}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise RecordError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict) or not {"format", "analysis"} <= content.keys():
-        raise UserError(f"{folder} is not a result folder: its {RESULT_FILE} is not of this project")
+        raise RecordError(f"{folder} is not a result folder: its {RESULT_FILE} is not of this project")
     if (found := content.pop("format")) != _FORMAT:
-        raise UserError(f"{folder} has result format {found}, this version reads {_FORMAT}: upgrade propulsion-ntk")
+        raise RecordError(f"{folder} has result format {found}, this version reads {_FORMAT}: upgrade propulsion-ntk")
     return content
 
 
@@ -287,14 +287,14 @@ def read_arrays(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, np.nda
     """Read the arrays of a file, which must be of these shapes.
 
     Raises:
-        UserError: The file is absent or damaged, or holds other arrays.
+        RecordError: The file is absent or damaged, or holds other arrays.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is truncated or damaged: {error}") from error
+        raise RecordError(f"{path} is truncated or damaged: {error}") from error
     for name, shape in shapes.items():
         if name not in arrays or list(arrays[name].shape) != shape:
-            raise UserError(f"{path} does not hold {name!r} of shape {shape}: the files do not match")
+            raise RecordError(f"{path} does not hold {name!r} of shape {shape}: the files do not match")
     return arrays

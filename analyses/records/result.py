@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analyses.records.errors import UserError
+from analyses.records.errors import RecordError
 
 STAGES = ("initialisation", "trained")
 
@@ -72,14 +72,14 @@ class Result:
         """Return the metric of that name for one kernel or one pair.
 
         Raises:
-            UserError: If this result does not hold it, or holds it more than once.
+            RecordError: If this result does not hold it, or holds it more than once.
         """
         key = (name, stage, left, right)
         found = [m for m in self.metrics if (m.name, m.stage, m.left, m.right) == key]
         if len(found) != 1:
             pair = f"{left} and {right}" if right else left
             count = "no" if not found else f"{len(found)} times the"
-            raise UserError(f"the result holds {count} metric {name!r} of {pair} at stage {stage!r}")
+            raise RecordError(f"the result holds {count} metric {name!r} of {pair} at stage {stage!r}")
         return found[0]
 
 

@@ -26,7 +26,7 @@ def draw(result: Result) -> Figure:
     examples, a null model's over all of its draws (squares, grey ground). Below: CKA of every two methods.
 
     Raises:
-        UserError: the result lacks a metric.
+        RecordError: the result lacks a metric.
     """
     full, *others = [row["method"] for row in result.tables["methods"]]
     found = {name: result.metric("cka", stage=_STAGE, left=full, right=name) for name in others}

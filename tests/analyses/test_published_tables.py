@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from analyses import readme
-from analyses.records import UserError
+from analyses.records import RecordError
 
 STORED = Path(__file__).parent.parent.parent / "docs" / "results"
 # Tables of these are excerpts or stand in no page.
@@ -57,12 +57,12 @@ def test_a_changed_table_is_written_anew_and_the_rest_stays(copied, capsys):
 )
 def test_a_block_that_cannot_be_written_is_named(copied, text, message):
     copied.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(RecordError, match=message) as error:
         readme.main(readme.Config(copied.parent))
     assert str(copied) in str(error.value)
     assert copied.read_text(encoding="utf-8") == text
 
 
 def test_a_folder_without_results_is_named(tmp_path):
-    with pytest.raises(UserError, match="holds no result folder"):
+    with pytest.raises(RecordError, match="holds no result folder"):
         readme.main(readme.Config(tmp_path))

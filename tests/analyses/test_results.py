@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analyses.records import Metric, Result, UserError, check_writable, environment, load_result, write_result
+from analyses.records import Metric, RecordError, Result, check_writable, environment, load_result, write_result
 
 SETTLED = Metric("cka", 0.94, 0.92, 0.96, "", "initialisation", "full_backbone", "propulsion_z")
 UNDEFINED = Metric("k_star", math.nan, None, None, "degree", "trained", "full_backbone", "propulsion_z")
@@ -119,9 +119,9 @@ def test_the_same_result_gives_the_same_bytes(tmp_path):
 def test_a_metric_is_found_by_all_its_names():
     pair = {"stage": "initialisation", "left": "full_backbone", "right": "propulsion_z"}
     assert make_result().metric("cka", **pair) is SETTLED
-    with pytest.raises(UserError, match="no metric 'alignment' of full_backbone and propulsion_z"):
+    with pytest.raises(RecordError, match="no metric 'alignment' of full_backbone and propulsion_z"):
         make_result().metric("alignment", **pair)
-    with pytest.raises(UserError, match="2 times"):
+    with pytest.raises(RecordError, match="2 times"):
         make_result(metrics=[SETTLED, SETTLED]).metric("cka", **pair)
 
 
@@ -180,7 +180,7 @@ def test_a_killed_run_leaves_no_half_result_and_the_next_one_cleans_up(tmp_path,
     if existing:
         assert load_result(target).seed == 3
     (leftover,) = (path for path in tmp_path.iterdir() if path != target)
-    with pytest.raises(UserError, match="incomplete"):
+    with pytest.raises(RecordError, match="incomplete"):
         load_result(leftover)
     write_result(make_result(seed=4), target, overwrite=True)
     assert names(tmp_path) == ["run"]
@@ -193,7 +193,7 @@ def test_a_killed_run_leaves_no_half_result_and_the_next_one_cleans_up(tmp_path,
 def test_an_existing_result_is_kept_unless_overwriting_is_allowed(tmp_path):
     write_result(make_result(), tmp_path / "run")
     for attempt in (check_writable, lambda path: write_result(make_result(seed=4), path)):
-        with pytest.raises(UserError, match="already holds a result"):
+        with pytest.raises(RecordError, match="already holds a result"):
             attempt(tmp_path / "run")
     assert load_result(tmp_path / "run").seed == 3
     write_result(make_result(seed=4), tmp_path / "run", overwrite=True)
@@ -223,7 +223,7 @@ def test_a_failed_rename_keeps_the_old_and_the_new(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(UserError, match="finished result is kept in") as caught:
+    with pytest.raises(RecordError, match="finished result is kept in") as caught:
         write_result(make_result(seed=4), tmp_path / "run", overwrite=True)
     assert load_result(tmp_path / "run").seed == 3
     assert load_result(str(caught.value).split(" kept in ")[1]).seed == 4
@@ -235,7 +235,7 @@ def test_a_result_that_appeared_meanwhile_is_kept(tmp_path):
         write_result(make_result(), tmp_path / "other")
         (tmp_path / "other").rename(tmp_path / "run")
 
-    with pytest.raises(UserError, match=r"already holds a result.*finished result is kept in") as caught:
+    with pytest.raises(RecordError, match=r"already holds a result.*finished result is kept in") as caught:
         write_result(make_result(seed=4), tmp_path / "run", figures=overtaken)
     assert load_result(tmp_path / "run").seed == 3
     kept = Path(str(caught.value).split(" kept in ")[1])
@@ -248,13 +248,13 @@ def test_figures_beside_a_result_do_not_stop_its_replacement_but_notes_do(tmp_pa
     (folder / "kernel_distance.pdf").write_bytes(b"")
     check_writable(folder, overwrite=True)
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"notes\.txt"):
+    with pytest.raises(RecordError, match=r"notes\.txt"):
         check_writable(folder, overwrite=True)
 
 
 def test_foreign_content_is_never_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match=r"holds something else \(thesis\.tex\)"):
+    with pytest.raises(RecordError, match=r"holds something else \(thesis\.tex\)"):
         write_result(make_result(), tmp_path, overwrite=True)
     assert names(tmp_path) == ["thesis.tex"]
 
@@ -265,7 +265,7 @@ def test_a_picture_beside_a_result_is_never_removed(tmp_path, mine):
     path = tmp_path / "run" / mine
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
-    with pytest.raises(UserError, match=rf"it also holds {mine.partition('/')[0]}; move that away first"):
+    with pytest.raises(RecordError, match=rf"it also holds {mine.partition('/')[0]}; move that away first"):
         write_result(make_result(seed=4), tmp_path / "run", overwrite=True)
     assert path.read_text() == "mine"
 
@@ -273,7 +273,7 @@ def test_a_picture_beside_a_result_is_never_removed(tmp_path, mine):
 @pytest.mark.parametrize("content", ['{"score": 1}', "[]", "not JSON", ""])
 def test_a_result_of_somebody_else_is_never_replaced(tmp_path, content):
     (tmp_path / "result.json").write_text(content)
-    with pytest.raises(UserError, match="may be somebody's"):
+    with pytest.raises(RecordError, match="may be somebody's"):
         write_result(make_result(), tmp_path, overwrite=True)
     assert (tmp_path / "result.json").read_text() == content
 
@@ -295,15 +295,15 @@ def test_a_folder_that_can_be_written_passes_and_is_left_alone(tmp_path):
 
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="it is a file"):
+    with pytest.raises(RecordError, match="it is a file"):
         check_writable(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot write results to"):
+    with pytest.raises(RecordError, match="cannot write results to"):
         check_writable(tmp_path / "file" / "run")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system where even root cannot write")
 def test_a_file_system_that_refuses_is_named_in_one_line():
-    with pytest.raises(UserError, match=r"cannot write results to /proc/[0-9]+/run: ") as caught:
+    with pytest.raises(RecordError, match=r"cannot write results to /proc/[0-9]+/run: ") as caught:
         check_writable("/proc/self/run")
     assert "\n" not in str(caught.value)
 
@@ -311,7 +311,7 @@ def test_a_file_system_that_refuses_is_named_in_one_line():
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission_is_named(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied"):
+    with pytest.raises(RecordError, match="Permission denied"):
         check_writable(tmp_path / "run")
     tmp_path.chmod(0o700)
 
@@ -349,7 +349,7 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path, message):
     arrays = {"labels": np.zeros(6), "initialisation.full_backbone": np.random.default_rng(0).normal(size=(6, 6))}
     folder = write_result(make_result(arrays=arrays), tmp_path / "run")
     DAMAGES[message](folder)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(RecordError, match=message) as caught:
         load_result(folder, analysis="kernel_distance")
     assert "\n" not in str(caught.value)
 

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from analyses.linearized_prediction import tables as computed
-from analyses.records import UserError, load_result, write_result
+from analyses.records import RecordError, load_result, write_result
 from figures import all as every
 from figures import linearized_prediction as drawn
 
@@ -63,7 +63,7 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path):
         kept = path.read_bytes()
         for content in (b"", b"notes", _other(path.suffix, tmp_path)):
             path.write_bytes(content)
-            with pytest.raises(UserError, match=f"will not replace {path}"):
+            with pytest.raises(RecordError, match=f"will not replace {path}"):
                 write(result, tmp_path)
             assert path.read_bytes() == content
         path.write_bytes(kept)
@@ -103,5 +103,5 @@ def test_folders_without_a_figure_module_are_named_and_damaged_ones_too(tmp_path
     assert stop.value.code == 1
     errors = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in errors] == ["nothing_drawn", "parameter_count"]
-    with pytest.raises(UserError, match="holds no result folder"):
+    with pytest.raises(RecordError, match="holds no result folder"):
         every.main(every.Config(tmp_path / "parameter_count" / "nowhere"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from analyses.records import STAGES, Metric, Result, UserError, write_result
+from analyses.records import STAGES, Metric, RecordError, Result, write_result
 from figures.kernel_distance import color_limits, draw, write
 from figures.style import PAGE_WIDTH, save
 
@@ -212,37 +212,37 @@ def without(result: Result, *arrays: str) -> Result:
 
 
 def test_an_unknown_kernel_lists_those_there_are():
-    with pytest.raises(UserError, match=r"'lora'.*kernels in it: full_backbone, propulsion_z"):
+    with pytest.raises(RecordError, match=r"'lora'.*kernels in it: full_backbone, propulsion_z"):
         draw(planted(), adapter="lora")
 
 
 def test_a_missing_array_or_scale_is_named():
-    with pytest.raises(UserError, match="'labels'"):
+    with pytest.raises(RecordError, match="'labels'"):
         draw(without(planted(), "labels"))
-    with pytest.raises(UserError, match=r"spectrum\.trained\.propulsion_z"):
+    with pytest.raises(RecordError, match=r"spectrum\.trained\.propulsion_z"):
         draw(without(planted(), "spectrum.trained.propulsion_z"))
-    with pytest.raises(UserError, match="no metric 'best_scale'"):
+    with pytest.raises(RecordError, match="no metric 'best_scale'"):
         draw(dataclasses.replace(planted(), metrics=[]))
 
 
 def test_values_that_cannot_be_drawn_are_refused():
     result = planted()
     result.arrays["trained.propulsion_z"][0, 1] = np.nan
-    with pytest.raises(UserError, match=r"'trained\.propulsion_z'.*not finite"):
+    with pytest.raises(RecordError, match=r"'trained\.propulsion_z'.*not finite"):
         draw(result)
     result = planted()
     result.arrays["labels"] = result.arrays["labels"][:-1]
-    with pytest.raises(UserError, match="11 labels"):
+    with pytest.raises(RecordError, match="11 labels"):
         draw(result)
     result = planted()
     result.arrays["labels"][0] = -1
-    with pytest.raises(UserError, match="labels outside 0 to 1"):
+    with pytest.raises(RecordError, match="labels outside 0 to 1"):
         draw(result)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the figure to"):
+    with pytest.raises(RecordError, match="cannot write the figure to"):
         save(Figure(), tmp_path / "file", "stem")
 
 
