@@ -62,7 +62,7 @@ def draw(result: Result, *, full: str = FULL, adapter: str = ADAPTER) -> Figure:
         adapter: Name of the kernel compared with it.
 
     Raises:
-        RecordError: If the result does not hold both kernels at any stage, or holds them with values that are not finite.
+        RecordError: If the result holds no stage with both kernels, or values that are not finite.
     """
     rows = [_row(result, stage, full, adapter) for stage in _stages(result, full, adapter)]
     labels = _array(result, "labels")

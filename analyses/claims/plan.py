@@ -140,7 +140,7 @@ def full_plan(
               rated(task))
           for task in tasks if get_labelled_task(task).num_labels == 2),
         Run("pooling", ("--tasks", "demo", first, *every)),
-        *_default_rates(tasks, every),
+        Run("default_rates", ("--tasks", *(task for task in tasks if task not in SLOW), *every)),
         *(Run(f"ablation/{factor}", (*one, "--factor", factor, *sizes.get(factor, small)))
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value", "layers")),
     ]  # fmt: skip
@@ -170,7 +170,6 @@ FIXED = words("--learning-rate None --head-learning-rate None")
 """The rates of what is published: the fixed ones of each role, and what comparisons chose as multiples of them."""
 SLOW = ("rte", "cola")
 """Tasks that full fine-tuning does not learn in the steps that `analyses.default_rates` takes by default."""
-LONGER = words("--methods full --max-steps 300 --per-device-train-batch-size 16 --n-train 4800 --n-validation 1043")
 GROUPED = words("--train-sampling-strategy group_by_length")
 COMPARISONS = {
     "sst2": words("--max-steps 150 --tuning-steps 150 --rate-extensions 4 --n-train 2400"),
@@ -214,13 +213,6 @@ def _comparisons(task: str, every: tuple[str, ...]) -> list[Run]:
         Run(rated, (*options, *RATES[task], *grouped)),
         Run(name, (*own, "--rates-from", f"{ROOT}/{rated}", "--chosen-by", "score"), (rated,)),
     ]
-
-
-def _default_rates(tasks: Sequence[str], every: tuple[str, ...]) -> list[Run]:
-    """Every method at automatic rates on tasks that are learnt fast; full fine-tuning on the others."""
-    groups = {tuple(task for task in tasks if (task in SLOW) == slow): slow for slow in (False, True)}
-    return [Run(f"default_rates/{'-'.join(group)}", ("--tasks", *group, *every, *(LONGER if slow else ())))
-            for group, slow in groups.items() if group]  # fmt: skip
 
 
 def needed(plan: Iterable[Run], claims: Sequence[Claim], everything: bool) -> list[Run]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from analyses.records import Metric, RecordError, Result, check_writable, environment, load_result, write_result
+from analyses.records.environment import _commit
 
 SETTLED = Metric("cka", 0.94, 0.92, 0.96, "", "initialisation", "full_backbone", "propulsion_z")
 UNDEFINED = Metric("k_star", math.nan, None, None, "degree", "trained", "full_backbone", "propulsion_z")
@@ -371,9 +372,7 @@ def test_the_environment_says_what_ran_and_nothing_about_who():
 
 
 def test_a_repository_around_the_code_is_not_mistaken_for_it(tmp_path):
-    from analyses import results
-
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     inside = tmp_path / "venv" / "site-packages"
     inside.mkdir(parents=True)
-    assert results._commit(inside) == (None, None)
+    assert _commit(inside) == (None, None)
