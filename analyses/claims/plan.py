@@ -140,7 +140,7 @@ def full_plan(
               rated(task))
           for task in tasks if get_labelled_task(task).num_labels == 2),
         Run("pooling", ("--tasks", "demo", first, *every)),
-        Run("default_rates", ("--tasks", *(task for task in tasks if task not in SLOW), *every)),
+        Run("default_rates", ("--tasks", *([task for task in tasks if task not in SLOW] or tasks), *every)),
         *(Run(f"ablation/{factor}", (*one, "--factor", factor, *sizes.get(factor, small)))
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value", "layers")),
     ]  # fmt: skip
