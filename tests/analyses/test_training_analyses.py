@@ -21,7 +21,7 @@ from analyses import (
     parameter_count,
     readme,
 )
-from analyses.records import load_result
+from analyses.records import RecordError, load_result
 from analyses.subjects.learning_rates import tuned_factors
 from analyses.subjects.training_run import RunConfig, chance_score, mean_loss, training_run, tuning_split
 from propulsion import PropulsionConfig
@@ -95,7 +95,7 @@ def test_learning_rates_of_an_earlier_result(compared, tmp_path):
         m: before[m] for m in METHODS[:2]
     }
     assert result.tables["tuning"] == []
-    with pytest.raises(UserError, match="tried no learning rates"):
+    with pytest.raises(RecordError, match="tried no learning rates"):
         readme.tables(result, trials=True)
     # What all rates of a comparison were multiplied by goes with them.
     training = replace(compared.run.training, rate_multiplier=0.5)
