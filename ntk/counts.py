@@ -24,7 +24,7 @@ def counting() -> Iterator[Counter[tuple[str, str]]]:
 
     | kind                            | what                                                        |
     |---------------------------------|-------------------------------------------------------------|
-    | `operations by rule`            | the function of torch; see :data:`ntk.structured.rules.RULES` |
+    | `operations by rule`            | the function of torch; see `ntk.structured.rules.RULES`     |
     | `operations example by example` | the function of torch, which has no rule for such a call    |
     | `parameters by the reference`   | the parameter's name                                        |
     | `contractions`                  | "pairs of tokens" or "formed features", one for a parameter |

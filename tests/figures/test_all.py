@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from analyses.linearized_prediction import tables as computed
+from analyses.linearized_prediction import measures as computed
 from analyses.records import RecordError, load_result, write_result
 from figures import all as every
 from figures import linearized_prediction as drawn
