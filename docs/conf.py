@@ -70,6 +70,7 @@ def setup(app) -> None:
     app.connect("source-read", include_root)
     app.connect("autodoc-process-signature", readable)
 
+
 # A word after a colon in the text of a default, such as "propulsion:positions=all", is taken for a reference, and
 # several configurations have a field of that name.
 suppress_warnings = ["ref.python"]
