@@ -98,6 +98,8 @@ class BiasReads(TorchFunctionMode):
         layers: Their names.
     """
 
+    WHY = "the model reads the bias of a layer outside its call"
+
     def __init__(self, capture: Capture, layers: WatchedLayers) -> None:
         super().__init__()
         self.layers: set[str] = set()
@@ -125,7 +127,7 @@ def find_lost_layers(model: nn.Module, output: Output | None, example: Group, ta
         with torch.enable_grad(), capture, reads, watched(capture, targets.watched) as unmatched:
             call(model, output, batch, 1)
     for name in reads.layers & targets.layers.keys():
-        targets.lost.setdefault(name, "the model reads its bias outside its call")
+        targets.lost.setdefault(name, BiasReads.WHY)
     for use in capture.uses:
         for parameter in use.names:
             name = targets.layer_used(parameter, use.within, use.layer)

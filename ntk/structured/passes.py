@@ -12,7 +12,7 @@ from ntk.features import Dense, Lookup, Outer
 from ntk.functional import Leaves, batch_of, call
 from ntk.inputs import ENCODER_MASK, Group
 from ntk.request import Request
-from ntk.structured.calls import watched
+from ntk.structured.calls import BiasReads, watched
 from ntk.structured.capture import WHOLE, Capture, Segment, SegmentEnd
 from ntk.structured.dependence import Captured, Origin, Use
 from ntk.structured.independence import Independence, follows_torch
@@ -84,7 +84,8 @@ def run(
             proof.mark(batch[key], mask=key.endswith(ENCODER_MASK))
     with torch.enable_grad():
         observed = nullcontext() if observe is None else observe(capture)
-        with observed, watched(capture, layers), capture, proof or nullcontext():
+        biases = BiasReads(capture, layers)
+        with observed, watched(capture, layers), capture, biases if layers else nullcontext(), proof or nullcontext():
             try:
                 values = call(request.model, request.output, batch, n)
             except SegmentEnd:
@@ -97,7 +98,7 @@ def run(
                 mixing = "its forward pass may mix the examples of a batch"
             elif mixing is None and not follows_torch(values):
                 mixing = "its backward pass is partly its own, and may mix the examples of a batch"
-        missed = dict(capture.unhandled)
+        missed = capture.unhandled | {layers[name][1]: BiasReads.WHY for name in biases.layers}
         if above is None:
             assert values is not None
             capture.outputs = values.shape[1]

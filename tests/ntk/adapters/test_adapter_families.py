@@ -1,6 +1,7 @@
 """Kernels of methods on every family, against autograd through the models that peft makes of it."""
 
 import copy
+import math
 import warnings
 
 import peft
@@ -278,17 +279,25 @@ class BiasRead(nn.Module):
         super().__init__()
         self.one, self.part, self.some = (nn.Linear(6, 6) for _ in range(3))
         self.norm, self.out = nn.LayerNorm(6), nn.Linear(6, 3)
+        self.limit = math.inf
 
     def forward(self, x: Tensor) -> Tensor:
         x = (self.one(x) + 2 * self.one.bias).tanh()
         x = self.part(x) * self.part.bias[:1] + self.norm(x) * self.norm.bias
-        x = self.some(x) + self.some.bias if bool((x > 0.5).all(dim=2).any()) else self.some(x)
+        x = self.some(x) + self.some.bias if bool((x.abs() > self.limit).any()) else self.some(x)
         return self.out(x.tanh().mean(dim=1))
 
 
+@pytest.mark.parametrize("reader", range(4))
 @pytest.mark.parametrize("places", [["one", "part", "some", "out"], ["some"], ["one"], ["out"]])
-def test_biases_that_are_read_outside_the_call_are_scaled(places):
+def test_biases_that_are_read_outside_the_call_are_scaled(places, reader):
+    """The examples `reader` and on read that of `some`: the first alone is looked at before all run."""
     model, x = odd(BiasRead)
+    with torch.no_grad():
+        hidden = (model.one(x) + 2 * model.one.bias).tanh()
+        sizes = (model.part(hidden) * model.part.bias[:1] + model.norm(hidden) * model.norm.bias).abs().amax(dim=(1, 2))
+    x = x[sizes.argsort()]
+    model.limit = float(sizes.sort().values[:reader].max()) if reader else 0.0
     adapted = peft.get_peft_model(copy.deepcopy(model), PropulsionConfig(degree=3, target_modules=places)).double()
     expected = oracle(adapted, x, [p for p in adapted.parameters() if p.requires_grad])
     for method in ("auto", "jacobian"):
