@@ -137,7 +137,7 @@ def check_folders(tasks: Sequence[str], data_dir: Path | None) -> None:
     """
     if data_dir is None:
         return
-    folders = [folder for task in tasks if (folder := task_folder(get_task(task), data_dir)) is not None]
+    folders = [folder for task in dict.fromkeys(tasks) if (folder := task_folder(get_task(task), data_dir)) is not None]
     if len(set(folders)) < len(folders):
         names = " and ".join(task for task in tasks if task_folder(get_task(task), data_dir) == data_dir.expanduser())
         raise UserError(f"{names} have no folders of their own in {data_dir}: give the folder that holds {names}")

@@ -286,6 +286,7 @@ def test_two_tasks_are_not_read_from_one_tasks_files(tmp_path):
     (tmp_path / "sst2").mkdir()
     folder_of(tmp_path / "sst2")
     check_folders(("demo", "sst2"), tmp_path)
+    check_folders(("sst2", "sst2"), tmp_path)
     with pytest.raises(UserError, match=r"demo and sst2 have no folders of their own in .*sst2"):
         check_folders(("demo", "sst2"), tmp_path / "sst2")
 
