@@ -22,8 +22,8 @@ _ROW = 0.135
 
 @figure("peft_kernels")
 def draw(result: Result) -> Figure:
-    """Above: CKA of each method's kernel with that of full fine-tuning; bars are 95 % bootstrap intervals over
-    examples, a null model's over all of its draws (squares, grey ground). Below: CKA of every two methods.
+    """CKA of each method's kernel with that of full fine-tuning; bars are 95 % bootstrap intervals over examples, a
+    null model's over all of its draws (squares, grey ground).
 
     Raises:
         RecordError: the result lacks a metric.
