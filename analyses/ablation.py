@@ -6,7 +6,7 @@ Degree is varied twice: with the learning rate divided by it, as `propulsion.tra
 rate for all, as in the paper, where a degree is also a learning rate (for Adam, k times as large).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import tyro
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.intervals import mean_interval
-from analyses.records import Metric, Result, format_table, interval, number
+from analyses.records import Block, Metric, Result, metric_cell, number, summary_of_blocks
 from analyses.subjects.training_run import RunConfig, chance_score, training_run
 from propulsion.data import TaskData
 from propulsion.errors import Diverged
@@ -113,17 +113,18 @@ def _train(shared: RunConfig, data: TaskData, *, setting: Setting, seed: int) ->
         found = training_run(shared, data, method, seed=seed)
     except Diverged as error:
         return {"score": None, "last_loss": None, "trained_parameters": 0, "diverged": str(error)}
-    score, last_loss = next(iter(found["scores"].values())), float(np.mean(found["losses"][-10:]))
-    trained = found["trained_parameters"]
-    return {"score": score, "last_loss": last_loss, "trained_parameters": trained, "diverged": ""}
+    return {
+        "score": next(iter(found["scores"].values())), "last_loss": float(np.mean(found["losses"][-10:])),
+        "trained_parameters": found["trained_parameters"], "diverged": "",
+    }  # fmt: skip
 
 
 def _summarised(config: Config, data: TaskData, found: dict[str, list[dict[str, Any]]]) -> Findings:
     rows, metrics = [], []
     for label, cells in found.items():
         for name in ("score", "last_loss"):
-            value, low, high = mean_interval([np.nan if cell[name] is None else cell[name] for cell in cells])
-            metrics.append(Metric(name, value, low, high, "", "trained", label, ""))
+            bounds = mean_interval([np.nan if cell[name] is None else cell[name] for cell in cells])
+            metrics.append(Metric(name, *bounds, "", "trained", label, ""))
         rows.append({
             "setting": label,
             "trained_parameters": max(cell["trained_parameters"] for cell in cells),
@@ -137,16 +138,19 @@ def _summarised(config: Config, data: TaskData, found: dict[str, list[dict[str, 
     )  # fmt: skip
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """One row a value of the factor."""
-    rows: list[Sequence[str]] = []
+    rows = []
     for row in result.tables["settings"]:
         score, loss = (result.metric(name, stage="trained", left=row["setting"]) for name in ("score", "last_loss"))
         diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
-        rows.append([row["setting"], interval(score.value, score.low, score.high) + diverged, number(loss.value),
+        rows.append([row["setting"], metric_cell(score) + diverged, number(loss.value),
                      f"{row['trained_parameters']:,}"])  # fmt: skip
-    header = [result.config["factor"], f"{result.dataset['name']}, {result.dataset['metric']}", "last loss", "trained"]
-    return format_table(header, rows, markdown=markdown)
+    yield (
+        [result.config["factor"], f"{result.dataset['name']}, {result.dataset['metric']}", "last loss", "trained"],
+        rows,
+    )
 
 
 ANALYSIS = Analysis(

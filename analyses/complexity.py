@@ -10,7 +10,7 @@ such formula counts, are what a method costs.
 
 import statistics
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from peft import get_peft_model
 from torch import nn
 
 from analyses.core.analysis import Analysis, Findings, Output
-from analyses.records import Metric, Result, format_table, number
+from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from analyses.subjects.cost import StepClock
 from propulsion.methods import option_config
 
@@ -157,15 +157,15 @@ def _row(
     }
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """One row a method."""
     header = ["method", "trained", "by formula", "counted", "multiply-adds", "over frozen", "time over frozen"]
-    rows = [
+    yield header, [
         [row["method"], row["parameters_formula"], f"{row['parameters']:,}", f"{row['counted']:,}",
          row["operations_formula"], number(row["operations_ratio"]), number(row["time_ratio"])]
         for row in result.tables["methods"]
     ]  # fmt: skip
-    return format_table(header, rows, markdown=markdown)
 
 
 ANALYSIS = Analysis(

@@ -7,6 +7,7 @@ default. A killed grid goes on where it was.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import TrainerCallback
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.intervals import mean_interval
 from analyses.method_comparison import Config as ComparisonConfig
-from analyses.records import Metric, Result, format_table, interval, number
+from analyses.records import Block, Metric, Result, metric_cell, summary_of_blocks
 from analyses.subjects.learning_rates import tuned_factors
 from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.data import TaskData
@@ -30,6 +31,7 @@ COST = "twenty minutes"
 
 SHARES = (0.9, 0.95)
 """Of a method's own gain, from its first score to its best: how many steps until it is reached."""
+_STEPS = "steps to {:.0%} of its gain"
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,15 @@ def _summarised(config: Config, data: TaskData, cells: dict[str, list[dict[str, 
         arrays |= {f"scores.{text}": scores, f"losses.{text}": np.array([run["losses"] for run in runs])}
         arrays |= {f"seconds.{text}": np.array([[point["seconds"] for point in run["points"]] for run in runs])}
         arrays["steps"] = np.array(steps)
-        metrics.append(_metric("final score", "", text, [run[-1] for run in scores]))
-        metrics.append(_metric("mean score over the steps", "", text, scores.mean(axis=1).tolist()))
-        for share in SHARES:
-            reached = [steps[first_at(run, share)] for run in scores]
-            metrics.append(_metric(f"steps to {share:.0%} of its gain", "steps", text, reached))
+        found = {
+            "final score": scores[:, -1],
+            "mean score over the steps": scores.mean(axis=1).tolist(),
+            **{_STEPS.format(share): [steps[first_at(run, share)] for run in scores] for share in SHARES},
+        }
+        metrics += [
+            Metric(name, *mean_interval(values), "steps" if "steps to" in name else "", "trained", text, "")
+            for name, values in found.items()
+        ]
         curves.append({"method": text, "rate_factor": runs[0]["rate_factor"], "seeds": len(runs),
                        "trained_parameters": runs[0]["trained_parameters"]})  # fmt: skip
     return Findings(
@@ -129,24 +135,15 @@ def first_at(scores: np.ndarray, share: float) -> int:
     return int(np.argmax(scores >= goal))
 
 
-def _metric(name: str, unit: str, text: str, values: Any) -> Metric:
-    value, low, high = mean_interval(values)
-    return Metric(name, value, low, high, unit, "trained", text, "")
-
-
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """One row a method."""
     names = list(dict.fromkeys(m.name for m in result.metrics))
-    rows = [
-        [row["method"], *(_cell(result.metric(name, stage="trained", left=row["method"])) for name in names),
+    yield [result.dataset["name"], *names, "rate x", "trained"], [
+        [row["method"], *(metric_cell(result.metric(name, stage="trained", left=row["method"])) for name in names),
          f"{row['rate_factor']:.3g}", f"{row['trained_parameters']:,}"]
         for row in result.tables["methods"]
     ]  # fmt: skip
-    return format_table([result.dataset["name"], *names, "rate x", "trained"], rows, markdown=markdown)
-
-
-def _cell(metric: Metric) -> str:
-    return interval(metric.value, metric.low, metric.high) if metric.low is not None else number(metric.value)
 
 
 ANALYSIS = Analysis(

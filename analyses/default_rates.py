@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
-from analyses.records import Metric, Result, format_table, number
+from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from analyses.subjects.training_run import RunConfig, chance_score, scores, training_run
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError
@@ -196,16 +196,15 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """One table a task; a star marks what is above the best single answer by its whole interval."""
-    blocks = []
     rows = result.tables["summary"]
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         header = [f"{task} (one answer: {of_task[0]['chance']:.3f})", FIXED, AUTO, "interval", "best of grid",
                   "at", "points", "automatic rates"]  # fmt: skip
-        blocks.append(format_table(header, [_cells(row) for row in of_task], markdown=markdown))
-    return "\n\n".join(blocks)
+        yield header, [_cells(row) for row in of_task]
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

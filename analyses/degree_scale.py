@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, Output
-from analyses.records import Metric, Result, format_table, interval, number
+from analyses.records import Block, Metric, Result, interval, number, summary_of_blocks
 from analyses.subjects.batch import held_out
 from analyses.subjects.parameters import backbone_prefix, backbone_tuning, is_backbone
 from ntk.adapters import Propulsion
@@ -195,17 +195,14 @@ def find(config: Config) -> Findings:
     )  # fmt: skip
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """One row a model."""
-    rows = [
-        [
-            f"{r['kind']}: {r['model']}", str(r["width"]), str(r["depth"]), number(r["ratio"]),
-            interval(r["matching_degree"], r["low"], r["high"]), number(r["expected"]), number(r["paper_degree"]),
-        ]
+    yield ["model", "width", "depth", "tr K_F / tr K_P(1)", "k*", "k* expected", "paper's degree"], [
+        [f"{r['kind']}: {r['model']}", str(r["width"]), str(r["depth"]), number(r["ratio"]),
+         interval(r["matching_degree"], r["low"], r["high"]), number(r["expected"]), number(r["paper_degree"])]
         for r in result.tables["ratios"]
     ]  # fmt: skip
-    header = ["model", "width", "depth", "tr K_F / tr K_P(1)", "k*", "k* expected", "paper's degree"]
-    return format_table(header, rows, markdown=markdown)
 
 
 ANALYSIS = Analysis(

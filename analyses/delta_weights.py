@@ -7,7 +7,7 @@ from 1 stands beside it.
     python -m analyses.delta_weights --task sst2 --data-dir glue --comparison results/method_comparison
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from analyses.core.analysis import Analysis, Findings, Output
-from analyses.records import Metric, Result, format_table, interval, number
+from analyses.records import Block, Metric, Result, metric_cell, number, summary_of_blocks
 from analyses.subjects.learning_rates import tuned_factors
 from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.errors import UserError
@@ -146,21 +146,19 @@ def find(config: Config) -> Findings:
     )  # fmt: skip
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """Median over layers and [lowest, highest] of every measure; then where z went."""
     metric = result.dataset["metric"]
     rows = []
     for row in result.tables["methods"]:
-        found = [result.metric(name, stage="trained", left=row["method"]) for name in MEASURES]
-        cells = [interval(m.value, m.low, m.high) for m in found]
+        cells = [metric_cell(result.metric(name, stage="trained", left=row["method"])) for name in MEASURES]
         rows.append([row["method"], str(row["changed_matrices"]), *cells, number(row[metric])])
-    blocks = [format_table(["method", "matrices", *MEASURES.values(), metric], rows, markdown=markdown)]
-    moved = [row for row in result.tables["methods"] if f"z q{QUANTILES[0]:g}" in row]
-    if moved:
-        names = [f"{name} q{q:g}" for name in ("z", "z^k") for q in QUANTILES]
-        cells = [[row["method"], *(number(row[name]) for name in names)] for row in moved]
-        blocks.append(format_table(["quantiles after training", *names], cells, markdown=markdown))
-    return "\n\n".join(blocks)
+    yield ["method", "matrices", *MEASURES.values(), metric], rows
+    names = [f"{name} q{q:g}" for name in ("z", "z^k") for q in QUANTILES]
+    if moved := [row for row in result.tables["methods"] if names[0] in row]:
+        rows = [[row["method"], *(number(row[name]) for name in names)] for row in moved]
+        yield ["quantiles after training", *names], rows
 
 
 ANALYSIS = Analysis(

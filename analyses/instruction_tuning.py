@@ -8,7 +8,7 @@ methods: always saying the commonest answer of the validation rows, and choosing
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from jaxtyping import Int
 from scipy import stats
 
 from analyses.core.analysis import Analysis, Findings, Output
-from analyses.records import Metric, Result, format_table, interval, number
+from analyses.records import Block, Metric, Result, metric_cell, number, summary_of_blocks
 from propulsion.data import load_task_data
 from propulsion.data.instructions import Exchange, extract
 from propulsion.data.kinds.base import columns_of
@@ -183,21 +183,19 @@ def _row(result: TrainResult) -> dict[str, Any]:
     } | result.metrics
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """One row a method, then the baselines."""
     rows = []
     for row in result.tables["methods"]:
-        metric = result.metric("accuracy", stage="trained", left=row["method"])
-        paired = [m for m in result.metrics if m.stage == "difference" and m.left == row["method"]]
-        difference = interval(paired[0].value, paired[0].low, paired[0].high) if paired else "-"
-        rows.append([row["method"], interval(metric.value, metric.low, metric.high), difference,
-                     number(row["answered"]), number(row["last_loss"]), f"{row['trained_parameters']:,}",
-                     str(row["steps"])])  # fmt: skip
+        accuracy = result.metric("accuracy", stage="trained", left=row["method"])
+        paired = result.find("accuracy", stage="difference", left=row["method"], right=UNTUNED)
+        rows.append([row["method"], metric_cell(accuracy), metric_cell(paired), number(row["answered"]),
+                     number(row["last_loss"]), f"{row['trained_parameters']:,}", str(row["steps"])])  # fmt: skip
     for row in result.tables.get("baselines", []):
         name = row["baseline"] if row["answer"] is None else f"{row['baseline']} ({row['answer']})"
         rows.append([name, number(row["accuracy"]), *["-"] * 5])
-    header = ["method", "accuracy", "accuracy - untuned", "answered", "last loss", "trained", "steps"]
-    return format_table(header, rows, markdown=markdown)
+    yield ["method", "accuracy", "accuracy - untuned", "answered", "last loss", "trained", "steps"], rows
 
 
 ANALYSIS = Analysis(

@@ -6,6 +6,7 @@ variance (1 + rho^2) / d (`ntk.bounds`).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from scipy.stats import norm
 
 from analyses.core.analysis import Analysis, Findings, Output
-from analyses.records import Metric, Result, format_table, number
+from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from ntk.bounds import clopper_pearson, simulate, tail, tail_bound, variance
 from propulsion.errors import UserError
 
@@ -109,18 +110,20 @@ def _check(config: Config) -> None:
         raise UserError(f"confidence must lie between 0 and 1; got {config.confidence}")
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """The counts, and the tail at one error by dimension."""
     rho, epsilon = (sorted(result.config[name])[len(result.config[name]) // 2] for name in ("rhos", "epsilons"))
     chosen = [c for c in result.tables["tail"] if (c["rho"], c["epsilon"]) == (rho, epsilon)]
+    yield f"rho = {rho:g}, eps = {epsilon:g}"
     rows = [[str(int(c["d"])), number(c["probability"]), number(c["exact"]), number(c["bound"])] for c in chosen]
-    table = format_table(["d", "drawn", "exact", "bound"], rows, markdown=markdown)
+    yield ["d", "drawn", "exact", "bound"], rows
     counts = {m.name: m.value for m in result.metrics}
-    return (
-        f"rho = {rho:g}, eps = {epsilon:g}\n\n{table}\n\nbound exceeded in {counts['cells_above_bound']:.0f} of "
-        f"{counts['cells']:.0f} cells; exact tail outside the interval in {counts['cells_beside_exact_tail']:.0f}, "
-        f"exact variance in {counts['variances_beside_exact']:.0f} of {counts['variances']:.0f}; where the bound is "
-        f"below 1, it is {number(counts['median_bound_over_exact'])} times the exact probability (median)"
+    yield (
+        f"bound exceeded in {counts['cells_above_bound']:.0f} of {counts['cells']:.0f} cells; exact tail outside the "
+        f"interval in {counts['cells_beside_exact_tail']:.0f}, exact variance in "
+        f"{counts['variances_beside_exact']:.0f} of {counts['variances']:.0f}; where the bound is below 1, it is "
+        f"{number(counts['median_bound_over_exact'])} times the exact probability (median)"
     )
 
 

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import TrainerCallback
 from analyses.core.analysis import Analysis, Findings, Output
 from analyses.core.errors import run_command
 from analyses.method_comparison import Config as ComparisonConfig
-from analyses.records import Metric, Result, format_table, number
+from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from analyses.subjects.cost import peak_bytes, reset_peak
 from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.errors import UserError
@@ -132,14 +133,14 @@ def child(asked: str, found: str) -> None:
     run_command(measure)
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """One row a method."""
-    rows = [
+    yield ["method", "peak MB", "over the model, MB", "s/step", "trained"], [
         [row["method"], number(row["peak_bytes"] / _MEGABYTE), number(row["over_model_bytes"] / _MEGABYTE),
          number(row["seconds_per_step"]), f"{row['trained_parameters']:,}"]
         for row in result.tables["methods"]
     ]  # fmt: skip
-    return format_table(["method", "peak MB", "over the model, MB", "s/step", "trained"], rows, markdown=markdown)
 
 
 ANALYSIS = Analysis("memory", Config, find, summary, least={"rounds": 1})

@@ -14,7 +14,7 @@ A killed grid goes on where it was; ``--max-runs 10`` computes ten more cells an
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,7 +24,7 @@ import tyro
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.cells import Cells
-from analyses.records import Metric, Result, format_table, interval, load_result, number
+from analyses.records import Block, Metric, Result, format_table, load_result, metric_cell, number, summary_of_blocks
 from analyses.subjects.learning_rates import trained_factor, tuned_factors
 from analyses.subjects.training_run import RunConfig, scores, training_run, tuning_split
 from propulsion.data import TaskData
@@ -293,15 +293,13 @@ def _metric(name: str, task: str, text: str, right: str, value: float, sample: n
     return Metric(name, value, float(low), float(high), "", stage, text, right)
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """One table a task: score, difference from full fine-tuning, parameters, learning rates, time, memory."""
-    blocks = []
     for task in dict.fromkeys(row["task"] for row in result.tables["summary"]):
         names = list(dict.fromkeys(m.name for m in result.metrics if m.stage == task))
         header = [task, *names, f"{names[0]} - {REFERENCE}", "trained", "rate x", "s/step", "peak MB", "last loss"]
-        rows = [_cells(result, row, names) for row in result.tables["summary"] if row["task"] == task]
-        blocks.append(format_table(header, rows, markdown=markdown))
-    return "\n\n".join(blocks)
+        yield header, [_cells(result, row, names) for row in result.tables["summary"] if row["task"] == task]
 
 
 def trials(result: Result) -> str:
@@ -332,12 +330,10 @@ def _trial(row: Mapping[str, Any] | None, chosen: bool) -> str:
 
 def _cells(result: Result, row: dict[str, Any], names: Sequence[str]) -> list[str]:
     task, text = row["task"], row["method"]
-    found = [result.metric(name, stage=task, left=text) for name in names]
-    paired = [m for m in result.metrics if (m.name, m.stage, m.left) == (names[0], f"{task}, difference", text)]
     return [
         text,
-        *(interval(m.value, m.low, m.high) for m in found),
-        interval(paired[0].value, paired[0].low, paired[0].high) if paired else "-",
+        *(metric_cell(result.metric(name, stage=task, left=text)) for name in names),
+        metric_cell(result.find(names[0], stage=f"{task}, difference", left=text, right=REFERENCE)),
         f"{row['trained_parameters']:,}",
         f"{trained_factor(result, row):.3g}{' (edge)' if row['rate_at_edge'] else ''}",
         number(row["seconds_per_step"]),

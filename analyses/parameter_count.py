@@ -10,7 +10,7 @@ RoBERTa-large, the second is Propulsion on RoBERTa-base: two models.
     python -m analyses.parameter_count
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from analyses.core.analysis import Analysis, Findings, Output
-from analyses.records import Metric, Result, format_table
+from analyses.records import Block, Metric, Result, summary_of_blocks
 from propulsion.errors import UserError
 from propulsion.positions import resolve
 
@@ -139,10 +139,11 @@ def _check(config: Config) -> None:
         raise UserError(f"no model {', '.join(unknown)}; there are {', '.join(MODELS)}")
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """One row a model."""
     rows = [[row["model"], *(f"{row[count]:,}" for count in COUNTS)] for row in result.tables["counts"]]
-    return format_table(["model", *COUNTS.values()], rows, markdown=markdown)
+    yield ["model", *COUNTS.values()], rows
 
 
 ANALYSIS = Analysis("parameter_count", Config, find, summary, check=_check)

@@ -8,6 +8,7 @@ in the trace of full fine-tuning's kernel at initialisation, the head left out, 
 One cell a run: a killed grid goes on where it was.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -19,7 +20,7 @@ import tyro
 import ntk
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.peft_kernels.layers import place_methods, places_of
-from analyses.records import Metric, Result, format_table, number
+from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from analyses.subjects.batch import held_out
 from analyses.subjects.readout import Readout
 from analyses.subjects.training_run import RunConfig, chance_score, training_run
@@ -130,28 +131,24 @@ def _kernel(config: Config, data: TaskData, *, pooling: Pooling, seed: int) -> d
     return {"shares": shares, "full_trace": whole["full"], "propulsion_trace": whole["Propulsion"]}
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """Scores by task, pooling and method; shares of tr K_F by kind of layer, and by block."""
     tasks, poolings, methods = (list(result.config[name]) for name in ("tasks", "poolings", "methods"))
     scores = {m.left: m.value for m in result.metrics}
     chance = {row["task"]: row["score"] for row in result.tables["chance"]}
-    table = partial(format_table, markdown=markdown)
-    blocks = [
-        table(
-            ["score", "one answer throughout", *methods],
-            [[f"{t}, {p}", number(chance[t]), *(number(scores[f"{t}, {p}, {m}"]) for m in methods)]
-             for t in tasks for p in poolings],
-        )
-    ]  # fmt: skip
-    columns = [(t, p) for t in tasks for p in poolings]
+    columns = list(product(tasks, poolings))
+    yield (
+        ["score", "one answer throughout", *methods],
+        [[f"{t}, {p}", number(chance[t]), *(number(scores[f"{t}, {p}, {m}"]) for m in methods)] for t, p in columns],
+    )
     for key, words in (("kind", "share of tr K_F by kind of layer"), ("block", "by block")):
         labels = dict.fromkeys(row[key] for row in result.tables["shares"])
-        blocks.append(table(
-            [words, *(f"{t}, {p}" for t, p in columns)],
-            [["no block" if label is None else str(label),
-              *(number(_share(result, t, p, key, label)) for t, p in columns)] for label in labels],
-        ))  # fmt: skip
-    return "\n\n".join(blocks)
+        yield [words, *(f"{t}, {p}" for t, p in columns)], [
+            ["no block" if label is None else str(label),
+             *(number(_share(result, t, p, key, label)) for t, p in columns)]
+            for label in labels
+        ]  # fmt: skip
 
 
 def _share(result: Result, task: str, pooling: str, key: str, label: Any) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 
 import analyses
-from analyses.records import RESULT_FILE, RecordError, Result, load_result
+from analyses.records import RecordError, Result, load_result, result_folders
 from analyses.records.atomic import write_texts
 from analyses.records.errors import run_command
 
@@ -47,10 +47,7 @@ def tables(result: Result, *, trials: bool = False) -> str:
         if not result.tables.get("tuning"):
             raise RecordError(f"this result of {result.analysis} tried no learning rates")
         return module.trials(result)
-    if hasattr(module, "__path__"):  # A question that is a folder.
-        parts = {part.name for part in pkgutil.iter_modules(module.__path__)}
-        module = importlib.import_module(f"{module.__name__}.{'tables' if 'tables' in parts else 'analysis'}")
-    return module.summary(result, markdown=True)
+    return module.ANALYSIS.summary(result, markdown=True)
 
 
 def named(page: Path) -> Iterator[Path]:
@@ -85,11 +82,7 @@ def main(config: Config) -> None:
     Raises:
         RecordError: There is no result, or a block cannot be written.
     """
-    found = [path.parent for path in config.root.rglob(RESULT_FILE)]
-    # Hidden folders are what killed runs left.
-    results = {p.resolve() for p in found if not any(part.startswith(".") for part in p.relative_to(config.root).parts)}
-    if not results:
-        raise RecordError(f"{config.root} holds no result folder")
+    results = {folder.resolve() for folder in result_folders(config.root)}
     for page in sorted(config.root.rglob(README)):
         results -= set(named(page))
         text = rewritten(page)

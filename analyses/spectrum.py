@@ -13,7 +13,7 @@ output, the difference of the logits; more than two are traced. Seeds draw the e
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ from scipy.optimize import brentq
 import ntk
 from analyses.core.analysis import Analysis, Findings, Output
 from analyses.core.intervals import mean_interval
-from analyses.records import STAGES, Metric, Result, format_table, interval, load_result
+from analyses.records import STAGES, Block, Metric, Result, load_result, metric_cell, summary_of_blocks
 from analyses.subjects.batch import held_out
 from analyses.subjects.trained_methods import HEAD, one_output, tangents, with_head
 from analyses.subjects.training_run import model_identity
@@ -287,32 +287,34 @@ def against_measured(metrics: Sequence[Metric], steps: Mapping[str, float]) -> l
     return found
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """One row a method, and the rank correlations with measured speeds where there are any."""
-    names = list(dict.fromkeys((m.name, m.right) for m in result.metrics if not m.name.startswith("rank")))
-    lines = list(dict.fromkeys(m.left for m in result.metrics if not m.name.startswith("rank")))
-    rows = [
-        [name, *(interval(m.value, m.low, m.high)
-                 for m in (result.metric(quantity, stage=STAGE, left=name, right=right) for quantity, right in names))]
-        for name in lines
-    ]  # fmt: skip
-    header = [result.dataset["name"], *(f"{quantity}{', ' if right else ''}{right}" for quantity, right in names)]
-    # Quantities down and kernels across would be wider still: one table a quantity's null beside it.
-    blocks = [
-        format_table([header[0], *header[1 + i : 3 + i + 1]], [[r[0], *r[1 + i : 3 + i + 1]] for r in rows],
-                     markdown=markdown)
-        for i in range(0, len(names), 3)
-    ]  # fmt: skip
     ranked = [m for m in result.metrics if m.name.startswith("rank correlation")]
+    others = [m for m in result.metrics if m not in ranked]
+    quantities = list(dict.fromkeys((m.name, m.right) for m in others))
+    # Quantities down and kernels across would be wider still: three quantities a table.
+    for i in range(0, len(quantities), 3):
+        shown = quantities[i : i + 3]
+        yield (
+            [result.dataset["name"], *(f"{name}{', ' if right else ''}{right}" for name, right in shown)],
+            [
+                [
+                    left,
+                    *(metric_cell(result.metric(name, stage=STAGE, left=left, right=right)) for name, right in shown),
+                ]
+                for left in dict.fromkeys(m.left for m in others)
+            ],
+        )
     if ranked:
-        lefts = list(dict.fromkeys(m.left for m in ranked))
         kinds = list(dict.fromkeys(m.name for m in ranked))
-        cells = [
-            [left, *(f"{result.metric(kind, stage=STAGE, left=left, right=MEASURED).value:.3g}" for kind in kinds)]
-            for left in lefts
-        ]
-        blocks.append(format_table([f"against measured {MEASURED}", *kinds], cells, markdown=markdown))
-    return "\n\n".join(blocks)
+        yield (
+            [f"against measured {MEASURED}", *kinds],
+            [
+                [left, *(f"{result.metric(kind, stage=STAGE, left=left, right=MEASURED).value:.3g}" for kind in kinds)]
+                for left in dict.fromkeys(m.left for m in ranked)
+            ],
+        )
 
 
 ANALYSIS = Analysis(

@@ -8,7 +8,7 @@ Propulsion's is the same as in NTK parametrisation.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from analyses.core.analysis import Analysis, Findings, Output
-from analyses.records import Metric, Result, format_table, interval, number
+from analyses.records import Block, Metric, Result, metric_cell, number, summary_of_blocks
 from ntk.infinite import ACTIVATIONS, mlp_kernels
 from ntk.infinite.networks import MLP, PARAMETRIZATIONS, Recipe, is_multiplier
 from propulsion.errors import UserError
@@ -159,26 +159,20 @@ def _check(config: Config) -> None:
         raise UserError(f"there must be at least two widths to fit a slope; got {config.widths}")
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """Slopes, and the gap at the largest width, by activation."""
     rows = []
     widest = max(result.config["widths"])
-    for activation in result.config["activations"]:
-        slopes = {
-            (m.left, m.right): interval(m.value, m.low, m.high)
-            for m in result.metrics
-            if m.right.startswith(f"{activation}, ")
-        }
-        last = next(
-            r for r in result.tables["widths"]
-            if (r["activation"], r["parametrization"], r["width"]) == (activation, "ntk", widest)
-        )  # fmt: skip
-        rows.append([
-            activation, slopes["full", f"{activation}, ntk"], slopes["propulsion", f"{activation}, ntk"],
-            number(last["gap"]), number(last["gap_of_the_limits"]),
-        ])  # fmt: skip
-    header = ["activation", "slope, K_F", "slope, K_P", f"gap at {widest}", "gap of the limits"]
-    return format_table(header, rows, markdown=markdown)
+    for row in result.tables["widths"]:
+        if (row["parametrization"], row["width"]) == ("ntk", widest):
+            activation = row["activation"]
+            slopes = [
+                metric_cell(result.metric("slope", stage="initialisation", left=kernel, right=f"{activation}, ntk"))
+                for kernel in ("full", "propulsion")
+            ]
+            rows.append([activation, *slopes, number(row["gap"]), number(row["gap_of_the_limits"])])
+    yield ["activation", "slope, K_F", "slope, K_P", f"gap at {widest}", "gap of the limits"], rows
 
 
 ANALYSIS = Analysis(

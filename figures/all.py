@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 
 import figures
-from analyses.records import RESULT_FILE, load_result
+from analyses.records import load_result, result_folders
 from analyses.records.errors import RecordError, one_line, run_command
 from figures.figure import Drawing, Write
 
@@ -28,19 +28,6 @@ class Config:
     """Folder with result folders, at any depth."""
     output_dir: Path | None = None
     """Write the figures into the same tree below this folder; by default beside their results."""
-
-
-def folders(root: Path) -> list[Path]:
-    """The result folders below a folder, hidden ones aside: those are what killed runs left.
-
-    Raises:
-        RecordError: There is none.
-    """
-    found = [path.parent for path in root.rglob(RESULT_FILE)]
-    found = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
-    if not found:
-        raise RecordError(f"{root} holds no result folder")
-    return found
 
 
 def writer(analysis: str) -> Write | None:
@@ -61,7 +48,7 @@ def captions() -> dict[str, str]:
 def main(config: Config) -> None:
     """Draw, folder by folder."""
     failed = False
-    for folder in folders(config.root):
+    for folder in result_folders(config.root):
         name = folder.relative_to(config.root)
         try:
             result = load_result(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from analyses.claims import theory, training
 from analyses.claims.claim import TRIED_RATES, Claim, Evidence, Outcome, Results, Verdict
 from analyses.core.errors import MISTAKES
-from analyses.records import RESULT_FILE, Result, load_result
+from analyses.records import RecordError, Result, load_result, result_folders
 from propulsion.errors import UserError, one_line
 
 TASKS = ("sst2", "rte", "cola", "stsb")
@@ -60,11 +60,11 @@ def load_tree(root: Path) -> dict[str, Result]:
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder")
-    names = [path.parent.relative_to(root).as_posix() for path in root.rglob(RESULT_FILE)]
-    # What a killed run left is hidden.
-    names = sorted((n for n in names if not any(part.startswith(".") for part in n.split("/"))), key=_tasks_in_order)
-    if not names:
-        raise UserError(f"{root} holds no result folder: name the folder that holds theorem1, kernel_distance, ...")
+    try:
+        names = [folder.relative_to(root).as_posix() for folder in result_folders(root)]
+    except RecordError as error:
+        raise UserError(f"{error}: name the folder that holds theorem1, kernel_distance, ...") from error
+    names.sort(key=_tasks_in_order)
     results = {name: load_result(root / name) for name in names}
     for name, result in results.items():
         if name.split("/")[0] != result.analysis:

@@ -11,13 +11,7 @@ With ``--seeds 0 1 2`` each seed has its own rows, head, order and null models; 
 killed run goes on with the seed it was at.
 """
 
-from typing import TYPE_CHECKING
-
-from analyses.core.lazy import lazy
-
-if TYPE_CHECKING:
-    from analyses.kernel_distance.analysis import ANALYSIS, Config, run
+from analyses.kernel_distance.analysis import ANALYSIS, Config, run
 
 COST = "two minutes"
 __all__ = ["ANALYSIS", "Config", "run"]
-__getattr__ = lazy(__name__, __all__)

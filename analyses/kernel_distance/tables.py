@@ -1,9 +1,9 @@
 """A result of `analyses.kernel_distance` as tables, for the terminal and for documents."""
 
-from functools import partial
+from collections.abc import Iterator
 
 from analyses.kernel_distance.kernels import ADAPTER, FULL, PAIRS
-from analyses.records import STAGES, Result, format_table, interval, number
+from analyses.records import STAGES, Block, Result, metric_cell, number, summary_of_blocks
 
 _READABLE = {
     "alignment": "cosine alignment",
@@ -22,35 +22,33 @@ _READABLE = {
 }
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """The result as tables: each pair and each kernel at both stages, null models, scores, coverage."""
 
-    def cell(name: str, stage: str, left: str, right: str = "") -> str:
-        found = [m for m in result.metrics if (m.name, m.stage, m.left, m.right) == (name, stage, left, right)]
-        return interval(found[0].value, found[0].low, found[0].high) if found else "-"
-
-    def rows_of(left: str, right: str) -> list[list[str]]:
-        names = dict.fromkeys(m.name for m in result.metrics if (m.left, m.right) == (left, right))
-        return [[_READABLE[name], *(cell(name, stage, left, right) for stage in STAGES)] for name in names]
+    def at_both(name: str, left: str, right: str = "") -> list[str]:
+        return [metric_cell(result.find(name, stage=stage, left=left, right=right)) for stage in STAGES]
 
     stages = ["at initialisation", "after training"]
-    table = partial(format_table, markdown=markdown)
-    blocks = [table([f"{left} against {right}", *stages], rows_of(left, right)) for left, right in PAIRS]
-    nulls = dict.fromkeys(
-        m.right for m in result.metrics if m.left == FULL and m.right not in {r for _, r in PAIRS} | {""}
+    for left, right in PAIRS:
+        names = dict.fromkeys(m.name for m in result.metrics if (m.left, m.right) == (left, right))
+        yield [f"{left} against {right}", *stages], [[_READABLE[n], *at_both(n, left, right)] for n in names]
+    others = {right for _, right in PAIRS} | {""}
+    nulls = dict.fromkeys(m.right for m in result.metrics if m.left == FULL and m.right not in others)
+    yield [f"CKA with {FULL} of", *stages], [[right, *at_both("cka", FULL, right)] for right in (ADAPTER, *nulls)]
+    yield (
+        ["kernel alone", "trace before", "after", "effective rank before", "after", "CKA before/after"],
+        [
+            [
+                row["kernel"],
+                *at_both("trace", row["kernel"]),
+                *at_both("effective_rank", row["kernel"]),
+                number(row["cka"]),
+            ]
+            for row in result.tables["drift"]
+        ],
     )
-    rivals = [ADAPTER, *nulls]
-    rows = [[right, *(cell("cka", stage, FULL, right) for stage in STAGES)] for right in rivals]
-    blocks.append(table([f"CKA with {FULL} of", *stages], rows))
-    alone = [(name, stage) for name in ("trace", "effective_rank") for stage in STAGES]
-    rows = [[row["kernel"], *(cell(name, stage, row["kernel"]) for name, stage in alone), number(row["cka"])]
-            for row in result.tables["drift"]]  # fmt: skip
-    head = ["kernel alone", "trace before", "after", "effective rank before", "after", "CKA before/after"]
-    blocks.append(table(head, rows))
     scores = result.tables["scores"]
     names = [name for name in scores[0] if name != "model"]
-    blocks.append(
-        table(["score on validation", *names], [[row["model"], *(number(row[n]) for n in names)] for row in scores])
-    )
-    blocks.append(table(["kernel", "covers"], [[name, words] for name, words in result.coverage.items()]))
-    return "\n\n".join(blocks)
+    yield ["score on validation", *names], [[row["model"], *(number(row[n]) for n in names)] for row in scores]
+    yield ["kernel", "covers"], [[name, words] for name, words in result.coverage.items()]

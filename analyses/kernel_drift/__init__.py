@@ -17,13 +17,7 @@ With ``--comparison`` each method has the learning rate that `analyses.method_co
 default. A killed grid goes on where it was; ``--max-runs 1`` computes one more cell and stops.
 """
 
-from typing import TYPE_CHECKING
-
-from analyses.core.lazy import lazy
-
-if TYPE_CHECKING:
-    from analyses.kernel_drift.analysis import ANALYSIS, Config, run
+from analyses.kernel_drift.analysis import ANALYSIS, Config, run
 
 COST = "ten minutes"
 __all__ = ["ANALYSIS", "Config", "run"]
-__getattr__ = lazy(__name__, __all__)

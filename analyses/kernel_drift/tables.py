@@ -1,15 +1,15 @@
 """How lazy is each method? The tables of a kernel_drift result, for the terminal and for Markdown."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from analyses.kernel_drift.measures import PAIRS, PERMUTED
-from analyses.records import STAGES, Metric, Result, format_table, interval, number
+from analyses.records import STAGES, Block, Metric, Result, metric_cell, number, summary_of_blocks
 
 LAZY = 0.1
 """Training is called lazy where a relative drift is below this: a tenth of the size at the start."""
 
-_END = STAGES[1]
 _COLUMNS = {
     "kernel drift": "relative_kernel_drift",
     "alignment": "kernel_alignment_with_start",
@@ -24,11 +24,14 @@ _NULLED = {column: _COLUMNS[column] for column in ("kernel drift", "alignment", 
                                                    "linearisation error")}  # fmt: skip
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """Four tables: each method at the end, its nulls, the way there, and the methods against each other."""
-    tables = [_methods(result), _nulls(result), _checkpoints(result), _pairs(result)]
-    parts = [format_table(header, rows, markdown=markdown) for header, rows in tables if rows]
-    return "\n\n".join([*parts, _notes(result)])
+    for table in (_methods, _nulls, _checkpoints, _pairs):
+        header, rows = table(result)
+        if rows:
+            yield header, rows
+    yield _notes(result)
 
 
 def is_lazy(metric: Metric) -> str:
@@ -44,10 +47,10 @@ def is_lazy(metric: Metric) -> str:
 def _methods(result: Result) -> tuple[list[str], list[list[str]]]:
     rows = []
     for text in _texts(result):
-        found = {name: _at_end(result, name, text) for name in _COLUMNS.values()}
+        found = {name: result.metric(name, stage=STAGES[1], left=text) for name in _COLUMNS.values()}
         verdicts = [is_lazy(found[name]) for name in ("relative_jacobian_drift", "linearisation_error")]
         scores = [number(result.metric("score", stage=stage, left=text).value) for stage in STAGES]
-        rows.append([text, *(_cell(metric) for metric in found.values()), " to ".join(scores), *verdicts])
+        rows.append([text, *map(metric_cell, found.values()), " to ".join(scores), *verdicts])
     header = [f"{result.dataset['name']}, trained", *_COLUMNS, result.dataset["metric"], "features fixed", "linear"]
     return header, rows
 
@@ -55,12 +58,10 @@ def _methods(result: Result) -> tuple[list[str], list[list[str]]]:
 def _nulls(result: Result) -> tuple[list[str], list[list[str]]]:
     rows = []
     for text in _texts(result):
-        nulls = [m for m in result.metrics if m.left == text and m.name.removeprefix("null_") in _NULLED.values()
-                 and m.name.startswith("null_")]  # fmt: skip
-        for right in dict.fromkeys(m.right for m in nulls):
-            found = {m.name.removeprefix("null_"): m for m in nulls if m.right == right}
-            cells = [_cell(found[name]) if name in found else "" for name in _NULLED.values()]
-            rows.append([f"{text}, {right}", *cells])
+        names = [f"null_{name}" for name in _NULLED.values()]
+        for right in dict.fromkeys(m.right for m in result.metrics if m.left == text and m.name in names):
+            found = [result.find(name, stage=STAGES[1], left=text, right=right) for name in names]
+            rows.append([f"{text}, {right}", *(metric_cell(metric) if metric else "" for metric in found)])
     return ["the same between the unrelated", *_NULLED], rows
 
 
@@ -84,7 +85,8 @@ def _pairs(result: Result) -> tuple[list[str], list[list[str]]]:
         for stage in STAGES:
             for null in (False, True):
                 name, other = ("null_", f"{right}, {PERMUTED}") if null else ("", right)
-                cells = [_cell(result.metric(f"{name}{m}", stage=stage, left=left, right=other)) for m in PAIRS]
+                found = [result.metric(f"{name}{m}", stage=stage, left=left, right=other) for m in PAIRS]
+                cells = [metric_cell(metric) for metric in found]
                 rows.append([f"{left} and {other}, {stage}", *cells])
     return ["kernels of two methods", *PAIRS], rows
 
@@ -103,11 +105,3 @@ def _notes(result: Result) -> str:
 
 def _texts(result: Result) -> list[str]:
     return [row["method"] for row in result.tables["methods"]]
-
-
-def _at_end(result: Result, name: str, text: str) -> Metric:
-    return result.metric(name, stage=_END, left=text)
-
-
-def _cell(metric: Metric) -> str:
-    return interval(metric.value, metric.low, metric.high)

@@ -16,13 +16,7 @@ else, so that gradient flow on it is exactly that of this output. A head is rand
 model (--head label_words), which has no head to train. A killed run goes on where it was.
 """
 
-from typing import TYPE_CHECKING
-
-from analyses.core.lazy import lazy
-
-if TYPE_CHECKING:
-    from analyses.linearized_prediction.analysis import ANALYSIS, Config, run
+from analyses.linearized_prediction.analysis import ANALYSIS, Config, run
 
 COST = "a quarter of an hour"
 __all__ = ["ANALYSIS", "Config", "run"]
-__getattr__ = lazy(__name__, __all__)

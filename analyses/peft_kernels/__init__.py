@@ -16,13 +16,7 @@ word instead of given a head:
     python -m analyses.peft_kernels --task sst2 --data-dir DIR --model FILE.gguf --head label_words
 """
 
-from typing import TYPE_CHECKING
-
-from analyses.core.lazy import lazy
-
-if TYPE_CHECKING:
-    from analyses.peft_kernels.analysis import ANALYSIS, Config, run
+from analyses.peft_kernels.analysis import ANALYSIS, Config, run
 
 COST = "ten minutes"
 __all__ = ["ANALYSIS", "Config", "run"]
-__getattr__ = lazy(__name__, __all__)

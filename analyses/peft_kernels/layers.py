@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 import ntk
 from analyses.core.comparison import SeedComparison
 from analyses.peft_kernels.methods import FULL, REFERENCE
+from analyses.subjects.parameters import SelectedParameters, is_backbone
 from ntk.adapters import Method, Propulsion, layers_of
 from propulsion.positions import resolve
 
@@ -46,22 +47,12 @@ class Place:
     @property
     def label(self) -> str:
         """Its name in tables."""
-        return self.kind if self.block is None else f"block {self.block}, {self.kind}"
+        return label_of(self.kind, self.block)
 
 
-@dataclass(frozen=True)
-class Weights(Method):
-    """Full fine-tuning of some parameters of the network.
-
-    Attributes:
-        names: of the parameters.
-    """
-
-    names: frozenset[str]
-
-    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """Those parameters."""
-        return float(name in self.names)
+def label_of(kind: str, block: int | None) -> str:
+    """The name of a place in tables."""
+    return kind if block is None else f"block {block}, {kind}"
 
 
 def places_of(model: Any) -> list[Place]:
@@ -82,8 +73,7 @@ def places_of(model: Any) -> list[Place]:
         weight = names.pop(id(layer._parameters.get("weight")), None)  # of layers that share one, the first has it
         weights.extend([] if weight is None else [weight])
     counted = {name for _, weights in found.values() for name in weights}
-    prefix = f"{model.base_model_prefix}."
-    rest = [name for name, _ in model.named_parameters() if name.startswith(prefix) and name not in counted]
+    rest = [name for name, _ in model.named_parameters() if is_backbone(model, name) and name not in counted]
     if rest:
         found[None, VECTORS] = ([], rest)
     order = (EMBEDDING, *KINDS, POOLER, OTHER, VECTORS)
@@ -96,7 +86,8 @@ def place_methods(places: Sequence[Place]) -> dict[str, Method]:
     """Full fine-tuning and Propulsion of each place, by "full: LABEL" and "Propulsion: LABEL"."""
     methods: dict[str, Method] = {}
     for place in places:
-        methods[f"full: {place.label}"] = Weights(frozenset(place.parameters))
+        own = frozenset(place.parameters)
+        methods[f"full: {place.label}"] = SelectedParameters(lambda name, parameter, own=own: name in own)
         if place.modules:
             methods[f"Propulsion: {place.label}"] = Propulsion(modules=frozenset(place.modules).__contains__)
     return methods
@@ -119,21 +110,15 @@ def agreement(places: Sequence[Place], comparison: SeedComparison) -> list[dict[
     for place in places:
         full, propulsion = f"full: {place.label}", f"Propulsion: {place.label}" if place.modules else None
         row: dict[str, Any] = {"kind": place.kind, "block": place.block, "layers": len(place.modules)}
-        for column, pair in (("cka", (full, propulsion)), ("propulsion_cka", (FULL, propulsion)),
-                             ("full_cka", (FULL, full))):  # fmt: skip
-            ends = (None, None, None)
-            if (right := pair[1]) is not None:
-                found = comparison.measure("cka", ntk.cka, "", pair[0], right)
-                ends = (found.value, found.low, found.high)
+        for column, left, right in (("cka", full, propulsion), ("propulsion_cka", FULL, propulsion),
+                                    ("full_cka", FULL, full)):  # fmt: skip
+            found = comparison.measure("cka", ntk.cka, "", left, right) if right else None
+            ends = (None, None, None) if found is None else (found.value, found.low, found.high)
             row |= dict(zip((column, f"{column}_low", f"{column}_high"), ends, strict=True))
-        row["full_share"] = comparison.mean(_share, full, FULL)
-        row["propulsion_share"] = comparison.mean(_share, propulsion, REFERENCE) if propulsion else None
+        row["full_share"] = comparison.mean(ntk.trace_ratio, full, FULL)
+        row["propulsion_share"] = comparison.mean(ntk.trace_ratio, propulsion, REFERENCE) if propulsion else None
         rows.append(row)
     return rows
-
-
-def _share(part: Tensor, whole: Tensor) -> float:
-    return ntk.trace_ratio(part, whole)
 
 
 def _kinds(model: Any) -> Mapping[str, str]:

@@ -4,25 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ntk.adapters import (
-    IA3,
-    BitFit,
-    DoRA,
-    Found,
-    Full,
-    Layer,
-    LoHa,
-    LoRA,
-    Method,
-    NormTuning,
-    Propulsion,
-    RandomSubset,
-    VeRA,
-    kaiming_uniform,
-    layers_of,
-)  # fmt: skip
+from analyses.subjects.parameters import Backbone, backbone_prefix
+from ntk import adapters
+from ntk.adapters import Method, Propulsion, layers_of
 from propulsion.errors import UserError
 from propulsion.positions import resolve
 
@@ -57,36 +43,6 @@ class MethodChoice:
             raise UserError(f"degrees must be positive; got {self.degrees}")
 
 
-@dataclass(frozen=True)
-class Backbone(Method):
-    """A method kept away from the parameters of the head.
-
-    Attributes:
-        method: the method.
-        prefix: of the backbone's parameters.
-    """
-
-    method: Method
-    prefix: str
-
-    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """The method's own, in the backbone."""
-        return self.method.share(name, parameter, module, layer) if name.startswith(self.prefix) else 0.0
-
-    def adapts(self, module: str) -> bool:
-        """As the method does."""
-        return self.method.adapts(module)
-
-    def features(self, layer: Layer) -> Found:
-        """The method's own."""
-        return self.method.features(layer)
-
-    @property
-    def in_reads(self) -> bool:
-        """As the method does."""
-        return self.method.in_reads
-
-
 def with_degree(degree: float) -> str:
     """The name of Propulsion on every layer with a degree."""
     return f"{REFERENCE}, degree {degree:g}"
@@ -109,27 +65,24 @@ def methods_of(model: Any, choice: MethodChoice, seed: int) -> tuple[dict[str, M
     longest = max(max(m.weight.shape) for m in linear.values())
     rank = sorted(choice.ranks)[len(choice.ranks) // 2]
     names = linear.__contains__
-    vera = VeRA(
-        a=kaiming_uniform((choice.vera_rank, longest), f"{seed}.vera.a"),
-        b=kaiming_uniform((longest, choice.vera_rank), f"{seed}.vera.b"),
-        modules=names,
-    )
+    shared = (adapters.kaiming_uniform((choice.vera_rank, longest), f"{seed}.vera.a"),
+              adapters.kaiming_uniform((longest, choice.vera_rank), f"{seed}.vera.b"))  # fmt: skip
     every = at("all")
     found: dict[str, Method] = {
-        FULL: Full(),
+        FULL: adapters.Full(),
         REFERENCE: Propulsion(modules=every),
         **{with_degree(k): Propulsion(k, every) for k in choice.degrees},
         **{f"Propulsion, {p}": Propulsion(modules=at(p)) for p in choice.positions},
-        "BitFit": BitFit(),
-        "norm tuning": NormTuning(),
-        **({"(IA)³": IA3(at(*choice.ia3_positions))} if choice.ia3_positions else {}),
-        **{f"LoRA, rank {r}": LoRA(rank=r, modules=names, seed=seed) for r in choice.ranks},
-        f"DoRA, rank {rank}": DoRA(rank=rank, modules=names, seed=seed),
-        f"VeRA, rank {choice.vera_rank}": vera,
-        f"LoHa, rank {rank}": LoHa(rank=rank, modules=names, seed=seed),
-        f"{choice.subset} weights a layer": RandomSubset(choice.subset, names, seed),
+        "BitFit": adapters.BitFit(),
+        "norm tuning": adapters.NormTuning(),
+        **({"(IA)³": adapters.IA3(at(*choice.ia3_positions))} if choice.ia3_positions else {}),
+        **{f"LoRA, rank {r}": adapters.LoRA(rank=r, modules=names, seed=seed) for r in choice.ranks},
+        f"DoRA, rank {rank}": adapters.DoRA(rank=rank, modules=names, seed=seed),
+        f"VeRA, rank {choice.vera_rank}": adapters.VeRA(*shared, modules=names),
+        f"LoHa, rank {rank}": adapters.LoHa(rank=rank, modules=names, seed=seed),
+        f"{choice.subset} weights a layer": adapters.RandomSubset(choice.subset, names, seed),
     }
-    kept = {name: Backbone(method, f"{model.base_model_prefix}.") for name, method in found.items()}
+    kept = {name: Backbone(method, backbone_prefix(model)) for name, method in found.items()}
     empty = [name for name, method in kept.items() if not _trains(model, method)]
     reasons = {name: f"{type(model).__name__} has no parameter that it would train" for name in empty}
     return {name: method for name, method in kept.items() if name not in reasons}, reasons

@@ -1,72 +1,66 @@
 """A result of `analyses.peft_kernels` as tables, for the terminal and for documents."""
 
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
+from analyses.peft_kernels.layers import label_of
 from analyses.peft_kernels.mean_split import PARTS
-from analyses.records import STAGES, Result, format_table, interval, number
+from analyses.records import STAGES, Block, Result, interval, metric_cell, number, summary_of_blocks
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """Methods against full fine-tuning, null models, the split by the mean activation, degrees, and layers."""
-    table = partial(format_table, markdown=markdown)
     names = [row["method"] for row in result.tables["methods"]]
     full = names[0]
 
     def cell(name: str, left: str, right: str = "") -> str:
-        found = [m for m in result.metrics if (m.name, m.stage, m.left, m.right) == (name, STAGES[0], left, right)]
-        return interval(found[0].value, found[0].low, found[0].high) if found else "-"
+        return metric_cell(result.find(name, stage=STAGES[0], left=left, right=right))
+
+    def bounds(row: dict[str, Any], *columns: str) -> list[str]:
+        return [interval(row[c], row[f"{c}_low"], row[f"{c}_high"]) for c in columns]
 
     pairs = ("cka", "alignment", "eigenspace_overlap", "trace_ratio", "k_star")
-    blocks = [
-        table(
-            [f"against {full}", "CKA", "cosine alignment", "eigenspace overlap", "trace ratio", "k*"],
-            [[name, *(cell(metric, full, name) for metric in pairs)] for name in names[1:]],
-        ),
-        table(
-            ["kernel alone", "trace", "effective rank", "CKA with the labels"],
-            [
-                [name, cell("trace", name), cell("effective_rank", name), cell("label_cka", name, "labels")]
-                for name in names
-            ],
-        ),
-        table(
-            [f"null model against {full}", "CKA", "cosine alignment"],
-            [[row["null"], cell("cka", full, row["null"]), cell("alignment", full, row["null"])]
-             for row in result.tables["nulls"]],
-        ),
-        table(
-            ["CKA with full fine-tuning of linear weights", "Propulsion", "BitFit"],
-            [
-                [part, *(cell("cka", f"linear: full, {part}", f"linear: {other}")
-                         for other in (f"Propulsion, {part}", "BitFit"))]
-                for part in PARTS
-            ],
-        ),
-        table(
-            ["share of the trace", "common", "residual", "cross terms"],
-            [
-                [row["kernel"], *(interval(row[part], row[f"{part}_low"], row[f"{part}_high"])
-                                  for part in ("common", "residual")), number(row["cross"])]
-                for row in result.tables["split"]
-            ],
-        ),
-        table(
-            ["degree k", "tr K(k) / tr K(1)", "k²", "distance of K(k) from k² K(1)"],
-            [[number(row["degree"]), number(row["trace_ratio"]), number(row["expected"]), f"{row['deviation']:.1e}"]
-             for row in result.tables["degree"]],
-        ),
-        table(
-            ["layers", "CKA, full and Propulsion", "Propulsion with whole full", "full with whole full",
-             "share of tr full", "share of tr Propulsion"],
-            [_layer(row) for row in result.tables["layers"]],
-        ),
+    yield (
+        [f"against {full}", "CKA", "cosine alignment", "eigenspace overlap", "trace ratio", "k*"],
+        [[name, *(cell(metric, full, name) for metric in pairs)] for name in names[1:]],
+    )
+    yield (
+        ["kernel alone", "trace", "effective rank", "CKA with the labels"],
+        [
+            [name, cell("trace", name), cell("effective_rank", name), cell("label_cka", name, "labels")]
+            for name in names
+        ],
+    )
+    yield (
+        [f"null model against {full}", "CKA", "cosine alignment"],
+        [
+            [null, cell("cka", full, null), cell("alignment", full, null)]
+            for null in (row["null"] for row in result.tables["nulls"])
+        ],
+    )
+    yield (
+        ["CKA with full fine-tuning of linear weights", "Propulsion", "BitFit"],
+        [
+            [part, *(cell("cka", f"linear: full, {part}", f"linear: {b}") for b in (f"Propulsion, {part}", "BitFit"))]
+            for part in PARTS
+        ],
+    )
+    yield (
+        ["share of the trace", "common", "residual", "cross terms"],
+        [[row["kernel"], *bounds(row, "common", "residual"), number(row["cross"])] for row in result.tables["split"]],
+    )
+    yield (
+        ["degree k", "tr K(k) / tr K(1)", "k²", "distance of K(k) from k² K(1)"],
+        [
+            [*(number(row[c]) for c in ("degree", "trace_ratio", "expected")), f"{row['deviation']:.1e}"]
+            for row in result.tables["degree"]
+        ],
+    )
+    yield ["layers", "CKA, full and Propulsion", "Propulsion with whole full", "full with whole full",
+           "share of tr full", "share of tr Propulsion"], [
+        [label_of(row["kind"], row["block"]), *bounds(row, "cka", "propulsion_cka", "full_cka"),
+         number(row["full_share"]), number(row["propulsion_share"])]
+        for row in result.tables["layers"]
     ]  # fmt: skip
-    blocks += [f"{row['method']} left out: {row['reason']}" for row in result.tables["left_out"]]
-    return "\n\n".join(blocks)
-
-
-def _layer(row: dict[str, Any]) -> list[str]:
-    name = row["kind"] if row["block"] is None else f"block {row['block']}, {row['kind']}"
-    ckas = (interval(row[c], row[f"{c}_low"], row[f"{c}_high"]) for c in ("cka", "propulsion_cka", "full_cka"))
-    return [name, *ckas, number(row["full_share"]), number(row["propulsion_share"])]
+    yield from (f"{row['method']} left out: {row['reason']}" for row in result.tables["left_out"])

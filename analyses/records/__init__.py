@@ -5,14 +5,23 @@ Needs numpy and the standard library alone, so that reading a result or drawing 
 
 from analyses.records.environment import environment
 from analyses.records.errors import RecordError
-from analyses.records.folder import ARRAYS_FILE, RESULT_FILE, check_writable, load_result, read_arrays, write_result
+from analyses.records.folder import (
+    ARRAYS_FILE,
+    RESULT_FILE,
+    check_writable,
+    load_result,
+    read_arrays,
+    result_folders,
+    write_result,
+)  # fmt: skip
 from analyses.records.result import STAGES, Metric, Result, plain
-from analyses.records.tables import format_table, interval, number
+from analyses.records.tables import Block, format_table, interval, metric_cell, number, summary_of_blocks
 
 __all__ = [
     "ARRAYS_FILE",
     "RESULT_FILE",
     "STAGES",
+    "Block",
     "Metric",
     "RecordError",
     "Result",
@@ -21,8 +30,11 @@ __all__ = [
     "format_table",
     "interval",
     "load_result",
+    "metric_cell",
     "number",
     "plain",
     "read_arrays",
+    "result_folders",
+    "summary_of_blocks",
     "write_result",
 ]

@@ -112,6 +112,19 @@ def check_writable(output_dir: Path | str, *, overwrite: bool = False) -> Path:
     return output
 
 
+def result_folders(root: Path) -> list[Path]:
+    """The result folders below a folder, in order; hidden ones, which killed runs left, aside.
+
+    Raises:
+        RecordError: There is none.
+    """
+    found = sorted(path.parent for path in root.rglob(RESULT_FILE))
+    found = [folder for folder in found if not any(p.startswith(".") for p in folder.relative_to(root).parts)]
+    if not found:
+        raise RecordError(f"{root} holds no result folder")
+    return found
+
+
 def load_result(path: Path | str, *, analysis: str | None = None) -> Result:
     """Read a result folder back.
 

@@ -74,13 +74,19 @@ class Result:
         Raises:
             RecordError: If this result does not hold it, or holds it more than once.
         """
-        key = (name, stage, left, right)
-        found = [m for m in self.metrics if (m.name, m.stage, m.left, m.right) == key]
+        found = self._matching(name, stage, left, right)
         if len(found) != 1:
             pair = f"{left} and {right}" if right else left
             count = "no" if not found else f"{len(found)} times the"
             raise RecordError(f"the result holds {count} metric {name!r} of {pair} at stage {stage!r}")
         return found[0]
+
+    def find(self, name: str, *, stage: str, left: str, right: str = "") -> Metric | None:
+        """The same metric; None where the result does not hold it."""
+        return next(iter(self._matching(name, stage, left, right)), None)
+
+    def _matching(self, *key: str) -> list[Metric]:
+        return [m for m in self.metrics if (m.name, m.stage, m.left, m.right) == key]
 
 
 def plain(value: Any) -> Any:

@@ -1,7 +1,13 @@
 """Plain-text and Markdown tables of results."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+
+from analyses.records.result import Metric, Result
+
+Block = str | tuple[Sequence[str], Sequence[Sequence[str]]]
+"""A part of a summary: a text, or the header and the rows of a table."""
 
 
 def number(value: float | None) -> str:
@@ -20,6 +26,25 @@ def interval(value: float | None, low: float | None, high: float | None) -> str:
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return number(value)
     return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def metric_cell(metric: Metric | None) -> str:
+    """A metric with its interval, as `interval` writes it; a dash for none."""
+    return "-" if metric is None else interval(metric.value, metric.low, metric.high)
+
+
+def summary_of_blocks(blocks: Callable[[Result], Iterator[Block]]) -> Callable[..., str]:
+    """Make a function that yields the parts of a summary one that returns it as text.
+
+    The function returned takes a result, and ``markdown=True`` for tables as a page has them.
+    """
+
+    @wraps(blocks)
+    def summary(result: Result, *, markdown: bool = False) -> str:
+        found = blocks(result)
+        return "\n\n".join(b if isinstance(b, str) else format_table(*b, markdown=markdown) for b in found)
+
+    return summary
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Which part of a model a parameter belongs to, by its name, and full fine-tuning of such parts."""
+"""Which part of a model a parameter belongs to, by its name, and methods that are kept to such parts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ntk.adapters import Method
+from ntk.adapters import Found, Layer, Method
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,36 @@ class SelectedParameters(Method):
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
         """All of a selected parameter's kernel, and nothing of the others'."""
         return float(self.selects(name, parameter))
+
+
+@dataclass(frozen=True)
+class Backbone(Method):
+    """A method kept away from the parameters of the head; what it adds beside layers stays.
+
+    Attributes:
+        method: The method.
+        prefix: How the names of the backbone's parameters begin; "" where there is no head.
+    """
+
+    method: Method
+    prefix: str
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """The method's own, in the backbone."""
+        return self.method.share(name, parameter, module, layer) if name.startswith(self.prefix) else 0.0
+
+    def adapts(self, module: str) -> bool:
+        """As the method does."""
+        return self.method.adapts(module)
+
+    def features(self, layer: Layer) -> Found:
+        """The method's own."""
+        return self.method.features(layer)
+
+    @property
+    def in_reads(self) -> bool:
+        """As the method does."""
+        return self.method.in_reads
 
 
 def is_scale(name: str) -> bool:

@@ -6,15 +6,16 @@ task's head, where it is new, is trained beside every method, and has a kernel o
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 import ntk
+from analyses.subjects.parameters import Backbone, SelectedParameters, backbone_prefix, is_backbone
 from ntk import adapters
 from propulsion.data.tasks import Task
 from propulsion.errors import UserError
@@ -26,36 +27,6 @@ from propulsion.training.learning_rates import Rates, parameter_groups
 HEAD = "head"
 """The head's own kernel, and the method that trains nothing else."""
 SUPPORTED = ("full", "propulsion", "lora", "bitfit", "ia3", HEAD)
-
-
-@dataclass(frozen=True)
-class Part(adapters.Method):
-    """A method kept to some of the network's parameters; what it adds beside layers stays.
-
-    Attributes:
-        method: the method.
-        inside: whether it may train a parameter, by its name.
-    """
-
-    method: adapters.Method
-    inside: Callable[[str], bool]
-
-    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """The method's own, inside."""
-        return self.method.share(name, parameter, module, layer) if self.inside(name) else 0.0
-
-    def adapts(self, module: str) -> bool:
-        """As the method does."""
-        return self.method.adapts(module)
-
-    def features(self, layer: adapters.Layer) -> adapters.Found:
-        """The method's own."""
-        return self.method.features(layer)
-
-    @property
-    def in_reads(self) -> bool:
-        """As the method does."""
-        return self.method.in_reads
 
 
 @dataclass(frozen=True)
@@ -88,7 +59,6 @@ def tangents(
         UserError: a method that has no kernel here, or cannot be applied.
     """
     headed = task_type in HEADED
-    prefix = f"{model.base_model_prefix}."
     found: dict[str, adapters.Method] = {}
     rates = {}
     for text, method in methods.items():
@@ -101,10 +71,9 @@ def tangents(
         by_role = {HEAD if group["role"] == HEAD else "body": group["lr"] for group in groups}
         rates[text] = by_role
         if method.name != HEAD:
-            inside = (lambda name: name.startswith(prefix)) if headed else (lambda name: True)
-            found[text] = Part(_adapter(text, method, model, trained), inside)
+            found[text] = Backbone(_adapter(text, method, model, trained), backbone_prefix(model) if headed else "")
     if headed:
-        found[HEAD] = Part(adapters.Full(), lambda name: not name.startswith(prefix))
+        found[HEAD] = SelectedParameters(lambda name, parameter: not is_backbone(model, name))
     return Tangents(found, rates)
 
 
@@ -121,11 +90,8 @@ def with_head(
     head = kernels.get(HEAD)
     found = {}
     for text in texts:
-        if text == HEAD:
-            found[text] = kernels[HEAD]
-            continue
         found[text] = kernels[text]
-        if head is not None:
+        if head is not None and text != HEAD:
             weight = 1.0 if rates is None else rates[text][HEAD] / rates[text]["body"]
             found[text] = kernels[text] + weight * head
     return found

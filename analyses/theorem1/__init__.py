@@ -6,14 +6,7 @@ parameters (the claim), against full fine-tuning of the weights (the corrected t
 best single scale. A second table does it position by position of transformers, each layer against its own weights.
 """
 
-from typing import TYPE_CHECKING
-
-from analyses.core.lazy import lazy
-
-if TYPE_CHECKING:
-    from analyses.theorem1.analysis import ANALYSIS, Config, run
+from analyses.theorem1.analysis import ANALYSIS, Config, run
 
 COST = "ten seconds"
-
 __all__ = ["ANALYSIS", "Config", "run"]
-__getattr__ = lazy(__name__, __all__)

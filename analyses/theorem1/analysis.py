@@ -10,10 +10,10 @@ from torch import Tensor
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, Output
-from analyses.records import Metric, Result, format_table, number
+from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from analyses.subjects.batch import held_out
 from analyses.subjects.parameters import backbone_prefix, backbone_tuning, backbone_weights
-from analyses.theorem1.positions import POSITIONS, encoder_kernels, rows_of, transformer_kernels
+from analyses.theorem1.positions import POSITIONS, distances, encoder_kernels, rows_of, transformer_kernels
 from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels, residual_kernels
 from ntk.infinite.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
@@ -23,6 +23,7 @@ from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_pooling, load_classifier
 
 Kernels = tuple[Tensor, Tensor, Tensor]  # full fine-tuning, its weights, Propulsion
+MEASURES = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
 
 
 @dataclass(frozen=True)
@@ -174,24 +175,17 @@ def find(config: Config) -> Findings:
     for name, where, compute in cases(config):
         print(f"{name} ...", flush=True)
         full, weights, propulsion = compute()
-        rows.append({
-            "case": name, "compared": where,
-            "literal": ntk.kernel_distance(full, propulsion),
-            "corrected": ntk.kernel_distance(weights, propulsion),
-            "best_scale": ntk.kernel_distance(full, propulsion, scaled=True),
-            "cka": ntk.cka(full, propulsion),
-            "trace_ratio": ntk.trace_ratio(full, propulsion),
-        })  # fmt: skip
+        corrected = {"corrected": ntk.kernel_distance(weights, propulsion)}
+        rows.append({"case": name, "compared": where} | distances(full, propulsion) | corrected)
         key = name.replace(" ", "_").replace(",", "")
         kernels = {"full": full, "weights": weights, "propulsion": propulsion}
         arrays |= {f"{key}.{of}": kernel.numpy() for of, kernel in kernels.items()}
     print("transformers by position ...", flush=True)
     by_position = list(positions(config))
-    measures = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
     return Findings(
         metrics=[
             Metric(measure, row[measure], None, None, "", "initialisation", row["case"], "propulsion")
-            for row in rows for measure in measures
+            for row in rows for measure in MEASURES
         ],
         tables={"cases": rows, "positions": by_position},
         arrays=arrays,
@@ -202,18 +196,16 @@ def find(config: Config) -> Findings:
     )  # fmt: skip
 
 
-def summary(result: Result, *, markdown: bool = False) -> str:
+@summary_of_blocks
+def summary(result: Result) -> Iterator[Block]:
     """One row a case, and one a position of transformers."""
     header = ["case", "compared", "|K_F - K_P| / |K_F|", "of the weights", "best scale", "CKA", "tr K_F / tr K_P"]
-    keys = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
-    cases_rows = [[r["case"], r["compared"], *(number(r[k]) for k in keys)] for r in result.tables["cases"]]
-    cases_table = format_table(header, cases_rows, markdown=markdown)
+    yield header, [[r["case"], r["compared"], *(number(r[k]) for k in MEASURES)] for r in result.tables["cases"]]
+    yield "best scale, each position against its own weights"
     by_position = result.tables["positions"]
     networks = list(dict.fromkeys(r["network"] for r in by_position))
     found = {(r["network"], r["position"]): number(r["best_scale"]) for r in by_position}
-    rows = [[position, *(found[network, position] for network in networks)] for position in POSITIONS]
-    positions_table = format_table(["position", *networks], rows, markdown=markdown)
-    return f"{cases_table}\n\nbest scale, each position against its own weights\n\n{positions_table}"
+    yield ["position", *networks], [[p, *(found[network, p] for network in networks)] for p in POSITIONS]
 
 
 ANALYSIS = Analysis(
