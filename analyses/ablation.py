@@ -147,10 +147,8 @@ def summary(result: Result) -> Iterator[Block]:
         diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
         rows.append([row["setting"], metric_cell(score) + diverged, number(loss.value),
                      f"{row['trained_parameters']:,}"])  # fmt: skip
-    yield (
-        [result.config["factor"], f"{result.dataset['name']}, {result.dataset['metric']}", "last loss", "trained"],
-        rows,
-    )
+    data = result.dataset
+    yield [result.config["factor"], f"{data['name']}, {data['metric']}", "last loss", "trained"], rows
 
 
 ANALYSIS = Analysis(

@@ -6,7 +6,6 @@ With ``--comparison`` each method has the learning rate that `analyses.method_co
 default. A killed grid goes on where it was.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import tyro
-from transformers import TrainerCallback
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.intervals import mean_interval
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.records import Block, Metric, Result, metric_cell, summary_of_blocks
+from analyses.subjects.cost import StepClock
 from analyses.subjects.learning_rates import tuned_factors
 from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.data import TaskData
@@ -52,34 +51,29 @@ class Config(GridOutput):
     """Result of analyses.method_comparison whose learning rates are used."""
 
 
-class Curve(TrainerCallback):
+class Curve(StepClock):
     """Scores on the validation rows as training goes on; their own time is not counted."""
 
     def __init__(self, config: RunConfig, data: TaskData, every: int) -> None:
+        super().__init__()
         self._data, self._every, self._max_length = data, every, config.training.max_length
         self._tokenizer = config.start(data, seed=0)[1]
-        self._since = 0.0
         self.points: list[dict[str, float]] = []
-        self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The score before the first step."""
         self._measure(0, kwargs["model"])
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._since = time.perf_counter()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it, and measure where it is time to."""
-        self.seconds += time.perf_counter() - self._since
+        """Stop the clock, and measure where it is time to."""
+        super().on_step_end(args, state, control)
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             self._measure(state.global_step, kwargs["model"])
 
     def _measure(self, step: int, model: Any) -> None:
         with isolated_randomness():
             found = evaluate(model, self._tokenizer, self._data, max_length=self._max_length)
-        self.points.append({"step": step, "seconds": self.seconds, "score": next(iter(found.values()))})
+        self.points.append({"step": step, "seconds": sum(self.seconds, 0.0), "score": next(iter(found.values()))})
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
@@ -113,7 +107,7 @@ def _summarised(config: Config, data: TaskData, cells: dict[str, list[dict[str, 
         arrays |= {f"seconds.{text}": np.array([[point["seconds"] for point in run["points"]] for run in runs])}
         arrays["steps"] = np.array(steps)
         found = {
-            "final score": scores[:, -1],
+            "final score": scores[:, -1].tolist(),
             "mean score over the steps": scores.mean(axis=1).tolist(),
             **{_STEPS.format(share): [steps[first_at(run, share)] for run in scores] for share in SHARES},
         }

@@ -9,7 +9,7 @@ One cell a run: a killed grid goes on where it was.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -22,11 +22,9 @@ from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.peft_kernels.layers import place_methods, places_of
 from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from analyses.subjects.batch import held_out
-from analyses.subjects.readout import Readout
 from analyses.subjects.training_run import RunConfig, chance_score, training_run
 from propulsion.data import TaskData
 from propulsion.errors import UserError
-from propulsion.identity import model_content
 from propulsion.methods import parse_methods
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, check_pooling
 from propulsion.training import TrainingOptions
@@ -70,8 +68,8 @@ def find(config: Config, runs: Runs) -> Findings | None:
     scores, shares = [], []
     for task, pooling, seed in product(config.tasks, config.poolings, config.seeds):
         place = {"task": task, "pooling": pooling, "seed": seed}
-        model = model_content(*_load(config, data[task], pooling, 0))
-        cells = runs.of(data[task], model)
+        pooled = replace(config.run, pooling=pooling)
+        cells = runs.of(data[task], pooled.identity(data[task]))
         compute = partial(_kernel, config, data[task])
         found = cells.cell(f"{task} {pooling} kernel seed {seed}", compute, pooling=pooling, seed=seed)
         shares += [place | row for row in found["shares"]] if found else []
@@ -99,13 +97,8 @@ def _mean(rows: list[dict[str, Any]], like: dict[str, Any]) -> Metric:
     return Metric("score", float(np.mean(same)), None, None, "", "trained", label, "")
 
 
-def _load(config: Config, data: TaskData, pooling: Pooling, seed: int) -> tuple[Any, Any]:
-    labels, device = data.task.num_labels, config.run.device
-    return Readout(pooling=pooling).load(config.run.model, num_labels=labels, seed=seed, device=device)
-
-
 def _trained(config: Config, data: TaskData, *, pooling: Pooling, method: Any, seed: int) -> dict[str, Any]:
-    found = training_run(config.run, data, method, seed=seed, load=lambda: _load(config, data, pooling, seed))
+    found = training_run(replace(config.run, pooling=pooling), data, method, seed=seed)
     names = ("validation_loss", "trained_parameters", "learning_rates")
     losses = [float(np.mean(part)) for part in (found["losses"][:10], found["losses"][-10:])]
     return {name: found[name] for name in names} | {
@@ -116,7 +109,7 @@ def _trained(config: Config, data: TaskData, *, pooling: Pooling, method: Any, s
 
 def _kernel(config: Config, data: TaskData, *, pooling: Pooling, seed: int) -> dict[str, Any]:
     """Shares of the places of a model in the trace of the kernel of its backbone, and of Propulsion's."""
-    model, tokenizer = _load(config, data, pooling, seed)
+    model, tokenizer = replace(config.run, pooling=pooling).start(data, seed=seed)
     length, device = config.run.training.max_length, config.run.device
     inputs, _ = held_out(data, tokenizer, config.n_examples, seed, max_length=length, device=device)
     places = places_of(model)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -28,17 +27,16 @@ from analyses.core.analysis import Analysis, Findings, Output
 from analyses.core.intervals import mean_interval
 from analyses.records import STAGES, Block, Metric, Result, load_result, metric_cell, summary_of_blocks
 from analyses.subjects.batch import held_out
+from analyses.subjects.cost import memory_budget
+from analyses.subjects.options import KernelOptions
 from analyses.subjects.trained_methods import HEAD, one_output, tangents, with_head
-from analyses.subjects.training_run import model_identity
 from propulsion.data import TaskData, load_task_data
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
-from propulsion.pretrained import Pooling, load_classifier
 
 COST = "a minute"
 
 STAGE = STAGES[0]
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SHARES = (0.5, 0.9)
 """Of the labels' energy: how long it takes to be learnt."""
 MEASURED = "steps to 90% of its gain"
@@ -52,17 +50,11 @@ _UNIT = "1 / mean eigenvalue"
 
 
 @dataclass(frozen=True)
-class Config(Output):
+class Config(KernelOptions, Output):
     """Spectra of methods' kernels."""
 
     task: str = "demo"
     """Classification or regression task."""
-    data_dir: Path | None = None
-    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
-    model: str | None = None
-    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
-    pooling: Pooling = "auto"
-    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
     methods: tuple[str, ...] = (
         "full", "propulsion:positions=all", "propulsion:positions=attn", "lora", "bitfit", "ia3",
     )  # fmt: skip
@@ -75,12 +67,6 @@ class Config(Output):
     """Permutations of the labels behind each null."""
     convergence: Path | None = None
     """Result of analyses.convergence whose measured speeds the predicted ones are held against."""
-    memory_budget_gb: float | None = None
-    """Memory for features and kernels in GB; by default half of what is free."""
-    device: str = "cpu"
-    """Torch device, such as cpu or cuda."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Precision of the model and its kernels."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +155,7 @@ def find(config: Config) -> Findings:
         arrays |= {f"{curve}.{name}": values for curve, values in _curves(found[name]).items()}
     return Findings(
         metrics, tables={"methods": [{"method": name} for name in shown]}, arrays=arrays,
-        model=model_identity(config.model, config.pooling),
+        model=config.model_identity(),
         dataset={"name": data.task.name, "task": data.task.name, "source": data.source.rsplit("/", 1)[-1],
                  "fingerprint": data.fingerprint},
         coverage={name: "the head alone" if name == HEAD else "the backbone, without the head" for name in shown}
@@ -184,19 +170,13 @@ def _kernels(
 
     The kernels are those of each method's own parameters, of the head, and of both together as "METHOD + head".
     """
-    model, tokenizer = load_classifier(
-        config.model, num_labels=data.task.num_labels, pooling=config.pooling, seed=seed, dtype=DTYPES[config.dtype],
-        device=config.device,
-    )  # fmt: skip
+    model, tokenizer = config.start(data, seed=seed)
     inputs, labels = held_out(data, tokenizer, config.n_examples, seed, device=config.device)
     wanted = tangents(model, methods, task_type="SEQ_CLS", seed=seed, degree=data.task.degree)
-    budget = None if config.memory_budget_gb is None else config.memory_budget_gb * 1e9
-    try:
+    with memory_budget(config.memory_budget_gb) as budget:
         kernels = ntk.adapter_kernels(
             model, inputs, wanted.methods, output=one_output(data.task), reduce="trace", memory_budget=budget
         )
-    except MemoryError as error:
-        raise UserError(f"{error} (--n-examples, --memory-budget-gb)") from error
     own = [text for text in methods if text != HEAD]
     return kernels | {f"{text} + head": kernel for text, kernel in with_head(kernels, own).items()}, labels
 

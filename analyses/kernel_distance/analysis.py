@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,44 +17,30 @@ import ntk
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs, seeds_of
 from analyses.core.comparison import SeedComparison, draw_name
 from analyses.core.intervals import over_seeds
-from analyses.kernel_distance.kernels import (
-    ADAPTER,
-    FULL,
-    KERNELS,
-    PAIRS,
-    ModelKernels,
-    full_kernels,
-    propulsion_kernels,
-)
+from analyses.kernel_distance.kernels import ADAPTER, FULL, KERNELS, PAIRS, ModelKernels, model_kernels
 from analyses.kernel_distance.tables import summary
 from analyses.records import STAGES, Metric
 from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
 from analyses.subjects.nulls import model_nulls
+from analyses.subjects.options import KernelOptions
 from analyses.subjects.parameters import is_scale
 from analyses.subjects.training_run import dataset_identity
 from propulsion.data import TaskData, load_task_data, tokenize
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
-from propulsion.identity import model_content
-from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, load_classifier, pooling_of
+from propulsion.pretrained import DEFAULT_MODEL_NAME, pooling_of
 from propulsion.training import TrainingOptions, apply_propulsion, evaluate, train
 
 LABELS = "labels"
 
 
 @dataclass(frozen=True)
-class Config(GridOutput):
+class Config(KernelOptions, GridOutput):
     """Full fine-tuning's kernel beside Propulsion's, at initialisation and after training."""
 
     task: str = "demo"
     """Task: demo (embedded, no network), or sst2, rte, cola, stsb, mrpc, qqp, mnli, qnli."""
-    data_dir: Path | None = None
-    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
-    model: str | None = None
-    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
-    pooling: Pooling = "auto"
-    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
     n_examples: int = 24
     """Held-out examples that the kernels are computed on."""
     n_train: int | None = None
@@ -76,10 +61,6 @@ class Config(GridOutput):
     """Bootstrap resamples behind each interval."""
     memory_budget_gb: float | None = None
     """Memory for Jacobians and kernels in GB; by default half of what is free."""
-    device: str = "cpu"
-    """Torch device, such as cpu or cuda."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Precision of the model and its kernels."""
 
     @property
     def seed(self) -> int:
@@ -125,23 +106,16 @@ def prepare(config: Config) -> Setting:
         seed=config.seed,
     )
     degree = data.task.degree if config.degree is None else config.degree
-    full, tokenizer = _load(config, data, config.seed)
+    full, tokenizer = config.start(data, seed=config.seed)
     # Everything is tokenized now, so that an example too long is reported before anything is computed.
     for split in (data.train, data.validation):
         tokenize(split, tokenizer, data.task, config.training.max_length)
     inputs, labels = held_out(
         data, tokenizer, config.n_examples, config.seed, max_length=config.training.max_length, device=config.device
     )
-    adapted = apply_propulsion(_load(config, data, config.seed)[0], degree=degree, positions=config.positions)
+    copy = config.start(data, seed=config.seed)[0]
+    adapted = apply_propulsion(copy, degree=degree, positions=config.positions)
     return Setting(config, data, tokenizer, full, adapted, inputs, labels, degree)
-
-
-def _load(config: Config, data: TaskData, seed: int) -> tuple[Any, Any]:
-    """The model with a head drawn from the seed, and its tokenizer."""
-    return load_classifier(
-        config.model, num_labels=data.task.num_labels, pooling=config.pooling, seed=seed,
-        dtype=getattr(torch, config.dtype), device=config.device,
-    )  # fmt: skip
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
@@ -152,7 +126,7 @@ def find(config: Config, runs: Runs) -> Findings | None:
     else:
         # The rows of each seed are drawn from all of the task's.
         data = load_task_data(config.task, data_dir=config.data_dir)
-        cells = runs.of(data, model_content(*_load(config, data, 0)))
+        cells = runs.of(data, config.identity(data))
         each = [cells.cell(f"seed {seed}", lambda seed: _measure(config.of_seed(seed)), seed=seed) for seed in seeds]
         found = [cell for cell in each if cell is not None]
     if runs.missing:
@@ -201,8 +175,8 @@ def _measure(config: Config) -> dict[str, Any]:
                     train(model, setting.tokenizer, setting.data, config.training)
                 scores.append({"model": name} | _scores(setting, model))
         with _timed(seconds, f"kernels, {stage}"), memory_budget(config.memory_budget_gb) as budget:
-            kernels = full_kernels(setting.full, setting.inputs, budget)
-            kernels |= propulsion_kernels(setting.adapted, setting.inputs, budget)
+            kernels = model_kernels(setting.full, setting.inputs, "all", budget)
+            kernels |= model_kernels(setting.adapted, setting.inputs, "trainable", budget)
         with _timed(seconds, f"null models, {stage}"):
             drawn = model_nulls(
                 setting.full, setting.inputs, kernels.whole[FULL], kernels.traced[ADAPTER], setting.number_of_scales,

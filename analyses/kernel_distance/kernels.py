@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -39,38 +39,30 @@ class ModelKernels:
         )  # fmt: skip
 
 
-def full_kernels(model: Any, inputs: dict[str, Tensor], memory_budget: float | None) -> ModelKernels:
-    """Kernels of full fine-tuning: ``full_backbone`` without the new head, ``full_all`` with it."""
-    parts = {
-        "full_backbone": ("every parameter of the pre-trained backbone", lambda name: is_backbone(model, name)),
-        "full_all": ("every parameter, backbone and head", lambda name: True),
-    }
-    return _kernels(model, inputs, "all", parts, memory_budget)
+PARTS: dict[str, dict[str, tuple[str, Callable[[Any, str], bool]]]] = {
+    "all": {
+        "full_backbone": ("every parameter of the pre-trained backbone", is_backbone),
+        "full_all": ("every parameter, backbone and head", lambda model, name: True),
+    },
+    "trainable": {
+        "propulsion_z": ("the scale vectors z", lambda model, name: is_scale(name)),
+        "propulsion_z_head": ("the scale vectors z and the trained head", lambda model, name: True),
+    },
+}
+"""The kernels of full fine-tuning, of "all" parameters, and of Propulsion, of the "trainable" ones: in words, and which
+parameters each covers."""
 
 
-def propulsion_kernels(model: Any, inputs: dict[str, Tensor], memory_budget: float | None) -> ModelKernels:
-    """Kernels of Propulsion: ``propulsion_z`` of the scale vectors, ``propulsion_z_head`` with the head beside them."""
-    parts = {
-        "propulsion_z": ("the scale vectors z", is_scale),
-        "propulsion_z_head": ("the scale vectors z and the trained head", lambda name: True),
-    }
-    return _kernels(model, inputs, "trainable", parts, memory_budget)
-
-
-def _kernels(
-    model: Any,
-    inputs: dict[str, Tensor],
-    params: str,
-    parts: dict[str, tuple[str, Callable[[str], bool]]],
-    memory_budget: float | None,
+def model_kernels(
+    model: Any, inputs: dict[str, Tensor], params: Literal["all", "trainable"], memory_budget: float | None
 ) -> ModelKernels:
-    """One pass over all parameters; a part's kernel is the sum of its parameters'."""
+    """The kernels of `PARTS`, from one pass over these parameters; a kernel is the sum of its parameters'."""
     layers = ntk.layer_kernels(model, inputs, params=params, memory_budget=memory_budget, progress=True)
     layers = {name: kernel.cpu() for name, kernel in layers.items()}
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     whole, coverage, shares = {}, {}, []
-    for part, (words, belongs) in parts.items():
-        names = [name for name in layers if belongs(name)]
+    for part, (words, belongs) in PARTS[params].items():
+        names = [name for name in layers if belongs(model, name)]
         if not names:
             raise UserError(f"the model has no parameter for the kernel {part} ({words})")
         whole[part] = sum((layers[name] for name in names[1:]), layers[names[0]])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from analyses.core.analysis import GridOutput
 from analyses.subjects.learning_rates import factors_of
+from analyses.subjects.options import DataOptions
 from analyses.subjects.readout import Readout
 from propulsion.data import TaskData, load_task_data
 from propulsion.errors import UserError
@@ -22,13 +23,11 @@ _LABEL_SCALE = 1.0  # Regression targets are plus and minus this, logit differen
 
 
 @dataclass(frozen=True)
-class Config(GridOutput):
+class Config(DataOptions, GridOutput):
     """Kernel predictions against trained networks, methods x sizes x seeds."""
 
     task: str = "demo"
     """Classification task of two classes."""
-    data_dir: Path | None = None
-    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     model: str | None = None
     """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6, or SmolLM2 for label words."""
     readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)
@@ -58,8 +57,6 @@ class Config(GridOutput):
     """Result of analyses.method_comparison whose learning rates are used."""
     memory_budget_gb: float | None = None
     """Memory for features and kernels in GB; by default half of what is free."""
-    device: str = "cpu"
-    """Torch device, such as cpu or cuda."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +32,7 @@ from analyses.records import STAGES
 from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
 from analyses.subjects.nulls import model_nulls
+from analyses.subjects.options import DataOptions
 from analyses.subjects.readout import Readout
 from analyses.subjects.training_run import dataset_identity
 from ntk.adapters import layers_of
@@ -45,13 +45,11 @@ STAGE = STAGES[0]
 
 
 @dataclass(frozen=True)
-class Config(GridOutput):
+class Config(DataOptions, GridOutput):
     """Kernels of parameter-efficient methods beside full fine-tuning's."""
 
     task: str = "demo"
     """Task: demo (embedded, no network), or sst2, rte, cola, stsb, mrpc, qqp, mnli, qnli."""
-    data_dir: Path | None = None
-    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     model: str | None = None
     """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
     readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)
@@ -70,8 +68,6 @@ class Config(GridOutput):
     """Bootstrap resamples behind each interval."""
     memory_budget_gb: float | None = None
     """Memory for features and kernels in GB; by default half of what is free."""
-    device: str = "cpu"
-    """Torch device, such as cpu or cuda."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the model and its kernels."""
 

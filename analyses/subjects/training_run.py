@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,25 +10,18 @@ import tyro
 from scipy.special import logsumexp
 
 from analyses.subjects.cost import StepClock, peak_bytes, reset_peak
+from analyses.subjects.options import EncoderOptions
 from propulsion.data import TaskData, check_folders, load_task_data
 from propulsion.data.metrics import METRICS
 from propulsion.data.tasks import get_labelled_task, get_task
-from propulsion.identity import model_content
 from propulsion.methods import Method, apply_method, trainable_parameters
-from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_pooling, load_classifier
 from propulsion.training import TrainingOptions, predict, train
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(EncoderOptions):
     """What the runs of a grid have in common."""
 
-    data_dir: Path | None = None
-    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
-    model: str | None = None
-    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
-    pooling: Pooling = "auto"
-    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
     n_train: int = 1600
     """Training rows drawn, the same for all runs; all of them where the task has fewer."""
     n_validation: int = 1000
@@ -40,12 +32,6 @@ class RunConfig:
         default_factory=lambda: TrainingOptions(max_steps=100, max_length=96)
     )
     """How every run trains; its seed is replaced by each run's own."""
-    device: str = "cpu"
-    """Torch device, such as cpu or cuda."""
-
-    def model_identity(self) -> dict[str, str]:
-        """The model, and how a classifier reads it."""
-        return model_identity(self.model, self.pooling)
 
     def load(self, task: str) -> TaskData:
         """Draw the rows of a task of one label."""
@@ -59,20 +45,6 @@ class RunConfig:
         """Draw the rows of several tasks, each from a folder of its own."""
         check_folders(tasks, self.data_dir)
         return {task: self.load(task) for task in tasks}
-
-    def identity(self, data: TaskData) -> str:
-        """The model that every run starts from, known by its content."""
-        return model_content(*self.start(data, seed=0))
-
-    def start(self, data: TaskData, *, seed: int) -> tuple[Any, Any]:
-        """The model before training, with a head drawn from the seed, and its tokenizer."""
-        options = {"num_labels": data.task.num_labels, "pooling": self.pooling, "seed": seed, "device": self.device}
-        return load_classifier(self.model, **options)
-
-
-def model_identity(model: str | None, pooling: Pooling) -> dict[str, str]:
-    """A model as results name it, and how a classifier reads it."""
-    return {"name": model or DEFAULT_MODEL_NAME, "pooling": find_pooling(model, pooling)}
 
 
 def dataset_identity(data: TaskData) -> dict[str, Any]:
@@ -133,7 +105,10 @@ def training_run(
     result = train(model, tokenizer, data, training, callbacks=[clock, *callbacks])
     outputs = predict(model, tokenizer, data, max_length=training.max_length).double().numpy()
     predictions = outputs[:, 0] if data.task.is_regression else outputs.argmax(axis=1)
-    found = {
+    kept = ({"model": model, "tokenizer": tokenizer} if keep_model else {}) | (
+        {"logits": outputs} if keep_logits else {}
+    )
+    return kept | {
         "scores": scores(data.task.name, predictions, np.asarray(data.validation["label"])),
         "validation_loss": mean_loss(data, outputs),
         "losses": result.losses,
@@ -143,9 +118,6 @@ def training_run(
         "seconds_per_step": clock.median(),
         "peak_bytes": peak_bytes(config.device),
     }
-    if keep_logits:
-        found["logits"] = outputs
-    return found | ({"model": model, "tokenizer": tokenizer} if keep_model else {})
 
 
 def scores(task: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -1,0 +1,66 @@
+"""Options that analyses share: where rows come from, which encoder reads them, and how its kernels are computed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from propulsion.data import TaskData
+from propulsion.identity import model_content
+from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_pooling, load_classifier
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where rows come from, and where models run."""
+
+    data_dir: Path | None = None
+    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
+    device: str = "cpu"
+    """Torch device, such as cpu or cuda."""
+
+
+@dataclass(frozen=True)
+class EncoderOptions(DataOptions):
+    """A pre-trained encoder with a new head."""
+
+    model: str | None = None
+    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    pooling: Pooling = "auto"
+    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Precision of the model."""
+        return torch.float32
+
+    def model_identity(self) -> dict[str, str]:
+        """The model as results name it, and how a classifier reads it."""
+        return {"name": self.model or DEFAULT_MODEL_NAME, "pooling": find_pooling(self.model, self.pooling)}
+
+    def identity(self, data: TaskData) -> str:
+        """The model that every run starts from, known by its content."""
+        return model_content(*self.start(data, seed=0))
+
+    def start(self, data: TaskData, *, seed: int) -> tuple[Any, Any]:
+        """The model before training, with a head drawn from the seed, and its tokenizer."""
+        return load_classifier(
+            self.model, num_labels=data.task.num_labels, pooling=self.pooling, seed=seed, dtype=self.torch_dtype,
+            device=self.device,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KernelOptions(EncoderOptions):
+    """An encoder whose kernels are computed."""
+
+    memory_budget_gb: float | None = None
+    """Memory for features and kernels in GB; by default half of what is free."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the model and its kernels."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Precision of the model and its kernels."""
+        return getattr(torch, self.dtype)
