@@ -1,7 +1,7 @@
 """What a claim, the evidence on it and its verdict are, and the rules that turn the one into the other."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -89,7 +89,7 @@ class Rule:
 
 
 Results = Mapping[str, Result]
-Judge = Callable[[Results], list[Evidence]]
+Judge = Callable[[Results], Iterable[Evidence]]
 
 
 @dataclass(frozen=True)
@@ -130,23 +130,15 @@ def claim(key: str, title: str, **entry: Any) -> Callable[[Judge], Claim]:
 
 
 def _everywhere(outcomes: Sequence[Outcome]) -> Verdict:
-    if Outcome.UNMET in outcomes:
-        return Verdict.FAILS
-    return _without_refutation(outcomes)
+    return Verdict.FAILS if Outcome.UNMET in outcomes else _somewhere(outcomes)
 
 
 def _somewhere(outcomes: Sequence[Outcome]) -> Verdict:
-    some = Outcome.MET in outcomes or Outcome.PARTLY in outcomes
-    if Outcome.UNMET in outcomes:
-        return Verdict.CONDITIONS if some else Verdict.FAILS
-    return _without_refutation(outcomes)
-
-
-def _without_refutation(outcomes: Sequence[Outcome]) -> Verdict:
-    if outcomes and all(outcome == Outcome.MET for outcome in outcomes):
+    if set(outcomes) == {Outcome.MET}:
         return Verdict.HOLDS
-    some = Outcome.MET in outcomes or Outcome.PARTLY in outcomes
-    return Verdict.CONDITIONS if some else Verdict.UNTESTABLE
+    if Outcome.MET in outcomes or Outcome.PARTLY in outcomes:
+        return Verdict.CONDITIONS
+    return Verdict.FAILS if Outcome.UNMET in outcomes else Verdict.UNTESTABLE
 
 
 EVERYWHERE = Rule(
@@ -177,6 +169,13 @@ def at_least(found: Quantity, limit: float) -> Outcome:
     if found.lower >= limit:
         return Outcome.MET
     return Outcome.UNMET if found.upper < limit else Outcome.OPEN
+
+
+def above(found: Quantity, other: Quantity) -> Outcome:
+    """Whether a number lies above another, interval against interval; undecided where they overlap."""
+    if found.lower > other.upper:
+        return Outcome.MET
+    return Outcome.UNMET if found.upper < other.lower else Outcome.OPEN
 
 
 def all_of(*outcomes: Outcome) -> Outcome:

@@ -13,6 +13,7 @@ from analyses.claims.claim import (
     Outcome,
     Quantity,
     Results,
+    above,
     at_least,
     by_task,
     claim,
@@ -34,7 +35,6 @@ POINT = 0.01
 SAVING = 1.25
 """Memory of another method over Propulsion's: half of what the paper reports, 26 GB over 17.2 GB."""
 Z_RANGE = (0.98, 1.02)
-CENTRAL = ("q0.05", "q0.95")
 FULL_RANK = 0.9
 """Share of a matrix's rank from which a change of it counts as full."""
 PEAK = "25"
@@ -50,7 +50,7 @@ PEAK = "25"
     threshold=f"0.086 million within {ROUNDING:.1%}; in part within a factor of {NEARLY:g}",
     rule=EVERYWHERE, needs=("parameter_count",),
 )  # fmt: skip
-def parameter_pair(results: Results) -> list[Evidence]:
+def parameter_pair(results: Results) -> Iterator[Evidence]:
     """Propulsion reduces the trained parameters of one model from 355.3 to 0.086 million."""
     rows = results["parameter_count"].tables["counts"]
     model = min(rows, key=lambda row: abs(row["total"] - PAPER_TOTAL))
@@ -63,7 +63,7 @@ def parameter_pair(results: Results) -> list[Evidence]:
         outcome = Outcome.MET if abs(factor - 1) < ROUNDING else Outcome.PARTLY
     found = Quantity(f"trained on {model['model']}, of {model['total']:,}", model["everything"])
     null = Quantity("the abstract's", PAPER_TRAINED)
-    return [Evidence(found, outcome, null, f"the abstract's count is that of {', '.join(named) or 'no model'}")]
+    yield Evidence(found, outcome, null, f"the abstract's count is that of {', '.join(named) or 'no model'}")
 
 
 @claim(
@@ -73,7 +73,7 @@ def parameter_pair(results: Results) -> list[Evidence]:
     threshold=f"at least {TIMES_FEWER:g}",
     rule=SOMEWHERE, needs=("complexity",), also=("method_comparison/*",),
 )  # fmt: skip
-def fewer_than_lora(results: Results) -> list[Evidence]:
+def fewer_than_lora(results: Results) -> Iterator[Evidence]:
     """Propulsion trains over ten times fewer parameters than LoRA."""
     layer = {row["method"]: row["counted"] for row in results["complexity"].tables["methods"]}
     rank = results["complexity"].config["rank"]
@@ -85,7 +85,8 @@ def fewer_than_lora(results: Results) -> list[Evidence]:
             Quantity(f"peft's LoRA for the model, {name}", (trained["lora"] - head) / (trained[name] - head))
             for name in (ALL, ATTN) if name in trained and "lora" in trained
         ]  # fmt: skip
-    return [Evidence(q, at_least(q, TIMES_FEWER), Quantity("as many", 1.0)) for q in ratios]
+    for q in ratios:
+        yield Evidence(q, at_least(q, TIMES_FEWER), Quantity("as many", 1.0))
 
 
 @claim(
@@ -95,19 +96,18 @@ def fewer_than_lora(results: Results) -> list[Evidence]:
     threshold="no more than the best other adapter, and parameters as by the formulas",
     rule=SOMEWHERE, needs=("complexity",),
 )  # fmt: skip
-def table4(results: Results) -> list[Evidence]:
+def table4(results: Results) -> Iterator[Evidence]:
     """Per layer Propulsion needs fewest parameters and least time of the adapters."""
     rows = {row["method"]: row for row in results["complexity"].tables["methods"]}
     rivals = [row for name, row in rows.items() if name not in ("frozen", "full") and "propulsion" not in name]
     own = rows["propulsion"]
     wrong = [row["method"] for row in rows.values() if row["counted"] != row["parameters"]]
-    evidence = []
+    detail = f"formulas that miscount: {', '.join(wrong) or 'none'}"
     for name, words in (("counted", "parameters"), ("time_ratio", "time over frozen")):
         best = min(rivals, key=lambda row: row[name])
         met = own[name] <= best[name] and not (name == "counted" and wrong)
         null = Quantity(best["method"], best[name])
-        evidence.append(Evidence(Quantity(words, own[name]), Outcome.MET if met else Outcome.UNMET, null))
-    return [replace(e, detail=f"formulas that miscount: {', '.join(wrong) or 'none'}") for e in evidence]
+        yield Evidence(Quantity(words, own[name]), Outcome.MET if met else Outcome.UNMET, null, detail)
 
 
 @claim(
@@ -117,19 +117,17 @@ def table4(results: Results) -> list[Evidence]:
     threshold=f"at least {SAVING:g}, half of the saving claimed; in part above 1, all rounds",
     rule=SOMEWHERE, needs=("memory",),
 )  # fmt: skip
-def memory(results: Results) -> list[Evidence]:
+def memory(results: Results) -> Iterator[Evidence]:
     """Training takes a third less memory than other adapters (17.2 GB against 26 GB and more)."""
     peaks: dict[str, list[float]] = {}
     for run in results["memory"].tables["runs"]:
         peaks.setdefault(run["method"], []).append(run["peak_bytes"])
     own = peaks[ALL]
-    evidence = []
     for name in peft_methods(peaks):
         ratio = np.array(peaks[name]) / np.array(own)
         q = Quantity(name, float(np.median(peaks[name]) / np.median(own)), float(ratio.min()), float(ratio.max()))
         outcome = Outcome.PARTLY if 1 < q.lower < SAVING else at_least(q, SAVING)
-        evidence.append(Evidence(q, outcome, Quantity("as much", 1.0)))
-    return evidence
+        yield Evidence(q, outcome, Quantity("as much", 1.0))
 
 
 @claim(
@@ -139,13 +137,10 @@ def memory(results: Results) -> list[Evidence]:
     threshold="above each other adapter's, interval against interval (several seeds)",
     rule=EVERYWHERE, needs=("convergence",),
 )  # fmt: skip
-def convergence(results: Results) -> list[Evidence]:
+def convergence(results: Results) -> Iterator[Evidence]:
     """Propulsion converges faster than the other adapters."""
-    result = results["convergence"]
-    name = "mean score over the steps"
-    curves = {m.left: quantity(m.left, m) for m in result.metrics if m.name == name}
-    own = _better(curves)
-    return [_apart(own, curves[rival]) for rival in peft_methods(curves)]
+    metrics = results["convergence"].metrics
+    yield from _best_of_ours({m.left: quantity(m.left, m) for m in metrics if m.name == "mean score over the steps"})
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -159,19 +154,17 @@ def convergence(results: Results) -> list[Evidence]:
               "undecided)",
     rule=SOMEWHERE, needs=("method_comparison/*",),
 )  # fmt: skip
-def on_par(results: Results) -> list[Evidence]:
+def on_par(results: Results) -> Iterator[Evidence]:
     """Propulsion scores as well as full fine-tuning."""
-    evidence = []
     for task, result, metric in _compared(results):
         m = result.metric(metric, stage=f"{task}, difference", left=ALL, right="full")
         q = quantity(f"{task}, {metric}", m)
         full, head = (quantity(name, result.metric(metric, stage=task, left=name)) for name in ("full", "head"))
-        learned = full.lower > head.upper
+        learned = above(full, head) == Outcome.MET
         outcome = at_least(q, -POINT) if learned and q.has_interval else Outcome.OPEN
         detail = f"full {full}" + ("" if learned else ", which is not above the head alone")
         null = result.metric(metric, stage=f"{task}, difference", left="head", right="full")
-        evidence.append(Evidence(q, outcome, quantity("the head alone", null), detail))
-    return evidence
+        yield Evidence(q, outcome, quantity("the head alone", null), detail)
 
 
 @claim(
@@ -181,15 +174,11 @@ def on_par(results: Results) -> list[Evidence]:
     threshold="above each other adapter's, interval against interval",
     rule=EVERYWHERE, needs=("method_comparison/*",),
 )  # fmt: skip
-def best_adapter(results: Results) -> list[Evidence]:
+def best_adapter(results: Results) -> Iterator[Evidence]:
     """Propulsion scores above the other parameter-efficient methods."""
-    evidence = []
     for task, result, metric in _compared(results):
-        differences = {m.left: quantity(m.left, m) for m in result.metrics
-                       if (m.name, m.stage) == (metric, f"{task}, difference")}  # fmt: skip
-        own = _better(differences)
-        evidence += [_apart(own, differences[rival], f"{task}, ") for rival in peft_methods(differences)]
-    return evidence
+        own = [m for m in result.metrics if (m.name, m.stage) == (metric, f"{task}, difference")]
+        yield from _best_of_ours({m.left: quantity(m.left, m) for m in own}, f"{task}, ")
 
 
 @claim(
@@ -199,16 +188,15 @@ def best_adapter(results: Results) -> list[Evidence]:
     threshold="above the untuned model's, interval against interval, on one of these models (undecided on any other)",
     rule=EVERYWHERE, needs=("instruction_tuning",),
 )  # fmt: skip
-def large_models(results: Results) -> list[Evidence]:
+def large_models(results: Results) -> Iterator[Evidence]:
     """Propulsion tunes BLOOMz-7B, GPT-J-6B, LLaMA-7B and -13B as well."""
     result = results["instruction_tuning"]
     scores = {m.left: quantity(m.left, m) for m in result.metrics if (m.name, m.stage) == ("accuracy", "trained")}
     name, untuned = result.model["name"], scores["none"]
     own = next(q for label, q in scores.items() if label.startswith("propulsion"))
-    gained = Outcome.MET if own.lower > untuned.upper else Outcome.UNMET if own.upper < untuned.lower else Outcome.OPEN
     asked = any(word in name.lower() for word in ("bloomz-7b", "gpt-j-6b", "llama-7b", "llama-13b"))
     found = replace(own, label=f"{result.dataset['name']}, {name}")
-    return [Evidence(found, gained if asked else Outcome.OPEN, replace(untuned, label="untuned"))]
+    yield Evidence(found, above(own, untuned) if asked else Outcome.OPEN, replace(untuned, label="untuned"))
 
 
 # --- choices in Propulsion ------------------------------------------------------------------------------------------
@@ -224,9 +212,8 @@ def large_models(results: Results) -> list[Evidence]:
     ),
     rule=SOMEWHERE, needs=("ablation/degree_fixed_rate",), also=("ablation/degree",),
 )  # fmt: skip
-def degree_optimum(results: Results) -> list[Evidence]:
+def degree_optimum(results: Results) -> Iterator[Evidence]:
     """Accuracy peaks at a degree of about 25 and falls afterwards."""
-    evidence = []
     words = {"ablation/degree_fixed_rate": "one rate for all", "ablation/degree": "rate divided by the degree"}
     for name, rate in words.items():
         if name not in results:
@@ -236,8 +223,7 @@ def degree_optimum(results: Results) -> list[Evidence]:
         for end in (ends[0], ends[-1]):
             q = _difference(f"{PEAK} less {end}, {rate}", scores[PEAK], scores[end])
             outcome = Outcome.OPEN if not q.has_interval else Outcome.MET if q.lower > 0 else at_least(q, POINT)
-            evidence.append(Evidence(q, outcome, Quantity("no peak", 0.0)))
-    return evidence
+            yield Evidence(q, outcome, Quantity("no peak", 0.0))
 
 
 @claim(
@@ -250,16 +236,15 @@ def degree_optimum(results: Results) -> list[Evidence]:
     ),
     rule=EVERYWHERE, needs=("ablation/positions",),
 )  # fmt: skip
-def position_order(results: Results) -> list[Evidence]:
+def position_order(results: Results) -> Iterator[Evidence]:
     """Scales on all layers beat scales on some."""
     result = results["ablation/positions"]
     chance = float(result.dataset.get("chance", -math.inf))
     scores = _settings(result)
     # A choice that still gives one answer throughout has had too few steps, which is no order of what choices can do.
-    return [
-        replace(e, outcome=Outcome.OPEN, detail="has not learnt") if np.mean(scores[label]) <= chance + POINT else e
-        for label, e in zip((label for label in scores if label != "all"), _best(scores, "all"), strict=True)
-    ]
+    for label, e in zip((label for label in scores if label != "all"), _best(scores, "all"), strict=True):
+        learnt = np.mean(scores[label]) > chance + POINT
+        yield e if learnt else replace(e, outcome=Outcome.OPEN, detail="has not learnt")
 
 
 @claim(
@@ -269,14 +254,11 @@ def position_order(results: Results) -> list[Evidence]:
     threshold="above 0 with its whole interval; not met if below 0 with its whole interval",
     rule=EVERYWHERE, needs=("ablation/vectors",),
 )  # fmt: skip
-def pooling(results: Results) -> list[Evidence]:
+def pooling(results: Results) -> Iterator[Evidence]:
     """Of several scales a layer, those pooled by their average do best."""
     scores = _settings(results["ablation/vectors"])
-    counts = dict.fromkeys(label.split()[0] for label in scores if " " in label)
-    return [
-        e for count in counts
-        for e in _best({label: s for label, s in scores.items() if label.startswith(f"{count} ")}, f"{count} mean")
-    ]  # fmt: skip
+    for count in dict.fromkeys(label.split()[0] for label in scores if " " in label):
+        yield from _best({label: s for label, s in scores.items() if label.startswith(f"{count} ")}, f"{count} mean")
 
 
 @claim(
@@ -286,9 +268,9 @@ def pooling(results: Results) -> list[Evidence]:
     threshold="above 0 with its whole interval; not met if below 0 with its whole interval",
     rule=EVERYWHERE, needs=("ablation/init_value",),
 )  # fmt: skip
-def init_value(results: Results) -> list[Evidence]:
+def init_value(results: Results) -> Iterator[Evidence]:
     """Scales that start at 1 do best."""
-    return list(_best(_settings(results["ablation/init_value"]), "1"))
+    yield from _best(_settings(results["ablation/init_value"]), "1")
 
 
 @claim(
@@ -298,23 +280,16 @@ def init_value(results: Results) -> list[Evidence]:
     threshold=f"all within {Z_RANGE[0]:g} to {Z_RANGE[1]:g}; in part if the central 90 % are",
     rule=SOMEWHERE, needs=("delta_weights",),
 )  # fmt: skip
-def z_range(results: Results) -> list[Evidence]:
+def z_range(results: Results) -> Iterator[Evidence]:
     """After training all scales lie between 0.98 and 1.02."""
-    evidence = []
     for row in results["delta_weights"].tables["methods"]:
         if "z q0" not in row:
             continue
-        low, middle, high = (row[f"z {name}"] for name in ("q0", "q0.5", "q1"))
-        central = [row[f"z {name}"] for name in CENTRAL]
-        if Z_RANGE[0] <= low and high <= Z_RANGE[1]:
-            outcome = Outcome.MET
-        else:
-            inside = Z_RANGE[0] <= central[0] and central[1] <= Z_RANGE[1]
-            outcome = Outcome.PARTLY if inside else Outcome.UNMET
+        low, start, middle, end, high = (row[f"z {name}"] for name in ("q0", "q0.05", "q0.5", "q0.95", "q1"))
+        all_inside, most_inside = (Z_RANGE[0] <= a and b <= Z_RANGE[1] for a, b in ((low, high), (start, end)))
+        outcome = Outcome.MET if all_inside else Outcome.PARTLY if most_inside else Outcome.UNMET
         found = Quantity(f"median [lowest, highest], {row['method']}", middle, low, high)
-        detail = f"central 90 % from {central[0]:.4f} to {central[1]:.4f}"
-        evidence.append(Evidence(found, outcome, Quantity("untrained", 1.0), detail))
-    return evidence
+        yield Evidence(found, outcome, Quantity("untrained", 1.0), f"central 90 % from {start:.4f} to {end:.4f}")
 
 
 @claim(
@@ -324,15 +299,13 @@ def z_range(results: Results) -> list[Evidence]:
     threshold=f"at least {FULL_RANK:g} in every matrix; in part in the median one",
     rule=SOMEWHERE, needs=("delta_weights",),
 )  # fmt: skip
-def delta_rank(results: Results) -> list[Evidence]:
+def delta_rank(results: Results) -> Iterator[Evidence]:
     """Propulsion's change of a matrix is that of its rows' sizes, W ∘ Z, not of low rank."""
     found = {m.left: quantity(m.left, m) for m in results["delta_weights"].metrics if m.name == "rank_share"}
     lora = next((q for name, q in found.items() if name.startswith("lora")), None)
-    return [
-        Evidence(q, Outcome.MET if q.lower >= FULL_RANK else Outcome.PARTLY if q.value >= FULL_RANK else Outcome.UNMET,
-                 lora)
-        for name, q in found.items() if name in (ALL, ATTN)
-    ]  # fmt: skip
+    for q in (q for name, q in found.items() if name in (ALL, ATTN)):
+        most = Outcome.PARTLY if q.value >= FULL_RANK else Outcome.UNMET
+        yield Evidence(q, Outcome.MET if q.lower >= FULL_RANK else most, lora)
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------
@@ -350,24 +323,15 @@ def _compared(results: Results) -> Iterator[tuple[str, Result, str]]:
             yield task, result, next(m.name for m in result.metrics if m.stage == task)
 
 
-def _better(found: dict[str, Quantity]) -> Quantity:
-    """The better of the paper's two variants, which gives its claims their best chance."""
+def _best_of_ours(found: dict[str, Quantity], prefix: str = "") -> Iterator[Evidence]:
+    """Whether the better of the paper's two variants, which gives its claims their best chance, is above each rival."""
     variants = [q for name, q in found.items() if name in (ALL, ATTN)]
     if not variants:
         raise UserError(f"the result holds neither {ALL} nor {ATTN}")
-    return max(variants, key=lambda q: q.value)
-
-
-def _apart(own: Quantity, rival: Quantity, prefix: str = "") -> Evidence:
-    """Whether one number is above another, interval against interval."""
-    found = replace(own, label=f"{prefix}{own.label}")
-    if not (own.has_interval and rival.has_interval):
-        outcome = Outcome.OPEN
-    elif own.lower > rival.upper:
-        outcome = Outcome.MET
-    else:
-        outcome = Outcome.UNMET if own.upper < rival.lower else Outcome.OPEN
-    return Evidence(found, outcome, rival)
+    own = max(variants, key=lambda q: q.value)
+    for rival in (found[name] for name in peft_methods(found)):
+        outcome = above(own, rival) if own.has_interval and rival.has_interval else Outcome.OPEN
+        yield Evidence(replace(own, label=f"{prefix}{own.label}"), outcome, rival)
 
 
 def _settings(result: Result) -> dict[str, list[float]]:
@@ -386,9 +350,5 @@ def _best(scores: dict[str, list[float]], own: str) -> Iterator[Evidence]:
     for other in scores:
         if other == own:
             continue
-        q = _difference(f"{own} less {other}", scores[own], scores[other])
-        if not q.has_interval or q.lower <= 0 <= q.upper:
-            outcome = Outcome.OPEN
-        else:
-            outcome = Outcome.MET if q.lower > 0 else Outcome.UNMET
-        yield Evidence(q, outcome, Quantity("no difference", 0.0))
+        q, nothing = _difference(f"{own} less {other}", scores[own], scores[other]), Quantity("no difference", 0.0)
+        yield Evidence(q, above(q, nothing) if q.has_interval else Outcome.OPEN, nothing)
