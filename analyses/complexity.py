@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from sympy import Symbol
+from sympy.parsing.sympy_parser import implicit_multiplication, parse_expr, split_symbols, standard_transformations
 from torch import nn
 
 from analyses.core.analysis import Analysis, Findings, Output
@@ -53,67 +55,49 @@ class Cost:
     """One method on one layer.
 
     Attributes:
-        parameters: Trained parameters, in words and as a function.
-        operations: Multiply-adds of a forward and backward pass, in words and as a function.
-        build: peft's name of the method and its options; None for what is not a peft method.
+        parameters: Formula of the trained parameters.
+        operations: Formula of the multiply-adds of a forward and backward pass.
+        options: peft's options of the method; None for what is not a peft method.
     """
 
-    parameters: tuple[str, Callable[[Config], int]]
-    operations: tuple[str, Callable[[Config], int]]
-    build: Callable[[Config], tuple[str, dict[str, Any]]] | None
+    parameters: str
+    operations: str
+    options: Callable[[Config], dict[str, Any]] | None = None
 
 
-def _frozen(s: Config) -> int:
-    return 2 * s.tokens * s.m * s.n
+COSTS = {
+    "frozen": Cost("0", "2Tmn"),
+    "full": Cost("mn + m", "3Tmn + Tm"),
+    "bitfit": Cost("m", "2Tmn + Tm"),
+    "propulsion": Cost("m", "2Tmn + 3Tm", lambda config: {}),
+    "propulsion, p vectors": Cost("pm", "2Tmn + 3Tm + 3pm", lambda config: {"vectors": config.vectors}),
+    "ia3": Cost("m", "2Tmn + 3Tm", lambda config: {"feedforward_modules": []}),
+    "lora": Cost("r(m + n)", "2Tmn + 3Tr(m + n)", lambda config: {"r": config.rank}),
+    "vera": Cost("r + m", "2Tmn + 2Tr(m + n) + 3T(r + m)", lambda config: {"r": config.rank}),
+    "loha": Cost("2r(m + n)", "2Tmn + 3Tmn + 6rmn", lambda config: {"r": config.rank}),
+}
 
 
-_OWN = "2Tmn"
-COSTS: dict[str, Cost] = {
-    "frozen": Cost(("0", lambda s: 0), (_OWN, _frozen), None),
-    "full": Cost(
-        ("mn + m", lambda s: s.m * s.n + s.m), ("3Tmn + Tm", lambda s: 3 * s.tokens * s.m * s.n + s.tokens * s.m), None
-    ),
-    "bitfit": Cost(("m", lambda s: s.m), (f"{_OWN} + Tm", lambda s: _frozen(s) + s.tokens * s.m), None),
-    "propulsion": Cost(
-        ("m", lambda s: s.m), (f"{_OWN} + 3Tm", lambda s: _frozen(s) + 3 * s.tokens * s.m),
-        lambda s: ("propulsion", {}),
-    ),
-    "propulsion, p vectors": Cost(
-        ("pm", lambda s: s.vectors * s.m),
-        (f"{_OWN} + 3Tm + 3pm", lambda s: _frozen(s) + 3 * s.m * (s.tokens + s.vectors)),
-        lambda s: ("propulsion", {"vectors": s.vectors}),
-    ),
-    "ia3": Cost(
-        ("m", lambda s: s.m), (f"{_OWN} + 3Tm", lambda s: _frozen(s) + 3 * s.tokens * s.m),
-        lambda s: ("ia3", {"feedforward_modules": []}),
-    ),
-    "lora": Cost(
-        ("r(m + n)", lambda s: s.rank * (s.m + s.n)),
-        (f"{_OWN} + 3Tr(m + n)", lambda s: _frozen(s) + 3 * s.tokens * s.rank * (s.m + s.n)),
-        lambda s: ("lora", {"r": s.rank}),
-    ),
-    "vera": Cost(
-        ("r + m", lambda s: s.rank + s.m),
-        (f"{_OWN} + 2Tr(m + n) + 3T(r + m)",
-         lambda s: _frozen(s) + 2 * s.tokens * s.rank * (s.m + s.n) + 3 * s.tokens * (s.rank + s.m)),
-        lambda s: ("vera", {"r": s.rank}),
-    ),
-    "loha": Cost(
-        ("2r(m + n)", lambda s: 2 * s.rank * (s.m + s.n)),
-        (f"{_OWN} + 3Tmn + 6rmn", lambda s: _frozen(s) + 3 * s.tokens * s.m * s.n + 6 * s.rank * s.m * s.n),
-        lambda s: ("loha", {"r": s.rank}),
-    ),
-}  # fmt: skip
+def value_of(formula: str, config: Config) -> int:
+    """The value of a formula in m, n, r, p and T, letters side by side being factors.
+
+    >>> value_of("2Tr(m + n)", Config(tokens=3, rank=4, m=5, n=6))
+    264
+    """
+    sizes = {"m": config.m, "n": config.n, "r": config.rank, "p": config.vectors, "T": config.tokens}
+    letters = {letter: Symbol(letter) for letter in sizes}
+    found = parse_expr(formula, letters, (*standard_transformations, split_symbols, implicit_multiplication))
+    return int(found.subs({letters[letter]: size for letter, size in sizes.items()}))
 
 
 def build(name: str, config: Config) -> nn.Module:
     """A layer that trains by a method."""
     torch.manual_seed(0)
     model: Any = nn.Sequential(OrderedDict(layer=nn.Linear(config.n, config.m)))  # A name that methods can target.
-    make = COSTS[name].build
-    if make is not None:
-        method, options = make(config)
-        return get_peft_model(model, option_config(method, {"target_modules": ["layer"], **options}))
+    options = COSTS[name].options
+    if options is not None:
+        method = name.partition(",")[0]
+        return get_peft_model(model, option_config(method, {"target_modules": ["layer"], **options(config)}))
     model.requires_grad_(name == "full")
     model.layer.bias.requires_grad_(name in ("full", "bitfit"))
     return model
@@ -147,11 +131,11 @@ def _row(
     ratios = [own / base for own, base in zip(seconds[name][WARM_UP:], frozen[WARM_UP:])]
     return {
         "method": name,
-        "parameters_formula": cost.parameters[0],
-        "parameters": cost.parameters[1](config),
+        "parameters_formula": cost.parameters,
+        "parameters": value_of(cost.parameters, config),
         "counted": counted,
-        "operations_formula": cost.operations[0],
-        "operations_ratio": cost.operations[1](config) / _frozen(config),
+        "operations_formula": cost.operations,
+        "operations_ratio": value_of(cost.operations, config) / value_of(COSTS["frozen"].operations, config),
         "seconds": statistics.median(seconds[name][WARM_UP:]),
         "time_ratio": statistics.median(ratios),
     }

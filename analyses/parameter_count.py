@@ -12,6 +12,7 @@ RoBERTa-large, the second is Propulsion on RoBERTa-base: two models.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,56 +28,43 @@ from propulsion.positions import resolve
 COST = "seconds"
 
 
-def _roberta(size: int, layers: int, heads: int) -> nn.Module:
-    sizes: dict[str, Any] = {
-        "vocab_size": 50265, "hidden_size": size, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "intermediate_size": 4 * size, "max_position_embeddings": 514, "type_vocab_size": 1, "num_labels": 2,
-    }  # fmt: skip
-    return hf.RobertaForSequenceClassification(hf.RobertaConfig(**sizes))
+def _built(architecture: str, **sizes: Any) -> nn.Module:
+    """A model of transformers, by the name of its class and the sizes of its configuration."""
+    make = getattr(hf, architecture)
+    return make(make.config_class(**sizes))
 
 
-def _deberta() -> nn.Module:
-    sizes: dict[str, Any] = {
-        "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 0, "relative_attention": True,
-        "position_buckets": 256, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
-        "position_biased_input": False,
-    }  # fmt: skip
-    return hf.DebertaV2ForQuestionAnswering(hf.DebertaV2Config(**sizes))
-
-
-def _bart() -> nn.Module:
-    return hf.BartForConditionalGeneration(
-        hf.BartConfig(vocab_size=50265, d_model=1024, encoder_layers=12, decoder_layers=12, encoder_ffn_dim=4096,
-                      decoder_ffn_dim=4096, encoder_attention_heads=16, decoder_attention_heads=16)
-    )  # fmt: skip
-
-
-def _llama(size: int, layers: int, heads: int, inner: int) -> nn.Module:
-    return hf.LlamaForCausalLM(
-        hf.LlamaConfig(vocab_size=32000, hidden_size=size, num_hidden_layers=layers, num_attention_heads=heads,
-                       intermediate_size=inner)
-    )  # fmt: skip
-
-
-def _bloom() -> nn.Module:
-    return hf.BloomForCausalLM(hf.BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32))
-
-
-def _gptj() -> nn.Module:
-    return hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=50400, n_embd=4096, n_layer=28, n_head=16))
-
-
+_ROBERTA = partial(
+    _built, "RobertaForSequenceClassification", vocab_size=50265, max_position_embeddings=514, type_vocab_size=1,
+    num_labels=2,
+)  # fmt: skip
+_LLAMA = partial(_built, "LlamaForCausalLM", vocab_size=32000)
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "RoBERTa-base": lambda: _roberta(768, 12, 12),
-    "RoBERTa-large": lambda: _roberta(1024, 24, 16),
-    "DeBERTaV3-base": _deberta,
-    "BART-large": _bart,
-    "LLaMA-7B": lambda: _llama(4096, 32, 32, 11008),
-    "LLaMA-13B": lambda: _llama(5120, 40, 40, 13824),
-    "BLOOMz-7B1": _bloom,
-    "GPT-J-6B": _gptj,
-}
+    "RoBERTa-base": partial(
+        _ROBERTA, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    ),
+    "RoBERTa-large": partial(
+        _ROBERTA, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
+    "DeBERTaV3-base": partial(
+        _built, "DebertaV2ForQuestionAnswering", vocab_size=128100, hidden_size=768, num_hidden_layers=12,
+        num_attention_heads=12, intermediate_size=3072, max_position_embeddings=512, type_vocab_size=0,
+        relative_attention=True, position_buckets=256, pos_att_type=["p2c", "c2p"], share_att_key=True,
+        norm_rel_ebd="layer_norm", position_biased_input=False,
+    ),
+    "BART-large": partial(
+        _built, "BartForConditionalGeneration", vocab_size=50265, d_model=1024, encoder_layers=12, decoder_layers=12,
+        encoder_ffn_dim=4096, decoder_ffn_dim=4096, encoder_attention_heads=16, decoder_attention_heads=16,
+    ),
+    "LLaMA-7B": partial(
+        _LLAMA, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008
+    ),
+    "LLaMA-13B": partial(
+        _LLAMA, hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, intermediate_size=13824
+    ),
+    "BLOOMz-7B1": partial(_built, "BloomForCausalLM", vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32),
+    "GPT-J-6B": partial(_built, "GPTJForCausalLM", vocab_size=50400, n_embd=4096, n_layer=28, n_head=16),
+}  # fmt: skip
 COUNTS = {
     "everything": "every Linear and Embedding",
     "all": "all, live, without head",
