@@ -1,5 +1,6 @@
 """Shared by all tests: helpers on the path, one thread per worker, and no look at the network."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -7,9 +8,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+from typecheck import check_shapes_where_there_are_any
+
+check_shapes_where_there_are_any()
 
 # Workers run side by side on few cores: threads of their own would only contend. It also fixes summation order.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What is imported stays: transformers collects garbage at every training, which walks all that is not frozen."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

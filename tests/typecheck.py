@@ -1,7 +1,31 @@
 """The run-time type checker of the test run: beartype, with Python's own reading of float, which takes an int."""
 
-from functools import partial
+import inspect
+from functools import partial, wraps
 
 import beartype
+import jaxtyping
 
 checked = partial(beartype.beartype, conf=beartype.BeartypeConf(is_pep484_tower=True))
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _with_shapes(function, *, typechecker):
+    """As `jaxtyping.jaxtyped`, but a function without shapes in its annotations has its types alone checked.
+
+    jaxtyping binds the arguments of every call, which took half of the time of the tests of analyses.
+    """
+    if not inspect.isfunction(function) or "jaxtyping." in repr(function.__annotations__):
+        return _jaxtyped(typechecker=typechecker)(function)
+    with_types = typechecker(function)
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        return (function if jaxtyping.config.jaxtyping_disable else with_types)(*args, **kwargs)
+
+    return call
+
+
+def check_shapes_where_there_are_any():
+    """Before the packages are imported: the import hook looks the decorator up by its name."""
+    jaxtyping.jaxtyped = lambda *, typechecker: partial(_with_shapes, typechecker=typechecker)
