@@ -10,7 +10,7 @@ from ntk.metrics import cka
 
 
 def test_a_wrong_shape_is_found():
-    with pytest.raises(TypeCheckError, match="parameters of ntk.metrics.cka"):
+    with pytest.raises(TypeCheckError, match=r"parameters of ntk\.metrics\.cka"):
         cka(torch.zeros(2, 2, 2), torch.zeros(2))
 
 
