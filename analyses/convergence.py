@@ -20,7 +20,7 @@ from analyses.method_comparison import Config as ComparisonConfig
 from analyses.records import Block, Metric, Result, metric_cell, summary_of_blocks
 from analyses.subjects.cost import StepClock
 from analyses.subjects.learning_rates import tuned_factors
-from analyses.subjects.training_run import RunConfig, training_run
+from analyses.subjects.training_run import RunConfig, method_cells, training_run
 from propulsion.data import TaskData
 from propulsion.methods import Method, parse_methods
 from propulsion.training import evaluate
@@ -79,22 +79,16 @@ class Curve(StepClock):
 def find(config: Config, runs: Runs) -> Findings | None:
     """Compute what is missing and summarise."""
     methods = parse_methods(config.methods)
-    data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
-    shared = runs.of(data, config.run.identity(data))
+    data, tuned = config.run.load(config.task), tuned_factors(config.comparison, config.task)
+    factors = {text: tuned.get(text, 1.0) for text in methods}
 
     def compute(*, method: Method, factor: float, seed: int) -> dict[str, Any]:
         curve = Curve(config.run, data, config.every)
         found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[curve])
         return {name: found[name] for name in ("losses", "trained_parameters")} | {"points": curve.points}
 
-    cells: dict[str, list[dict[str, Any]]] = {text: [] for text in methods}
-    for seed in config.seeds:
-        for text, method in methods.items():
-            factor = factors.get(text, 1.0)
-            label = f"{config.task}.{text}.x{factor:.3g}.seed{seed}"
-            cell = shared.cell(label, compute, method=method, factor=factor, seed=seed)
-            if cell is not None:
-                cells[text].append({"seed": seed, "rate_factor": factor} | cell)
+    shared = runs.of(data, config.run.identity(data))
+    cells = method_cells(shared, config.task, methods, factors, config.seeds, compute)
     return None if runs.missing else _summarised(config, data, cells)
 
 

@@ -14,7 +14,7 @@ A killed grid goes on where it was; ``--max-runs 10`` computes ten more cells an
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,8 +25,8 @@ import tyro
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.cells import Cells
 from analyses.records import Block, Metric, Result, format_table, load_result, metric_cell, number, summary_of_blocks
-from analyses.subjects.learning_rates import trained_factor, tuned_factors
-from analyses.subjects.training_run import RunConfig, scores, training_run, tuning_split
+from analyses.subjects.learning_rates import of_methods, trained_factor, tuned_factors
+from analyses.subjects.training_run import RunConfig, method_cells, scores, training_run, tuning_split
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError
 from propulsion.methods import Method, parse_methods
@@ -112,15 +112,11 @@ def _task(config: Config, cells: Cells, data: TaskData, methods: dict[str, Metho
         return training_run(config.run, data, method, seed=seed, rate_multiplier=factor)
 
     for seed in config.seeds:
-        found = {}
-        for text, method in methods.items():
-            label, factor = f"{name}.{text}.x{factors[text]:.3g}.seed{seed}", factors[text]
-            found[text] = cells.cell(label, compute, method=method, factor=factor, seed=seed)
-        complete = {text: cell for text, cell in found.items() if cell is not None}
-        if complete.keys() != methods.keys():
+        found = method_cells(cells, name, methods, factors, [seed], compute)
+        if not all(found.values()):
             break
-        for text, cell in complete.items():
-            runs[text].append({"seed": seed} | cell)
+        for text, of_seed in found.items():
+            runs[text] += of_seed
     if not runs[config.methods[0]]:
         return []
     return [Comparison(name, np.asarray(data.validation["label"]), factors, tried, runs)]
@@ -133,19 +129,10 @@ def _chosen(
     if config.rates_from is None:
         tried = {text: _tune(config, cells, data, text, method) for text, method in methods.items()}
     elif config.chosen_by == "loss":
-        factors = tuned_factors(config.rates_from)
-        _check_present(methods, factors, config.rates_from)
-        return {text: factors[text] for text in methods}, {text: {} for text in methods}
+        return of_methods(methods, tuned_factors(config.rates_from), f"{config.rates_from}"), {t: {} for t in methods}
     else:
-        earlier = tried_rates(config.rates_from)
-        _check_present(methods, earlier, config.rates_from)
-        tried = {text: earlier[text] for text in methods}
+        tried = of_methods(methods, tried_rates(config.rates_from), f"{config.rates_from}")
     return {text: best_factor(found, config.chosen_by) for text, found in tried.items() if found}, tried
-
-
-def _check_present(methods: Iterable[str], found: Collection[str], source: Path) -> None:
-    if absent := [text for text in methods if text not in found]:
-        raise UserError(f"{source} holds no learning rate of {', '.join(absent)}")
 
 
 def tried_rates(comparison: Path) -> dict[str, dict[float, Trial]]:
@@ -217,8 +204,7 @@ def best_factor(tried: dict[float, Trial], chosen_by: str) -> float:
 def _summarised(config: Config, compared: Iterable[Comparison], sources: dict[str, Any]) -> Findings:
     metrics, summary, runs, tuning, arrays = [], [], [], [], {}
     for found in compared:
-        bounds = score_intervals(found, config.resamples)
-        metrics += bounds
+        metrics += score_intervals(found, config.resamples)
         arrays[f"labels.{found.task}"] = found.labels
         for text, of_method in found.runs.items():
             summary.append(_summary_row(found, text))
@@ -242,14 +228,14 @@ def _summarised(config: Config, compared: Iterable[Comparison], sources: dict[st
 
 def _summary_row(found: Comparison, text: str) -> dict[str, Any]:
     of_method = found.runs[text]
+    tried, factor = found.tried[text], found.factors[text]
     return {
         "task": found.task,
         "method": text,
         "seeds": len(of_method),
         "trained_parameters": of_method[0]["trained_parameters"],
-        "rate_factor": found.factors[text],
-        "rate_at_edge": bool(found.tried[text])
-        and found.factors[text] in (min(found.tried[text]), max(found.tried[text])),
+        "rate_factor": factor,
+        "rate_at_edge": bool(tried) and factor in (min(tried), max(tried)),
         "seconds_per_step": statistics.median(entry["seconds_per_step"] for entry in of_method),
         "peak_bytes": max(entry["peak_bytes"] for entry in of_method),
         "last_losses": statistics.mean(float(np.mean(entry["losses"][-20:])) for entry in of_method),
@@ -272,25 +258,24 @@ def score_intervals(found: Comparison, resamples: int) -> list[Metric]:
         each = [scores(found.task, predictions[text][seed][rows], found.labels[rows]) for seed in seeds]
         return {name: float(np.mean([score[name] for score in each])) for name in each[0]}
 
-    values = {text: means(text, *every) for text in predictions}
-    resampled = {text: [means(text, *draw) for draw in draws] for text in predictions}
+    # By method and metric: the value, then that of every resample.
+    values = {text: [means(text, *draw) for draw in (every, *draws)] for text in predictions}
     metrics = []
-    for text in predictions:
-        for name in values[text]:
-            sample = np.array([draw[name] for draw in resampled[text]])
-            metrics.append(_metric(name, found.task, text, "", values[text][name], sample))
+    for text, each in values.items():
+        for name in each[0]:
+            own = np.array([draw[name] for draw in each])
+            metrics.append(_metric(name, found.task, text, "", own))
             if REFERENCE in predictions and text != REFERENCE:
-                reference = np.array([draw[name] for draw in resampled[REFERENCE]])
-                difference = values[text][name] - values[REFERENCE][name]
-                metrics.append(_metric(name, found.task, text, REFERENCE, difference, sample - reference))
+                reference = np.array([draw[name] for draw in values[REFERENCE]])
+                metrics.append(_metric(name, f"{found.task}, difference", text, REFERENCE, own - reference))
     return metrics
 
 
-def _metric(name: str, task: str, text: str, right: str, value: float, sample: np.ndarray) -> Metric:
-    finite = sample[np.isfinite(sample)]
+def _metric(name: str, stage: str, text: str, right: str, values: np.ndarray) -> Metric:
+    """A metric from its value and those of the resamples behind it."""
+    finite = values[1:][np.isfinite(values[1:])]
     low, high = np.quantile(finite, [0.025, 0.975]) if finite.size else (np.nan, np.nan)
-    stage = f"{task}, difference" if right else task
-    return Metric(name, value, float(low), float(high), "", stage, text, right)
+    return Metric(name, float(values[0]), float(low), float(high), "", stage, text, right)
 
 
 @summary_of_blocks
@@ -308,12 +293,10 @@ def trials(result: Result) -> str:
     for task in dict.fromkeys(row["task"] for row in result.tables["tuning"]):
         tried = {(row["method"], row["factor"]): row for row in result.tables["tuning"] if row["task"] == task}
         factors = sorted({factor for _, factor in tried})
-        rows = []
-        for row in result.tables["summary"]:
-            if row["task"] != task:
-                continue
-            cells = [_trial(tried.get((row["method"], factor)), factor == row["rate_factor"]) for factor in factors]
-            rows.append([row["method"], *cells])
+        rows = [
+            [row["method"], *(_trial(tried.get((row["method"], f)), f == row["rate_factor"]) for f in factors)]
+            for row in result.tables["summary"] if row["task"] == task
+        ]  # fmt: skip
         header = [f"{task}: held-out loss, score", *(f"x {factor:.3g}" for factor in factors)]
         blocks.append(format_table(header, rows, markdown=True))
     return "\n\n".join(blocks)

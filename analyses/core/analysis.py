@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import tyro
 
-from analyses.core.cells import Cells, Grid
+from analyses.core.cells import Cells, Grid, settings_of
 from analyses.core.errors import run_command
 from analyses.records import Metric, Result, check_writable, environment, write_result
 from propulsion.data import TaskData
@@ -126,7 +126,10 @@ class Analysis(Generic[C]):
         if isinstance(config, GridOutput):
             runs = Runs(config, self.free, self.folder(config))
             found = self.find(config, runs)
-            runs.say_missing()
+            if runs.missing:
+                print(
+                    f"{runs.computed} cells computed, {len(runs.missing)} or more missing: run the same command again"
+                )
         else:
             found = self.find(config)
         return None if found is None else self._result(config, found, time.time() - started)
@@ -189,29 +192,17 @@ class Analysis(Generic[C]):
         )
 
 
-class Runs:
+class Runs(Grid):
     """The runs of one grid: each is computed once, in a cell, and read from its file afterwards."""
 
     def __init__(self, config: GridOutput, free: Sequence[str], folder: Path) -> None:
-        self._config, self._free, self._folder = config, free, folder
-        self._grid: Grid | None = None
-
-    @property
-    def missing(self) -> list[str]:
-        """Names of the cells that were asked for and are not there, since ``max_runs`` was reached."""
-        return self._grid.missing if self._grid else []
+        super().__init__(config.runs_dir or folder.with_name(f"{folder.name}-runs"), config.max_runs)
+        self._config, self._free = config, free
 
     def of(self, data: TaskData, model: str) -> Cells:
         """The cells of this configuration on one task's rows and one model, known by its content."""
-        if self._grid is None:  # Its folder is made when the first cells are asked for.
-            runs_dir = self._config.runs_dir or self._folder.with_name(f"{self._folder.name}-runs")
-            self._grid = Grid(runs_dir, self._config.max_runs)
-        return self._grid.of(self._config, data, model, free=self._free)
-
-    def say_missing(self) -> None:
-        """Say how many cells are missing, if any are."""
-        if self._grid and self._grid.missing:
-            self._grid.say_missing()
+        rows = {"task": data.task, "rows": data.fingerprint}
+        return Cells(self, settings_of(self._config, free=self._free, model=model, **rows))
 
 
 def seeds_of(config: Any) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ import numpy as np
 from analyses.records import environment, plain, read_arrays
 from analyses.records.atomic import whole
 from analyses.records.errors import RecordError
-from propulsion.data import TaskData
 from propulsion.errors import Interrupted, UserError
 
 ARRAYS = "arrays"
@@ -64,30 +63,15 @@ class Grid:
     """
 
     def __init__(self, folder: Path | str, max_runs: int | None = None) -> None:
-        """Open or create the folder of a grid.
+        """Name the folder of a grid, which is created for the first cell.
 
         Args:
             folder: Where the cells' files are.
             max_runs: Compute this many cells and no more; no limit if None.
-
-        Raises:
-            UserError: The folder cannot be written.
         """
         self._folder, self._max_runs = Path(folder).expanduser(), max_runs
         self.computed = self.finished = 0
         self.missing: list[str] = []
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write the grid's folder {folder}: {error.strerror or error}") from error
-
-    def of(self, config: Any, data: TaskData, model: str, *, free: Collection[str]) -> "Cells":
-        """The cells of one configuration, one task's rows and one model; see `settings_of`."""
-        return Cells(self, settings_of(config, free=free, task=data.task, rows=data.fingerprint, model=model))
-
-    def say_missing(self) -> None:
-        """Say how many cells were computed, and how many are missing."""
-        print(f"{self.computed} cells computed, {len(self.missing)} or more missing: run the same command again")
 
     def cell(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Any:
         """Return what a cell found, from its file or computed now; None if `max_runs` cells were computed before.
@@ -101,6 +85,10 @@ class Grid:
             UserError: The cell's file is damaged, or cannot be written.
             Interrupted: The process was interrupted, with what is kept in words.
         """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write the grid's folder {self._folder}: {error.strerror or error}") from error
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         stem = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", name)[:_LONGEST]
         path = self._folder / f"{stem}.{key[:16]}.json"
@@ -124,9 +112,7 @@ class Grid:
 
     def _others(self, stem: str) -> str:
         """What to say of cells of that name that are not this one."""
-        count = len(list(self._folder.glob(f"{stem}.json"))) + len(
-            list(self._folder.glob(f"{stem}.{'[0-9a-f]' * 16}.json"))
-        )
+        count = sum(len(list(self._folder.glob(f"{stem}{key}.json"))) for key in ("", f".{'[0-9a-f]' * 16}"))
         return f" ({count} of other settings, rows or weights beside it)" if count else ""
 
     def _write(self, name: str, path: Path, settings: Mapping[str, Any], computed: Mapping[str, Any]) -> Any:

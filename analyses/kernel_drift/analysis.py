@@ -19,7 +19,7 @@ from analyses.records import STAGES
 from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
 from analyses.subjects.learning_rates import factors_of
-from analyses.subjects.training_run import RunConfig, dataset_identity, training_run
+from analyses.subjects.training_run import RunConfig, dataset_identity, method_cells, training_run
 from propulsion.data import TaskData
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
@@ -74,32 +74,19 @@ def find(config: Config, runs: Runs) -> Findings | None:
     inputs, labels = held_out(data, tokenizer, config.n_examples, 0, max_length=length, device=config.run.device)
     shared = runs.of(data, config.run.identity(data))
     compute = partial(_cell, config, data, inputs, tokenizer)
-    cells: Cells = {text: [] for text in methods}
-    for seed in config.seeds:
-        for text, method in methods.items():
-            label = f"{config.task}.{text}.x{factors[text]:.3g}.seed{seed}"
-            cell = shared.cell(label, compute, method=method, seed=seed, factor=factors[text])
-            if cell is not None:
-                cells[text].append(cell)
+    cells = method_cells(shared, config.task, methods, factors, config.seeds, compute)
     return None if runs.missing else _summarised(config, data, labels, cells)
 
 
 def _cell(
-    config: Config,
-    data: TaskData,
-    inputs: dict[str, Tensor],
-    tokenizer: Any,
-    *,
-    method: Method,
-    seed: int,
+    config: Config, data: TaskData, inputs: dict[str, Tensor], tokenizer: Any, *, method: Method, seed: int,
     factor: float,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Train once, measuring on the way."""
     started = time.time()
 
     def score(model: Any) -> float:
-        found = evaluate(model, tokenizer, data, max_length=config.run.training.max_length)
-        return next(iter(found.values()))
+        return next(iter(evaluate(model, tokenizer, data, max_length=config.run.training.max_length).values()))
 
     with memory_budget(config.memory_budget_gb) as budget:
         probe = Probe(config.steps[1:], inputs, n_jacobians=config.n_jacobians, module=config.block,

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from analyses.records import Result, load_result
 from propulsion.errors import UserError
+
+T = TypeVar("T")
 
 
 def tuned_factors(comparison: Path | None, task: str | None = None) -> dict[str, float]:
@@ -32,10 +34,20 @@ def factors_of(methods: Iterable[str], comparison: Path | None, task: str) -> di
     Raises:
         UserError: The comparison has no such result, or none of a method on the task.
     """
-    factors = tuned_factors(comparison, task)
-    if absent := [text for text in methods if text not in factors and comparison is not None]:
-        raise UserError(f"{comparison} holds no learning rate of {', '.join(absent)} on {task}")
-    return {text: factors.get(text, 1.0) for text in methods}
+    if comparison is None:
+        return dict.fromkeys(methods, 1.0)
+    return of_methods(methods, tuned_factors(comparison, task), f"{comparison}", f" on {task}")
+
+
+def of_methods(methods: Iterable[str], found: Mapping[str, T], source: str, where: str = "") -> dict[str, T]:
+    """What a comparison holds of each of these methods.
+
+    Raises:
+        UserError: It holds nothing of one.
+    """
+    if absent := [text for text in methods if text not in found]:
+        raise UserError(f"{source} holds no learning rate of {', '.join(absent)}{where}")
+    return {text: found[text] for text in methods}
 
 
 def trained_factor(comparison: Result, row: Mapping[str, Any]) -> float:

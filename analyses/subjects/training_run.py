@@ -1,7 +1,7 @@
 """One training run of one method on one task, as a cell of a grid: its scores, losses, times, memory, predictions."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import tyro
 from scipy.special import logsumexp
 
+from analyses.core.cells import Cells
 from analyses.subjects.cost import StepClock, peak_bytes, reset_peak
 from analyses.subjects.options import EncoderOptions
 from propulsion.data import TaskData, check_folders, load_task_data
@@ -51,6 +52,30 @@ def dataset_identity(data: TaskData) -> dict[str, Any]:
     """A task and its rows as results name them."""
     names = None if data.task.is_regression else list(data.task.label_names)
     return {"name": data.task.name, "task": data.task.name, "label_names": names, "fingerprint": data.fingerprint}
+
+
+def method_cells(
+    cells: Cells, task: str, methods: Mapping[str, Method], factors: Mapping[str, float], seeds: Sequence[int],
+    compute: Callable[..., Mapping[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """A cell of every method and seed, by method; those that are missing still are left out.
+
+    Args:
+        cells: Where they are kept.
+        task: Name of the task.
+        methods: By their text.
+        factors: On default learning rates, by method.
+        seeds: Of the runs.
+        compute: Called with `method`, `factor` and `seed`.
+    """
+    found: dict[str, list[dict[str, Any]]] = {text: [] for text in methods}
+    for seed in seeds:
+        for text, method in methods.items():
+            label, factor = f"{task}.{text}.x{factors[text]:.3g}.seed{seed}", factors[text]
+            cell = cells.cell(label, compute, method=method, factor=factor, seed=seed)
+            if cell is not None:
+                found[text].append({"seed": seed, "rate_factor": factor} | cell)
+    return found
 
 
 def tuning_split(data: TaskData, share: float = 0.25) -> TaskData:
