@@ -137,21 +137,10 @@ def _array(result: Result, name: str) -> np.ndarray:
     return result.arrays[name]
 
 
-def _metric(result: Result, name: str, stage: str, pair: tuple[str, str]) -> Metric | None:
-    try:
-        return result.metric(name, stage=stage, left=pair[0], right=pair[1])
-    except RecordError:
-        return None
-
-
 def _draw_row(
-    panel: SubFigure,
-    row: Row,
-    result: Result,
-    labels: Shaped[np.ndarray, " n"],
-    order: Int[np.ndarray, " n"],
+    panel: SubFigure, row: Row, result: Result, labels: Shaped[np.ndarray, " n"], order: Int[np.ndarray, " n"],
     pair: tuple[str, str],
-) -> None:
+) -> None:  # fmt: skip
     panel.suptitle(_heading(result, row, pair), x=0.01, ha="left")
     axes = panel.subplots(1, 4)
     symbol = _symbol(pair[1])
@@ -171,12 +160,12 @@ def _draw_row(
             # White on the sequential map; on the diverging one white is a value.
             color = "black" if limits[0] < 0 else "white"
             _mark_classes(ax, labels[order], names, color, named=ax is axes[0])
-    _draw_color_bar(panel, images, _metric(result, "max_absolute", row.stage, pair))
+    _draw_color_bar(panel, images, result.find("max_absolute", stage=row.stage, left=pair[0], right=pair[1]))
     _draw_spectra(axes[3], row, symbol)
 
 
 def _draw_map(ax: Axes, kernel: Float[np.ndarray, "n n"], title: str, limits: tuple[float, float]) -> AxesImage:
-    ax.set_title(title)
+    ax.set(title=title, xticks=[], yticks=[])
     color_map = DIVERGING if limits[0] < 0 else SEQUENTIAL
     return ax.imshow(kernel, cmap=color_map, vmin=limits[0], vmax=limits[1])
 
@@ -186,8 +175,6 @@ def _mark_values(ax: Axes, labels: Shaped[np.ndarray, " n"], *, named: bool) -> 
     places = np.unique(np.linspace(0, labels.size - 1, 5).round().astype(int))
     span = float(labels[-1] - labels[0])
     decimals = max(0, 1 - math.floor(math.log10(span))) if span else 1
-    ax.set_xticks([])
-    ax.set_yticks([])
     if named:
         ax.set_yticks(places, [f"{labels[place]:.{decimals}f}" for place in places])
         ax.set_ylabel("label")
@@ -199,8 +186,6 @@ def _mark_classes(ax: Axes, labels: Shaped[np.ndarray, " n"], names: list[str], 
     for start in starts[1:]:
         ax.axhline(start - 0.5, color=color, linewidth=0.5)
         ax.axvline(start - 0.5, color=color, linewidth=0.5)
-    ax.set_xticks([])
-    ax.set_yticks([])
     if named:
         centres = starts + (counts - 1) / 2
         shown = _far_enough(centres, _MIN_LABEL_GAP * labels.size)
@@ -208,19 +193,19 @@ def _mark_classes(ax: Axes, labels: Shaped[np.ndarray, " n"], names: list[str], 
         ax.tick_params(axis="y", length=0)
 
 
-def _far_enough(places: Float[np.ndarray, " k"], gap: float) -> Int[np.ndarray, " shown"]:
+def _far_enough(places: Float[np.ndarray, " k"], gap: float) -> list[int]:
     shown = [0]
     for i in range(1, places.size):
         if places[i] - places[shown[-1]] >= gap:
             shown.append(i)
-    return np.array(shown)
+    return shown
 
 
 def _draw_color_bar(panel: SubFigure, images: list[AxesImage], difference: Metric | None) -> None:
     low, high = images[0].get_clim()
     drawn = np.concatenate([np.asarray(image.get_array()).ravel() for image in images])
-    extend = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
-    beyond = extend[bool(drawn.min() < low), bool(drawn.max() > high)]
+    below, above = bool(drawn.min() < low), bool(drawn.max() > high)
+    beyond = "both" if below and above else "min" if below else "max" if above else "neither"
     axes = [image.axes for image in images]
     bar = panel.colorbar(images[0], ax=axes, location="bottom", extend=beyond, aspect=50, pad=0.02, fraction=0.06)
     bar.locator = MaxNLocator(5)
@@ -240,22 +225,18 @@ def _draw_spectra(ax: Axes, row: Row, symbol: str) -> None:
         floor = spectrum.size * np.finfo(spectrum.dtype).eps * np.abs(spectrum).max(initial=0.0)
         kept = spectrum > floor
         ax.plot(index[kept], spectrum[kept], dashes, color=color, label=name)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
     # In the title, since a label below would push the colour bar away from its maps.
-    ax.set_title("eigenvalue\nagainst index")
+    ax.set(xscale="log", yscale="log", title="eigenvalue\nagainst index")
     ax.set_box_aspect(1)
     ax.legend(loc="lower left", handlelength=1.6)
 
 
 def _heading(result: Result, row: Row, pair: tuple[str, str]) -> str:
-    said = {
-        "relative Frobenius distance {}": "relative_frobenius",
-        "{} at best scale": "relative_frobenius_scaled",
-        "CKA {}": "cka",
-    }
-    found = {words: _metric(result, name, row.stage, pair) for words, name in said.items()}
-    parts = [words.format(_with_interval(metric)) for words, metric in found.items() if metric is not None]
+    parts = []
+    for words, name in (("relative Frobenius distance {}", "relative_frobenius"),
+                        ("{} at best scale", "relative_frobenius_scaled"), ("CKA {}", "cka")):  # fmt: skip
+        if metric := result.find(name, stage=row.stage, left=pair[0], right=pair[1]):
+            parts.append(words.format(_with_interval(metric)))
     return f"{_HEADINGS[row.stage]}, best scale s = {_number(row.scale)}\n" + "; ".join(parts)
 
 
@@ -271,10 +252,9 @@ def _number(value: float) -> str:
 
 def _subject(result: Result, n: int) -> str:
     named = [str(part["name"]) for part in (result.model, result.dataset) if part.get("name")]
-    seeds = result.config.get("seeds") or [result.seed]
-    drawn = f"seed {result.seed}"
-    if len(seeds) > 1:
-        drawn = f"maps, spectra and s of {drawn}; other numbers are means over {len(seeds)} seeds"
+    seeds, drawn = len(result.config.get("seeds", ())), f"seed {result.seed}"
+    if seeds > 1:
+        drawn = f"maps, spectra and s of {drawn}; other numbers are means over {seeds} seeds"
     return ", ".join([*named, f"{n} examples ordered by label", drawn])
 
 

@@ -47,14 +47,18 @@ def words(options: str) -> tuple[str, ...]:
     return tuple(options.split())
 
 
+def rated(name: str, task: str, options: tuple[str, ...]) -> Run:
+    """A run at the learning rates that the comparison of methods chose on a task."""
+    comparison = f"method_comparison/{task}"
+    return Run(name, (*options, "--comparison", f"{ROOT}/{comparison}"), (comparison,))
+
+
 _FEW_METHODS = "--methods full propulsion:positions=all propulsion:positions=attn lora head"
 _TINY = "--max-steps 6 --per-device-train-batch-size 8 --n-train 48 --n-validation 24 --max-length 32"
 
 
 def quick_plan() -> list[Run]:
     """The demonstration task, which needs neither data nor network, at sizes that show how all of it works."""
-    comparison = ("method_comparison/demo",)
-    rates = ("--comparison", f"{ROOT}/{comparison[0]}")
     return [
         Run("parameter_count"),
         Run("johnson_lindenstrauss", words("--draws 2000")),
@@ -70,9 +74,9 @@ def quick_plan() -> list[Run]:
                             "--per-device-train-batch-size 8 --n-train 24 --n-validation 8 --max-length 32")),
         Run("method_comparison/demo", words(f"{_FEW_METHODS} --seeds 0 1 {_TINY} --tuning-steps 3 --rate-extensions 0 "
                                             "--resamples 100")),
-        Run("convergence", words(f"{_FEW_METHODS} --seeds 0 1 --every 3 {_TINY}") + rates, comparison),
-        Run("delta_weights", words(f"--methods full propulsion:positions=all propulsion:positions=attn lora {_TINY}")
-            + rates, comparison),
+        rated("convergence", "demo", words(f"{_FEW_METHODS} --seeds 0 1 --every 3 {_TINY}")),
+        rated("delta_weights", "demo",
+              words(f"--methods full propulsion:positions=all propulsion:positions=attn lora {_TINY}")),
         Run("kernel_drift/demo", words(f"--n-examples 8 --n-jacobians 3 --seeds 0 1 --checkpoints 1 --resamples 50 "
                                        f"--null-draws 1 --methods full propulsion:positions=all {_TINY}")),
         Run("spectrum/demo", words("--n-examples 12 --seeds 0 1 --null-draws 20 "
@@ -100,18 +104,8 @@ def full_plan(
     every = () if data_dir is None else ("--data-dir", data_dir.as_posix())
 
     def of(task: str) -> tuple[str, ...]:
-        return ("--task", task, *(() if data_dir is None else ("--data-dir", (data_dir / task).as_posix())))
-
-    def in_all(task: str) -> tuple[str, ...]:
         return ("--task", task, *every)
 
-    def rated(task: str) -> tuple[str, ...]:
-        return (f"method_comparison/{task}",)
-
-    def rates_of(task: str) -> tuple[str, ...]:
-        return ("--comparison", f"{ROOT}/method_comparison/{task}")
-
-    one, comparison, rates = in_all(first), rated(first), rates_of(first)
     models = () if language_model is None else ("--models", language_model.as_posix())
     small = words("--max-steps 60 --n-train 960 --n-validation 400") + FIXED
     # Scales on few layers learn nothing in runs so short, at the rate that suits scales on all.
@@ -124,24 +118,23 @@ def full_plan(
         Run("johnson_lindenstrauss"),
         Run("complexity"),
         Run("degree_scale", ("--tasks", *tasks, *every, "--n-examples", "16", *models)),
-        Run("memory", one + FIXED),
+        Run("memory", of(first) + FIXED),
         *(Run(f"peft_kernels/{task}", of(task) + words("--n-examples 128 --memory-budget-gb 5")) for task in tasks),
         *(Run(f"kernel_distance/{task}", of(task) + words("--n-examples 128 --seeds 0 1 2 --memory-budget-gb 8")
               + DISTANCES.get(task, DISTANCE) + FIXED) for task in tasks),
         *(run for task in tasks for run in _comparisons(task, every)),
-        Run("convergence", one + words("--max-steps 100 --every 20 --n-train 1600 --n-validation 300") + GROUPED + FIXED
-            + rates, comparison),
-        Run("delta_weights", one + words("--n-validation 400") + GROUPED + FIXED + rates, comparison),
-        *(Run(f"kernel_drift/{task}", in_all(task) + words("--n-examples 128") + DRIFTS.get(task, DRIFT)
-              + FIXED + rates_of(task), rated(task)) for task in tasks),
+        rated("convergence", first, of(first) + words("--max-steps 100 --every 20 --n-train 1600 --n-validation 300")
+              + GROUPED + FIXED),
+        rated("delta_weights", first, of(first) + words("--n-validation 400") + GROUPED + FIXED),
+        *(rated(f"kernel_drift/{task}", task, of(task) + words("--n-examples 128") + DRIFTS.get(task, DRIFT) + FIXED)
+          for task in tasks),
         *(Run(f"spectrum/{task}", of(task) + words("--n-examples 128")) for task in tasks),
-        *(Run(f"linearized_prediction/{task}", in_all(task) + words("--sizes 32 128 512 --n-test 128 --again "
-                                                                    "--max-steps 60") + FIXED + rates_of(task),
-              rated(task))
+        *(rated(f"linearized_prediction/{task}", task,
+                of(task) + words("--sizes 32 128 512 --n-test 128 --again --max-steps 60") + FIXED)
           for task in tasks if get_labelled_task(task).num_labels == 2),
         Run("pooling", ("--tasks", "demo", first, *every)),
         Run("default_rates", ("--tasks", *([task for task in tasks if task not in SLOW] or tasks), *every)),
-        *(Run(f"ablation/{factor}", (*one, "--factor", factor, *sizes.get(factor, small)))
+        *(Run(f"ablation/{factor}", (*of(first), "--factor", factor, *sizes.get(factor, small)))
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value", "layers")),
     ]  # fmt: skip
     if language_model is not None:
@@ -151,17 +144,16 @@ def full_plan(
         in_words = ("--model", language_model.as_posix(), "--head", "label_words")
         plan += [
             Run("peft_kernels/sst2-label_words", of("sst2") + in_words + words("--n-examples 64 --memory-budget-gb 4")),
-            Run("linearized_prediction/sst2-label_words", in_all("sst2") + in_words + words(
+            Run("linearized_prediction/sst2-label_words", of("sst2") + in_words + words(
                 "--sizes 32 --n-test 64 --seeds 0 --again --max-steps 20 --per-device-train-batch-size 8 "
                 "--sign-limit 32") + FIXED),
         ]  # fmt: skip
     if gpu:
-        on_gpu, rows = words("--device cuda"), words("--n-train 9600 --n-validation 872")
         plan += [
-            Run("memory/gpu", in_all("rte") + words("--rounds 1 --per-device-train-batch-size 128 --max-length 128")
-                + FIXED + on_gpu),
-            Run("convergence/gpu", one + words("--max-steps 600 --every 60") + rows + GROUPED + FIXED + rates + on_gpu,
-                comparison),
+            Run("memory/gpu", of("rte") + words("--rounds 1 --per-device-train-batch-size 128 --max-length 128 "
+                                                "--device cuda") + FIXED),
+            rated("convergence/gpu", first, of(first) + words("--max-steps 600 --every 60 --n-train 9600 "
+                                                              "--n-validation 872 --device cuda") + GROUPED + FIXED),
         ]  # fmt: skip
     return plan
 

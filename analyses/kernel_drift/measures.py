@@ -6,7 +6,7 @@ seeds, and a bootstrap's over the held-out examples, the same resamples for all 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -97,28 +97,25 @@ def of_kernels(
     def mean(*flat: Tensor) -> float:
         return float(np.mean([metric(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)]))
 
-    by_seed = tuple(_or_nan(metric, *pair) for pair in runs)
+    found, flat = Estimate(tuple(_or_nan(metric, *pair) for pair in runs)), [kernel for pair in runs for kernel in pair]
     if not resamples:
-        return Estimate(by_seed)
-    flat = [kernel for pair in runs for kernel in pair]
-    return Estimate(by_seed, bootstrap_interval(mean, flat, resamples=resamples, seed=0)[1:])
+        return found
+    return replace(found, examples=bootstrap_interval(mean, flat, resamples=resamples, seed=0)[1:])
 
 
 def of_rows(metric: Callable[..., float], runs: Sequence[tuple[Tensor, ...]], resamples: int = 0) -> Estimate:
     """A metric of tensors with one row an example, in each run; its bootstrap draws rows."""
-    by_seed = tuple(_or_nan(metric, *rows) for rows in runs)
-    n = len(runs[0][0])
-    generator = np.random.default_rng(0)
+    found = Estimate(tuple(_or_nan(metric, *rows) for rows in runs))
+    n, generator = len(runs[0][0]), np.random.default_rng(0)
     drawn = []
     for _ in range(resamples):
         index = torch.from_numpy(generator.integers(0, n, size=n))
         drawn.append(np.mean([_or_nan(metric, *(t[index] for t in rows)) for rows in runs]))
     if not np.isfinite(drawn).any():
-        return Estimate(by_seed)
+        return found
     # Percentiles are taken about the mean of the resamples, as in `analyses.core.intervals`.
     low, high = np.nanquantile(drawn, [0.025, 0.975]) - np.nanmean(drawn)
-    value = float(np.mean(by_seed))
-    return Estimate(by_seed, (value + float(low), value + float(high)))
+    return replace(found, examples=(found.value + float(low), found.value + float(high)))
 
 
 def relative_norm(moved: Tensor, start: Tensor) -> float:
@@ -151,9 +148,8 @@ def _or_nan(metric: Callable[..., float], *arguments: Tensor) -> float:
 
 def method_estimates(cells: Sequence[Cell], place: int, resamples: int) -> Iterator[tuple[str, Estimate]]:
     """Every quantity of one method at the checkpoint of index `place`, by name."""
-    kernels = [(tensor(cell, "kernels")[place], tensor(cell, "kernels")[0]) for cell in cells]
     for name, metric in DRIFTS.items():
-        yield name, of_kernels(metric, kernels, resamples)
+        yield name, of_kernels(metric, _now_and_start(cells, place), resamples)
     if place == 0:
         yield from dict.fromkeys(JACOBIANS, Estimate((0.0,) * len(cells), (0.0, 0.0))).items()
     else:
@@ -175,7 +171,7 @@ def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, 
 
     Pairs of seeds share runs, so that the interval over them is approximate.
     """
-    finals = [(tensor(cell, "kernels")[-1], tensor(cell, "kernels")[0]) for cell in cells]
+    finals = _now_and_start(cells, -1)
     for name in list(DRIFTS)[:3]:
         metric = DRIFTS[name]
         yield f"null_{name}", PERMUTED, averaged(metric, finals, draws)
@@ -198,8 +194,8 @@ def averaged(metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Ten
     """A metric with the examples of the first kernel permuted, in each run its mean over the draws."""
     values = []
     for now, start in runs:
-        permuted = (now[p][:, p] for p in (order(len(now), draw) for draw in range(draws)))
-        values.append(float(np.mean([_or_nan(metric, kernel, start) for kernel in permuted])))
+        orders = [order(len(now), draw) for draw in range(draws)]
+        values.append(float(np.mean([_or_nan(metric, now[p][:, p], start) for p in orders])))
     return Estimate(tuple(values))
 
 
@@ -239,6 +235,11 @@ def _kernels_of(cells: Cells, left: str, right: str, place: int) -> list[tuple[T
 def tensor(cell: Cell, name: str) -> Tensor:
     """An array of a cell."""
     return torch.from_numpy(np.asarray(cell["arrays"][name]))
+
+
+def _now_and_start(cells: Sequence[Cell], place: int) -> list[tuple[Tensor, Tensor]]:
+    """The kernels ``(n, n)`` of each run at a checkpoint and at the start."""
+    return [(tensor(cell, "kernels")[place], tensor(cell, "kernels")[0]) for cell in cells]
 
 
 def movement(cell: Cell, place: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,11 +41,9 @@ def own_parameters(model: Any) -> list[str]:
     Raises:
         UserError: It trains nothing there.
     """
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    if isinstance(model, PeftModel):
-        own = [name for name in trained if ".modules_to_save." not in name]
-    else:
-        own = [name for name in trained if is_backbone(model, name)]
+    wrapped = isinstance(model, PeftModel)
+    own = [name for name, p in model.named_parameters() if p.requires_grad
+           and (".modules_to_save." not in name if wrapped else is_backbone(model, name))]  # fmt: skip
     if not own:
         raise UserError("a method that trains the head alone has no kernel of its own: leave it out")
     return own
@@ -81,15 +79,14 @@ def trained_values(model: nn.Module) -> Values:
 @contextmanager
 def parameters_at(model: nn.Module, values: Values) -> Iterator[None]:
     """Give some parameters of the model other values, and their own back on leaving. Copies nothing."""
-    swapped = {name: p for name, p in model.named_parameters() if name in values}
-    own = {name: p.data for name, p in swapped.items()}
+    swapped = [(p, p.data, values[name]) for name, p in model.named_parameters() if name in values]
     try:
-        for name, p in swapped.items():
-            p.data = values[name]
+        for p, _, other in swapped:
+            p.data = other
         yield
     finally:
-        for name, p in swapped.items():
-            p.data = own[name]
+        for p, own, _ in swapped:
+            p.data = own
 
 
 def relative_movement(model: nn.Module, start: Values, names: Sequence[str]) -> float:
@@ -184,14 +181,10 @@ def jacobian_drift(
     examples, chosen = _single(inputs), frozenset(names)
     jacobian = jacobian_function(model, None)
 
-    def at_present(example: Group) -> Jacobian:
-        with evaluation(model):
-            now = select_parameters(model, lambda name, p: name in chosen)
-            return jacobian(now, [example])[1]
-
     def at(values: Values, example: Group) -> Jacobian:
-        with parameters_at(model, values):
-            return at_present(example)
+        """The Jacobian where some parameters have other values, the others their present ones."""
+        with parameters_at(model, values), evaluation(model):
+            return jacobian(select_parameters(model, lambda name, p: name in chosen), [example])[1]
 
     def squared(one: Jacobian, other: Jacobian | None = None) -> Tensor:
         """By place, |difference|^2, or |one|^2."""
@@ -202,31 +195,25 @@ def jacobian_drift(
 
     places = list(dict.fromkeys(depth_of(name) for name in names))
     rows = {name: places.index(depth_of(name)) for name in names}
-    norms: dict[str, list[Tensor]] = {}
-    blocks: dict[str, list[Tensor]] = {}
+    found: list[dict[str, Tensor]] = []
     previous = at(start, examples[-1])
     for example in examples:
-        before, after = at(start, example), at_present(example)
-        found = {"moved": squared(after, before), "shifted": squared(after, previous)}
-        blocks.setdefault("block_start", []).append(block.of(before))
-        blocks.setdefault("block_now", []).append(block.of(after))
+        before, after = at(start, example), at({}, example)
+        entries = {"block_start": block.of(before), "block_now": block.of(after)}
+        norms = {"moved": squared(after, before), "shifted": squared(after, previous), "start": squared(before)}
         after = at(head, example)
-        found |= {"moved_same_head": squared(after, before), "start": squared(before)}
+        found.append(entries | norms | {"moved_same_head": squared(after, before)})
         previous = before
-        for name, value in found.items():
-            norms.setdefault(name, []).append(value)
-    stacked = {name: torch.stack(values, 1) for name, values in norms.items()}
-    return JacobianDrift(**stacked, **{name: torch.stack(values) for name, values in blocks.items()})
+    return JacobianDrift(**{
+        name: torch.stack([of[name] for of in found], dim=0 if name.startswith("block") else 1) for name in found[0]
+    })  # fmt: skip
 
 
 def _single(inputs: Mapping[str, Tensor]) -> list[Group]:
     """One group an example, in their order."""
-    found = {
-        index: group.take(slice(place, place + 1))
-        for group in group_examples(inputs)
-        for place, index in enumerate(group.indices)
-    }
-    return [found[i] for i in sorted(found)]
+    found = [(index, group.take(slice(place, place + 1)))
+             for group in group_examples(inputs) for place, index in enumerate(group.indices)]  # fmt: skip
+    return [group for _, group in sorted(found, key=lambda pair: pair[0])]
 
 
 # --- the callback ---------------------------------------------------------------------------------------------------
@@ -242,16 +229,9 @@ class Probe(TrainerCallback):
     """
 
     def __init__(
-        self,
-        steps: Sequence[int],
-        inputs: Mapping[str, Tensor],
-        *,
-        n_jacobians: int,
-        module: str,
-        width: int,
-        score: Callable[[Any], float],
-        memory_budget: float | None = None,
-    ) -> None:
+        self, steps: Sequence[int], inputs: Mapping[str, Tensor], *, n_jacobians: int, module: str, width: int,
+        score: Callable[[Any], float], memory_budget: float | None = None,
+    ) -> None:  # fmt: skip
         """Prepare.
 
         Args:
@@ -266,10 +246,11 @@ class Probe(TrainerCallback):
         self._steps, self._inputs, self._score = frozenset(steps), dict(inputs), score
         self._few = {name: value[:n_jacobians] for name, value in inputs.items()}
         self._module, self._width, self._budget = module, width, memory_budget
-        self._start: Values = {}
-        self._linearized: Linearized | None = None
-        self._own: list[str] = []
-        self.block: Block | None = None
+        # Set as training begins.
+        self._start: Values
+        self._linearized: Linearized
+        self._own: list[str]
+        self.block: Block
         self.points: list[dict[str, float | None]] = []
         self.seconds = 0.0
         self._found: dict[str, list[Tensor]] = {}
@@ -317,7 +298,6 @@ class Probe(TrainerCallback):
                 # The linearisation is exact at the start, and the Jacobians are the start's: nothing to compute.
                 self._keep(linearized=outputs)
             else:
-                assert self.block is not None
                 self._keep(linearized=batched_outputs(model, self._inputs, self._at(model)))
                 drift = jacobian_drift(model, self._few, self._start, self._own, self.block)
                 self._keep(**{field.name: getattr(drift, field.name) for field in fields(drift)})
@@ -331,13 +311,11 @@ class Probe(TrainerCallback):
 
     def _at(self, model: nn.Module) -> Linearized:
         """The linearisation, moved as far as the parameters have moved."""
-        linearized = self._linearized
-        assert linearized is not None
         now = select_parameters(model, "trainable")
         with torch.no_grad():
-            for name, delta in zip(linearized.names, linearized.delta, strict=True):
+            for name, delta in zip(self._linearized.names, self._linearized.delta, strict=True):
                 delta.copy_(now[name] - self._start[name])
-        return linearized
+        return self._linearized
 
     def _keep(self, **values: Tensor) -> None:
         for name, value in values.items():

@@ -59,8 +59,8 @@ def mean_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class SplitWeights(Method):
-    """Full fine-tuning of the linear layers' weights, or a part of its features.
+class LinearMethod(Method):
+    """A method on the linear layers, or a part of its features.
 
     Attributes:
         means: of :func:`mean_inputs`.
@@ -69,51 +69,37 @@ class SplitWeights(Method):
 
     means: Mapping[str, Tensor] = field(repr=False)
     part: Part = "whole"
+
+    def adapts(self, module: str) -> bool:
+        """Layers with a mean."""
+        return module in self.means
+
+
+class SplitWeights(LinearMethod):
+    """Full fine-tuning of the weights."""
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
         """Whole, the weights of the network themselves where they are the layer's alone."""
         return float(self.part == "whole" and layer in self.means)
 
-    def adapts(self, module: str) -> bool:
-        """Layers with a mean."""
-        return module in self.means
-
     def features(self, layer: Layer) -> Found:
         """The weight, ``(r, s)``; for the common part |m| gamma, which has the same kernel as gamma m^T."""
-        if layer.x is None:
-            return
         assert isinstance(layer.feature, Outer)
-        if self.part == "whole":
-            if not layer.weighed:
-                yield "W", layer.weight.shape, layer.feature.beside(layer.x)
-            return
+        assert layer.x is not None
         mean = self.means[layer.name].to(layer.g)
         if self.part == "common":
             yield "W", layer.y.shape[-1:], Dense(mean.norm() * layer.over_tokens(layer.g).value)
-        else:
+        elif self.part == "residual":
             yield "W", layer.weight.shape, layer.feature.beside(layer.x - mean)
+        elif not layer.weighed:
+            yield "W", layer.weight.shape, layer.feature.beside(layer.x)
 
 
-@dataclass(frozen=True)
-class SplitPropulsion(Method):
-    """Propulsion of degree 1 on the outputs of linear layers, or a part of its features.
-
-    Attributes:
-        means: of :func:`mean_inputs`.
-        part: which part.
-    """
-
-    means: Mapping[str, Tensor] = field(repr=False)
-    part: Part = "whole"
-
-    def adapts(self, module: str) -> bool:
-        """Layers with a mean."""
-        return module in self.means
+class SplitPropulsion(LinearMethod):
+    """Propulsion of degree 1 on the layers' outputs."""
 
     def features(self, layer: Layer) -> Found:
         """The vector z, of length r."""
-        if layer.x is None:
-            return
         mean = layer.weight.to(layer.g) @ self.means[layer.name].to(layer.g)
         if layer.bias is not None:
             mean = mean + layer.bias.to(layer.g)
@@ -121,26 +107,15 @@ class SplitPropulsion(Method):
         yield "z", layer.y.shape[-1:], layer.over_tokens(layer.g * values)
 
 
-@dataclass(frozen=True)
-class LinearBiases(Method):
-    """BitFit on the linear layers: whole and common part at once, since a bias has no residual.
+class LinearBiases(LinearMethod):
+    """BitFit: whole and common part at once, since a bias has no residual.
 
     Layers without a bias take part as if they had one.
-
-    Attributes:
-        means: of :func:`mean_inputs`; only the names count.
     """
-
-    means: Mapping[str, Tensor] = field(repr=False)
-
-    def adapts(self, module: str) -> bool:
-        """Layers with a mean."""
-        return module in self.means
 
     def features(self, layer: Layer) -> Found:
         """The bias, of length r."""
-        if layer.x is not None:
-            yield "b", layer.y.shape[-1:], layer.over_tokens(layer.g)
+        yield "b", layer.y.shape[-1:], layer.over_tokens(layer.g)
 
 
 def split_methods(means: Mapping[str, Tensor]) -> dict[str, Method]:

@@ -60,10 +60,9 @@ def split_table(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
     for name in ("full", "Propulsion"):
         shares = {m.left.rpartition(", ")[2]: m for m in metrics
                   if m.name == "trace_share" and m.left.startswith(f"linear: {name},")}  # fmt: skip
-        row: dict[str, Any] = {"kernel": name} | {part: metric.value for part, metric in shares.items()}
-        row["cross"] = 1 - sum(metric.value for metric in shares.values())
+        row: dict[str, Any] = {"kernel": name, "cross": 1 - sum(metric.value for metric in shares.values())}
         for part, metric in shares.items():
-            row |= {f"{part}_low": metric.low, f"{part}_high": metric.high}
+            row |= {part: metric.value, f"{part}_low": metric.low, f"{part}_high": metric.high}
         table.append(row)
     return table
 
@@ -72,12 +71,11 @@ def degree_table(comparison: SeedComparison, degrees: Sequence[float]) -> list[d
     """Whether a degree k changes anything but the size: tr K(k) / tr K(1), and ||K(k) - k^2 K(1)|| / ||k^2 K(1)||."""
     rows = []
     for k in degrees:
-        pair = (with_degree(k), REFERENCE)
-        deviations = [
-            ntk.kernel_distance(kernels[REFERENCE] * k**2, kernels[pair[0]]) for kernels in comparison.kernels
-        ]
-        rows.append({"degree": k, "trace_ratio": comparison.mean(ntk.trace_ratio, *pair), "expected": k**2,
-                     "deviation": max(deviations)})  # fmt: skip
+        deviation = max(
+            ntk.kernel_distance(each[REFERENCE] * k**2, each[with_degree(k)]) for each in comparison.kernels
+        )
+        ratio = comparison.mean(ntk.trace_ratio, with_degree(k), REFERENCE)
+        rows.append({"degree": k, "trace_ratio": ratio, "expected": k**2, "deviation": deviation})
     return rows
 
 
@@ -130,6 +128,6 @@ def classical_scaling(similarity: np.ndarray, dimensions: int = 2) -> tuple[np.n
     vectors = vectors * np.where(np.abs(vectors).max(0) == vectors.max(0), 1.0, -1.0)
     total = values.sum()
     shares = values / total if total > 0 else values
-    padding = max(0, dimensions - len(S))
-    coordinates = np.pad(vectors * np.sqrt(values), ((0, 0), (0, padding)))
-    return coordinates[:, :dimensions], np.pad(shares, (0, padding))[:dimensions]
+    padding = (0, max(0, dimensions - len(S)))
+    coordinates = np.pad(vectors * np.sqrt(values), ((0, 0), padding))
+    return coordinates[:, :dimensions], np.pad(shares, padding)[:dimensions]

@@ -83,9 +83,9 @@ def methods_of(model: Any, choice: MethodChoice, seed: int) -> tuple[dict[str, M
         f"{choice.subset} weights a layer": adapters.RandomSubset(choice.subset, names, seed),
     }
     kept = {name: Backbone(method, backbone_prefix(model)) for name, method in found.items()}
-    empty = [name for name, method in kept.items() if not _trains(model, method)]
-    reasons = {name: f"{type(model).__name__} has no parameter that it would train" for name in empty}
-    return {name: method for name, method in kept.items() if name not in reasons}, reasons
+    why = f"{type(model).__name__} has no parameter that it would train"
+    left_out = {name: why for name, method in kept.items() if not _trains(model, method)}
+    return {name: method for name, method in kept.items() if name not in left_out}, left_out
 
 
 def _trains(model: nn.Module, method: Method) -> bool:
