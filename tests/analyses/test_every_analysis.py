@@ -1,25 +1,30 @@
 """What holds of every analysis: one smallest configuration of each, put to the same questions."""
 
+import dataclasses
 import importlib
 import json
 import os
 import pkgutil
+import shutil
 import signal
 import traceback
 from dataclasses import replace
+from importlib import resources
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import analyses
 from analyses.core import analysis as core
-from analyses.core.analysis import Analysis
-from analyses.core.cells import Grid
+from analyses.core.analysis import Analysis, GridOutput
+from analyses.core.cells import PLACES, Grid, settings_of
 from analyses.core.errors import MISTAKES
 from analyses.records import load_result
 from analyses.subjects.training_run import RunConfig
+from propulsion.data.tasks import get_task
 from propulsion.training import TrainingOptions
 
 TRAINING = TrainingOptions(
@@ -190,3 +195,113 @@ def test_a_bad_option_is_named_before_anything_is_written(asked, tmp_path):
 def changed(config, path, value):
     name, _, rest = path.partition(".")
     return replace(config, **{name: changed(getattr(config, name), rest, value) if rest else value})
+
+
+# --- analyses of cells -----------------------------------------------------------------------------------------------
+
+GRIDS = pytest.mark.parametrize(
+    "analysis", [pytest.param(a, id=name) for name, a in ANALYSES.items() if issubclass(a.config, GridOutput)]
+)
+
+
+class Asked(BaseException):
+    """Carries the settings of the first cell that an analysis asks for."""
+
+
+@pytest.fixture
+def first_settings(monkeypatch):
+    def cell(self, name, settings, compute):
+        raise Asked(settings)
+
+    monkeypatch.setattr(Grid, "cell", cell)
+
+    def of(analysis, config):
+        with pytest.raises(Asked) as caught:
+            analysis.run(config)
+        return caught.value.args[0]
+
+    return of
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Two data folders of the same name: the demonstration's rows, and the same with one word more in one row."""
+    found = {}
+    for place in ("one", "other"):
+        folder = tmp_path / place / "data" / "demo"
+        folder.mkdir(parents=True)
+        for split in ("train", "validation"):
+            text = (resources.files("propulsion.data") / "demo" / f"{split}.jsonl").read_text(encoding="utf-8")
+            lines = text.splitlines()
+            if place == "other" and split == "train":
+                row = json.loads(lines[0])
+                lines[0] = json.dumps(row | {"sentence": row["sentence"] + " indeed"})
+            (folder / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        found[place] = folder.parent
+    return found
+
+
+@pytest.fixture
+def models(tiny_model, tmp_path):
+    """Folders of the same name: the same weights; one number of one weight changed; another dropout."""
+    found = {"one": Path(tiny_model)}
+    for kind in ("copy", "weight", "config"):
+        found[kind] = tmp_path / kind / Path(tiny_model).name
+        shutil.copytree(tiny_model, found[kind])
+    state = load_file(found["weight"] / "model.safetensors")
+    state["bert.embeddings.word_embeddings.weight"][7, 3] += 0.1
+    save_file(state, found["weight"] / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((found["config"] / "config.json").read_text())
+    (found["config"] / "config.json").write_text(json.dumps(settings | {"hidden_dropout_prob": 0.25}))
+    return found
+
+
+@GRIDS
+def test_cells_follow_rows_and_weights_and_no_names(analysis, rows, models, tmp_path, first_settings):
+    def settings(data, model):
+        inputs = {"data_dir": rows[data], "model": str(models[model])}
+        config = analysis.config(output_dir=tmp_path / "result")
+        if hasattr(config, "run"):
+            # All rows are drawn, whatever the task has.
+            training = replace(config.run.training, max_length=32)
+            run = replace(config.run, n_train=10**6, n_validation=10**6, training=training, **inputs)
+            return first_settings(analysis, replace(config, run=run))
+        return first_settings(analysis, replace(config, seeds=(0, 1), **inputs))
+
+    first = settings("one", "one")
+    assert settings("one", "copy") == first
+    shutil.copytree(rows["one"], tmp_path / "moved")
+    rows["moved"] = tmp_path / "moved"
+    assert settings("moved", "one") == first
+    for data, model in (("other", "one"), ("one", "weight"), ("one", "config")):
+        assert settings(data, model) != first, (data, model)
+
+
+def leaves(config, prefix=""):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def changed_past_the_checks(config, path, value):
+    name, _, rest = path.partition(".")
+    value = changed_past_the_checks(getattr(config, name), rest, value) if rest else value
+    other = object.__new__(type(config))  # Past the checks: only whether the field counts matters here.
+    for field in dataclasses.fields(config):
+        object.__setattr__(other, field.name, value if field.name == name else getattr(config, field.name))
+    return other
+
+
+@GRIDS
+def test_every_field_counts_that_is_not_declared_free(analysis):
+    config = analysis.config()
+
+    def settings(config):
+        return settings_of(config, free=analysis.free, task=get_task("demo"), rows="r", model="m")
+
+    first, free = settings(config), {*analysis.free, *PLACES}
+    for path in leaves(config):
+        assert (settings(changed_past_the_checks(config, path, "another")) == first) == (path in free), path

@@ -1,13 +1,16 @@
 """A grid: each cell computed once, whatever stops it, and never mixed with another experiment's."""
 
+import dataclasses
 import json
 from typing import Any
 
 import numpy as np
 import pytest
 
-from analyses.core.cells import Cells, Grid
+from analyses import convergence
+from analyses.core.cells import Cells, Grid, settings_of
 from analyses.core.intervals import mean_interval
+from propulsion.data.tasks import get_task
 from propulsion.errors import Interrupted, UserError, run_command
 
 
@@ -132,3 +135,17 @@ def test_damaged_arrays_are_named(tmp_path, damage):
         path.unlink()
     with pytest.raises(UserError, match=rf"{path.name} .*; remove it and {path.stem}.json"):
         cells(tmp_path).cell("a", dict)
+
+
+def test_a_field_that_is_declared_free_must_be_there():
+    with pytest.raises(AssertionError, match="no field"):
+        settings_of(convergence.Config(), free=("nothing_such",), task=get_task("demo"), rows="r", model="m")
+
+
+@pytest.mark.parametrize(
+    "change", [{"rows": "s"}, {"model": "n"}, {"task": dataclasses.replace(get_task("demo"), degree=2.0)}]
+)
+def test_rows_model_and_task_count(change):
+    shared = {"task": get_task("demo"), "rows": "r", "model": "m"}
+    first = settings_of(convergence.Config(), free=convergence.ANALYSIS.free, **shared)
+    assert settings_of(convergence.Config(), free=convergence.ANALYSIS.free, **shared | change) != first
