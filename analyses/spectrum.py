@@ -197,33 +197,31 @@ def _metrics(name: str, each: Sequence[Spectral]) -> list[Metric]:
     """Means over seeds with Student's intervals; of a null the seeds' means over its draws."""
     k = min(_LEADING, len(each[0].values))
 
-    def metric(quantity: str, unit: str, right: str, values: Sequence[float]) -> Metric:
-        return Metric(quantity, *_interval(values), unit, STAGE, name, right)
+    def metric(quantity: str, values: Sequence[float], right: str = "", unit: str = "") -> Metric:
+        # Not-a-number where a seed's value is not finite.
+        bounds = mean_interval(values) if np.isfinite(values).all() else (math.nan, math.nan, math.nan)
+        return Metric(quantity, *bounds, unit, STAGE, name, right)
 
     def area(energies: np.ndarray) -> float:
         return float(energies.cumsum(axis=-1).mean())
 
+    null, top, area_words = "permuted labels", f"label energy in the top {k}", "area under the alignment curve"
     found = [
-        metric("largest eigenvalue, share of the trace", "", "", [s.values[0] / s.values.sum() for s in each]),
-        metric("effective_rank", "", "", [_entropy_rank(s.values) for s in each]),
-        metric("effective dimension at 0.01 of the mean eigenvalue", "", "",
+        metric("largest eigenvalue, share of the trace", [s.values[0] / s.values.sum() for s in each]),
+        metric("effective_rank", [_entropy_rank(s.values) for s in each]),
+        metric("effective dimension at 0.01 of the mean eigenvalue",
                [effective_dimension(s.values, np.array([0.01]))[0] for s in each]),
-        metric(f"label energy in the top {k}", "", "", [s.energies[:k].sum() for s in each]),
-        metric(f"label energy in the top {k}", "", "permuted labels", [s.nulls[:, :k].sum(1).mean() for s in each]),
-        metric("area under the alignment curve", "", "", [area(s.energies) for s in each]),
-        metric("area under the alignment curve", "", "permuted labels", [area(s.nulls) for s in each]),
+        metric(top, [s.energies[:k].sum() for s in each]),
+        metric(top, [s.nulls[:, :k].sum(1).mean() for s in each], null),
+        metric(area_words, [area(s.energies) for s in each]),
+        metric(area_words, [area(s.nulls) for s in each], null),
     ]  # fmt: skip
     for share in SHARES:
         times = [time_to_learn(s.values, s.energies, share) for s in each]
-        null = [float(np.median([time_to_learn(s.values, draw, share) for draw in s.nulls])) for s in each]
-        found.append(metric(f"time to learn {share:.0%}", _UNIT, "", times))
-        found.append(metric(f"time to learn {share:.0%}", _UNIT, "permuted labels", null))
+        of_nulls = [float(np.median([time_to_learn(s.values, draw, share) for draw in s.nulls])) for s in each]
+        found.append(metric(f"time to learn {share:.0%}", times, unit=_UNIT))
+        found.append(metric(f"time to learn {share:.0%}", of_nulls, null, _UNIT))
     return found
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean with Student's interval; not-a-number where a seed's value is not finite."""
-    return mean_interval(values) if np.isfinite(values).all() else (math.nan, math.nan, math.nan)
 
 
 def _entropy_rank(values: np.ndarray) -> float:
@@ -258,12 +256,13 @@ def against_measured(metrics: Sequence[Metric], steps: Mapping[str, float]) -> l
             ]
             correlation, p = math.nan, math.nan
             if len(pairs) >= 3:
-                predicted, seen = zip(*pairs, strict=True)
-                correlation, p = (float(x) for x in stats.spearmanr(predicted, seen))  # pyright: ignore[reportArgumentType]
-            left, right = f"time to learn {share:.0%}{suffix}", MEASURED
-            found.append(Metric("rank correlation", correlation, None, None, "", STAGE, left, right))
-            found.append(Metric("rank correlation, p-value", p, None, None, "", STAGE, left, right))
-            found.append(Metric("rank correlation, methods", len(pairs), None, None, "", STAGE, left, right))
+                correlation, p = (float(x) for x in stats.spearmanr(*zip(*pairs, strict=True)))  # pyright: ignore[reportArgumentType]
+            numbers = {"": correlation, ", p-value": p, ", methods": len(pairs)}
+            found += [
+                Metric(f"rank correlation{name}", value, None, None, "", STAGE,
+                       f"time to learn {share:.0%}{suffix}", MEASURED)
+                for name, value in numbers.items()
+            ]  # fmt: skip
     return found
 
 

@@ -7,8 +7,6 @@ measure runs in fresh processes, in turn. Results go to `docs/benchmarks/`, one 
 
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ import tyro
 
 from analyses.records import environment, format_table, number
 from benchmarks.jobs import ADAPTERS, GIGABYTE, JOBS, Job
+from benchmarks.measure import in_own_process
 from ntk.structured.rules import RULES, name_of
 from propulsion.errors import UserError, run_command
 
@@ -101,12 +100,8 @@ def title(result: dict[str, Any]) -> str:
 
 def child(name: str, measure: str, config: Config, *flags: str) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.measure", "--job", name, "--measure", measure, *flags]
-    command += ["--device", config.device, *(["--data-dir", str(config.data_dir)] if config.data_dir else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    data = ["--data-dir", str(config.data_dir)] if config.data_dir else []
+    return in_own_process("measure", "--job", name, "--measure", measure, *flags, "--device", config.device, *data)
 
 
 HEADER = ("job and measure", "first call, s", "later calls, s", "peak, GB", "over bare", "torch.func over it")
@@ -150,8 +145,7 @@ def write_tables(folder: Path) -> None:
     """`README.md` in the folder, from its JSON files alone."""
     files = [file for file in sorted(folder.glob("*.json")) if file.stem.removesuffix("-cuda") in JOBS]
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    order = {(name, device): i for i, (name, device) in enumerate((n, d) for d in ("cpu", "cuda") for n in JOBS)}
-    results.sort(key=lambda r: order[r["job"], r["device"]])
+    results.sort(key=lambda r: (r["device"], list(JOBS).index(r["job"])))
     costs = format_table(HEADER, [row for r in results for row in rows(r)], markdown=True)
     never = unused(results)
     reach = ("ratio", "at most", "first call", "later calls", "GB at most", "peak, GB", "verdict")

@@ -2,8 +2,8 @@
 
 import copy
 import json
-import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import tyro
 from torch import Tensor
 
 import ntk
+from analyses.subjects.cost import peak_bytes
 from benchmarks.baselines import bare_passes, torch_func_ntk
 from benchmarks.jobs import ADAPTERS, JOBS, TILE, Job
 from ntk.adapters import Full, Method, Propulsion
@@ -45,15 +46,15 @@ def main(config: Measurement) -> None:
     job = JOBS[config.job]
     model, batch = job.load(job.examples, config.data_dir, config.device)
     if config.agreement:
-        found: dict[str, Any] = agreement(model, first(batch, job.agree_on), job)
+        print(json.dumps(agreement(model, first(batch, job.agree_on), job)))
+        return
+    compute = measures(model, job)[config.measure]
+    compute(first(batch, 2))  # Threads and libraries start up.
+    if config.profile:
+        found = profile(lambda: compute(first(batch, PROFILED)))
     else:
-        compute = measures(model, job)
-        compute[config.measure](first(batch, 2))  # Threads and libraries start up.
-        if config.profile:
-            found = profile(lambda: compute[config.measure](first(batch, PROFILED)))
-        else:
-            found = timing(lambda: compute[config.measure](batch), job.repeats)
-            found["tokens"] = int(batch["attention_mask"].sum())
+        tokens = int(batch["attention_mask"].sum())
+        found = timing(lambda: compute(batch), job.repeats) | {"tokens": tokens}
     print(json.dumps(found))
 
 
@@ -92,8 +93,7 @@ def timing(compute: Callable, repeats: int) -> dict[str, Any]:
         ran = by_kind(counted)
         del found
     later = statistics.median(seconds[1:] or seconds)
-    return {"first_seconds": seconds[0], "seconds": later, "peak_bytes": peak_bytes(),
-            "ran": ran}  # fmt: skip
+    return {"first_seconds": seconds[0], "seconds": later, "peak_bytes": peak(), "ran": ran}
 
 
 def profile(compute: Callable, most: int = 12) -> dict[str, float]:
@@ -141,12 +141,22 @@ def first(batch: Batch, count: int) -> Batch:
     return {name: value[:count] for name, value in batch.items()}
 
 
-def peak_bytes() -> int:
-    """Of this process, or of the accelerator if one is used."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def peak() -> int:
+    """Largest memory of this process, or of the accelerator if there is one, in bytes."""
+    return peak_bytes("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def in_own_process(module: str, *words: str) -> dict[str, Any]:
+    """What a command of this package prints in its last line, as JSON.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{module}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def synchronize() -> None:

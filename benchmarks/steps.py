@@ -8,8 +8,6 @@ a model that is measured anew replaces its earlier result.
 import json
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from analyses.records import environment, format_table, number
-from benchmarks.measure import peak_bytes, synchronize
+from benchmarks.measure import in_own_process, peak, synchronize
 from propulsion import PropulsionConfig
 from propulsion.errors import UserError, run_command
 from propulsion.pretrained import load_classifier
@@ -186,12 +184,8 @@ the ratios hold and the seconds do not. On an accelerator, *peak* is what was al
 
 def child(model: str, what: str, config: Config) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.steps", "--models", model, "--child", what]
-    command += ["--device", config.device, "--turns", str(config.turns)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    turns = str(config.turns)
+    return in_own_process("steps", "--models", model, "--child", what, "--device", config.device, "--turns", turns)
 
 
 def training(spec: Model, method: str, device: str) -> tuple[nn.Module, dict[str, Tensor], Callable[[], None]]:
@@ -230,9 +224,9 @@ def memory(spec: Model, method: str, device: str) -> dict[str, int]:
     model, batch, step = training(spec, method, device)
     for _ in range(2):
         step()
-    peak = peak_bytes()
+    peak_bytes = peak()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"parameters": parameters, "kept": kept_bytes(model, batch), "peak_bytes": peak}
+    return {"parameters": parameters, "kept": kept_bytes(model, batch), "peak_bytes": peak_bytes}
 
 
 def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:

@@ -134,25 +134,21 @@ def find(config: Config, runs: Runs) -> Findings | None:
     first = found[0]
     draws = {f"{stage}.{draw_name(null, i)}" for stage, nulls in first["nulls"].items()
              for null, count in nulls.items() for i in range(count)}  # fmt: skip
-    metrics, values, comparisons = [], [], {}
+    metrics, values, kernels = [], [], []
     for stage in STAGES:
-        comparison = SeedComparison(
-            [_at_stage(cell["arrays"], stage) for cell in found], seeds, stage, config.resamples, seeds[0]
-        )
+        kernels.append([_at_stage(cell["arrays"], stage) for cell in found])
+        comparison = SeedComparison(kernels[-1], seeds, stage, config.resamples, seeds[0])
         metrics += _metrics(comparison, first["nulls"][stage], first["degree"])
         values += [{"stage": stage} | row for row in comparison.values]
-        comparisons[stage] = comparison
     return Findings(
         config={"degree": first["degree"]},
         metrics=metrics,
         tables={
             "scores": _mean_scores([cell["scores"] for cell in found]),
             "layer_shares": first["layer_shares"],
-            "drift": _drift([comparisons[stage].kernels for stage in STAGES]),
+            "drift": _drift(kernels),
             "seed_values": values,
-            "seed_scores": [
-                {"seed": seed} | row for seed, cell in zip(seeds, found, strict=True) for row in cell["scores"]
-            ],
+            "seed_scores": [{"seed": seed} | row for seed, cell in zip(seeds, found) for row in cell["scores"]],
         },
         arrays={name: array for name, array in first["arrays"].items() if name not in draws},
         model=first["model"],
@@ -182,11 +178,9 @@ def _measure(config: Config) -> dict[str, Any]:
                 setting.full, setting.inputs, kernels.whole[FULL], kernels.traced[ADAPTER], setting.number_of_scales,
                 draws=config.null_draws, seed=config.seed,
             )  # fmt: skip
-        arrays |= _arrays(kernels, stage) | {
-            f"{stage}.{draw_name(null, i)}": kernel.numpy()
-            for null, draws in drawn.items()
-            for i, kernel in enumerate(draws)
-        }
+        arrays |= _arrays(kernels, stage)
+        for null, draws in drawn.items():
+            arrays |= {f"{stage}.{draw_name(null, i)}": kernel.numpy() for i, kernel in enumerate(draws)}
         shares += [{"stage": stage} | row for row in kernels.shares]
         nulls[stage] = {null: len(draws) for null, draws in drawn.items()}
         coverage = coverage or kernels.coverage

@@ -44,12 +44,10 @@ class Start:
 
 def start_of(setting: Setting, methods: Mapping[str, Method], size: int, seed: int) -> Start:
     """The model before training, its tangents by every method, and its outputs on all rows."""
-    config, data = setting.config, setting.data
+    config, data, length = setting.config, setting.data, setting.config.training.max_length
     model, tokenizer = setting.load(seed)
     rows = concatenate_datasets([setting.rows(size, seed), data.validation])
-    length = config.training.max_length
-    degree = data.task.degree
-    found = tangents(model, methods, task_type=setting.task_type, seed=seed, degree=degree)
+    found = tangents(model, methods, task_type=setting.task_type, seed=seed, degree=data.task.degree)
     logits = predict(model, tokenizer, replace(data, validation=rows), max_length=length).double()
     inputs = model_inputs(rows, tokenizer, data.task, max_length=length, device=config.device)
     return Start(model, inputs, found, logits[:, 1] - logits[:, 0])
@@ -74,29 +72,22 @@ def kernel_cell(
             memory_budget=budget, progress=True,
         )  # fmt: skip
     pieces = {name: kernel.cpu() for name, kernel in pieces.items()}
-    hidden = ntk.hidden_state_kernel(start.model, start.inputs).detach().cpu()
-    headed = HEAD in pieces
-    own = {(REGRESSION, text): pieces[text] for text in methods}
-    jobs = own | {(FLOW, text): kernel for (_, text), kernel in own.items()}
-    if headed:
+    jobs = {(predictor, text): pieces[text] for predictor in (REGRESSION, FLOW) for text in methods}
+    if HEAD in pieces:
         both = with_head(pieces, list(methods))
         jobs |= {(WITH_HEAD, text): both[text] for text in methods if text != HEAD}
         jobs[REGRESSION, HEAD] = pieces[HEAD]
-    jobs[REGRESSION, HIDDEN] = hidden
-    found, permuted = [], {}
+    jobs[REGRESSION, HIDDEN] = ntk.hidden_state_kernel(start.model, start.inputs).detach().cpu()
+    found, permuted, first = [], {}, next(iter(methods))
     for size in sizes:
-        y, f0 = setting.targets(size, seed), _first(start.f0, size, largest)
+        y, f0, chosen = setting.targets(size, seed), _first(start.f0, size, largest), {}
         for (predictor, name), kernel in jobs.items():
             function = predictions.flow if predictor == FLOW else predictions.regression
-            f, strength = predictions.predict(function, _rows(kernel, size, largest), y, f0, seed=seed)
-            found.append(_entry(size, predictor, name, f, strength))
-        first = next(iter(methods))
-        chosen = {(e["size"], e["predictor"], e["method"]): e["strength"] for e in found}
-        ridge = chosen[size, REGRESSION, first]
-        kernel = _rows(pieces[first], size, largest)
+            f, chosen[predictor, name] = predictions.predict(function, _rows(kernel, size, largest), y, f0, seed=seed)
+            found.append(_entry(size, predictor, name, f, chosen[predictor, name]))
         permuted[size] = predictions.permuted_predictions(
-            kernel, y, f0, ridge, draws=config.permutations, seed=seed
-        ).tolist()  # fmt: skip
+            _rows(pieces[first], size, largest), y, f0, chosen[REGRESSION, first], draws=config.permutations, seed=seed
+        ).tolist()
         share = float((y > 0).double().mean())
         majority = torch.full((len(setting.data.validation),), 1.0 if share > 0.5 else -1.0, dtype=torch.float64)
         found.append(_entry(size, MAJORITY, "", majority, share))
@@ -127,19 +118,16 @@ def sign_cell(setting: Setting, *, methods: Mapping[str, Method], sizes: tuple[i
             start.model, start.inputs, start.tangents.methods, output=ntk.outputs.margin(), memory_budget=budget,
             progress=True,
         )  # fmt: skip
-    kernels = with_head(
-        {name: ntk.reduce_outputs(kernel, "trace").cpu() for name, kernel in pieces.items()},
-        list(methods),
-        start.tangents.rates,
-    )
+    traced = {name: ntk.reduce_outputs(kernel, "trace").cpu() for name, kernel in pieces.items()}
+    kernels = with_head(traced, list(methods), start.tangents.rates)
     found = []
     for size in sizes:
         y, f0 = setting.targets(size, seed), _first(start.f0, size, largest)
         for text, kernel in kernels.items():
-            f, strength = predictions.predict(
-                predictions.sign_regression, _rows(kernel, size, largest), y, f0, seed=seed
+            rows = _rows(kernel, size, largest)
+            found.append(
+                _entry(size, SIGN, text, *predictions.predict(predictions.sign_regression, rows, y, f0, seed=seed))
             )
-            found.append(_entry(size, SIGN, text, f, strength))
     return {"predictions": found, "seconds": time.time() - started}
 
 
@@ -155,12 +143,8 @@ def training_cell(
         rate_multiplier=factor, keep_logits=True, load=lambda: setting.load(seed),
         task_type=setting.task_type,
     )  # fmt: skip
-    logits = found["logits"]
-    return {
+    logits, kept = found["logits"], ("scores", "learning_rates", "seconds_per_step", "trained_parameters")
+    return {name: found[name] for name in kept} | {
         "f": (logits[:, 1] - logits[:, 0]).tolist(),
-        "scores": found["scores"],
         "last_loss": float(np.mean(found["losses"][-10:])),
-        "learning_rates": found["learning_rates"],
-        "seconds_per_step": found["seconds_per_step"],
-        "trained_parameters": found["trained_parameters"],
     }

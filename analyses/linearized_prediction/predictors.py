@@ -5,7 +5,7 @@ at which the flow stops) is the one of a grid whose predictions of left-out fold
 squared error; the new rows' labels play no part in it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -42,17 +42,13 @@ def flow(kernel: Tensor, residual: Tensor, cross: Tensor) -> dict[float, Tensor]
 def sign_regression(kernel: Tensor, residual: Tensor, cross: Tensor) -> dict[float, Tensor]:
     """:func:`ntk.sign_gradient_regression`, for a sign-gradient kernel."""
     mean = float(kernel.diagonal().mean())
-    zeros = torch.zeros(len(kernel), dtype=torch.float64), torch.zeros(len(cross), dtype=torch.float64)
-    found = {}
-    for ridge in RIDGES:
-        columns = [
-            ntk.sign_gradient_regression(
-                kernel, y, zeros[0], cross=cross, initial_cross=zeros[1], ridge=ridge * mean
-            )
-            for y in residual.T
-        ]  # fmt: skip
-        found[ridge] = torch.stack(columns, dim=1)
-    return found
+    start, start_of_new = (torch.zeros(n, dtype=torch.float64) for n in (len(kernel), len(cross)))
+
+    def predicted(y: Tensor, ridge: float) -> Tensor:
+        options = {"cross": cross, "initial_cross": start_of_new, "ridge": ridge * mean}
+        return ntk.sign_gradient_regression(kernel, y, start, **options)
+
+    return {ridge: torch.stack([predicted(y, ridge) for y in residual.T], dim=1) for ridge in RIDGES}
 
 
 def predict(
@@ -132,8 +128,7 @@ def _independent(a: np.ndarray, b: np.ndarray) -> float:
     return p * q + (1 - p) * (1 - q)
 
 
-def _without_means(values: np.ndarray, labels: Sequence[int] | np.ndarray) -> np.ndarray:
-    labels = np.asarray(labels)
+def _without_means(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     result = values.copy()
     for c in np.unique(labels):
         result[labels == c] -= values[labels == c].mean()
