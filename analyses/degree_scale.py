@@ -66,18 +66,17 @@ def mlp_rows(config: Config) -> Iterator[dict[str, Any]]:
     middle = sorted(config.widths)[len(config.widths) // 2]
     sizes = [(w, sorted(config.depths)[min(1, len(config.depths) - 1)]) for w in config.widths]
     for width, depth in dict.fromkeys([*sizes, *((middle, d) for d in config.depths)]):
-        full, propulsion = [], []
+        traces = np.zeros((2, config.draws))  # Of full fine-tuning, and of the multipliers.
         for draw in range(config.draws):
             recipe = Recipe(
                 generator=torch.Generator().manual_seed(1000 * config.seed + draw), sigma_w=2**0.5,
                 parametrization="standard", multipliers="hidden",
             )  # fmt: skip
             network = MLP(32, width=width, depth=depth, activation="relu", recipe=recipe)
-            traces = {name: ntk.trace(k) for name, k in ntk.layer_kernels(network, x, reduce="trace").items()}
-            multipliers = {name for name, p in network.named_parameters() if is_multiplier(name, p)}
-            full.append(sum(t for name, t in traces.items() if name not in multipliers))
-            propulsion.append(sum(t for name, t in traces.items() if name in multipliers))
-        yield _row("random network", "ReLU", np.array(full), np.array(propulsion), config, width=width, depth=depth,
+            parameters = dict(network.named_parameters())
+            for name, kernel in ntk.layer_kernels(network, x, reduce="trace").items():
+                traces[int(is_multiplier(name, parameters[name])), draw] += ntk.trace(kernel)
+        yield _row("random network", "ReLU", traces[0], traces[1], config, width=width, depth=depth,
                    expected=_limit(x, width, depth))  # fmt: skip
 
 
@@ -148,8 +147,7 @@ def _diagonals(model: Any, inputs: dict[str, Tensor]) -> tuple[np.ndarray, np.nd
     body = backbone_prefix(model).replace(".", r"\.") + ".*"
     methods = {"full": backbone_tuning(model), "propulsion": Propulsion(modules=body)}
     kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
-    full, propulsion = (kernels[name].diagonal().double().numpy() for name in methods)
-    return full, propulsion
+    return kernels["full"].diagonal().double().numpy(), kernels["propulsion"].diagonal().double().numpy()
 
 
 def _row(

@@ -93,9 +93,14 @@ def find(config: Config) -> Findings:
     rows = [{"method": text} | _row(result) for text, result in found.items()]
     right = {text: np.array([e.is_right(t) for e, t in zip(exchanges, texts, strict=True)], dtype=np.int8)
              for text, texts in said.items()}  # fmt: skip
+    answers = [
+        {"row": place, "answer": extract(exchange.answer, exchange.choices),
+         "said": {text: texts[place] for text, texts in said.items()}}
+        for place, exchange in enumerate(exchanges)
+    ]  # fmt: skip
     return Findings(
         metrics=[*_accuracies(rows, len(exchanges)), *_differences(right)],
-        tables={"methods": rows, "baselines": baselines(exchanges), "said": _said(exchanges, said)},
+        tables={"methods": rows, "baselines": baselines(exchanges), "said": answers},
         arrays={f"right.{text}": values for text, values in right.items()},
         model={"name": Path(config.model).name}, dataset={"name": config.task, "fingerprint": data.fingerprint},
         config={"model": Path(config.model).name},
@@ -125,30 +130,18 @@ def paired_interval(left: Int[np.ndarray, " n"], right: Int[np.ndarray, " n"]) -
 def _accuracies(rows: Sequence[dict[str, Any]], n: int) -> list[Metric]:
     metrics = []
     for row in rows:
-        bounds = stats.binomtest(round(row["accuracy"] * n), n).proportion_ci(method="wilson")
-        low, high = float(bounds.low), float(bounds.high)
+        low, high = map(float, stats.binomtest(round(row["accuracy"] * n), n).proportion_ci(method="wilson"))
         metrics.append(Metric("accuracy", row["accuracy"], low, high, "", "trained", row["method"], ""))
     return metrics
 
 
 def _differences(right: dict[str, np.ndarray]) -> list[Metric]:
     """Of every method from the untuned model, row by row."""
-    if UNTUNED not in right:
-        return []
     return [
         Metric("accuracy", *paired_interval(values, right[UNTUNED]), "", "difference", text, UNTUNED)
         for text, values in right.items()
-        if text != UNTUNED
+        if text != UNTUNED and UNTUNED in right
     ]
-
-
-def _said(exchanges: Sequence[Exchange], said: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """What every method said to every row, beside the answer."""
-    rows = []
-    for place, exchange in enumerate(exchanges):
-        answer = extract(exchange.answer, exchange.choices)
-        rows.append({"row": place, "answer": answer, "said": {text: texts[place] for text, texts in said.items()}})
-    return rows
 
 
 def _options(config: Config, method: Method, folder: Path) -> TrainConfig:

@@ -12,10 +12,8 @@ import pickle
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -80,14 +78,13 @@ def find(config: Config) -> Findings:
             print(f"{text} ...", flush=True)
             found[text].append(_in_own_process(config, text))
     rows = [{"method": text} | _summarised(runs) for text, runs in found.items()]
+    units = {"peak_bytes": "bytes", "over_model_bytes": "bytes", "seconds_per_step": "s"}
     metrics = [
         Metric(name, float(row[name]), None, None, unit, "trained", row["method"], "")
         for row in rows
-        for name, unit in (("peak_bytes", "bytes"), ("over_model_bytes", "bytes"), ("seconds_per_step", "s"))
+        for name, unit in units.items()
     ]
-    runs = [
-        {"method": text, "round": place} | entry for text, each in found.items() for place, entry in enumerate(each)
-    ]
+    runs = [{"method": text, "round": i} | entry for text, each in found.items() for i, entry in enumerate(each)]
     return Findings(
         metrics, tables={"methods": rows, "runs": runs}, model=config.run.model_identity(),
         dataset={"name": config.task},
@@ -102,33 +99,28 @@ def _summarised(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _in_own_process(config: Config, method: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        asked, found = Path(folder) / "asked.pickle", Path(folder) / "found.json"
-        asked.write_bytes(pickle.dumps((config.run, config.task, method)))
-        program = "import sys; from analyses.memory import child; child(*sys.argv[1:])"
-        command = [sys.executable, "-c", program, str(asked), str(found)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise UserError(f"method {method} failed: {last[0].removeprefix('error: ')}")
-        return json.loads(found.read_text(encoding="utf-8"))
+    asked = pickle.dumps((config.run, config.task, method)).hex()
+    program = "import sys; from analyses.memory import child; child(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, asked], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise UserError(f"method {method} failed: {last[0].removeprefix('error: ')}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(asked: str, found: str) -> None:
-    """Measure one method in this process.
+def child(asked: str) -> None:
+    """Measure one method in this process, and print the measurements in the last line, as JSON.
 
     Args:
-        asked: File of the pickled `RunConfig`, task and method.
-        found: File that the measurements are written to, as JSON.
+        asked: The pickled `RunConfig`, task and method, in hexadecimal digits.
     """
 
     def measure() -> None:
-        run, task, method = pickle.loads(Path(asked).read_bytes())
+        run, task, method = pickle.loads(bytes.fromhex(asked))
         before = _Before()
         measured = training_run(run, run.load(task), Method.parse(method), seed=0, callbacks=[before])
         kept = ("trained_parameters", "seconds_per_step", "peak_bytes")
-        numbers = {name: measured[name] for name in kept} | {"model_bytes": before.bytes}
-        Path(found).write_text(json.dumps(numbers), encoding="utf-8")
+        print(f"\n{json.dumps({name: measured[name] for name in kept} | {'model_bytes': before.bytes})}")
 
     run_command(measure)
 

@@ -47,10 +47,6 @@ class Row:
         }.get(self.verdict, (Outcome.MET,))
         return next((e for outcome in order for e in self.evidence if e.outcome == outcome), None)
 
-    def labels(self, outcome: Outcome) -> list[str]:
-        """What the numbers of one outcome are about."""
-        return [e.found.label for e in self.evidence if e.outcome == outcome]
-
 
 def load_tree(root: Path) -> dict[str, Result]:
     """Every result folder below a folder, by its path relative to it, as "kernel_distance/sst2".

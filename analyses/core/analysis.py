@@ -177,19 +177,10 @@ class Analysis(Generic[C]):
         run_command(lambda: self.publish(tyro.cli(self.config, prog=program, description=description)))
 
     def _result(self, config: C, found: Findings, seconds: float) -> Result:
-        return Result(
-            analysis=self.name,
-            config=asdict(config) | found.config,
-            seed=seeds_of(config)[0],
-            metrics=found.metrics,
-            tables=found.tables,
-            arrays=found.arrays,
-            model=found.model,
-            dataset=found.dataset,
-            environment=environment(),
-            seconds=found.seconds | {"this call": seconds},
-            coverage=found.coverage,
-        )
+        parts = vars(found) | {
+            "config": asdict(config) | found.config, "seconds": found.seconds | {"this call": seconds}
+        }  # fmt: skip
+        return Result(analysis=self.name, seed=seeds_of(config)[0], environment=environment(), **parts)
 
 
 class Runs(Grid):

@@ -136,16 +136,14 @@ def _recipe(config: Config, draw: int, without: tuple[str, ...]) -> Recipe:
 
 
 def _finite(network: torch.nn.Module, x: Tensor) -> Kernels:
-    layers = ntk.layer_kernels(network, x, params="trainable", reduce="trace")
     parameters = dict(network.named_parameters())
-    total = torch.zeros(len(x), len(x), dtype=torch.float64)
-    full, weights, multipliers = total, total, total
-    for name, kernel in layers.items():
+    full, weights, multipliers = torch.zeros(3, len(x), len(x), dtype=torch.float64)
+    for name, kernel in ntk.layer_kernels(network, x, params="trainable", reduce="trace").items():
         if is_multiplier(name, parameters[name]):
-            multipliers = multipliers + kernel
+            multipliers += kernel
         else:
-            full = full + kernel
-            weights = weights + (kernel if parameters[name].ndim == 2 else 0)
+            full += kernel
+            weights += kernel if parameters[name].ndim == 2 else 0
     return full, weights, multipliers
 
 
@@ -160,7 +158,7 @@ def _pretrained(config: Config) -> Kernels:
     methods = {"full": backbone_tuning(model), "weights": backbone_weights(model),
                "propulsion": Propulsion(modules=f"{backbone_prefix(model)}.*")}  # fmt: skip
     kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
-    return kernels["full"].double(), kernels["weights"].double(), kernels["propulsion"].double()
+    return tuple(kernels[name].double() for name in methods)  # pyright: ignore[reportReturnType]
 
 
 def _check(config: Config) -> None:
@@ -178,8 +176,8 @@ def find(config: Config) -> Findings:
         corrected = {"corrected": ntk.kernel_distance(weights, propulsion)}
         rows.append({"case": name, "compared": where} | distances(full, propulsion) | corrected)
         key = name.replace(" ", "_").replace(",", "")
-        kernels = {"full": full, "weights": weights, "propulsion": propulsion}
-        arrays |= {f"{key}.{of}": kernel.numpy() for of, kernel in kernels.items()}
+        for of, kernel in (("full", full), ("weights", weights), ("propulsion", propulsion)):
+            arrays[f"{key}.{of}"] = kernel.numpy()
     print("transformers by position ...", flush=True)
     by_position = list(positions(config))
     return Findings(
