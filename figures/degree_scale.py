@@ -36,23 +36,19 @@ def draw(result: Result) -> Figure:
 
 
 def _random_networks(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    for depth, color in zip(sorted({r["depth"] for r in rows}), PALETTE):
-        line = sorted((r for r in rows if r["depth"] == depth), key=lambda r: r["width"])
+    for depth, color, line in _by_width(axes, rows, "depth"):
         if len(line) > 1:
             axes.plot([r["width"] for r in line], [r["expected"] for r in line], color="0.6", zorder=0)
         _errorbar(axes, [r["width"] for r in line], line, color=color, label=f"depth {depth}")
-    _widths(axes, rows)
     axes.set_title("ReLU networks (line: limit)")
     axes.legend(loc="lower right", ncols=2, handletextpad=0.1, columnspacing=0.8)
 
 
 def _architectures(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    for name, color in zip(sorted({r["model"] for r in rows}), PALETTE):
-        line = sorted((r for r in rows if r["model"] == name), key=lambda r: r["width"])
+    for name, color, line in _by_width(axes, rows, "model"):
         _errorbar(axes, [r["width"] for r in line], line, color=color, label=name)
     if rows:
         axes.axhline(rows[0]["expected"], color="0.6", linewidth=0.8, zorder=0)
-    _widths(axes, rows)
     axes.set_title("Random weights (line: 1 / their std)")
     axes.legend(loc="lower center", ncols=2, handletextpad=0.1, columnspacing=1)
 
@@ -81,11 +77,14 @@ def _errorbar(axes: Axes, x: Any, rows: list[dict[str, Any]], *, color: str, lab
     axes.errorbar(x, y, ends, fmt="o", markersize=3, linewidth=0.8, color=color, label=label)
 
 
-def _widths(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _by_width(axes: Axes, rows: list[dict[str, Any]], key: str) -> list[tuple[Any, str, list[dict[str, Any]]]]:
+    """Make the horizontal axis that of widths; values of a column, each with its colour and its rows by width."""
     widths = sorted({r["width"] for r in rows})
-    axes.set_xscale("log")
+    axes.set(xscale="log", xlabel="width")
     axes.set_xticks(widths, [str(w) for w in widths])
-    axes.set_xlabel("width")
+    ordered = sorted(rows, key=lambda r: r["width"])
+    values = sorted({r[key] for r in rows})
+    return [(value, color, [r for r in ordered if r[key] == value]) for value, color in zip(values, PALETTE)]
 
 
 write = draw.write

@@ -42,26 +42,24 @@ def draw(result: Result) -> Figure:
 
 def _lines(panel: SubFigure, result: Result, methods: list[str]) -> None:
     axes = panel.subplots(2, 3)
-    of_method = [
+    panels = [
         ("relative_kernel_drift", "$|K_t - K_0|\\,/\\,|K_0|$", "kernel drift"),
         ("relative_jacobian_drift", "$|J_t - J_0|\\,/\\,|J_0|$", "Jacobian drift"),
         ("linearisation_error", "$|f_t - f_t^{lin}|\\,/\\,|f_t - f_0|$", "linearisation error"),
         ("kernel_cka_with_start", "CKA of $K_t$ and $K_0$", "same kernel as at the start?"),
-        None,
+        ("cka", f"CKA with {short(methods[0])}", f"same kernel as {short(methods[0])}?"),
         ("score", f"{result.dataset['metric']}, validation", "score"),
     ]
-    rows, last = result.tables["checkpoints"], int(result.arrays["steps"][-1])
-    for ax, entry in zip(axes.flat, of_method):
+    # Of two methods, the first with each other.
+    pairs = [row | {"method": row["right"]} for row in result.tables["pairs"] if row["left"] == methods[0]]
+    last = int(result.arrays["steps"][-1])
+    for ax, (name, label, title) in zip(axes.flat, panels):
         for place, method in enumerate(methods):
-            if entry is None:
-                chosen = [r for r in result.tables["pairs"] if (r["left"], r["right"]) == (methods[0], method)]
-                found = [row for row in chosen if row["quantity"] == "cka"]
-            else:
-                found = [row for row in rows if (row["method"], row["quantity"]) == (method, entry[0])]
-                if entry[0] in _LOGARITHMIC:
-                    found = [row for row in found if (row["value"] or 0) > 0]
+            rows = pairs if name == "cka" else result.tables["checkpoints"]
+            found = [row for row in rows if (row["method"], row["quantity"]) == (method, name)]
+            if name in _LOGARITHMIC:
+                found = [row for row in found if (row["value"] or 0) > 0]
             _line(ax, found, place, short(method))
-        name, label, title = entry or ("cka", f"CKA with {short(methods[0])}", f"same kernel as {short(methods[0])}?")
         ax.set_title(title, loc="left")
         ax.set(xlabel="optimizer step", ylabel=label, xlim=(-0.03 * last, 1.03 * last))
         if "cka" in name:

@@ -6,14 +6,14 @@ sign-gradient kernel is dash-dotted. Bars are shifted sideways to be told apart,
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analyses.records import Metric, Result
+from analyses.records import Result
 from figures.figure import figure
 from figures.methods import color_of_line, short
 from figures.style import PAGE_WIDTH
@@ -21,11 +21,8 @@ from figures.style import PAGE_WIDTH
 _HEIGHT = 2.9
 # Names of predictors in the results of the analysis.
 REGRESSION, SIGN, AGAIN = "kernel regression", "sign kernel regression", "trained again"
-_NULLS: dict[str, tuple[Literal[":"], str]] = {
-    "null: hidden states": (":", "o"),
-    "null: majority class": (":", "x"),
-    "null: permuted labels": (":", "s"),
-}
+_NULLS = {"null: hidden states": "o", "null: majority class": "x", "null: permuted labels": "s"}
+"""Markers of the null models, whose lines are dotted."""
 _TRAINED, _REGRESSION, _SIGN, _CHANCE, _AGAIN = "o", "D", "^", "_", "*"
 _MARGIN = 0.08
 _SHIFT = 0.06  # Of the distance between sizes, as a share of a factor of e.
@@ -53,8 +50,8 @@ def draw(result: Result) -> Figure:
                    linestyle=":", linewidth=0.9, marker=_CHANCE, markersize=6)  # fmt: skip
         lines.draw(correlation, "logit_correlation", method, REGRESSION, shift, **kernel)
         lines.draw(correlation, "logit_correlation", method, SIGN, shift, color=color, linestyle="-.", marker=_SIGN)
-    for name, (linestyle, marker) in _NULLS.items():
-        lines.draw(score, "score", name, "", 0, bars=False, color="0.5", linestyle=linestyle, marker=marker)
+    for name, marker in _NULLS.items():
+        lines.draw(score, "score", name, "", 0, bars=False, color="0.5", linestyle=":", marker=marker)
     for panel, prefix in ((agreement, "trained_agreement"), (correlation, "trained_logit_correlation")):
         for method in methods:
             lines.draw(panel, prefix, method, AGAIN, 0, color="black", linestyle="-", linewidth=0.9, marker=_AGAIN)
@@ -80,17 +77,14 @@ class _Lines:
     """Draws metrics of a result over training-set sizes."""
 
     def __init__(self, result: Result, sizes: list[int]):
-        self._found: dict[tuple[str, str, str, str], Metric] = {
-            (m.name, m.left, m.right, m.stage): m for m in result.metrics
-        }
-        self._sizes = sizes
+        self._result, self._sizes = result, sizes
         self.values: dict[Axes, list[float]] = {}
 
     def draw(
         self, axes: Axes, name: str, left: str, right: str, shift: float, *, bars: bool = True, **look: object
     ) -> None:
         """One line with error bars, through the sizes at which the metric is there and defined."""
-        points = [(size, self._found.get((name, left, right, f"n={size}"))) for size in self._sizes]
+        points = [(size, self._result.find(name, stage=f"n={size}", left=left, right=right)) for size in self._sizes]
         kept = [(size, m) for size, m in points if m is not None and math.isfinite(m.value)]
         if not kept:
             return
@@ -116,8 +110,8 @@ def _legend(colors: dict[str, str], result: Result) -> list[Line2D]:
         Line2D([], [], linestyle=":", marker=_CHANCE, label="independent errors", linewidth=0.9, color="0.35"),
     ]
     handles += [
-        Line2D([], [], color="0.5", linestyle=linestyle, marker=marker, markersize=3, label=name.removeprefix("null: "))
-        for name, (linestyle, marker) in _NULLS.items()
+        Line2D([], [], color="0.5", linestyle=":", marker=marker, markersize=3, label=name.removeprefix("null: "))
+        for name, marker in _NULLS.items()
     ]
     if any(m.right == AGAIN for m in result.metrics):
         handles.append(

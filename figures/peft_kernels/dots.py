@@ -29,32 +29,31 @@ def draw(result: Result) -> Figure:
         RecordError: the result lacks a metric.
     """
     full, *others = [row["method"] for row in result.tables["methods"]]
-    found = {name: result.metric("cka", stage=_STAGE, left=full, right=name) for name in others}
-    nulls = {
-        row["null"]: result.metric("cka", stage=_STAGE, left=full, right=row["null"]) for row in result.tables["nulls"]
-    }
+    nulls = [row["null"] for row in result.tables["nulls"]]
+    found = {name: result.metric("cka", stage=_STAGE, left=full, right=name) for name in (*others, *nulls)}
     order = sorted(others, key=lambda name: -np.nan_to_num(found[name].value, nan=-1))
-    page = Figure(figsize=(COLUMN_WIDTH, _ROW * (len(order) + len(nulls)) + 0.5), layout="constrained")
-    _dots(page.subplots(), [found[name] for name in order], order, nulls, full)
+    page = Figure(figsize=(COLUMN_WIDTH, _ROW * len(found) + 0.5), layout="constrained")
+    _dots(page.subplots(), [found[name] for name in (*order, *nulls)], len(nulls))
     return page
 
 
-def _dots(axes: Axes, metrics: list[Metric], names: list[str], nulls: dict[str, Metric], full: str) -> None:
-    labels = [*names, *nulls]
-    rows = [*metrics, *nulls.values()]
-    for place, metric in enumerate(rows):
-        null = place >= len(names)
-        color = "0.45" if null else color_of_method(names[place])
+def _dots(axes: Axes, metrics: list[Metric], nulls: int) -> None:
+    """One row a metric, the last ones being null models."""
+    labels = [metric.right for metric in metrics]
+    methods = len(metrics) - nulls
+    for place, metric in enumerate(metrics):
+        null = place >= methods
+        color = "0.45" if null else color_of_method(metric.right)
         low, high = (metric.value if end is None else end for end in (metric.low, metric.high))
         ends = [[metric.value - low], [high - metric.value]]
         axes.errorbar([metric.value], [place], xerr=np.clip(ends, 0, None), fmt="s" if null else "o", markersize=3,
                       linewidth=0.9, color=color)  # fmt: skip
-    axes.axhspan(len(names) - 0.5, len(labels) - 0.5, color="0.93", zorder=0)
+    axes.axhspan(methods - 0.5, len(labels) - 0.5, color="0.93", zorder=0)
     axes.set_yticks(range(len(labels)), map(_short, labels))
     axes.set(ylim=(len(labels) - 0.5, -0.5), xlim=(min(0.0, *axes.get_xlim()), 1.02))
     axes.grid(axis="x", color="0.88", linewidth=0.5)
     axes.set_axisbelow(True)
-    axes.set_title(f"CKA with {full}")
+    axes.set_title(f"CKA with {metrics[0].left}")
 
 
 def _short(name: str) -> str:
