@@ -16,7 +16,7 @@ import tyro
 
 from analyses.records import environment, format_table, number
 from benchmarks.jobs import ADAPTERS, GIGABYTE, JOBS, Job
-from benchmarks.measure import in_own_process
+from benchmarks.measure import in_own_process, write_document
 from ntk.structured.rules import RULES, name_of
 from propulsion.errors import UserError, run_command
 
@@ -150,37 +150,14 @@ def write_tables(folder: Path) -> None:
     never = unused(results)
     reach = ("ratio", "at most", "first call", "later calls", "GB at most", "peak, GB", "verdict")
     verdicts = format_table(reach, [row for r in results for row in targets(r)], markdown=True)
-    lines = [
-        "# Cost of exact kernels", "",
-        "Written by `python -m benchmarks.kernels`; every JSON file here holds one job's runs and its environment.", "",
-        "- *full*: `ntk.empirical_ntk(method=\"structured\")`, all parameters, both outputs.",
-        f"- *adapters*: `ntk.adapter_kernels`, full and {len(ADAPTERS)} parameter-efficient methods from one "
-        "stream.",
-        "- *Propulsion*: `ntk.adapter_kernels` of that method alone.",
-        "- *bare*: one forward pass of the padded batch and one backward pass for each output, to every parameter.",
-        "- *torch.func*: `vmap(jacrev)` and contraction, on the padded batch.",
-        "",
-        "Each measure runs in processes of its own, which warm up on two examples. The first call finds no memory to "
-        "reuse; later calls are the median of those after it. Ratios are taken between processes of one round, "
-        "medians over rounds. Peaks are of the whole process, model and libraries included; on an accelerator, of what "
-        "was allocated there.", "",
-        costs, "", "## What ran", "",
-        "Counted in the last timed call, the check of the model included. A segment runs every batch; there are tiles "
-        "where not all examples fit. *Never taken* are rules of operations that no call above had, and the ways that "
-        "nothing above went.", "",
-        *[f"- {title(r)}, {name}: {ran(runs[-1])}" for r in results for name, runs in r["measures"].items()
-          if name not in BASELINES],
-        f"- Never taken: {'not known' if never is None else ', '.join(never) or 'none'}", "", "## Targets", "",
-        "Set before the measurements.", "", verdicts, "", "## Agreement", "",
-        "Relative errors (Frobenius) in float64 on a few of the examples, measured before anything is timed: of the "
-        "full kernel against torch.func, and of Propulsion's against the Jacobian of a peft model. *In float32* is the "
-        "rounding of the kernels timed.", "",
-        *[f"- {title(r)}: " + ", ".join(f"{k} {e:.1e}" for k, e in r["relative_errors"].items()) for r in results],
-        "", "## Where the time goes", "",
-        "Share of processor time by operation, of the larger ones, on at most 16 examples:", "",
-        *[f"- {title(r)}, {name}: {shares(p)}" for r in results for name, p in r["profiles"].items()],
-    ]  # fmt: skip
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    own = [(r, name, runs[-1]) for r in results for name, runs in r["measures"].items() if name not in BASELINES]
+    write_document(
+        folder / "README.md", "README.md.jinja", adapters=len(ADAPTERS), costs=costs, verdicts=verdicts,
+        ran=[f"{title(r)}, {name}: {ran(run)}" for r, name, run in own],
+        never="not known" if never is None else ", ".join(never) or "none",
+        errors=[f"{title(r)}: " + ", ".join(f"{k} {e:.1e}" for k, e in r["relative_errors"].items()) for r in results],
+        shares=[f"{title(r)}, {name}: {shares(p)}" for r in results for name, p in r["profiles"].items()],
+    )  # fmt: skip
 
 
 def ran(run: dict[str, Any]) -> str:

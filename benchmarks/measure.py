@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import tyro
 from torch import Tensor
@@ -157,6 +158,13 @@ def in_own_process(module: str, *words: str) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def write_document(path: Path, template: str, **parts: Any) -> None:
+    """Write a page from a template of this folder."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    pages = jinja2.Environment(loader=loader, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    path.write_text(pages.get_template(template).render(parts).rstrip() + "\n", encoding="utf-8")
 
 
 def synchronize() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from analyses.records import environment, format_table, number
-from benchmarks.measure import in_own_process, peak, synchronize
+from benchmarks.measure import in_own_process, peak, synchronize, write_document
 from propulsion import PropulsionConfig
 from propulsion.errors import UserError, run_command
 from propulsion.pretrained import load_classifier
@@ -145,41 +145,8 @@ def main(config: Config) -> None:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(format_table(HEADER, rows(model, found[model])), flush=True)
     table = format_table(HEADER, [row for m in MODELS if m in found for row in rows(m, found[m])], markdown=True)
-    path.with_suffix(".md").write_text(
-        TEXT.format(on="" if config.device == "cpu" else f", {config.device}", table=table, json=path.name),
-        encoding="utf-8",
-    )
-
-
-TEXT = """# Cost of a training step{on}
-
-Written by `python -m benchmarks.steps`; `{json}` holds all runs and their environment.
-
-One step of AdamW in float32, every method on the same linear layers of the blocks. *Kept* is what autograd holds
-between the forward and the backward pass, parameters aside, tensor by tensor; *peak* is that of a process for each
-method, which loads the model and takes two steps. Times are those of one process that takes a step of each method in
-turn: medians, and of the ratios within a turn also the quartiles. Where a machine is shared with other work,
-the ratios hold and the seconds do not. On an accelerator, *peak* is what was allocated there.
-
-{table}
-
-- **Propulsion** is the default: it keeps a layer's scaled output for the gradient of z, and writes it over the unscaled
-  one ([`propulsion/scaled_output.py`](../../propulsion/scaled_output.py)). With `lean=False` autograd keeps the
-  unscaled output, as in (IA)3: where an activation or the attention keeps the scaled one too, that is two tensors for
-  one.
-- **BitFit** shows what every method keeps: a bias needs nothing of its layer for its gradient. A scale needs a number
-  for each output and token; it comes down to BitFit only in layers whose output something else keeps, as activations
-  do. Attention with dropout, and rotary embeddings, keep copies of what they read, and what goes into a residual sum is
-  kept by nobody. So the aim of the least memory of all is met but for BitFit, which no scale can undercut.
-- **LoRA** needs its layer's input, which several layers may share, and which nothing else keeps where the weights are
-  frozen.
-- Not taken: to keep the input and form the unscaled output again in the backward pass. It needs no special case at
-  z = 0, but a third matrix product, and keeps more where a layer narrows (the last of a feed-forward block) or where
-  its output is kept anyway (the first). What goes into a residual sum is also the difference of the sums around it,
-  which are kept; but a difference cancels, and would not be exact.
-- Tried, and no faster: scaling the weight instead of the output, sums over blocks of tokens that fit a cache, and
-  `torch.linalg.vecdot`. Writing into memory that is already there is what saves time.
-"""
+    on = "" if config.device == "cpu" else f", {config.device}"
+    write_document(path.with_suffix(".md"), "steps.md.jinja", on=on, table=table, json=path.name)
 
 
 def child(model: str, what: str, config: Config) -> dict[str, Any]:
