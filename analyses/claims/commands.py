@@ -34,10 +34,18 @@ def stored_options(result: Result) -> dict[str, Any]:
     return stored | {name: value for name, value in older.items() if name in options and name not in stored}
 
 
-def command(result: Result, output_dir: PurePosixPath | str) -> str:
-    """The same as one line for a shell, writing to a folder."""
-    words = ["python", "-m", f"analyses.{result.analysis}", *arguments(result), "--output-dir", str(output_dir)]
-    return shlex.join(words)
+def command(result: Result, output_dir: PurePosixPath | str, others: Mapping[str, str] | None = None) -> str:
+    """The same as one line for a shell.
+
+    Args:
+        result: What is computed again.
+        output_dir: The folder that the command writes to.
+        others: By the name of a result, its folder: a path to a result of that name becomes this folder.
+    """
+    words = ["python", "-m", f"analyses.{result.analysis}", *arguments(result)]
+    for name, folder in (others or {}).items():
+        words = [folder if word.endswith(f"/{name}") else word for word in words]
+    return shlex.join([*words, "--output-dir", str(output_dir)])
 
 
 def _default_options(result: Result) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from analyses.claims.judge import Row
 from analyses.records import RESULT_FILE, Result, format_table, plain
 
 WIDTH = 100
+AGAIN = "results"
+"""Where the commands of the ledger write."""
 SYMBOLS = {
     Verdict.HOLDS: "✓",
     Verdict.CONDITIONS: "◐",
@@ -21,9 +23,9 @@ SYMBOLS = {
 }
 UNDECIDED = "no number is decided: each interval reaches across the threshold, or a single seed gives none"
 HOW_TO_READ = (
-    "Every verdict is computed from stored results by the rule that stands beside it; none is typed. A number comes "
-    "with its interval in brackets (95 %, of the analysis that made it), and beside a null: a null model, a rival, or "
-    "what the number would be if there were nothing. It meets a threshold if its whole interval does, misses it if its "
+    "Every verdict is computed from stored results by the rule that is printed with it. A number comes with its "
+    "interval in brackets (95 %, of the analysis that made it) and with a baseline: the same number of a null model, "
+    "of a rival method, or by chance. It meets a threshold if its whole interval does, misses it if its "
     "whole interval does, and is undecided otherwise. Claims are put in our words."
 )
 QUICK = (
@@ -48,7 +50,7 @@ def ledger(rows: Sequence[Row], results: Mapping[str, Result], root: str, *, qui
         "quick": quick,
         "counts": counts,
         "rows": [_row(row, root) for row in rows],
-        "sources": {name: _source(result, f"{root}/{name}") for name, result in results.items()},
+        "sources": {name: _source(name, results, root) for name in results},
     }
 
 
@@ -78,14 +80,15 @@ def _quantity(q: Quantity) -> dict[str, Any]:
     return {"label": q.label, "text": str(q), "value": plain(q.value), "low": plain(q.low), "high": plain(q.high)}
 
 
-def _source(result: Result, folder: str) -> dict[str, Any]:
+def _source(name: str, results: Mapping[str, Result], root: str) -> dict[str, Any]:
+    result = results[name]
     return {
         "analysis": result.analysis,
         "commit": result.environment.get("commit"),
         "dirty": result.environment.get("dirty"),
         "seed": result.seed,
         "config": result.config,
-        "command": command(result, folder),
+        "command": command(result, f"{AGAIN}/{name}", {other: f"{root}/{other}" for other in results}),
         "through_pooler": through_pooler(result),
     }
 
@@ -160,6 +163,8 @@ def markdown(content: Mapping[str, Any], root: Path, folder: Path) -> str:
         ),
         *(_section(row) for row in content["rows"]),
         "## Results",
+        f"Each command computes its result again, in a new folder below `{AGAIN}/`. What it reads of other results is "
+        f"read from `{content['root']}`, so the commands can be run in any order.",
         *(_run(name, source, link) for name, source in content["sources"].items()),
     ]  # fmt: skip
     return "\n\n".join(blocks) + "\n"
@@ -174,7 +179,7 @@ def _section(row: Mapping[str, Any]) -> str:
     blocks.append(f"- measured: {row['measure']}\n- threshold: {row['threshold']}\n- rule: {row['rule']}")
     if row["evidence"]:
         blocks.append(format_table(
-            ["of", "number", "says", "beside", "further"],
+            ["case", "number", "outcome", "baseline", "notes"],
             [[_cell(e["label"]), e["text"], e["outcome"], _cell(null_in_words(e)), _cell(e["detail"])]
              for e in row["evidence"]],
             markdown=True,
@@ -191,7 +196,7 @@ def _run(name: str, source: Mapping[str, Any], link: str) -> str:
 
 
 def null_in_words(evidence: Mapping[str, Any]) -> str:
-    """What a number is to be seen beside."""
+    """The baseline of a number."""
     null = evidence["null"]
     return "" if null is None else f"{null['label']}: {null['text']}"
 

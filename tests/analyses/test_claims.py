@@ -4,9 +4,11 @@ import html
 import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,7 +75,11 @@ def test_the_command_of_a_published_result_gives_its_configuration(name, stored)
     again = dict(commands._leaves(plain(tyro.cli(config, args=commands.arguments(result)))))
     kept = {k: v or None for k, v in commands._leaves(result.config) if k not in commands._NOT_THE_EXPERIMENT}
     assert {k: again[k] or None for k in kept} == kept
-    assert f"docs/results/{name}" in commands.command(result, f"docs/results/{name}")
+    words = shlex.split(commands.command(result, "again", {other: f"{STORED}/{other}" for other in NAMES}))
+    assert words[-2:] == ["--output-dir", "again"]
+    for option, value in pairwise(words):
+        if option in ("--comparison", "--rates-from"):
+            assert (ROOT / value / RESULT_FILE).is_file()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,7 +138,7 @@ def test_every_row_says_how_it_was_judged(published):
             assert row["number"] in row["evidence"]
     for name, source in content["sources"].items():
         assert source["config"]
-        assert source["command"].endswith(f"--output-dir docs/results/{name}")
+        assert source["command"].endswith(f"--output-dir results/{name}")
 
 
 class Page(HTMLParser):
