@@ -53,37 +53,21 @@ class PropulsionConfig(PeftConfig):
         ValueError: a field, or two fields together, make no sense; the message says what to change.
     """
 
-    degree: int | float = field(default=15, metadata={"help": "The power k of z: an integer or real > 0."})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt: names, one regular expression, or 'all-linear'."}
-    )
-    positions: list[str] | tuple[str, ...] | str | None = field(
-        default=None, metadata={"help": f"Positions to adapt, resolved by architecture: {', '.join(POSITIONS)}."}
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone: names or one regular expression."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train and save in full, such as a new task head."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the blocks to adapt; all if unset."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of blocks, with layers_to_transform."}
-    )
-    bias: str = field(default="none", metadata={"help": f"Biases to train: one of {', '.join(BIASES)}."})
-    init_weights: bool = field(default=True, metadata={"help": "Start at z = 1; False: at z = 1 plus noise."})
-    init_value: float = field(default=1.0, metadata={"help": "Initial value of z."})
-    init_noise: float = field(default=0.0, metadata={"help": "Standard deviation of noise added to z."})
-    degree_pattern: dict[str, int | float] = field(
-        default_factory=dict, metadata={"help": "Degrees of single modules: name or regular expression -> degree."}
-    )
-    vectors: int = field(default=1, metadata={"help": "Number of vectors of each module, whose scales are pooled."})
-    pooling: str = field(default="mean", metadata={"help": f"Over several vectors: one of {', '.join(POOLINGS)}."})
-    lean: bool | None = field(
-        default=None, metadata={"help": "Keep less for the backward pass; unset: where known to be safe."}
-    )
+    degree: int | float = 15
+    target_modules: list[str] | set[str] | str | None = None
+    positions: list[str] | tuple[str, ...] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    bias: str = "none"
+    init_weights: bool = True
+    init_value: float = 1.0
+    init_noise: float = 0.0
+    degree_pattern: dict[str, int | float] = field(default_factory=dict)
+    vectors: int = 1
+    pooling: str = "mean"
+    lean: bool | None = None
 
     # The positions as module names of one model. It is no field, so that a saved config holds no such names.
     resolved: ClassVar[SimpleNamespace | None] = None
@@ -97,17 +81,15 @@ class PropulsionConfig(PeftConfig):
         self.degree_pattern = {name: _checked_degree(degree) for name, degree in (self.degree_pattern or {}).items()}
         _check_start(self)
         _check_names(self)
-        if self.target_modules is not None and self.positions is not None:
+        if self.target_modules is None:
+            self.positions = _checked_positions("all" if self.positions is None else self.positions)
+        elif self.positions is not None:
             raise ValueError(
                 f"expected target_modules or positions, got both ({self.target_modules!r} and {self.positions!r}): "
                 "drop one of them"
             )
-        if self.target_modules is None and self.positions is None:
-            self.positions = "all"
-        if self.target_modules is not None and not self.target_modules:
+        elif not self.target_modules:
             raise ValueError(f"expected at least one target module, got {self.target_modules!r}: name some, or drop it")
-        if self.positions is not None:
-            self.positions = _checked_positions(self.positions)
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}; got {self.bias!r}")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -92,6 +92,15 @@ def _ended_as_if_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextmanager
+def explained(what: str, more: str = "") -> Iterator[None]:
+    """Turn an error of the system in the block into a `UserError`: "cannot WHAT: its reason", and more."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {what}: {error.strerror or error}{more}") from error
+
+
 _SHOWN = 3  # Number of items that a message lists.
 
 

@@ -9,7 +9,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weight
 from torch import nn
 
 from propulsion.config import PropulsionConfig
-from propulsion.layer import PropulsionLayer
+from propulsion.layer import adapted_layers
 
 # These are constants of a compiled model.
 _FIXED = ("degree", "degree_pattern", "vectors", "pooling")
@@ -41,7 +41,7 @@ def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "d
                 f"expected an adapter with {name} = {getattr(old, name)!r}, got {getattr(new, name)!r}: load it with "
                 "load_adapter instead"
             )
-    if any(adapter_name in m.merged_adapters for m in network.modules() if isinstance(m, PropulsionLayer)):
+    if any(adapter_name in layer.merged_adapters for layer in adapted_layers(network)):
         raise ValueError(f"expected an unmerged adapter {adapter_name!r}: call unmerge_adapter() first")
     own = get_peft_model_state_dict(network, adapter_name=adapter_name, save_embedding_layers=False)
     values = load_peft_weights(str(folder), device="cpu")

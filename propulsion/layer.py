@@ -229,7 +229,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         if scale is None:
             return output
         lean = self._may_be_lean(scale)
-        return multiply(output, self._along_output(scale), lean=lean, overwrite=lean and self._owns(output))
+        along_output = scale.reshape(-1, *(1,) * self.kernel_axes)
+        return multiply(output, along_output, lean=lean, overwrite=lean and self._owns(output))
 
     def _mixed(self, output: Tensor, adapter_names: list[str]) -> Tensor:
         """Scale each example by its own adapter; an output with one row for all (of positions) gets a row for each."""
@@ -241,13 +242,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             return output
         scales = torch.stack([torch.ones_like(some) if scale is None else scale for scale in by_name.values()])
         rows = torch.tensor([list(by_name).index(name) for name in adapter_names], device=output.device)
-        between = (1,) * (output.ndim - 2 - self.kernel_axes)
-        after = (1,) * self.kernel_axes
+        between, after = (1,) * (output.ndim - 2 - self.kernel_axes), (1,) * self.kernel_axes
         return multiply(output, scales[rows].reshape(len(rows), *between, -1, *after), lean=False)
-
-    def _along_output(self, scale: Tensor) -> Tensor:
-        """The scale, shaped to multiply the output."""
-        return scale.reshape(-1, *(1,) * self.kernel_axes)
 
     def _may_be_lean(self, scale: Tensor) -> bool:
         """Whether the scaled output alone may be kept for the backward pass (`propulsion.scaled_output`)."""
@@ -409,6 +405,11 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "propulsion." + super().__repr__()
+
+
+def adapted_layers(model: nn.Module) -> list[PropulsionLayer]:
+    """The layers of a model that have Propulsion."""
+    return [module for module in model.modules() if isinstance(module, PropulsionLayer)]
 
 
 def _waits(scale: Tensor) -> bool:

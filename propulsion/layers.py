@@ -25,10 +25,8 @@ class PropulsionLinear(PropulsionLayer):
     def base_weight(self) -> Tensor:
         """The weight of the layer beneath, or what a quantisation backend has in its place."""
         base: Any = self.get_base_layer()
-        weight = next(
-            (w for name in ("weight", "qweight", "W_q") if (w := getattr(base, name, None)) is not None), None
-        )
-        return next(t for t in (*base.parameters(), *base.buffers())) if weight is None else weight
+        named = (getattr(base, name, None) for name in ("weight", "qweight", "W_q"))
+        return next(t for t in (*named, *base.parameters(), *base.buffers()) if t is not None)
 
     def probe(self) -> Tensor | None:
         """Two inputs, each (d_in,)."""
@@ -49,11 +47,6 @@ class PropulsionEmbedding(PropulsionLayer):
     """Over `torch.nn.Embedding`: weight (vocabulary, d_out). A padding row is scaled like any other."""
 
     weight_axis = 1
-
-    def features(self) -> tuple[int, int]:
-        """(vocabulary, d_out)."""
-        base: Any = self.get_base_layer()
-        return base.num_embeddings, base.embedding_dim
 
     def probe(self) -> Tensor | None:
         """The first tokens of the vocabulary."""
@@ -103,7 +96,8 @@ class PropulsionNorm(PropulsionLayer):
             ValueError: it does neither.
         """
         base: Any = self.get_base_layer()
-        if base.weight.is_meta or (isinstance(base, (nn.LayerNorm, nn.RMSNorm)) and _has_forward_of_torch(base)):
+        forward_of_torch = type(base).forward.__module__.startswith("torch.nn.")
+        if base.weight.is_meta or (isinstance(base, (nn.LayerNorm, nn.RMSNorm)) and forward_of_torch):
             return 0
         if self._added is None:
             errors = {shift: _error_of(base, shift) for shift in (0, 1)}
@@ -115,10 +109,6 @@ class PropulsionNorm(PropulsionLayer):
                 )
             self._added = shift
         return self._added
-
-
-def _has_forward_of_torch(base: nn.Module) -> bool:
-    return type(base).forward.__module__.startswith("torch.nn.")
 
 
 def _error_of(base: Any, shift: int) -> float:
@@ -146,8 +136,7 @@ def _error_of(base: Any, shift: int) -> float:
             setattr(base, name, p)
     # Many norms compute in float32 for weights of any dtype.
     precision = 32 * max(torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32))
-    error = (outputs[1] - outputs[0] * scale).abs().max() / (precision * outputs[1].abs().max())
-    return float(error)
+    return float((outputs[1] - outputs[0] * scale).abs().max() / (precision * outputs[1].abs().max()))
 
 
 LAYERS: dict[type[nn.Module], type[PropulsionLayer]] = {
@@ -165,8 +154,8 @@ LAYERS: dict[type[nn.Module], type[PropulsionLayer]] = {
 def layer_class(module: nn.Module) -> type[PropulsionLayer] | None:
     """Return the class that adapts this module; None if none does."""
     adapter_class = next((layer for kind, layer in LAYERS.items() if isinstance(module, kind)), None)
-    if adapter_class is PropulsionNorm or (adapter_class is None and is_norm(module)):
-        return PropulsionNorm if is_norm(module) else None
+    if adapter_class in (None, PropulsionNorm) and is_norm(module):
+        return PropulsionNorm
     if adapter_class is None and quantised.is_quantised_linear(module):
         return PropulsionLinear
-    return adapter_class
+    return None if adapter_class is PropulsionNorm else adapter_class

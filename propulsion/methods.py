@@ -92,8 +92,7 @@ def _value(text: str) -> Any:
 
 def method_names() -> tuple[str, ...]:
     """The names of all methods, our own first."""
-    peft_methods = sorted(str(getattr(name, "value", name)).lower() for name in PEFT_TYPE_TO_CONFIG_MAPPING)
-    return (*_OWN, *peft_methods)
+    return (*_OWN, *sorted(_peft_configs()))
 
 
 def check_name(name: str) -> None:
@@ -108,7 +107,7 @@ def check_name(name: str) -> None:
 
 def option_names(name: str) -> set[str]:
     """The options of a method."""
-    return set() if name in _OWN else {f.name for f in dataclasses.fields(_config_class(name)) if f.init}
+    return set() if name in _OWN else {f.name for f in dataclasses.fields(_peft_configs()[name]) if f.init}
 
 
 def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed: int = 0) -> Any:
@@ -195,13 +194,13 @@ _NEEDED: dict[str, dict[str, Any]] = {
 }
 
 
-def _config_class(name: str) -> type[PeftConfig]:
-    return {str(getattr(k, "value", k)).lower(): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[name]
+def _peft_configs() -> dict[str, type[PeftConfig]]:
+    return {str(getattr(k, "value", k)).lower(): config for k, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
 def option_config(name: str, options: Mapping[str, Any]) -> PeftConfig:
     """The configuration of a peft method by its name and options, without a task."""
-    return _config_class(name)(**options)
+    return _peft_configs()[name](**options)
 
 
 def _config(model: PreTrainedModel, method: Method, task_type: str, head: list[str]) -> PeftConfig:
@@ -212,7 +211,7 @@ def _config(model: PreTrainedModel, method: Method, task_type: str, head: list[s
     if head and "modules_to_save" in option_names(method.name):
         # peft finds heads by their usual names; others, and heads of several modules, must be named.
         options["modules_to_save"] = [*head, *(options.get("modules_to_save") or [])]
-    return _config_class(method.name)(task_type=TaskType(task_type), **options)
+    return _peft_configs()[method.name](task_type=TaskType(task_type), **options)
 
 
 def update_ranks(model: Any, step: int) -> None:

@@ -3,7 +3,6 @@
 import copy
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,17 +14,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from propulsion import heads
 from propulsion.config import PropulsionConfig
-from propulsion.heads import (
-    HEADED,
-    check_merged_with_head,
-    head_modules,
-    of_each_example,
-    random_in_body,
-    trained_modules,
-)  # fmt: skip
-from propulsion.heads import combined as combined_heads
-from propulsion.layer import BASE, PropulsionLayer
+from propulsion.layer import BASE, PropulsionLayer, adapted_layers
 from propulsion.layers import LAYERS, layer_class
 from propulsion.positions import base_modules, bypass, leaves_outputs_alone, resolve, shared_by_all_examples
 from propulsion.registration import PREFIX
@@ -87,14 +78,10 @@ class PropulsionModel(BaseTuner):
         # peft expands "all-linear" later: until then every Linear counts as a target.
         targets = peft_config.target_modules
         all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-        names_by_module = _names_by_module(model)
         for name, base in base_modules(model).items():
-            if not name:
-                continue
-            chosen = isinstance(base, (nn.Linear, Conv1D)) if all_linear else False
-            if chosen or self._check_target_module_exists(peft_config, name):
-                target = model.get_submodule(name)
-                _check_target(model, name, target, names_by_module[id(target)])
+            chosen = all_linear and isinstance(base, (nn.Linear, Conv1D))
+            if name and (chosen or self._check_target_module_exists(peft_config, name)):
+                _check_target(model, name)
                 _warn_of_head(model, name)
 
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -122,7 +109,7 @@ class PropulsionModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As in peft; the first pass of training is then checked."""
         result = super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = [module for module in model.modules() if isinstance(module, PropulsionLayer)]
+        layers = adapted_layers(model)
         for layer in layers:
             layer._together = layers
         _warn_of_patterns(model, adapter_name, self.peft_config[adapter_name])
@@ -131,8 +118,7 @@ class PropulsionModel(BaseTuner):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """As in peft, which reads the biases to be trained from the adapted layers: unscaled ones."""
-        layers = [module for module in model.modules() if isinstance(module, PropulsionLayer)]
-        with _read_as(layers, []):
+        with _read_as(model, []):
             super()._mark_only_adapters_as_trainable(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,20 +127,20 @@ class PropulsionModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """Return the base model without adapters; merged ones are unmerged first."""
-        if any(module.merged for module in self.modules() if isinstance(module, PropulsionLayer)):
+        if any(layer.merged for layer in adapted_layers(self)):
             self.unmerge_adapter()
         return unwatched(super().unload())
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in peft, if the trained heads in use are those of the adapters to merge."""
-        check_merged_with_head(self.model, adapter_names)
+        heads.check_merged_with_head(self.model, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """Return the base model with the adapters merged into it, and with their trained heads."""
-        check_merged_with_head(self.model, adapter_names)
+        heads.check_merged_with_head(self.model, adapter_names)
         return unwatched(super().merge_and_unload(progressbar, safe_merge, adapter_names))
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
@@ -190,9 +176,8 @@ class PropulsionModel(BaseTuner):
             return args, {**kwargs, "adapter_names": of(module)}
 
         def by_own_copies(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            return of_each_example(module, of(module), args, kwargs)
+            return heads.of_each_example(module, of(module), args, kwargs)
 
-        layers = [module for module in self.model.modules() if isinstance(module, PropulsionLayer)]
         handles = []
         try:
             for name, module in self.model.named_modules():
@@ -206,7 +191,7 @@ class PropulsionModel(BaseTuner):
                     handles.append(module.register_forward_hook(by_own_copies, with_kwargs=True))
                 elif isinstance(module, (PropulsionLayer, AuxiliaryTrainingWrapper)):
                     handles.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
-            with _read_as(layers, names):
+            with _read_as(self.model, names):
                 yield
         finally:
             for handle in handles:
@@ -253,10 +238,9 @@ class PropulsionModel(BaseTuner):
                 f"expected adapters that train no biases, got {trains_biases}: those are the model's own, and a "
                 "combined adapter would be saved without them"
             )
-        heads = combined_heads(self.model, adapters, weights)
+        means = heads.combined(self.model, adapters, weights)
         combined: dict[PropulsionLayer, Any] = {}
-        layers = [module for module in self.modules() if isinstance(module, PropulsionLayer)]
-        for layer in layers:
+        for layer in adapted_layers(self):
             present = [(n, w) for n, w in zip(adapters, weights, strict=True) if n in layer.propulsion_z]
             if present:
                 factors = [_weighed(layer.scale([name]), weight) for name, weight in present]
@@ -280,8 +264,8 @@ class PropulsionModel(BaseTuner):
         except Exception:
             self.peft_config.pop(adapter_name)
             raise
-        trained = trained_modules(self.model)
-        for name, head in heads.items():
+        trained = heads.trained_modules(self.model)
+        for name, head in means.items():
             trained[name].modules_to_save[adapter_name].load_state_dict(head)
         for layer, z in values.items():
             new = layer.propulsion_z[adapter_name]
@@ -291,8 +275,9 @@ class PropulsionModel(BaseTuner):
 
 
 @contextmanager
-def _read_as(layers: list[PropulsionLayer], adapter_names: list[str]) -> Iterator[None]:
+def _read_as(model: nn.Module, adapter_names: list[str]) -> Iterator[None]:
     """Scale weights that are read from layers by these adapters, and not by the active ones."""
+    layers = adapted_layers(model)
     for layer in layers:
         layer._of_examples = adapter_names
     try:
@@ -312,7 +297,8 @@ def _targets(config: PeftConfig) -> str:
     return repr([sorted(v) if isinstance(v, (set, list)) else v for v in values])
 
 
-def _check_target(model: nn.Module, name: str, target: nn.Module, names: list[str]) -> None:
+def _check_target(model: nn.Module, name: str) -> None:
+    target = model.get_submodule(name)
     if isinstance(target, PropulsionLayer):
         return
     if isinstance(target, BaseTunerLayer):
@@ -331,6 +317,7 @@ def _check_target(model: nn.Module, name: str, target: nn.Module, names: list[st
             f"scaling the output of module {name!r} would have no effect: {reason}. Leave it out of target_modules, or "
             "exclude it with exclude_modules"
         )
+    names = [other for other, module in model.named_modules(remove_duplicate=False) if module is target]
     if len(names) > 1:
         raise ValueError(
             f"expected every module under one name, got one as {' and '.join(map(repr, names))}: only one of its uses "
@@ -343,10 +330,10 @@ def _train_head(model: nn.Module, config: PropulsionConfig) -> None:
 
     Such are DeBERTa's pooler and BART's head. Modules that the configuration excludes stay frozen.
     """
-    if config.task_type not in HEADED or config.inference_mode:
+    if config.task_type not in heads.HEADED or config.inference_mode:
         return
     excluded = SimpleNamespace(target_modules=config.exclude_modules or [])
-    names, head = [name for name, _ in model.named_modules()], head_modules(model)
+    names, head = [name for name, _ in model.named_modules()], heads.head_modules(model)
     for module in head:
         known = any(module.endswith(name) for name in config.modules_to_save or ())
         if known or check_target_module_exists(excluded, module):
@@ -364,7 +351,9 @@ def _train_head(model: nn.Module, config: PropulsionConfig) -> None:
         config.modules_to_save = [*(config.modules_to_save or []), module]
     saved = config.modules_to_save or []
     untrained = [
-        name for name in random_in_body(model) if not any(part.endswith(s) for part in _upwards(name) for s in saved)
+        name
+        for name in heads.random_in_body(model)
+        if not any(part.endswith(s) for part in _upwards(name) for s in saved)
     ]
     if untrained:
         warnings.warn(
@@ -402,10 +391,3 @@ def _warn_of_patterns(model: nn.Module, adapter_name: str, config: PeftConfig) -
     patterns = getattr(config, "degree_pattern", None) or {}
     if unused := [p for p in patterns if not any(get_pattern_key([p], name) == p for name in names)]:
         warnings.warn(f"degree_pattern {unused} matches no adapted module: correct it, or drop it", stacklevel=2)
-
-
-def _names_by_module(model: nn.Module) -> dict[int, list[str]]:
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        names[id(module)].append(name)
-    return names

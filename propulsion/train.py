@@ -27,7 +27,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
 from propulsion.adapters import load_adapter, name_labels
 from propulsion.data import TaskData, check_inputs, load_task_data
@@ -37,6 +36,7 @@ from propulsion.errors import Interrupted, UserError, one_line, run_command
 from propulsion.identity import model_content, weights_identity
 from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
 from propulsion.pretrained import fingerprint, load_model, pooling_of
+from propulsion.training import run_folder
 from propulsion.training.checkpoints import latest_checkpoint
 from propulsion.training.config import TrainConfig, identity, training_arguments
 from propulsion.training.evaluation import Evaluation
@@ -45,17 +45,6 @@ from propulsion.training.measured_rates import with_measured
 from propulsion.training.nothing_learnt import signs
 from propulsion.training.presets import PRESETS, describe, get_preset
 from propulsion.training.reporting import check_reporting
-from propulsion.training.run_folder import (
-    MODEL,
-    FolderState,
-    check_folder,
-    claim,
-    finish,
-    folder_state,
-    rates_of,
-    save_model,
-    store_rates,
-)  # fmt: skip
 from propulsion.training.sharding import check_sharding, prepare_sharding
 from propulsion.training.trainer import WITHOUT_OVERWRITE, TaskTrainer, isolated_randomness
 
@@ -119,7 +108,7 @@ def run(config: TrainConfig) -> TrainResult:
     sharded = prepare_sharding() and config.max_steps != 0
     state = PartialState(cpu=config.on_cpu)
     if state.is_main_process:
-        check_folder(output, overwrite=config.overwrite_output_dir)
+        run_folder.check_folder(output, overwrite=config.overwrite_output_dir)
     data = load_task_data(
         config.task, data_dir=config.data_dir, n_train=config.max_train_samples, n_validation=config.max_eval_samples,
         seed=config.seed, streaming=config.streaming,
@@ -139,7 +128,7 @@ def run(config: TrainConfig) -> TrainResult:
     model = _adapted(config, model, kind.task_type)
     adapter = None if config.adapter is None else weights_identity(model.named_parameters())
     same = identity(config, data, content, adapter)
-    folder = folder_state(output, same, overwrite=config.overwrite_output_dir)
+    folder = run_folder.folder_state(output, same, overwrite=config.overwrite_output_dir)
     if folder.finished is not None:
         if state.is_main_process:
             print(
@@ -153,7 +142,7 @@ def run(config: TrainConfig) -> TrainResult:
     if config.max_steps != 0:
         if not trainable_parameters(model):
             raise UserError(f"method {config.method} trains nothing: choose another one, or max_steps 0 to evaluate")
-        stored_rates = None if folder.replaces or not rates.automatic else rates_of(output)
+        stored_rates = None if folder.replaces or not rates.automatic else run_folder.rates_of(output)
         rates = _measured(config, rates, stored_rates, model, encoded, kind.collator(tokenizer, model))
         if state.is_main_process:
             groups = parameter_groups(model, rates=rates, weight_decay=config.weight_decay)
@@ -168,15 +157,15 @@ def run(config: TrainConfig) -> TrainResult:
         # The folder is unchanged so far, so that unusable options lose no earlier run.
         state.wait_for_everyone()
         if state.is_main_process:
-            claim(output, same, folder)
+            run_folder.claim(output, same, folder)
             if rates.measured and stored_rates is None:
-                store_rates(output, {role: dataclasses.asdict(rate) for role, rate in rates.measured.items()})
+                run_folder.store_rates(output, rates.measured)
         state.wait_for_everyone()
         try:
             result = _carry_out(config, trainer, evaluation, rates, folder, started)
-            save_model(trainer, output / MODEL, tokenizer, base)
+            run_folder.save_model(trainer, output / run_folder.MODEL, tokenizer, base)
             if state.is_main_process:
-                finish(output, dataclasses.asdict(result), evaluation.predictions)
+                run_folder.finish(output, dataclasses.asdict(result), evaluation.predictions)
             state.wait_for_everyone()
         except KeyboardInterrupt as error:
             raise Interrupted(_how_to_go_on(config, output)) from error
@@ -184,8 +173,9 @@ def run(config: TrainConfig) -> TrainResult:
 
 
 def _carry_out(
-    config: TrainConfig, trainer: TaskTrainer, evaluation: Evaluation, rates: Rates, folder: FolderState, started: float
-) -> TrainResult:
+    config: TrainConfig, trainer: TaskTrainer, evaluation: Evaluation, rates: Rates, folder: run_folder.FolderState,
+    started: float,
+) -> TrainResult:  # fmt: skip
     """Train, from the last checkpoint if there is one, and evaluate."""
     output, main_process = Path(str(trainer.args.output_dir)), PartialState().is_main_process
     if config.max_steps != 0:
@@ -249,13 +239,13 @@ def _adapted(config: TrainConfig, model: Any, task_type: str) -> Any:
 
 
 def _measured(
-    config: TrainConfig, rates: Rates, stored: dict[str, Any] | None, model: Any, encoded: Any, collator: Any
+    config: TrainConfig, rates: Rates, stored: dict[str, RoleRate] | None, model: Any, encoded: Any, collator: Any
 ) -> Rates:
     """The rates, with automatic ones from the run's folder, or measured now by one process for all."""
     if not rates.automatic:
         return rates
     if stored is not None:
-        return dataclasses.replace(rates, measured={role: RoleRate(**rate) for role, rate in stored.items()})
+        return dataclasses.replace(rates, measured=stored)
     measured = [rates]
     if PartialState().is_main_process:
         size = config.per_device_train_batch_size
@@ -279,15 +269,13 @@ def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation, encoded:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
     arguments = _arguments(config, output, data)
     try:
-        trainer = TaskTrainer(
+        return TaskTrainer(
             model=model, args=arguments, train_dataset=encoded, eval_dataset=data.validation,
             data_collator=kind.collator(tokenizer, model), rates=rates, score=evaluation, keep=config.save_total_limit,
             loss_by_token=kind.task_type == "CAUSAL_LM", callbacks=callbacks,
         )  # fmt: skip
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"options that do not go together: {one_line(error)}") from error
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArguments:

@@ -9,7 +9,7 @@ import datasets
 
 from propulsion.data.tables import SUFFIXES, Row, read_rows, rows_of_batches, suffix_of
 from propulsion.data.tasks import Task, get_task
-from propulsion.errors import UserError, first_line
+from propulsion.errors import UserError, explained, first_line
 
 LABEL = "label"
 EMBEDDED = "demo"
@@ -62,41 +62,39 @@ class _Folder(Source):
 
 
 class _Hub(Source):
+    leaves_out_blank = True
+
     def __init__(self, task: Task) -> None:
         self.name = f"{task.hub_path}/{task.hub_config}" if task.hub_config else str(task.hub_path)
         super().__init__(task, f"Hugging Face hub, {self.name}")
 
-    def _load(self, split: str, **options: Any) -> tuple[str, Any]:
+    def read(self, split: str) -> tuple[str, Iterable[Row]]:
+        return self._rows(split)
+
+    def stream(self, split: str) -> tuple[str, Iterable[Row]]:
+        return self._rows(split, streaming=True)
+
+    def _rows(self, split: str, **options: Any) -> tuple[str, Iterator[Row]]:
         task = self.task
         hub_split = task.train_split if split == "train" else task.validation_split
+        assert task.hub_path is not None
         try:
-            assert task.hub_path is not None
-            rows = datasets.load_dataset(
+            rows: Any = datasets.load_dataset(
                 task.hub_path, task.hub_config, split=hub_split, revision=task.hub_revision, **options
             )
         except (OSError, ValueError, RuntimeError) as error:  # No network, or no such dataset.
-            shown = f"{task.hub_path} ({task.hub_config})" if task.hub_config else str(task.hub_path)
+            shown = f"{task.hub_path} ({task.hub_config})" if task.hub_config else task.hub_path
             raise UserError(
                 f"cannot get {shown} from the Hugging Face hub: give --data-dir with train and "
                 f"validation files, or set up network access ({first_line(error)})"
             ) from error
-        return f"{self.name} {hub_split}", rows
-
-    leaves_out_blank = True
-
-    def read(self, split: str) -> tuple[str, Iterable[Row]]:
-        name, rows = self._load(split)
-        return name, self._labelled(rows)
-
-    def stream(self, split: str) -> tuple[str, Iterable[Row]]:
-        name, rows = self._load(split, streaming=True)
-        return name, self._labelled(rows)
-
-    def _labelled(self, rows: Any) -> Iterator[Row]:
-        """The rows with a label: SNLI marks pairs that annotators did not agree on by a negative one."""
-        for row in rows_of_batches(rows.iter(batch_size=_BATCH)):
-            if self.task.name != "snli" or row.values[LABEL] >= 0:
-                yield row
+        # SNLI marks pairs that annotators did not agree on by a negative label.
+        labelled = (
+            row
+            for row in rows_of_batches(rows.iter(batch_size=_BATCH))
+            if task.name != "snli" or row.values[LABEL] >= 0
+        )
+        return f"{self.name} {hub_split}", labelled
 
 
 def source_of(task: Task, data_dir: Path | str | None) -> Source:
@@ -144,10 +142,8 @@ def check_folders(tasks: Sequence[str], data_dir: Path | None) -> None:
 
 
 def _find_file(folder: Path, stems: Sequence[str]) -> Path:
-    try:
+    with explained(f"read the folder {folder}"):
         paths = sorted(path for path in folder.iterdir() if path.is_file())
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror or error}") from error
     named = [path for path in paths if "." in path.name and path.name.split(".")[0] in stems]
     readable = [path for path in named if path.name[path.name.index(".") :].lower() in SUFFIXES]
     readable.sort(key=lambda path: SUFFIXES.index(suffix_of(path)))

@@ -5,8 +5,7 @@ import hashlib
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,11 +14,6 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -56,25 +50,14 @@ _BYTE_LEVEL = ("roberta", "gpt2", "bart", "longformer", "deberta", "bloom")
 _LOADING_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The class that makes models of one task type, the architectures that have it, and its name in messages."""
-
-    factory: Any
-    architectures: Mapping[Any, Any]
-    words: str
-
-
-# By peft's name of the task.
-_HEADS = {
-    "SEQ_CLS": _Head(
-        AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "sequence classifier"
-    ),
-    "TOKEN_CLS": _Head(AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, "token classifier"),
-    "QUESTION_ANS": _Head(AutoModelForQuestionAnswering, MODEL_FOR_QUESTION_ANSWERING_MAPPING, "answerer of questions"),
-    "SEQ_2_SEQ_LM": _Head(AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "encoder-decoder"),
-    "CAUSAL_LM": _Head(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "language model"),
-}  # fmt: skip
+# By peft's name of the task: the class that makes its models, and their name in messages.
+_HEADS: dict[str, tuple[Any, str]] = {
+    "SEQ_CLS": (AutoModelForSequenceClassification, "sequence classifier"),
+    "TOKEN_CLS": (AutoModelForTokenClassification, "token classifier"),
+    "QUESTION_ANS": (AutoModelForQuestionAnswering, "answerer of questions"),
+    "SEQ_2_SEQ_LM": (AutoModelForSeq2SeqLM, "encoder-decoder"),
+    "CAUSAL_LM": (AutoModelForCausalLM, "language model"),
+}
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 
 
@@ -130,14 +113,11 @@ def load_model(
         UserError: If the model or its tokenizer cannot be found or read, if its architecture has no such head, if it
             declares an unknown pooling, or if a weight is not finite.
     """
-    source, options = _split_gguf(str(default_model_folder() if model is None else model))
-    declared = Declaration()
     if task_type == "SEQ_CLS":
         check_pooling(pooling)
-        declared = declared if options else declared_pooling(source)
     elif pooling != "auto":
         raise UserError(f"pooling {pooling} is for classifiers; leave it at auto for this task")
-    options |= {"subfolder": declared.transformer} if declared.transformer else {}
+    source, options, declared = _located(model, task_type)
     config = _load_config(source, options, task_type, num_labels)
     chosen, pooling = pooling != "auto", _resolve_pooling(source, config, pooling, declared)
     tokenizer = _load_tokenizer(source, options, task_type, config)
@@ -171,9 +151,7 @@ def find_pooling(model: Path | str | None = None, pooling: str = "auto") -> str:
         UserError: As `load_model`.
     """
     check_pooling(pooling)
-    source, options = _split_gguf(str(default_model_folder() if model is None else model))
-    declared = Declaration() if options else declared_pooling(source)
-    options |= {"subfolder": declared.transformer} if declared.transformer else {}
+    source, options, declared = _located(model, "SEQ_CLS")
     return _resolve_pooling(source, _load_config(source, options, "SEQ_CLS", 2), pooling, declared)
 
 
@@ -192,6 +170,13 @@ def fingerprint(model: nn.Module) -> str:
     pooling = pooling_of(model)
     weights = weights_identity(body.state_dict().items())
     return weights if pooling == "pooler" else hashlib.sha256(f"pooling {pooling}, {weights}".encode()).hexdigest()
+
+
+def _located(model: Path | str | None, task_type: str) -> tuple[str, dict[str, str], Declaration]:
+    """Where a model is, the options to load it with, and what its checkpoint declares to a classifier."""
+    source, options = _split_gguf(str(default_model_folder() if model is None else model))
+    declared = declared_pooling(source) if task_type == "SEQ_CLS" and not options else Declaration()
+    return source, options | ({"subfolder": declared.transformer} if declared.transformer else {}), declared
 
 
 def _split_gguf(source: str) -> tuple[str, dict[str, str]]:
@@ -231,11 +216,9 @@ def _load_config(source: str, options: dict[str, str], task_type: str, num_label
             f"cannot load model {source!r}: there is no such folder, and the Hugging Face hub has no such model or "
             "cannot be reached"
         ) from error
-    head = _HEADS[task_type]
-    if type(config) not in head.architectures:
-        raise UserError(
-            f"model {source!r} is of type {config.model_type!r}, for which transformers has no {head.words}"
-        )
+    factory, words = _HEADS[task_type]
+    if type(config) not in factory._model_mapping:
+        raise UserError(f"model {source!r} is of type {config.model_type!r}, for which transformers has no {words}")
     if task_type == "SEQ_CLS":
         config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
     return config
@@ -264,7 +247,7 @@ def _load_weights(
     try:
         with _quiet_loading(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, info = _HEADS[task_type].factory.from_pretrained(
+            model, info = _HEADS[task_type][0].from_pretrained(
                 source, config=config, dtype=drawn_as, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
     except _LOADING_ERRORS as error:
@@ -294,7 +277,7 @@ def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: str, declar
         return "pooler"
     if declared.pooling is not None:
         return declared.pooling
-    own: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    own = _HEADS["SEQ_CLS"][0]._model_mapping[type(config)]
     if declared.mode == "lasttoken" and issubclass(own, GenericForSequenceClassification):
         return "pooler"  # transformers' own classifiers of decoders read the last token.
     raise UserError(
@@ -329,27 +312,17 @@ def _report_reading(
 ) -> None:  # fmt: skip
     """Warn, in one line, of weights of a checkpoint that are not read, and of weights that look untrained.
 
-    Args:
-        network: transformers' own classifier of the architecture.
-        info: transformers' loading info.
-        source: The checkpoint.
-        options: Options of loading.
-        name: Name of the model in messages.
-        pooling: The pooling.
-        chosen: Whether the caller has chosen the pooling.
-        declared: What the checkpoint declares.
+    `network` is transformers' own classifier of the architecture and `info` its loading info; `name` is the model's in
+    messages, and `chosen` says whether the caller has chosen the pooling.
     """
     prefix, pooler = f"{network.base_model_prefix}.", getattr(network.base_model, "pooler", None)
-    weights, absent = (
-        dict(network.named_parameters()),
-        {*info["missing_keys"], *(n for n, *_ in info["mismatched_keys"])},
-    )
+    absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     in_pooler = {id(p) for p in pooler.parameters()} if isinstance(pooler, nn.Module) else set()
-    head = {name: p.detach() for name, p in weights.items() if name not in absent and not name.startswith(prefix)}
-    read = head | {name: p.detach() for name, p in weights.items() if name not in absent and id(p) in in_pooler}
-    left_out = []
+    weights = dict(network.named_parameters())
+    head = {name: p for name, p in weights.items() if name not in absent and not name.startswith(prefix)}
+    read = head | {name: p for name, p in weights.items() if name not in absent and id(p) in in_pooler}
     if pooling in POOLED:
-        left_out += [declared.unused] if declared.unused else []
+        left_out = [declared.unused] if declared.unused else []
         left_out += [f"its own classifier ({', '.join(head)}), which pooling pooler reads"] if head else []
         if declared.mode:
             elsewhere = CheckpointWeights(source, set(info["unexpected_keys"]), **options)
@@ -384,26 +357,21 @@ def _forget_quantisation(model: Any, source: str) -> None:
         del model.config.quantization_config
 
 
-class _LoadReport(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-
-_LOAD_REPORT = _LoadReport()
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
     """Suppress transformers' progress bar, and its table of new weights, which lists the new head."""
-    logger = transformers_logging.get_logger("transformers.modeling_utils")
+    logger = logging.getLogger("transformers.modeling_utils")
     bars = transformers_logging.is_progress_bar_enabled()
-
     transformers_logging.disable_progress_bar()
-    logger.addFilter(_LOAD_REPORT)
+    logger.addFilter(_is_no_load_report)
     try:
         yield
     finally:
-        logger.removeFilter(_LOAD_REPORT)
+        logger.removeFilter(_is_no_load_report)
         if bars:
             transformers_logging.enable_progress_bar()
 

@@ -127,7 +127,9 @@ class PooledClassifier(PreTrainedModel):
         self.base_model_prefix = body.base_model_prefix or "body"
         _remove_pooler(body)
         setattr(self, self.base_model_prefix, body)
-        self.classifier = PooledHead(_width(body.config), self.num_labels, _dropout(body.config))
+        # Families with another name for the width map it to this one.
+        width: int = body.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue]
+        self.classifier = PooledHead(width, self.num_labels, _dropout(body.config))
         inputs = inspect.signature(body.forward).parameters
         self._takes_past, self._takes_cache = "past_key_values" in inputs, "use_cache" in inputs
         self.post_init()
@@ -171,17 +173,6 @@ class PooledClassifier(PreTrainedModel):
             attentions=outputs.get("attentions"),
         )
         return output.to_tuple() if return_dict is False else output
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The body's input embeddings."""
-        return self._body().get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the body's input embeddings."""
-        self._body().set_input_embeddings(value)
-
-    def _body(self) -> Any:
-        return getattr(self, self.base_model_prefix)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, with a `PooledConfig` and this file."""
@@ -246,10 +237,6 @@ def _remove_pooler(body: Any) -> None:
     # Bodies that can be made without a pooler skip it if it is None; others call it always.
     optional = "add_pooling_layer" in inspect.signature(type(body).__init__).parameters
     body.pooler = None if optional else nn.Identity()
-
-
-def _width(config: PreTrainedConfig) -> int:
-    return config.hidden_size  # pyright: ignore[reportAttributeAccessIssue]  # Families with other names map this one.
 
 
 def _dropout(config: PreTrainedConfig) -> float:

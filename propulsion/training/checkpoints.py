@@ -36,7 +36,12 @@ def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, the oldest first."""
     names = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
     paths = (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if names.fullmatch(path.name) and path.is_dir())
-    return sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(paths, key=steps_of)
+
+
+def steps_of(checkpoint: Path | None) -> int:
+    """The number of steps after which a checkpoint was written; 0 without one."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -11,7 +11,6 @@ from peft import PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
 
 from propulsion.config import PropulsionConfig
 from propulsion.data import TaskData, check_inputs
@@ -114,7 +113,6 @@ def train(
             model=model, args=arguments, train_dataset=examples, data_collator=collator, rates=rates, on_loss=show,
             autocast=torch.bfloat16 if config.bf16 else None, callbacks=list(callbacks),
         )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
     trainer.check_finite()
     model.zero_grad(set_to_none=True)

@@ -32,7 +32,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from propulsion.layer import PropulsionLayer
+from propulsion.layer import adapted_layers
 from propulsion.training.learning_rates import Rates, RoleRate, fixed_rate, model_degree, parameter_roles
 from propulsion.training.trainer import isolated_randomness
 from propulsion.training_checks import LARGEST_STEP
@@ -170,7 +170,7 @@ def _rate_of_role(probe: "_Probe", role: str, parameters: Mapping[str, nn.Parame
     if not near:  # Such as with bounded outputs.
         rate = guess / (_LARGEST_JUMP if look else 1)
         reason = f"automatic: to first order {step} changes its batch's loss by {share:.0%}; other rows' it did not"
-    degrees = (d for m in probe.model.modules() if isinstance(m, PropulsionLayer) for d in m.degree.values())
+    degrees = (degree for layer in adapted_layers(probe.model) for degree in layer.degree.values())
     if role == "scale" and rate * (k := max(degrees, default=1)) > LARGEST_STEP:
         return RoleRate(LARGEST_STEP / k, f"automatic: no step moves a scale by more than {LARGEST_STEP:.0%}")
     return RoleRate(rate, reason)

@@ -1,5 +1,6 @@
 """The folder of a training run: which run it holds, and how results are written into it."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,9 +15,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from propulsion.adapters import explain_loading, save_base
 from propulsion.atomic import beside, publish
-from propulsion.errors import UserError
+from propulsion.errors import UserError, explained
 from propulsion.pretrained import pooling_of
-from propulsion.training.checkpoints import checkpoints, clear_leftovers, latest_checkpoint, remove_checkpoint
+from propulsion.training.checkpoints import checkpoints, clear_leftovers, latest_checkpoint, remove_checkpoint, steps_of
+from propulsion.training.learning_rates import RoleRate
 from propulsion.training.manifest import Manifest, files_below
 from propulsion.training.trainer import TaskTrainer
 
@@ -26,6 +28,7 @@ LENGTHS = ("max_steps", "num_train_epochs")
 _EXTENDED = "extended_at"
 _ANOTHER = "name another --output-dir"
 _ANEW = f"{_ANOTHER}, or pass --overwrite-output-dir to start anew"
+_KEPT = "; the checkpoints are kept"
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,13 @@ def check_folder(output: Path, *, overwrite: bool) -> None:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file, expected a folder: {_ANOTHER}")
-    try:
+    with explained(f"use the folder {output}"):
         manifest = Manifest(output)
         names, known = manifest.others(), manifest.exists
-        if not names or (known and not overwrite):
-            return
-        if known:
+        if known and overwrite:
             _refuse_to_lose(manifest, [output / name for name in names if _is_a_runs(name)])
+        if known or not names:
             return
-    except OSError as error:
-        raise UserError(f"cannot use the folder {output}: {error.strerror or error}") from error
     shown = f"{names[0]}{'' if len(names) == 1 else f' and {len(names) - 1} more'}"
     what = "files that no run is known to have written" if RECORD in names else "something else"
     raise UserError(f"{output} holds {what} ({shown}): {_ANOTHER}, which is empty or a run's")
@@ -104,7 +104,7 @@ def claim(output: Path, identity: Mapping[str, Any], state: FolderState) -> None
     """
     manifest = Manifest(output)
     record = dict(identity) | ({_EXTENDED: list(state.extended_at)} if state.extended_at else {})
-    try:
+    with explained(f"use the folder {output}"):
         names = manifest.others()
         if not names and not manifest.exists:
             manifest.start()
@@ -120,8 +120,6 @@ def claim(output: Path, identity: Mapping[str, Any], state: FolderState) -> None
                 if path.exists():
                     _set_aside(manifest, path, state.extended_at[-1])
             manifest.write_json(output / RECORD, record)
-    except OSError as error:
-        raise UserError(f"cannot use the folder {output}: {error.strerror or error}") from error
 
 
 def _is_a_runs(name: str) -> bool:
@@ -175,9 +173,7 @@ def _longer(output: Path, stored: Mapping[str, Any], identity: Mapping[str, Any]
 
 def _done(output: Path) -> int:
     """Number of steps that have been taken, by the last checkpoint and the result."""
-    last = latest_checkpoint(output)
-    result = result_of(output) or {"steps": 0}
-    return max(0 if last is None else int(last.name.rpartition("-")[2]), result["steps"])
+    return max(steps_of(latest_checkpoint(output)), (result_of(output) or {"steps": 0})["steps"])
 
 
 def _to_go_on_from(output: Path, identity: Mapping[str, Any]) -> int:
@@ -186,7 +182,7 @@ def _to_go_on_from(output: Path, identity: Mapping[str, Any]) -> int:
         raise UserError(f"{output} holds a finished run without a checkpoint, from which it could go on: {_ANEW}")
     if identity["method"] == "adalora":
         raise UserError(f"adalora plans its ranks for the steps it was started with, and cannot go on longer: {_ANEW}")
-    return 0 if last is None else int(last.name.rpartition("-")[2])
+    return steps_of(last)
 
 
 def _short(value: Any) -> str:
@@ -201,7 +197,7 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
         UserError: It cannot be written.
     """
     partial = beside(destination)
-    try:
+    with explained(f"write {destination}", _KEPT):
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
@@ -220,8 +216,6 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
                 shutil.rmtree(destination)
             manifest.record(files_below(partial, destination.name))
             publish(partial, destination)
-    except OSError as error:
-        raise UserError(f"cannot write {destination}: {error.strerror or error}; the checkpoints are kept") from error
 
 
 def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) -> None:
@@ -231,16 +225,12 @@ def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) 
         UserError: It cannot be written.
     """
     manifest = Manifest(output)
-    try:
+    with explained(f"write {output / RESULT}", _KEPT):
         for path, content in ((output / PREDICTIONS, predictions), (output / RESULT, result)):
             if path.exists():  # From a call that was killed between the two, or from somebody else.
                 _refuse_to_lose(manifest, [path])
                 manifest.remove(path)
             manifest.write_json(path, content)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {output / RESULT}: {error.strerror or error}; the checkpoints are kept"
-        ) from error
 
 
 def result_of(output: Path) -> dict[str, Any] | None:
@@ -261,19 +251,18 @@ def predictions_of(output: Path) -> list[Any] | None:
     return _read(output.expanduser() / PREDICTIONS, list)
 
 
-def store_rates(output: Path, rates: Mapping[str, Mapping[str, Any]]) -> None:
+def store_rates(output: Path, rates: Mapping[str, RoleRate]) -> None:
     """Write the measured learning rates, by role.
 
     Raises:
         UserError: They cannot be written.
     """
-    try:
-        Manifest(output).write_json(output / RATES, rates)
-    except OSError as error:
-        raise UserError(f"cannot write {output / RATES}: {error.strerror or error}") from error
+    with explained(f"write {output / RATES}"):
+        content = {role: dataclasses.asdict(rate) for role, rate in rates.items()}
+        Manifest(output).write_json(output / RATES, content)
 
 
-def rates_of(output: Path) -> dict[str, Any] | None:
+def rates_of(output: Path) -> dict[str, RoleRate] | None:
     """The learning rates that the run in a folder measured, by role; None if it has measured none yet.
 
     Raises:
@@ -283,7 +272,7 @@ def rates_of(output: Path) -> dict[str, Any] | None:
     rates = _read(output / RATES, dict)
     if rates is None and (last := latest_checkpoint(output)) is not None:
         raise UserError(f"{last} is there, but not the learning rates it was trained at, {output / RATES}: {_ANEW}")
-    return rates
+    return rates and {role: RoleRate(**rate) for role, rate in rates.items()}
 
 
 def _read(path: Path, kind: type, remedy: str = "remove it, and run the same command again") -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from propulsion.atomic import publish
@@ -75,6 +76,7 @@ class TaskTrainer(Trainer):
         self._autocast = autocast
         self._staging: str | None = None
         self.add_callback(_RankUpdates())
+        self.remove_callback(PrinterCallback)
 
     @property
     def network(self) -> nn.Module:
@@ -134,17 +136,10 @@ class TaskTrainer(Trainer):
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """Compute and log the task's metrics.
-
-        Raises:
-            UserError: `metric_for_best_model` is none of them.
-        """
+        """Compute and log the task's metrics."""
         assert self._score is not None
         with isolated_randomness():
             scores = self._score()
-        best = str(self.args.metric_for_best_model).removeprefix("eval_")
-        if self.args.load_best_model_at_end and best not in scores:
-            raise UserError(f"metric_for_best_model is {best}, expected one of {', '.join(scores)}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))  # A copy, since logging adds the epoch.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
