@@ -284,14 +284,10 @@ def _bits(t: Tensor) -> int:
 
 
 def nonfinite_cause(model: nn.Module, inputs: Inputs) -> str:
-    """Why a kernel holds NaN or infinite values, in words: a parameter, an input, or the computation itself."""
+    """Why a kernel of finite inputs holds NaN or infinite values, in words: a parameter, or the computation itself."""
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if p.is_floating_point() and not torch.isfinite(p).all():
             return f"the model's {name} holds NaN or infinite values; load the weights again"
-    entries = {"": inputs} if isinstance(inputs, Tensor) else inputs
-    for key, value in entries.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-            return f"the inputs{f' ({key})' if key else ''} hold NaN or infinite values"
     if layer := _first_overflow(model, inputs):
         return f"the activations overflow at {layer}; run the model in float32 or float64"
     if layer := _last_gradient_overflow(model, inputs):

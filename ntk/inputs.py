@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves
 
 Inputs = Mapping[str, Any] | Tensor
@@ -183,13 +184,17 @@ def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Gro
     n = batch_size(inputs)
     if isinstance(inputs, Tensor):
         return [Group(list(range(n)), {"": inputs}, {})]
-    # On the processor, since Python reads each example's padding, and every read waits for an accelerator.
-    masks = {key: value.cpu() for key in (ENCODER_MASK, DECODER_MASK) if isinstance(value := inputs.get(key), Tensor)}
     listed = frozenset(
         key for key, value in inputs.items() if not isinstance(value, Tensor) and _by_example(key, value, n)
     )
-    cut = frozenset(side for side, mask in masks.items() if _can_be_cut(inputs, mask, side, encoder_decoder))
-    examples = [_example(inputs, masks, i, n, encoder_decoder, listed, cut) for i in range(n)]
+    spans: dict[str, list[slice]] = {}
+    for name in (ENCODER_MASK, DECODER_MASK):
+        mask = inputs.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            # On the processor, since Python reads each example's padding, and every read waits for an accelerator.
+            real = _real_spans(inputs, name, mask.cpu(), n)
+            spans |= dict.fromkeys(_entries_to_cut(inputs, name, mask.shape[1], encoder_decoder), real)
+    examples = [_example(inputs, i, n, listed, spans) for i in range(n)]
     together: dict[tuple, list[int]] = {}
     for index, (batched, constant) in enumerate(examples):
         together.setdefault(_signature(batched, constant), []).append(index)
@@ -211,26 +216,23 @@ def _by_example(key: str, value: Any, n: int) -> bool:
         ValueError: that is not known, or the entry cannot be split: an array of another length, a table, a set, tensors
             or arrays of n rows inside of a list or mapping.
     """
-    if (
-        isinstance(value, str | bytes)
-        or not isinstance(value, Sized)
-        or (isinstance(value, np.ndarray) and not value.ndim)
-    ):
+    is_array = isinstance(value, np.ndarray)
+    if isinstance(value, str | bytes) or not isinstance(value, Sized) or (is_array and not value.ndim):
         return False
     inner = [t for t in tree_leaves(value) if isinstance(t, Tensor | np.ndarray) and t.ndim and t is not value]
-    rows = len(value) == n and isinstance(value, list | tuple | range | np.ndarray)
+    is_list = is_array or isinstance(value, list | tuple | range)
+    rows = is_list and len(value) == n
     if any(len(t) == n > 1 for t in inner) or (inner and not rows):
         raise ValueError(
             f"inputs[{key!r}] holds tensors or arrays inside of a {type(value).__name__}, and it is not known what "
             "belongs to which example: give each as an entry of its own"
         )
-    if isinstance(value, np.ndarray) and len(value) not in (1, n):
+    if is_array and len(value) not in (1, n):
         raise ValueError(
             f"inputs[{key!r}] is an array of {len(value)} rows, and there are {n} examples: give one row an example, "
             "or a list for what is the same for all"
         )
-    plain = isinstance(value, list | tuple | range | np.ndarray) or (isinstance(value, Mapping) and _plain(value, n))
-    if not plain:
+    if not is_list and not (isinstance(value, Mapping) and _plain(value, n)):
         raise ValueError(
             f"inputs[{key!r}] is a {type(value).__name__}, which cannot be split into examples: give a tensor, an array"
             " or a list"
@@ -244,34 +246,19 @@ def _plain(value: Mapping[Any, Any], n: int) -> bool:
 
 
 def _example(
-    inputs: Mapping[str, Any],
-    masks: Mapping[str, Tensor],
-    i: int,
-    n: int,
-    encoder_decoder: bool,
-    listed: frozenset[str],
-    cut: frozenset[str],
+    inputs: Mapping[str, Any], i: int, n: int, listed: frozenset[str], spans: Mapping[str, list[slice]]
 ) -> tuple[dict, dict]:
-    """Entries of example ``i``, (batched, constant), without padding in the entries of the masks in ``cut``."""
+    """Entries of example ``i``, (batched, constant), of which those in ``spans`` are cut."""
     batched, constant = {}, {}
-    spans = {key: _real_span(inputs, masks.get(key), key, i) for key in (ENCODER_MASK, DECODER_MASK)}
     for key, value in inputs.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             own = value[i : i + 1] if key in listed else value
             constant[key] = list(own) if isinstance(own, range) else own
             continue
         row = value[i : i + 1] if len(value) == n else value
-        side = _side(key, encoder_decoder)
-        span = spans[side]
-        if span is not None and side in cut and _holds_tokens(key, value, span[2]):
-            row = row[:, span[0] : span[1]]
+        row = row[:, spans[key][i]] if key in spans else row
         (constant if key.endswith(ENCODER_MASK) else batched)[key] = row
     return batched, constant
-
-
-def _side(key: str, encoder_decoder: bool) -> str:
-    """The name of the mask that an entry belongs to."""
-    return DECODER_MASK if key.startswith("decoder_") or (encoder_decoder and key == "labels") else ENCODER_MASK
 
 
 def _holds_tokens(key: str, value: Tensor, width: int) -> bool | None:
@@ -287,33 +274,36 @@ def _holds_tokens(key: str, value: Tensor, width: int) -> bool | None:
     return fits if name in TOKENS else None
 
 
-def _can_be_cut(inputs: Mapping[str, Any], mask: Tensor, side: str, encoder_decoder: bool) -> bool:
-    """Whether all entries that belong to a mask are known to hold its tokens or not, and at least one holds them."""
-    if mask.ndim != 2:
-        return False
-    holds = {
-        key: _holds_tokens(key, value, mask.shape[1])
-        for key, value in inputs.items()
-        if isinstance(value, Tensor) and value.ndim and _side(key, encoder_decoder) == side
-    }
-    tokens = [key for key in holds if holds[key] and not key.endswith(ENCODER_MASK) and key != "labels"]
-    return bool(tokens) and None not in holds.values()
+def _entries_to_cut(inputs: Mapping[str, Any], mask: str, width: int, encoder_decoder: bool) -> list[str]:
+    """The entries that hold the tokens of the mask of this name, and the mask itself.
+
+    None if no other entry holds them, or if that is not known of an entry that belongs to the mask.
+    """
+    holds = {}
+    for key, value in inputs.items():
+        of_decoder = key.startswith("decoder_") or (encoder_decoder and key == "labels")
+        if isinstance(value, Tensor) and value.ndim and of_decoder == (mask == DECODER_MASK):
+            holds[key] = _holds_tokens(key, value, width)
+    entries = [key for key in holds if holds[key]]
+    other = any(not key.endswith(ENCODER_MASK) and key != "labels" for key in entries)
+    return entries if other and None not in holds.values() else []
 
 
-def _real_span(inputs: Mapping[str, Any], mask: Tensor | None, key: str, i: int) -> tuple[int, int, int] | None:
-    """(first real token, one past the last, padded length) of example ``i``; None where mask ``key`` is not 2-D."""
-    if mask is None or mask.ndim != 2:
-        return None
-    tokens = inputs.get("decoder_input_ids" if key == DECODER_MASK else "input_ids")
+def _real_spans(inputs: Mapping[str, Any], name: str, mask: Tensor, n: int) -> list[slice]:
+    """From the first to the last real token of each example, by the 2-D mask of this name."""
+    tokens = inputs.get("decoder_input_ids" if name == DECODER_MASK else "input_ids")
     if isinstance(tokens, Tensor) and tokens.shape[1:2] != mask.shape[1:2]:
-        raise ValueError(f"{key} {tuple(mask.shape)} does not fit the token ids {tuple(tokens.shape)}")
-    row = mask[i if len(mask) > 1 else 0]
-    if not ((row == 0) | (row == 1)).all():
-        raise ValueError(f"a 2-D {key} must hold zeros and ones; example {i} holds {row.unique().tolist()[:4]}")
-    real = row.nonzero()
-    if len(real) == 0:
-        raise ValueError(f"example {i} has no real token: its {key} is zero everywhere")
-    return int(real[0]), int(real[-1]) + 1, mask.shape[1]
+        raise ValueError(f"{name} {tuple(mask.shape)} does not fit the token ids {tuple(tokens.shape)}")
+    spans = []
+    for i in range(n):
+        row = mask[i if len(mask) > 1 else 0]
+        if not ((row == 0) | (row == 1)).all():
+            raise ValueError(f"a 2-D {name} must hold zeros and ones; example {i} holds {row.unique().tolist()[:4]}")
+        real = row.nonzero()
+        if len(real) == 0:
+            raise ValueError(f"example {i} has no real token: its {name} is zero everywhere")
+        spans.append(slice(int(real[0]), int(real[-1]) + 1))
+    return spans
 
 
 def _signature(batched: Mapping[str, Tensor], constant: Mapping[str, Any]) -> tuple:
@@ -413,15 +403,14 @@ def _join(groups: list[Group], padding: int, overhead: float) -> list[Group]:
 def _padded(groups: list[Group], padding: int) -> Group:
     if len(groups) == 1:
         return groups[0]
-    longest = max(g.batched["input_ids"].shape[1] for g in groups)
 
-    def filled(t: Tensor, value: int) -> Tensor:
-        return torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=value)
+    def joined(tensors: Iterable[Tensor], value: int) -> Tensor:
+        return pad_sequence([row for t in tensors for row in t], batch_first=True, padding_value=value)
 
-    batched = {}
-    for key, fill in _FILL.items():
-        if key in groups[0].batched:
-            batched[key] = torch.cat([filled(g.batched[key], padding if fill is None else fill) for g in groups])
-    masks = [g.constant[ENCODER_MASK].expand(len(g.indices), -1) for g in groups]
-    batched[ENCODER_MASK] = torch.cat([filled(mask, 0) for mask in masks])
+    batched = {
+        key: joined((g.batched[key] for g in groups), padding if fill is None else fill)
+        for key, fill in _FILL.items()
+        if key in groups[0].batched
+    }
+    batched[ENCODER_MASK] = joined((g.constant[ENCODER_MASK].expand(len(g.indices), -1) for g in groups), 0)
     return Group([i for g in groups for i in g.indices], batched, {})

@@ -12,6 +12,7 @@ comparison; memory 2 b c P beside the model and kernel.
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -214,10 +215,7 @@ def gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor]:
 
 def accumulation_dtype(params: Mapping[str, Tensor]) -> torch.dtype:
     """The widest parameter dtype, and at least float32, for sums over millions of products."""
-    dtype = torch.float32
-    for p in params.values():
-        dtype = torch.promote_types(dtype, p.dtype)
-    return dtype
+    return reduce(torch.promote_types, (p.dtype for p in params.values()), torch.float32)
 
 
 def memory(params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntk.functional import ParameterChoice, evaluation, fresh, select_parameters
-from ntk.inputs import Inputs, batch_size, group_examples
+from ntk.inputs import Inputs, group_examples
 from ntk.jacobian import selected_jacobian_rows
 from ntk.layout import Kernel, flatten
 from ntk.outputs import Output
@@ -49,11 +49,9 @@ def random_subset_ntk(
         torch.randperm(total, generator=generator, device=generator.device)[:m].sort().values for _ in range(draws)
     ]
     union = torch.cat(subsets).unique()
-    features: dict[int, Tensor] = {}
     with evaluation(model, inputs):
-        for rows, block in selected_jacobian_rows(request, chosen, _by_parameter(union, chosen)):
-            features.update(zip(rows.tolist(), block, strict=True))
-    jacobian = torch.stack([features[i] for i in range(len(features))])  # (n, c, |union|)
+        rows, features = zip(*selected_jacobian_rows(request, chosen, _by_parameter(union, chosen)), strict=True)
+    jacobian = torch.cat(features)[torch.cat(rows).argsort()]  # (n, c, |union|)
     blocks = (jacobian[:, :, torch.searchsorted(union, subset).to(jacobian.device)] for subset in subsets)
     return [request.layout.contract(J, J) for J in blocks]
 
@@ -121,5 +119,5 @@ def hidden_state_kernel(model: nn.Module, inputs: Inputs) -> Float[Tensor, "n n"
                 if not hidden:
                     raise ValueError("hidden_state_kernel needs a Hugging Face model that returns its hidden states")
                 states[index] = hidden[-1][0].flatten(0, -2).mean(0)
-    H = torch.stack([states[i] for i in range(batch_size(inputs))])
+    H = torch.stack([states[i] for i in sorted(states)])
     return H @ H.T

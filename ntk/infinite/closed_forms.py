@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntk.infinite.gaussian import Moments, Pairs, root
+from ntk.infinite.gaussian import Moments, Pairs, coangle, sine
 
 
 def linear(pairs: Pairs) -> Moments:
@@ -33,7 +33,7 @@ class _FirstArcCosine(torch.autograd.Function):
     @staticmethod
     def forward(scale: Tensor, cov: Tensor, minus: Tensor, plus: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The value, from 1 - cos(theta) and 1 + cos(theta)."""
-        return scale * _sine(minus, plus) + _coangle(minus, plus) * cov
+        return scale * sine(minus, plus) + coangle(minus, plus) * cov
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -44,7 +44,7 @@ class _FirstArcCosine(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradients by s and c."""
         minus, plus = ctx.saved_tensors
-        return gradient * _sine(minus, plus), gradient * _coangle(minus, plus), None, None
+        return gradient * sine(minus, plus), gradient * coangle(minus, plus), None, None
 
 
 class _EvenComplement(torch.autograd.Function):
@@ -54,8 +54,8 @@ class _EvenComplement(torch.autograd.Function):
 
     @staticmethod
     def forward(versine: Tensor, sine: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The value; sin(a) is given for its accuracy."""
-        return versine - (2 / math.pi) * (sine - _acute(versine) * (1 - versine))
+        """The value; sin(a) is given for its accuracy. The coangle of pi - a is a."""
+        return versine - (2 / math.pi) * (sine - coangle(2 - versine, versine) * (1 - versine))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -66,19 +66,7 @@ class _EvenComplement(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradient by v."""
         (versine,) = ctx.saved_tensors
-        return gradient * (1 - (2 / math.pi) * _acute(versine)), None
-
-
-def _sine(minus: Tensor, plus: Tensor) -> Tensor:
-    return root(minus * plus)
-
-
-def _coangle(minus: Tensor, plus: Tensor) -> Tensor:
-    return 2 * torch.atan2(root(plus), root(minus))
-
-
-def _acute(versine: Tensor) -> Tensor:
-    return 2 * torch.atan2(root(versine), root(2 - versine))
+        return gradient * (1 - (2 / math.pi) * coangle(2 - versine, versine)), None
 
 
 def leaky_relu(pairs: Pairs, slope: float) -> Moments:

@@ -24,6 +24,16 @@ def ratio(x: Tensor, y: Tensor) -> Tensor:
     return x / torch.where(y == 0, torch.ones_like(y), y)
 
 
+def sine(minus: Tensor, plus: Tensor) -> Tensor:
+    """The sine of arccos(rho), from 1 - rho and 1 + rho."""
+    return root(minus * plus)
+
+
+def coangle(minus: Tensor, plus: Tensor) -> Tensor:
+    """pi - arccos(rho), from 1 - rho and 1 + rho, by half angles (Kahan): accurate from 0 to pi."""
+    return 2 * torch.atan2(root(plus), root(minus))
+
+
 @dataclass(frozen=True)
 class Pairs:
     """(h, h') ~ N(0, [[q1, cov], [cov, q2]]) for many pairs at once; all fields broadcast together.
@@ -46,13 +56,13 @@ class Pairs:
 
     @property
     def sine(self) -> Tensor:
-        """sin of the angle between h and h': sqrt((1 - rho)(1 + rho))."""
-        return root(self.minus * self.plus)
+        """sin of the angle between h and h'."""
+        return sine(self.minus, self.plus)
 
     @property
     def coangle(self) -> Tensor:
-        """pi - arccos(rho), by half angles (Kahan): accurate from 0 to pi."""
-        return 2 * torch.atan2(root(self.plus), root(self.minus))
+        """pi - arccos(rho)."""
+        return coangle(self.minus, self.plus)
 
     @property
     def determinant(self) -> Tensor:

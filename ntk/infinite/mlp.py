@@ -239,21 +239,19 @@ def _split(steps: list[tuple[Tensor, Tensor, Tensor]], sb: float, k2: float) -> 
 
     The first layer has no layer below, and the last layer is the readout.
     """
-    shares = torch.stack([share for share, _, _ in steps])
+    shares, factors, multiplied = (torch.stack(parts) for parts in zip(*steps))
     after = [torch.ones_like(shares[0])]  # D^{L+1}, ..., D^1
-    for _, factor, _ in reversed(steps[1:]):
+    for factor in reversed(factors[1:]):
         after.append(after[-1] * factor)
     D = torch.stack(after[::-1])
     covariance = shares + sb**2
-    hidden = steps[1:]
-    none = shares.new_zeros(0, *shares.shape[1:])
     return Layers(
         covariance=covariance,
         weights=shares * D,
         biases=sb**2 * D,
-        propulsion=k2 * torch.stack([m * d for (_, _, m), d in zip(hidden, D[1:])]) if hidden else none,
+        propulsion=k2 * (multiplied * D)[1:],
         # The difference sigma_w^2 Cov(h h', phi' phi') is taken before the factor D, which is more accurate.
-        gap=torch.stack([(m - c * f) * d for c, (_, f, m), d in zip(covariance, hidden, D[1:])]) if hidden else none,
+        gap=(multiplied[1:] - covariance[:-1] * factors[1:]) * D[1:],
     )
 
 

@@ -16,6 +16,7 @@ y = z^k * (layer's output). :func:`is_multiplier` selects the multipliers for :f
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -46,44 +47,41 @@ def is_multiplier(name: str, parameter: nn.Parameter) -> bool:
     return name == "z" or name.endswith(".z")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How the layers of one network are made: scales, parametrisation, multipliers, and the generator of the numbers.
 
-    Args:
+    Attributes:
+        generator: draws every parameter.
         sigma_w: standard deviation of the weights, in the sense of the table above.
         sigma_b: of the biases; 0 for layers without bias.
         parametrization: ``"ntk"`` or ``"standard"``.
         multipliers: the positions that get a Propulsion multiplier: ``"all"``, ``"hidden"`` (all but the input and
             readout), or a collection of the network's ``positions``.
         degree: k of z^k.
-        generator: draws every parameter.
         dtype: of every parameter.
 
     Raises:
         ValueError: unknown parametrisation, or scales out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        generator: torch.Generator,
-        sigma_w: int | float = 1.0,
-        sigma_b: int | float = 0.0,
-        parametrization: str = "ntk",
-        multipliers: str | Collection[Position] = (),
-        degree: int | float = 1,
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        if parametrization not in PARAMETRIZATIONS:
+    generator: torch.Generator
+    sigma_w: int | float = 1.0
+    sigma_b: int | float = 0.0
+    parametrization: str = "ntk"
+    multipliers: str | Collection[Position] = ()
+    degree: int | float = 1
+    dtype: torch.dtype = torch.float64
+
+    def __post_init__(self) -> None:
+        if self.parametrization not in PARAMETRIZATIONS:
             raise ValueError(
-                f"parametrization must be one of {', '.join(map(repr, PARAMETRIZATIONS))}; got {parametrization!r}"
+                f"parametrization must be one of {', '.join(map(repr, PARAMETRIZATIONS))}; got {self.parametrization!r}"
             )
-        if not (0 < sigma_w < math.inf and 0 <= sigma_b < math.inf):
-            raise ValueError(f"expected sigma_w > 0 and sigma_b >= 0, both finite; got {sigma_w} and {sigma_b}")
-        self.generator = generator
-        self.sigma_w, self.sigma_b = float(sigma_w), float(sigma_b)
-        self.parametrization = parametrization
-        self.multipliers, self.degree, self.dtype = multipliers, degree, dtype
+        if not (0 < self.sigma_w < math.inf and 0 <= self.sigma_b < math.inf):
+            raise ValueError(
+                f"expected sigma_w > 0 and sigma_b >= 0, both finite; got {self.sigma_w} and {self.sigma_b}"
+            )
 
     def chosen(self, positions: tuple[Position, ...]) -> frozenset[Position]:
         """The multipliers' positions, checked against those of the network."""

@@ -12,7 +12,7 @@ because of a kink or jump elsewhere (hardtanh at 1), they raise with the error t
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -207,7 +207,9 @@ def _plane_rule(
     ends = np.array([0.0, *(2.0**-i for i in range(grading + 1, 0, -1))])
     u, u_weights = (torch.from_numpy(x).to(s1) for x in _panels(np.unique([*ends, *(1 - ends)]), nodes))
     results = torch.zeros(2, 3, len(s1), dtype=s1.dtype, device=s1.device)
-    for chunk in _chunks(len(s1), len(r) * len(u)):
+    step = max(1, _CHUNK // (len(r) * len(u)))
+    for start in range(0, len(s1), step):
+        chunk = slice(start, start + step)
         a = angle[chunk][:, None]
         # First between the rays where h and h' differ in sign, then where they agree; then both with reversed signs.
         for width, direction, direction2 in (
@@ -223,11 +225,6 @@ def _plane_rule(
                     for j, integrand in enumerate((values, values.abs())):
                         results[j, i, chunk] += (integrand @ r_weights @ u_weights) * width[:, 0]
     return results[0], results[1]
-
-
-def _chunks(pairs: int, cost: int) -> Iterator[slice]:
-    step = max(1, _CHUNK // cost)
-    return (slice(start, start + step) for start in range(0, pairs, step))
 
 
 def _refusal(name: str, what: str, error: float) -> str:

@@ -191,6 +191,10 @@ def _ghost(groups: Groups, split: int | None, layout: Layout, chunk: int = CHUNK
     column_spans = row_spans if split is None else list(_spans(before, sum(counts), size))
     first = 0 if split is None else split  # the example of the first column
     full = merged[0][1].new_zeros(k, n if split is None else split, m, n - first, m)
+
+    def at(rows: _Block, columns: _Block) -> Tensor:
+        return full[:, rows.examples, :, columns.examples.start - first : columns.examples.stop - first]
+
     for i, span in enumerate(row_spans):
         rows = _block(merged, counts, span, layout)
         for other in column_spans[i if split is None else 0 :]:
@@ -199,14 +203,10 @@ def _ghost(groups: Groups, split: int | None, layout: Layout, chunk: int = CHUNK
             pairs *= rows.inner(columns)[:, None, :]
             value = (rows.owner @ pairs.flatten(3)).view(k, m, -1, m, len(columns.x)) @ columns.owner.T
             value = value.transpose(1, 2).transpose(3, 4)
-            _shifted(full, rows.examples, columns.examples, first).add_(value)
+            at(rows, columns).add_(value)
             if split is None and other != span:
-                _shifted(full, columns.examples, rows.examples, 0).add_(value.permute(0, 3, 4, 1, 2))
+                at(columns, rows).add_(value.permute(0, 3, 4, 1, 2))
     return full.view(k, full.shape[1] * m, -1)
-
-
-def _shifted(full: Tensor, rows: slice, columns: slice, first: int) -> Tensor:
-    return full[:, rows, :, columns.start - first : columns.stop - first]
 
 
 def _block_size(device: torch.device, chunk: int, size: int) -> int:

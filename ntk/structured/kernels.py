@@ -269,7 +269,7 @@ class _Tile:
             )
         if self.size == (1, 1):
             raise self._too_little()
-        first, second = _halves(self.rows, self.n1), _halves(self.columns, self.n2)
+        first, second = tiles(self.rows, -(-self.n1 // 2)), tiles(self.columns, -(-self.n2 // 2))
         pairs = list(itertools.product(first, second)) if self.n2 else [(first[0], []), tuple(first), (first[1], [])]
         kernels: dict[str, Tensor] = {}
         kept = len(self.targets.kernels) * self._kernel_bytes()
@@ -358,10 +358,6 @@ class _Tile:
     def _zeros(self) -> Tensor:
         shape = *self.size, *self.layout.shape(self.plan.outputs)
         return torch.zeros(shape, dtype=self.plan.dtype, device=self.plan.device)
-
-
-def _halves(groups: list[Group], n: int) -> list[list[Group]]:
-    return tiles(groups, -(-n // 2)) if n > 1 else [groups]
 
 
 def _renumbered(groups: list[Group]) -> tuple[list[Group], Tensor]:

@@ -205,8 +205,7 @@ class _SparseRows(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.nn.functional.embedding and len(args) == 2 and id(args[1]) in self._tables:
-            plain = {"max_norm": None, "scale_grad_by_freq": False}
-            if all(not kwargs.get(key, default) for key, default in plain.items()):
-                kwargs = kwargs | {"sparse": True}
+        reads_table = func is torch.nn.functional.embedding and len(args) == 2 and id(args[1]) in self._tables
+        if reads_table and not (kwargs.get("max_norm") or kwargs.get("scale_grad_by_freq")):
+            kwargs = kwargs | {"sparse": True}
         return func(*args, **kwargs)
