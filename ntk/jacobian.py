@@ -225,8 +225,7 @@ def memory(params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels
     kernel_bytes = 2 * kernels * n1 * n2 * layout.size(c) * dtype.itemsize
     # Joining groups or changing dtype makes a copy of the largest parameter's Jacobian.
     example_bytes = c * (
-        sum(p.numel() * p.element_size() for p in params.values())
-        + max(p.numel() for p in params.values()) * dtype.itemsize
+        sum(p.nbytes for p in params.values()) + max(p.numel() for p in params.values()) * dtype.itemsize
     )
     return kernel_bytes, example_bytes
 

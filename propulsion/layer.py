@@ -167,14 +167,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, config: PropulsionConfig, name: str = "", *, lean: bool | None = None
     ) -> None:
-        """Add an adapter.
-
-        Args:
-            adapter_name: its name.
-            config: its configuration.
-            name: name of the module, which `degree_pattern` may match.
-            lean: the value of `lean` where the configuration has None.
-        """
+        """Add an adapter. `name` is the module's; `lean` holds where the configuration's is None."""
         weight = self.base_weight
         degree = config.degree_pattern.get(get_pattern_key(list(config.degree_pattern), name), config.degree)
         z = initial_vectors(

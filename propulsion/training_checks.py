@@ -80,9 +80,7 @@ def _warn_of_dead(what: str) -> None:
 def _watch_steps(model: nn.Module, known: list[str]) -> None:
     """Check the first optimizer that steps on a scale of this model, and again whenever its rate rises.
 
-    Args:
-        model: the model.
-        known: modules whose scales are known to have no effect.
+    Modules in `known` have been reported already.
     """
     watched = weakref.ref(model)
     first: weakref.ref[torch.optim.Optimizer] | None = None

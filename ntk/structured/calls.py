@@ -130,9 +130,9 @@ def find_lost_layers(model: nn.Module, output: Output | None, example: Group, ta
         targets.lost.setdefault(name, BiasReads.WHY)
     for use in capture.uses:
         for parameter in use.names:
-            name = targets.layer_used(parameter, use.within, use.layer)
-            is_table = name is not None and isinstance(targets.layers[name][0], nn.Embedding)
-            if name is not None and is_table and use.output is not None and use.output._version != use.version:
+            name = targets.layer_used(parameter, use)
+            overwritten = use.output is not None and use.output._version != use.version
+            if name is not None and overwritten and isinstance(targets.layers[name][0], nn.Embedding):
                 targets.lost.setdefault(name, "the model overwrites its output")
     for name in unmatched & targets.layers.keys():
         targets.lost.setdefault(name, "its call is not just the product with its weight")

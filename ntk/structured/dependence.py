@@ -81,20 +81,16 @@ class Captured:
 
     Attributes:
         name: of the parameter.
-        number: the number of the operation among the forward pass's mixing operations.
+        use: the operation.
         feature: the feature.
         output: the operation's output at the feature's tokens, ``(N, r)``; None if it was not asked for or was
             overwritten.
-        within: the innermost watched module in whose call the use is.
-        layer: the watched module whose call does this and nothing else.
     """
 
     name: str
-    number: int
+    use: Use
     feature: Feature
     output: Tensor | None = None
-    within: str | None = None
-    layer: str | None = None
 
 
 class Dependence:

@@ -53,7 +53,7 @@ class _Record:
     @property
     def size(self) -> int:
         """In bytes."""
-        return sum(t.numel() * t.element_size() for t in vars(self).values() if t is not None)
+        return sum(t.nbytes for t in vars(self).values() if t is not None)
 
 
 @dataclass

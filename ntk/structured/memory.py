@@ -44,7 +44,7 @@ def measured(capture: Capture, leaves: Leaves, costs: list[Cost], tokens: int) -
             storage = t.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
-            cost_of(costs, max(0, capture.count - 1)).graph += t.numel() * t.element_size() / tokens
+            cost_of(costs, max(0, capture.count - 1)).graph += t.nbytes / tokens
         return t
 
     with saved_tensors_hooks(keep, lambda t: t):
@@ -61,12 +61,12 @@ def cost_of(costs: list[Cost], number: int) -> Cost:
 def charge(cost: Cost, feature: Feature, n: int, tokens: int, shared: set[int]) -> None:
     """Add the bytes of a feature, except of tensors that other features share (``shared``, by address)."""
     if isinstance(feature, Dense):
-        cost.per_example += feature.value.numel() * feature.value.element_size() / n
+        cost.per_example += feature.value.nbytes / n
         return
     for t in (feature.x, feature.g) if isinstance(feature, Outer) else (feature.g,):
         if t.data_ptr() not in shared:
             shared.add(t.data_ptr())
-            cost.per_token += t.numel() * t.element_size() / tokens
+            cost.per_token += t.nbytes / tokens
 
 
 def bytes_per_token(costs: Sequence[Cost], segment: Segment) -> float:

@@ -155,7 +155,7 @@ def _features(use: Use, leaves: Leaves, c: int, packing: Packing) -> Iterator[Ca
         output = None
         if use.output is not None and use.output._version == use.version and isinstance(feature, (Outer, Lookup)):
             output = gradients.tokens.pick(use.output.reshape(-1, use.output.shape[-1]))
-        yield Captured(next(iter(use.names)), use.number, feature, output, use.within, use.layer)
+        yield Captured(next(iter(use.names)), use, feature, output)
         return
     assert isinstance(feature, Dense)
     names = sorted(use.names)
@@ -166,7 +166,7 @@ def _features(use: Use, leaves: Leaves, c: int, packing: Packing) -> Iterator[Ca
     )  # fmt: skip
     for name, value in zip(names, pulled, strict=True):
         if value is not None:
-            yield Captured(name, use.number, Dense(value.unflatten(0, (packing.n, c))), within=use.within)
+            yield Captured(name, use, Dense(value.unflatten(0, (packing.n, c))))
 
 
 def _leaking(capture: Capture, group: Group) -> str | None:

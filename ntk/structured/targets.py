@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ntk.adapters import Method, chosen, layer_of, layers_of
 from ntk.features import Dense, Feature
-from ntk.structured.dependence import Captured
+from ntk.structured.dependence import Captured, Use
 
 WatchedLayers = Mapping[str, tuple[nn.Module, str]]
 """Name of a module -> (the module, the name of its weight among the model's parameters)."""
@@ -73,7 +73,7 @@ class Targets:
         """What one captured use of a parameter of this shape contributes."""
         if weights := self.weights.get(captured.name):
             yield Contribution("", shape, weights, captured.feature)
-        name = self.layer_used(captured.name, captured.within, captured.layer)
+        name = self.layer_used(captured.name, captured.use)
         if name is None or name in self.lost:
             return
         assert not isinstance(captured.feature, Dense)
@@ -94,14 +94,13 @@ class Targets:
         alone = len(users) == 1 and users[0] in self.layers and not isinstance(self.layers[users[0]][0], nn.Embedding)
         return users[0] if alone else None
 
-    def layer_used(self, parameter: str, within: str | None, layer: str | None) -> str | None:
+    def layer_used(self, parameter: str, use: Use) -> str | None:
         """The layer whose call is this use of a parameter and nothing else; notes layers that are shown to be lost."""
         layers = self.layers_of_weight.get(parameter, [])
-        if layer in layers:
-            return layer
-        if layer is None and within not in self.others:
-            for name in [within] if within in layers else layers:
-                assert name is not None
+        if use.layer in layers:
+            return use.layer
+        if use.layer is None and use.within not in self.others:
+            for name in [use.within] if use.within in layers else layers:
                 self.lost.setdefault(name, "its weight is not only used by calls that multiply each token by it")
         return None
 

@@ -155,16 +155,16 @@ def compare(
             for held in use.received.by_output.values() if use.received else ():
                 if held.data_ptr() not in buffers:
                     buffers.add(held.data_ptr())
-                    cost_of(plan.costs, use.number).graph += held.numel() * held.element_size() / tokens
+                    cost_of(plan.costs, use.number).graph += held.nbytes / tokens
         for captured in done.features():
             remainder = remainders.get(captured.name)
             if remainder is None:
                 remainder = torch.zeros_like(leaves[captured.name])
             remainders[captured.name] = subtract(captured.feature, weights, remainder)
-            cost = cost_of(plan.costs, captured.number)
+            cost = cost_of(plan.costs, captured.use.number)
             cost.names.add(captured.name)
             if captured.output is not None:
-                cost.graph += captured.output.numel() * captured.output.element_size() / tokens
+                cost.graph += captured.output.nbytes / tokens
             for contribution in targets.contributions(captured, remainder.shape):
                 alive.append(contribution.feature)
                 charge(cost, contribution.feature, n, real, shared)

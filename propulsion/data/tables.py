@@ -13,6 +13,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,8 @@ _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz
 
 def _open(path: Path) -> io.TextIOWrapper:
     # Bytes that are not UTF-8 become lone surrogates, so that the row that holds them can be named.
-    return _OPEN.get(path.suffix.lower(), open)(
-        path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""
-    )  # fmt: skip
+    opener = _OPEN.get(path.suffix.lower(), open)
+    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def encoding_problem(text: str) -> str | None:
@@ -136,16 +136,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
-    # With strict=True, a misplaced quotation mark is an error.
-    return _read_delimited(path, delimiter=",", strict=True)
-
-
-def _read_tsv(path: Path) -> Iterator[Row]:
-    # GLUE's .tsv files have no quoting: a quotation mark is part of the sentence.
-    return _read_delimited(path, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
 def _read_delimited(path: Path, **dialect: Any) -> Iterator[Row]:
     with _open(path) as file:
         number, header = 0, []
@@ -205,13 +195,12 @@ def rows_of_batches(batches: Iterable[Columns]) -> Iterator[Row]:
 _TEXT: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    # With strict=True, a misplaced quotation mark is an error.
+    ".csv": partial(_read_delimited, delimiter=",", strict=True),
+    # GLUE's .tsv files have no quoting: a quotation mark is part of the sentence.
+    ".tsv": partial(_read_delimited, delimiter="\t", quoting=csv.QUOTE_NONE),
 }
-_READERS = (
-    _TEXT
-    | {".parquet": _read_parquet}
-    | {f"{suffix}{packed}": reader for suffix, reader in _TEXT.items() for packed in _OPEN}
-)
+_PACKED = {f"{suffix}{packed}": reader for suffix, reader in _TEXT.items() for packed in _OPEN}
+_READERS = _TEXT | {".parquet": _read_parquet} | _PACKED
 SUFFIXES = tuple(_READERS)
 """The suffixes of files that are read."""

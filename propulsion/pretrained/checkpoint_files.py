@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file
@@ -29,7 +29,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         self._files = {name: file for name, file in _files_by_weight(source, options).items() if name in names}
 
     def __getitem__(self, name: str) -> Tensor:
-        return _read(self._files[name], name)
+        return _weights(self._files[name])[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._files))
@@ -48,7 +48,7 @@ def _files_by_weight(source: str, options: dict[str, Any]) -> dict[str, Path]:
 
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (file := find(single)) is not None:
-            return dict.fromkeys(_names(file), file)
+            return dict.fromkeys(_weights(file), file)
         if (listed := find(index)) is not None:
             shards = json.loads(listed.read_text(encoding="utf-8"))["weight_map"]
             # The shards are beside their index, since the model has been loaded from them.
@@ -56,15 +56,8 @@ def _files_by_weight(source: str, options: dict[str, Any]) -> dict[str, Path]:
     return {}
 
 
-def _names(file: Path) -> list[str]:
+def _weights(file: Path) -> dict[str, Tensor]:
+    """All weights of a file, mapped to memory: the values of each are read from the disk where they are used."""
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as weights:
-            return list(weights.keys())
-    return list(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-
-
-def _read(file: Path, name: str) -> Tensor:
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as weights:
-            return weights.get_tensor(name)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)[name]
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -104,10 +104,8 @@ class Rates:
 def fixed_rate(role: str, degree: float) -> RoleRate:
     """The fixed rate of a role; that of scales is divided by the degree."""
     if role == "scale":
-        words = (
-            f"{SCALE_RATE:g} / degree {degree:g}, so that a step moves a scale z^k by the same share at every degree"
-        )
-        return RoleRate(SCALE_RATE / degree, words)
+        reason = "so that a step moves a scale z^k by the same share at every degree"
+        return RoleRate(SCALE_RATE / degree, f"{SCALE_RATE:g} / degree {degree:g}, {reason}")
     rate, words = {"weight": (WEIGHT_RATE, "weights"), "bias": (BIAS_RATE, "biases alone"),
                    "adapter": (ADAPTER_RATE, "adapters"), "head": (HEAD_RATE, "heads")}[role]  # fmt: skip
     return RoleRate(rate, f"{rate:g}, the fixed rate of {words}")

@@ -65,11 +65,8 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
     most = limit - tokenizer.num_special_tokens_to_add(pair=True) - 2
     if long := [question for question, length in enumerate(lengths) if length > most]:
         what = f"a question of {max(lengths)} tokens leaves no room for its context in {limit}"
-        more = (
-            f"raise max_length to {tokenizer.model_max_length} at most, or "
-            if limit < tokenizer.model_max_length
-            else ""
-        )
+        longest = tokenizer.model_max_length
+        more = f"raise max_length to {longest} at most, or " if limit < longest else ""
         raise Unusable(what, long, f"{more}shorten the question")
     room = most + 2 - max(lengths, default=0)
     batch = tokenizer(
@@ -123,8 +120,7 @@ def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns:
         inside = np.array([sequence == 1 for sequence in sequence_ids])
         score, first, last = _best_span(starts, ends, inside)
         if score > best.get(question, (-np.inf, ""))[0]:
-            text = columns["context"][question][spans[first][0] : spans[last][1]]
-            best[question] = (score, text)
+            best[question] = (score, columns["context"][question][spans[first][0] : spans[last][1]])
     predictions = []
     for question in range(len(columns["question"])):
         score, text = best.get(question, (-np.inf, ""))

@@ -106,9 +106,11 @@ def columns_of(data: datasets.Dataset) -> Columns:
     return {name: list(data[name]) for name in data.column_names}
 
 
-def batches(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover `count` rows."""
-    return (slice(start, start + size) for start in range(0, count, size))
+def _padded_batches(model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, size: int) -> Iterator[Any]:
+    """Batches of at most `size` encoded rows, on the model's device."""
+    for start in range(0, len(encoded["input_ids"]), size):
+        rows = {name: values[start : start + size] for name, values in encoded.items()}
+        yield tokenizer.pad(rows, return_tensors="pt").to(model.device)
 
 
 @torch.no_grad()
@@ -123,9 +125,8 @@ def run_batches(
     model.eval()
     rows = []
     try:
-        for batch_rows in batches(len(encoded["input_ids"]), size):
-            batch = tokenizer.pad({name: values[batch_rows] for name, values in encoded.items()}, return_tensors="pt")
-            output = model(**batch.to(model.device))
+        for batch in _padded_batches(model, tokenizer, encoded, size):
+            output = model(**batch)
             rows += zip(*(getattr(output, name).float().cpu() for name in outputs))
     finally:
         model.train(mode)
@@ -145,11 +146,9 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, l
             tokenizer.padding_side = "left"  # New text follows the prompt's last token, in every row.
         if cached is not None:
             model.config.use_cache = True  # Gradient checkpointing turns it off, which makes generation slow.
-        for batch_rows in batches(len(encoded["input_ids"]), limits.batch_size):
-            batch = tokenizer.pad({name: values[batch_rows] for name, values in encoded.items()}, return_tensors="pt")
+        for batch in _padded_batches(model, tokenizer, encoded, limits.batch_size):
             ids = model.generate(
-                **batch.to(model.device), max_new_tokens=limits.max_new_tokens, do_sample=False,
-                num_beams=limits.num_beams,
+                **batch, max_new_tokens=limits.max_new_tokens, do_sample=False, num_beams=limits.num_beams,
                 pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
             new = ids[:, batch["input_ids"].shape[1] :] if is_decoder else ids

@@ -56,14 +56,11 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
     input_limit(tokenizer, limits, pair=len(task.text_columns) > 1)
     texts = [list(columns[column]) for column in task.text_columns]
     pairs = texts[1] if len(texts) > 1 else None
+    cut = limits.max_length is not None
     # verbose=False: the tokenizer's own warning about long inputs is our error below.
-    encoded = dict(
-        tokenizer(
-            texts[0], pairs, truncation=limits.max_length is not None, max_length=limits.max_length, verbose=False
-        )
-    )
+    encoded = tokenizer(texts[0], pairs, truncation=cut, max_length=limits.max_length, verbose=False)
     refuse_longer([len(ids) for ids in encoded["input_ids"]], tokenizer.model_max_length)
-    return encoded
+    return dict(encoded)
 
 
 def logits(
