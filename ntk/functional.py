@@ -72,29 +72,13 @@ def requiring_gradients(model: nn.Module, names: Iterable[str]) -> Iterator[Leav
             p.requires_grad_(before[name])
 
 
-def output_function(
-    model: nn.Module, output: outputs.Output | None = None
-) -> Callable[[Parameters, dict[str, Tensor], Mapping[str, Any]], Tensor]:
-    """f(params, example, constant) -> (c,), for one example without its batch dimension, as ``torch.func`` needs it.
-
-    ``example`` and ``constant`` are entries of a :class:`ntk.inputs.Group`. Labels reach ``output``, but not the model,
-    which would compute a loss that is not used; an encoder-decoder gets them if it needs them for its decoder's inputs.
-
-    Raises:
-        ValueError: the output is not ``(1, c)`` or ``(1,)`` for one example, or has no gradient.
-    """
-
-    def f(params: Parameters, example: dict[str, Tensor], constant: Mapping[str, Any]) -> Tensor:
-        inputs: Any = fresh({key: value.unsqueeze(0) for key, value in example.items()} | dict(constant))
-        return call(model, output, inputs, 1, params).reshape(-1)
-
-    return f
-
-
 def call(
     model: nn.Module, output: outputs.Output | None, inputs: Mapping[str, Any], n: int, params: Parameters | None = None
 ) -> Tensor:
     """The outputs ``(n, c)`` of a batch of n examples, with ``params`` in place of the model's own.
+
+    Labels reach ``output``, but not the model, which would compute a loss that is not used; an encoder-decoder gets
+    them if it needs them for its decoder's inputs.
 
     Raises:
         ValueError: the output is not ``(n, c)`` or ``(n,)``, or has no gradient.
@@ -157,10 +141,9 @@ def first_line(error: Exception) -> str:
 class RandomNumbers(ValueError):
     """The model draws random numbers in evaluation mode."""
 
-    def __init__(self, of: str = "the model"):
-        """For ``of``, which draws them."""
+    def __init__(self) -> None:
         super().__init__(
-            f"{of} draws random numbers in evaluation mode, so it has no tangent kernel; "
+            "the model draws random numbers in evaluation mode, so it has no tangent kernel; "
             "switch its noise off (dropout written with training=True is the usual cause)"
         )
 

@@ -28,7 +28,6 @@ from ntk.functional import (
     call,
     first_line,
     fresh,
-    output_function,
     requiring_gradients,
 )
 from ntk.inputs import Group, tiles
@@ -93,13 +92,12 @@ def jacobian_function(model: nn.Module, output: Output | None) -> Callable[..., 
     without its rules in BLOOM, a data-dependent shape in BART), each example and output takes its own backward pass,
     which is slower. The logger reports that at level INFO.
     """
-    f = output_function(model, output)
     looping: list[str] = []  # why torch.func failed on the first group
 
     def per_group(params: Parameters, group: Group, check: bool) -> Jacobian:
         if not looping:
             try:
-                result = _traced_jacobian(model, f, params, group)
+                result = _traced_jacobian(model, output, params, group)
                 wrong = check and _mismatch(model, output, params, group, result)
                 if not wrong:
                     return result
@@ -124,14 +122,19 @@ def jacobian_function(model: nn.Module, output: Output | None) -> Callable[..., 
     return jacobian
 
 
-def _traced_jacobian(model: nn.Module, f: Callable[..., Tensor], params: Parameters, group: Group) -> Jacobian:
-    """By ``vmap(jacrev(f))``.
+def _traced_jacobian(model: nn.Module, output: Output | None, params: Parameters, group: Group) -> Jacobian:
+    """By ``vmap(jacrev(f))``, f the outputs ``(c,)`` of one example without its batch dimension.
 
     Gradients are enabled although none is recorded, since derivatives of solvers and determinants come out wrong
     otherwise. The fused attention kernels have no batching rule; the plain formula has one.
     """
+
+    def f(own: Parameters, example: dict[str, Tensor]) -> Tensor:
+        inputs = fresh({key: value.unsqueeze(0) for key, value in example.items()} | group.constant)
+        return call(model, output, inputs, 1, own).reshape(-1)
+
     with requiring_gradients(model, ()), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        result = vmap(jacrev(lambda p, x: f(p, x, group.constant)), in_dims=(None, 0))(params, group.batched)
+        result = vmap(jacrev(f), in_dims=(None, 0))(params, group.batched)
     return {name: value.detach() for name, value in result.items()}
 
 

@@ -37,13 +37,9 @@ def kernel_distance(K1: Kernel, K2: Kernel, *, kind: str = "relative_frobenius",
     if kind not in DISTANCES:
         raise ValueError(f"kind must be one of {', '.join(map(repr, DISTANCES))}; got {kind!r}")
     difference = A - (_best_scale(A, B) if scaled else 1.0) * B
-    match kind:
-        case "relative_frobenius":
-            return float(difference.norm() / _norm(A, "K1"))
-        case "mean_absolute":
-            return float(difference.abs().mean())
-        case "max_absolute":
-            return float(difference.abs().max())
+    if kind == "relative_frobenius":
+        return float(difference.norm() / _norm(A, "K1"))
+    return float(difference.abs().mean() if kind == "mean_absolute" else difference.abs().max())
 
 
 def best_scale(K1: Kernel, K2: Kernel) -> float:

@@ -46,10 +46,8 @@ class OwnState:
             own = {key: value for key, value in entries.items() if key not in _REGISTERED}
             self._classes.append((module, type(module)))
             self._early += [(name, entries, own), (name, entries["_modules"], dict(entries["_modules"]))]
-            registries = {key: value for key, value in entries.items() if key in _REGISTERED}
-            for key, registry in registries.items():
-                if isinstance(registry, dict):
-                    self._late.append((f"{name}.{key}", registry, dict(registry)))
+            tables = {key: t for key, t in entries.items() if key in _REGISTERED and isinstance(t, dict)}
+            self._late += [(f"{name}.{key}", table, dict(table)) for key, table in tables.items()]
             for t in [*entries["_buffers"].values(), *own.values()]:
                 self._remember_tensor(t)
             for value in own.values():

@@ -99,13 +99,10 @@ class Packing:
         """The tokens that a mask of all T tokens marks."""
         pattern = (len(real), real.cpu().numpy().tobytes())
         if pattern not in self._patterns:
-            each = len(real) // self.n
-            if bool(real.all()):
-                owner = torch.arange(self.n, device=real.device).repeat_interleave(each)
-                self._patterns[pattern] = Tokens(self.n, owner)
-            else:
-                positions = real.nonzero().flatten()
-                self._patterns[pattern] = Tokens(self.n, positions // each, positions)
+            owner = torch.arange(self.n, device=real.device).repeat_interleave(len(real) // self.n)
+            positions = None if bool(real.all()) else real.nonzero().flatten()
+            owner = owner if positions is None else owner[positions]
+            self._patterns[pattern] = Tokens(self.n, owner, positions)
         return self._patterns[pattern]
 
     def inputs(self, x: Float[Tensor, "T s"], tokens: Tokens) -> Float[Tensor, "N s"]:

@@ -25,8 +25,7 @@ def head_modules(model: nn.Module) -> list[str]:
 
     If the model names no body, the modules of which no parameter was read from the checkpoint.
     """
-    children = {name: list(child.parameters()) for name, child in model.named_children()}
-    children = {name: parameters for name, parameters in children.items() if parameters}
+    children = {name: own for name, child in model.named_children() if (own := list(child.parameters()))}
     body = getattr(model, "base_model_prefix", "")
     if body in children:
         return [name for name in children if name != body]

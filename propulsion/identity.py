@@ -32,7 +32,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     for state in ("truncation", "padding"):  # Settings that the last call has left.
         vocabulary.pop(state, None)
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    return _digest([type(tokenizer).__name__, vocabulary, special, tokenizer.model_max_length])
+    return content_identity([type(tokenizer).__name__, vocabulary, special, tokenizer.model_max_length])
 
 
 def model_content(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -40,7 +40,7 @@ def model_content(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
     config = getattr(model, "config", None)
     settings: dict[str, Any] = {} if config is None else config.to_dict()
     kept = [*model.named_parameters(), *model.named_buffers()]
-    return _digest(
+    return content_identity(
         [type(model).__name__, _without_provenance(settings), weights_identity(kept), tokenizer_identity(tokenizer)]
     )
 
@@ -51,5 +51,6 @@ def _without_provenance(settings: Any) -> Any:
     return {name: _without_provenance(value) for name, value in settings.items() if name not in _PROVENANCE}
 
 
-def _digest(content: Any) -> str:
+def content_identity(content: Any) -> str:
+    """SHA-256 of what JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -264,9 +264,8 @@ def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation, encoded:
     kind = kind_of(data.task)
     if isinstance(encoded, datasets.IterableDataset):
         encoded = encoded.shuffle(seed=config.seed, buffer_size=_SHUFFLED)
-    callbacks: list[Any] = []
-    if config.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    patience = config.early_stopping_patience
+    callbacks = [] if patience is None else [EarlyStoppingCallback(patience)]
     arguments = _arguments(config, output, data)
     try:
         return TaskTrainer(

@@ -160,13 +160,9 @@ class LoHa(LayerMethod):
         if layer.x is None:
             return
         r, s = layer.weight.shape
-        key = f"{self.seed}.{layer.name}"
-        factors = (
-            (kaiming_uniform((r, self.rank), key + ".1a"), kaiming_uniform((self.rank, s), key + ".1b"),
-             kaiming_uniform((r, self.rank), key + ".2a"))
-            if self.factors is None
-            else self.factors[layer.name]
-        )  # fmt: skip
+        shapes = {"1a": (r, self.rank), "1b": (self.rank, s), "2a": (r, self.rank)}
+        drawn = (kaiming_uniform(shape, f"{self.seed}.{layer.name}.{part}") for part, shape in shapes.items())
+        factors = drawn if self.factors is None else self.factors[layer.name]
         w1_a, w1_b, w2_a = (factor.to(layer.g) for factor in factors)
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         # The inputs x * w1_b[p] of each token are contracted, over tokens and p, with its gradients times column p of

@@ -184,19 +184,13 @@ def cross_entropy_flow(
         f = f0 + (K @ torch.from_numpy(a).reshape(rows)).reshape(f0.shape)
         return (y - torch.softmax(f, dim=1)).flatten().numpy()
 
-    end = max([*instants, 0.0])
-    a = np.zeros((f0.numel(), len(instants)))
-    if end > 0:
-        order = np.unique([t for t in instants if t > 0])
-        solved = solve_ivp(
-            slope, (0.0, end), np.zeros(f0.numel()), "LSODA", order, rtol=tolerance, atol=tolerance * 1e-3
-        )
+    a = {0.0: np.zeros(f0.numel())}  # by instant
+    if later := sorted({t for t in instants if t > 0}):
+        solved = solve_ivp(slope, (0.0, later[-1]), a[0.0], "LSODA", later, rtol=tolerance, atol=tolerance * 1e-3)
         if not solved.success:
             raise ArithmeticError(f"the flow could not be integrated: {solved.message}")
-        column = {t: i for i, t in enumerate(order)}
-        for i, t in enumerate(instants):
-            a[:, i] = solved.y[:, column[t]] if t > 0 else 0.0
-    coefficients = [torch.from_numpy(a[:, i].copy()).reshape(rows) for i in range(len(instants))]
+        a |= zip(later, solved.y.T)
+    coefficients = [torch.from_numpy(a[t].copy()).reshape(rows) for t in instants]
     if cross is None:
         return torch.stack([f0 + (K @ column).reshape(f0.shape) for column in coefficients])
     return torch.stack([_at_new(cross, column, f0.shape[1], initial_cross) for column in coefficients])

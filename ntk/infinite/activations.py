@@ -82,17 +82,12 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-# Functions of torch that are recognised, so that their closed forms are used.
+# Functions of torch are recognised, so that their closed forms are used; its "linear" is another function.
 _TORCH: dict[object, str] = {
-    torch.relu: "relu",
-    torch.nn.functional.relu: "relu",
-    torch.nn.functional.leaky_relu: "leaky_relu",
-    torch.erf: "erf",
-    torch.special.erf: "erf",
-    torch.nn.functional.gelu: "gelu",
-    torch.tanh: "tanh",
-    torch.nn.functional.tanh: "tanh",
-    torch.nn.functional.silu: "silu",
+    getattr(place, name): name
+    for place in (torch, torch.nn.functional, torch.special)
+    for name in ACTIVATIONS
+    if name != "linear" and hasattr(place, name)
 }
 
 

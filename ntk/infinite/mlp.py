@@ -286,18 +286,15 @@ def check_numbers(depth: int, sigma_w: float, sigma_b: float, degree: float) -> 
 
 
 def _positions(positions: str | int | Collection[str | int], depth: int) -> tuple[str | int, ...]:
-    hidden: tuple[str | int, ...] = tuple(range(1, depth + 1))
-    if positions == "hidden":
-        return hidden
-    if positions == "all":
-        return ("input", *hidden)
+    allowed: tuple[str | int, ...] = ("input", *range(1, depth + 1))
+    if positions in ("hidden", "all"):
+        return allowed if positions == "all" else allowed[1:]
     chosen = (positions,) if isinstance(positions, str | int) else tuple(positions)
     if "readout" in chosen:
         raise ValueError(
             "Propulsion on the readout has no deterministic limit: its kernel k^2 f f' stays random at any width. Its "
             "mean and variance are in propulsion_readout; leave 'readout' out of positions"
         )
-    allowed = ("input", *hidden)
     wrong = [p for p in chosen if isinstance(p, bool) or p not in allowed]
     if wrong or len(set(chosen)) != len(chosen):
         raise ValueError(

@@ -133,23 +133,19 @@ def _mehler(
     terms = 32
     while True:
         terms *= 2
-        a, b = (_coefficients(f, q, terms, level) for q in (q1, q2))
+        z, weights, basis = (x.to(rho) for x in _hermite_basis(terms, level))
+        a, b = ((f(q.sqrt()[:, None] * z) * weights) @ basis.T for q in (q1, q2))
         # Never below the rounding of the difference, since a tail of 0 would hide any tail of the other factor.
         tails = [torch.maximum(own - (x**2).sum(1), 1e-15 * own) for own, x in ((own1, a), (own2, b))]
         left_out = rho.abs() ** terms * (tails[0][:, None] * tails[1][None]).sqrt()
         missed = (torch.nan_to_num(left_out / size, nan=0.0) > TOLERANCE) & ~skip
-        cost = (rho.numel() + len(_line(level)[0]) * (len(q1) + len(q2))) * terms
+        cost = (rho.numel() + len(z) * (len(q1) + len(q2))) * terms
         if terms >= LARGEST_DEGREE or int(missed.sum()) * _PLANE_COST <= cost:
             break
     result = torch.zeros_like(rho)
     for k in range(terms - 1, -1, -1):  # Horner's scheme in rho
         torch.addr(result.mul_(rho), a[:, k], b[:, k], out=result)
     return result, missed
-
-
-def _coefficients(f: Function, q: Tensor, terms: int, level: int) -> Float[Tensor, "n k"]:
-    z, weights, basis = (x.to(q) for x in _hermite_basis(terms, level))
-    return (f(q.sqrt()[:, None] * z) * weights) @ basis.T
 
 
 @lru_cache(maxsize=8)

@@ -88,7 +88,8 @@ def kernels(request: Request, targets: Targets, *, signed: bool = False) -> tupl
             if names:
                 with requiring_gradients(request.model, names) as leaves:
                     try:
-                        _add(captured, _Tile.whole(request, targets, leaves, plan, signed=signed).run())
+                        budget, sides = request.budget(plan.device), (request.rows, request.columns)
+                        _add(captured, _Tile(request, targets, leaves, plan, *sides, budget, signed).run())
                     except NotImplementedError as error:
                         plan.uncaptured = dict.fromkeys(uncaptured, str(error))
             uncaptured = plan.uncaptured
@@ -120,8 +121,6 @@ class _Tile:
         budget: bytes for everything here.
         signed: whether columns' features are replaced by their signs.
         held: bytes already held by the enclosing tiles.
-        longest: tokens of the longest example of all tiles.
-        reference: the least bytes that the reference needs for the parameters that are not captured.
         totals: kernel -> ``(k, n1 m, n2 m)``, the examples in the batches' order.
     """
 
@@ -133,24 +132,8 @@ class _Tile:
     columns: list[Group]
     budget: float
     signed: bool
-    longest: int
-    reference: float
     held: float = 0.0
     totals: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def whole(cls, request: Request, targets: Targets, leaves: Leaves, plan: Plan, *, signed: bool) -> "_Tile":
-        """All examples."""
-        budget = request.budget(plan.device)
-        longest = max(group.length for group in (*request.rows, *request.columns))
-        tile = cls(request, targets, leaves, plan, request.rows, request.columns, budget, signed, longest, 0.0)
-        refused = {name: p.detach() for name, p in request.model.named_parameters() if name in plan.uncaptured}
-        if refused:
-            count = len({key for name in refused for key in targets.weights.get(name, ())})
-            n1, n2 = tile.size
-            sizes = jacobian.memory(refused, n1, n2, plan.outputs, request.layout, count)
-            tile.reference = sizes[0] + 2 * sizes[1]
-        return tile
 
     def __post_init__(self) -> None:
         self.layout = self.request.layout
@@ -288,10 +271,18 @@ class _Tile:
         return kernels
 
     def _too_little(self) -> MemoryError:
-        room = least_room(self.plan.costs, 2 * self.longest, 2)
+        rows, columns = self.request.rows, self.request.columns
+        room = least_room(self.plan.costs, 2 * max(group.length for group in (*rows, *columns)), 2)
         kernels = self.budget * (1 - _TEMPORARY) - self._room()
         kept = self.held + kernels / (1 - _TEMPORARY)
-        least = max(self.reference, kept + room / (1 - IN_PROGRESS) / (1 - _TEMPORARY))
+        least = kept + room / (1 - IN_PROGRESS) / (1 - _TEMPORARY)
+        parameters = self.request.model.named_parameters()
+        if refused := {name: p.detach() for name, p in parameters if name in self.plan.uncaptured}:
+            # What the reference needs for the parameters that are not captured.
+            count = len({key for name in refused for key in self.targets.weights.get(name, ())})
+            n1, n2 = (sum(len(g.indices) for g in groups) for groups in (rows, columns or rows))
+            sizes = jacobian.memory(refused, n1, n2, self.plan.outputs, self.layout, count)
+            least = max(least, sizes[0] + 2 * sizes[1])
         use = (
             f"fewer examples or outputs{jacobian.smaller_layout(self.layout, self.plan.outputs)}"
             if 2 * kept > least

@@ -11,7 +11,7 @@ on all examples, as many layers at once as fit in memory.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ntk.adapters import Layer, Method, matrix_of
 from ntk.features import Feature, Lookup, Outer
 from ntk.functional import batch_of, call, first_line, requiring_gradients
-from ntk.inputs import Group
+from ntk.inputs import Group, tiles
 from ntk.jacobian import gigabytes
 from ntk.layout import Layout
 from ntk.request import Request
@@ -113,10 +113,11 @@ def adapter_kernels(
             chosen = {name: layers[name] for name in names}
             recorded = [[_run(request, example, chosen) for example in side] for side in sides]
             for name in names:
-                joined = [_joined(name, layers[name], [each.pop(name) for each in side]) for side in recorded]
-                if any(layer.read is not None for layer in joined):
+                records = [[each.pop(name) for each in side] for side in recorded]
+                is_read = any(record.read is not None for side in records for record in side)
+                if is_read:
                     read.add(name)
-                    joined = [_with_read(layer, c) for layer in joined]
+                joined = [_joined(name, layers[name], side, is_read) for side in records]
                 for key, method in methods.items():
                     if method.adapts(name):
                         total = kernels.setdefault(key, torch.zeros(shape, dtype=like.dtype, device=like.device))
@@ -135,17 +136,9 @@ def _kernels(method: Method, layers: Sequence[Layer], layout: Layout) -> Iterato
         yield layout.kernel(gram(features, sides[0][1], split, layout), layers[0].feature.shape[1])
 
 
-def _with_read(layer: Layer, c: int) -> Layer:
-    """The layer with zeros for reads if no example reads its weight."""
-    if layer.read is not None:
-        return layer
-    return replace(layer, read=layer.y.new_zeros(layer.feature.tokens.n, c, layer.y.shape[-1]))
-
-
 def _examples(groups: Sequence[Group]) -> list[Group]:
     """Each example alone, in their order."""
-    examples = {i: group.take(slice(k, k + 1)) for group in groups for k, i in enumerate(group.indices)}
-    return [examples[i] for i in sorted(examples)]
+    return sorted((one for (one,) in tiles(groups, 1)), key=lambda one: one.indices)
 
 
 def _batches(sizes: Mapping[str, int], room: float) -> Iterator[list[str]]:
@@ -264,14 +257,14 @@ def _read(w: _Watched, gradients: Mapping[int, list[Tensor | None]], dtype: torc
     return total
 
 
-def _joined(name: str, module: nn.Module, records: Sequence[_Record]) -> Layer:
-    """The layer on all examples of one side."""
+def _joined(name: str, module: nn.Module, records: Sequence[_Record], is_read: bool) -> Layer:
+    """The layer on all examples of one side; ``is_read`` if the model reads its weight, for an example of either."""
     weight, bias = matrix_of(module)
     g = torch.cat([p.g for p in records], dim=1)
     counts = torch.tensor([p.g.shape[1] for p in records], device=g.device)
     tokens = Tokens(len(records), torch.arange(len(records), device=g.device).repeat_interleave(counts))
     read = None
-    if any(p.read is not None for p in records):
+    if is_read:
         zeros = g.new_zeros(len(g), g.shape[-1])
         read = torch.stack([zeros if p.read is None else p.read for p in records])
     y = torch.cat([p.y for p in records])
@@ -291,13 +284,12 @@ def _watching(layers: Mapping[str, nn.Module]) -> Iterator[list[_Watched]]:
     """Record what layers are given and return; outside of their calls the model reads copies of their parameters."""
     watched = [_Watched(name, module) for name, module in layers.items()]
     hooks = []
-    own = [(owner, name, p) for w in watched for owner, name, p in _parameters(w.module)]
+    own = {key: p for w in watched for key, p in _parameters(w.module).items()}
     try:
         for w in watched:
-            for owner, name, p in _parameters(w.module):
-                w.copies[owner, name] = nn.Parameter(p.detach(), requires_grad=p.is_floating_point())
+            inside = {key: own[key] for key in _parameters(w.module)}
+            w.copies = {key: nn.Parameter(p.detach(), requires_grad=p.is_floating_point()) for key, p in inside.items()}
             _put(w.copies)
-            inside = {(owner, name): p for owner, name, p in own if (owner, name) in w.copies}
             hooks.append(w.module.register_forward_pre_hook(partial(_enter, w, inside), with_kwargs=True))
             hooks.append(w.module.register_forward_hook(partial(_leave, w)))
         for w in watched:
@@ -306,22 +298,22 @@ def _watching(layers: Mapping[str, nn.Module]) -> Iterator[list[_Watched]]:
     finally:
         for hook in hooks:
             hook.remove()
-        for owner, name, p in own:
-            owner._parameters[name] = p
+        _put(own)
 
 
-def _parameters(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    return [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
+_Parameters = Mapping[tuple[nn.Module, str], nn.Parameter]  # by their owner and their name in it
 
 
-def _put(parameters: Mapping[tuple[nn.Module, str], nn.Parameter]) -> None:
+def _parameters(module: nn.Module) -> _Parameters:
+    return {(m, name): p for m in module.modules() for name, p in m._parameters.items() if p is not None}
+
+
+def _put(parameters: _Parameters) -> None:
     for (owner, name), p in parameters.items():
         owner._parameters[name] = p
 
 
-def _enter(
-    w: _Watched, inside: Mapping[tuple[nn.Module, str], nn.Parameter], module: nn.Module, args: tuple, kwargs: dict
-) -> tuple[tuple, dict]:
+def _enter(w: _Watched, inside: _Parameters, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     _put(inside)
     if isinstance(module, nn.Embedding):
         w.calls.append((None, torch.empty(0)))

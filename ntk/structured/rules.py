@@ -66,13 +66,13 @@ def _matrix(dependence: Dependence, x: Tensor, weight: Tensor, *, rows_first: bo
     return weight, lambda g: formed(outer(g, not rows_first), weight.shape)
 
 
-def _affine(dependence: Dependence, x: Any, weight: Any, bias: Any, *, rows_first: bool) -> Uses:
-    """A product of data and a matrix, and a bias."""
+def _affine(dependence: Dependence, x: Any, weight: Any, bias: Any, of_weight: Callable[[], Any]) -> Uses:
+    """The uses in an operation on data by a weight, whose use ``of_weight`` makes, and a bias that is added."""
     if dependence.is_derived(x):
         raise Unsuitable
     uses: Uses = []
     if dependence.is_derived(weight):
-        uses.append(_matrix(dependence, x, weight, rows_first=rows_first))
+        uses.append(of_weight())
     if dependence.is_derived(bias):
         uses.append((bias, partial(summed, bias.shape)))
     return uses
@@ -82,20 +82,20 @@ def _linear(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -
     x, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
     if weight.ndim != 2:
         raise Unsuitable
-    return _affine(dependence, x, weight, bias, rows_first=True)
+    return _affine(dependence, x, weight, bias, partial(_matrix, dependence, x, weight, rows_first=True))
 
 
 def _addmm(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
     bias, x, weight = _bind(("input", "mat1", "mat2"), args, kwargs)
     if len(args) > 3 or set(kwargs) - {"input", "mat1", "mat2"}:
         raise Unsuitable
-    return _affine(dependence, x, weight, bias, rows_first=False)
+    return _affine(dependence, x, weight, bias, partial(_matrix, dependence, x, weight, rows_first=False))
 
 
 def _matmul(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
     if len(args) != 2 or not dependence.is_derived(args[1]) or args[1].ndim != 2:
         raise Unsuitable
-    return _affine(dependence, *args, None, rows_first=False)
+    return _affine(dependence, *args, None, partial(_matrix, dependence, *args, rows_first=False))
 
 
 def _embedding(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
@@ -161,23 +161,20 @@ def times(shape: torch.Size, factor: Any, g: Gradients) -> Dense:
 
 def _layer_norm(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
     x, shape, weight, bias, eps = _bind(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
-    return _norm(dependence, lambda: F.layer_norm(x.detach(), shape, eps=1e-5 if eps is None else eps), x, weight, bias)
+
+    def feature(g: Gradients) -> Dense:
+        return times(weight.shape, F.layer_norm(x.detach(), shape, eps=1e-5 if eps is None else eps), g)
+
+    return _affine(dependence, x, weight, bias, lambda: (weight, feature))
 
 
 def _rms_norm(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
     x, shape, weight, eps = _bind(("input", "normalized_shape", "weight", "eps"), args, kwargs)
-    return _norm(dependence, lambda: F.rms_norm(x.detach(), shape, eps=eps), x, weight, None)
 
+    def feature(g: Gradients) -> Dense:
+        return times(weight.shape, F.rms_norm(x.detach(), shape, eps=eps), g)
 
-def _norm(dependence: Dependence, normalized: Callable[[], Tensor], x: Any, weight: Any, bias: Any) -> Uses:
-    if dependence.is_derived(x):
-        raise Unsuitable
-    uses: Uses = []
-    if dependence.is_derived(weight):
-        uses.append((weight, lambda g: times(weight.shape, normalized(), g)))
-    if dependence.is_derived(bias):
-        uses.append((bias, partial(summed, bias.shape)))
-    return uses
+    return _affine(dependence, x, weight, None, lambda: (weight, feature))
 
 
 def summed(shape: torch.Size, g: Gradients, *, sign: int = 1) -> Dense:

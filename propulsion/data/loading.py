@@ -1,8 +1,6 @@
 """The examples of a task, from files, the Hugging Face hub or the package: checked, and drawn at random."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from propulsion.data.sources import Source, source_of
 from propulsion.data.tables import Columns, Row
 from propulsion.data.tasks import Task, get_task
 from propulsion.errors import UserError, listed, together
+from propulsion.identity import content_identity
 
 SPLITS = ("train", "validation")
 
@@ -99,7 +98,7 @@ def load_task_data(
     sets = {split: to_dataset(entry, columns) for split, columns in rows.items()}
     return TaskData(
         task=entry, train=sets["train"], validation=sets["validation"], source=f"{source.origin}; {', '.join(notes)}",
-        fingerprint=_fingerprint(rows | ({"streamed": source.origin} if streaming else {})),
+        fingerprint=content_identity(rows | ({"streamed": source.origin} if streaming else {})),
         stream=_stream(entry, source, n_train) if streaming else None,
         origins=tuple(Origin(sets[split], name, locations) for split, (_, name, locations, _) in zip(sizes, splits)),
     )  # fmt: skip
@@ -182,7 +181,3 @@ def _stream(task: Task, source: Source, n: int | None) -> IterableDataset:
 
     source.stream("train")  # Raises now if the rows cannot be opened.
     return IterableDataset.from_generator(rows, features=kind_of(task).features(task))
-
-
-def _fingerprint(rows: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

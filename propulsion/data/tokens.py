@@ -1,8 +1,6 @@
 """Rows as the inputs of a model: tokenized, checked against its limits, and cached."""
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from propulsion.data.loading import TaskData
 from propulsion.data.tables import Columns
 from propulsion.data.tasks import Task
 from propulsion.errors import Problems, Unusable, listed, together
-from propulsion.identity import tokenizer_identity
+from propulsion.identity import content_identity, tokenizer_identity
 
 _BATCH = 256  # Streamed rows tokenized at once.
 
@@ -117,7 +115,8 @@ def tokenize_cached(
         streamed = partial(_encode_streamed, encode)
         return data.stream.map(streamed, with_indices=True, batch_size=_BATCH, **options)
     folder = cache_dir or Path(config.HF_DATASETS_CACHE) / "propulsion-tokenized"
-    key = _tokens_key(data, tokenizer, limits)
+    lengths = limits.max_length, limits.max_target_length
+    key = content_identity([data.fingerprint, data.task.name, tokenizer_identity(tokenizer), *lengths])[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = str(folder / f"{key}.arrow")
@@ -150,10 +149,3 @@ def _without_progress_bar() -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-
-
-def _tokens_key(data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> str:
-    identity = (
-        data.fingerprint, data.task.name, tokenizer_identity(tokenizer), limits.max_length, limits.max_target_length,
-    )  # fmt: skip
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

@@ -9,6 +9,7 @@ This file is copied beside the models that it saves, so that transformers alone 
 """
 
 import inspect
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -73,23 +74,6 @@ class PooledConfig(PreTrainedConfig):
         self.body_config, self.pooling = body, pooling
 
 
-class PooledHead(nn.Module):
-    """Dropout and a linear layer.
-
-    The name of its weight is not that of the families' one-layer heads, so that loading an adapter with this head onto
-    one of their models gives a warning.
-    """
-
-    def __init__(self, width: int, num_labels: int, dropout: float):
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.out_proj = nn.Linear(width, num_labels)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Outputs of vectors."""
-        return self.out_proj(self.dropout(pooled))
-
-
 class PooledClassifier(PreTrainedModel):
     """A classifier or regressor on the mean, or the first, of the last hidden states of a body.
 
@@ -129,7 +113,11 @@ class PooledClassifier(PreTrainedModel):
         setattr(self, self.base_model_prefix, body)
         # Families with another name for the width map it to this one.
         width: int = body.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue]
-        self.classifier = PooledHead(width, self.num_labels, _dropout(body.config))
+        dropouts = (getattr(body.config, name, None) for name in _DROPOUTS)
+        dropout = nn.Dropout(float(next((value for value in dropouts if value is not None), 0.0)))
+        # The weight's name is not that of the families' one-layer heads, so that loading an adapter with this head onto
+        # one of their models gives a warning.
+        self.classifier = nn.Sequential(OrderedDict(dropout=dropout, out_proj=nn.Linear(width, self.num_labels)))
         inputs = inspect.signature(body.forward).parameters
         self._takes_past, self._takes_cache = "past_key_values" in inputs, "use_cache" in inputs
         self.post_init()
@@ -237,11 +225,6 @@ def _remove_pooler(body: Any) -> None:
     # Bodies that can be made without a pooler skip it if it is None; others call it always.
     optional = "add_pooling_layer" in inspect.signature(type(body).__init__).parameters
     body.pooler = None if optional else nn.Identity()
-
-
-def _dropout(config: PreTrainedConfig) -> float:
-    values = (getattr(config, name, None) for name in _DROPOUTS)
-    return float(next((value for value in values if value is not None), 0.0))
 
 
 PooledConfig.register_for_auto_class()

@@ -167,13 +167,9 @@ def _longer(output: Path, stored: Mapping[str, Any], identity: Mapping[str, Any]
     """Whether a run is longer than the one in its folder."""
     steps, before = identity["max_steps"], stored["max_steps"]
     if steps > 0:
-        return steps > (before if before >= 0 else _done(output))
+        taken = max(steps_of(latest_checkpoint(output)), (result_of(output) or {"steps": 0})["steps"])
+        return steps > (before if before >= 0 else taken)
     return steps == before and identity["num_train_epochs"] > stored["num_train_epochs"]
-
-
-def _done(output: Path) -> int:
-    """Number of steps that have been taken, by the last checkpoint and the result."""
-    return max(steps_of(latest_checkpoint(output)), (result_of(output) or {"steps": 0})["steps"])
 
 
 def _to_go_on_from(output: Path, identity: Mapping[str, Any]) -> int:
