@@ -31,14 +31,11 @@ def select_parameters(model: nn.Module, params: ParameterChoice = "all") -> Para
     Raises:
         ValueError: an unknown choice, no parameter selected, or a selected one that is not real and floating-point.
     """
-    if params == "all":
-        chosen = dict(model.named_parameters())
-    elif params == "trainable":
-        chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    elif callable(params):
-        chosen = {name: p for name, p in model.named_parameters() if params(name, p)}
-    else:
+    known = {"all": lambda name, p: True, "trainable": lambda name, p: p.requires_grad}
+    choose = known.get(params) if isinstance(params, str) else params
+    if not callable(choose):
         raise ValueError(f"params must be 'all', 'trainable' or a predicate (name, parameter) -> bool; got {params!r}")
+    chosen = {name: p for name, p in model.named_parameters() if choose(name, p)}
     if not chosen:
         raise ValueError(
             f"params={params!r} selects none of the model's parameters; their names are in model.named_parameters()"

@@ -154,9 +154,6 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-# --- our own methods ------------------------------------------------------------------------------------------------
-
-
 _OWN: dict[str, Callable[[str, bool], bool]] = {
     "full": lambda name, in_head: True,
     "bitfit": lambda name, in_head: in_head or name.endswith("bias"),
@@ -180,8 +177,6 @@ def _apply_own(model: PreTrainedModel, name: str, head: list[str]) -> None:
 def _is_in(name: str, modules: Iterable[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
 
-
-# --- peft's methods -------------------------------------------------------------------------------------------------
 
 _RESERVED = ("task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path")
 

@@ -38,13 +38,12 @@ from propulsion.methods import Method, apply_method, check_name, parse_options, 
 from propulsion.pretrained import fingerprint, load_model, pooling_of
 from propulsion.training import run_folder
 from propulsion.training.checkpoints import latest_checkpoint
-from propulsion.training.config import TrainConfig, identity, training_arguments
+from propulsion.training.config import TrainConfig, check_reporting, identity, training_arguments
 from propulsion.training.evaluation import Evaluation
 from propulsion.training.learning_rates import Rates, RoleRate, describe_rates, model_degree, parameter_groups
 from propulsion.training.measured_rates import with_measured
 from propulsion.training.nothing_learnt import signs
 from propulsion.training.presets import PRESETS, describe, get_preset
-from propulsion.training.reporting import check_reporting
 from propulsion.training.sharding import check_sharding, prepare_sharding
 from propulsion.training.trainer import WITHOUT_OVERWRITE, TaskTrainer, isolated_randomness
 
@@ -242,8 +241,6 @@ def _measured(
     config: TrainConfig, rates: Rates, stored: dict[str, RoleRate] | None, model: Any, encoded: Any, collator: Any
 ) -> Rates:
     """The rates, with automatic ones from the run's folder, or measured now by one process for all."""
-    if not rates.automatic:
-        return rates
     if stored is not None:
         return dataclasses.replace(rates, measured=stored)
     measured = [rates]
@@ -301,9 +298,6 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
         return training_arguments(config, **(values | more))
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"options that do not go together: {one_line(error)}") from error
-
-
-# --- the command ----------------------------------------------------------------------------------------------------
 
 
 def main(config: TrainConfig) -> None:

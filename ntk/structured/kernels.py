@@ -157,10 +157,9 @@ class _Tile:
         self._passes(segments, [*rows, *columns])
         kernels = {key: self._in_order(total, rows, columns) for key, total in self.totals.items()}
         self.totals.clear()
-        for name in self.leaves:
-            for key in self.targets.weights.get(name, ()) if name not in self.plan.uncaptured else ():
-                if key not in kernels:
-                    kernels[key] = self._zeros()
+        for name in self.leaves.keys() - self.plan.uncaptured.keys():
+            for key in self.targets.weights.get(name, {}).keys() - kernels.keys():
+                kernels[key] = self._zeros()
         return kernels
 
     def _passes(self, segments: list[Segment], batches: list[Group]) -> None:

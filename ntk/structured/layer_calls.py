@@ -241,7 +241,7 @@ def _read(w: _Watched, gradients: Mapping[int, list[Tensor | None]], dtype: torc
     used = {key: p for key, p in w.copies.items() if any(g is not None for g in gradients[id(p)])}
     if not used:
         return None
-    total: Tensor | int = 0
+    products = []
     for (owner, name), p in used.items():
         if owner is not w.module or name not in ("weight", "bias"):
             raise NotImplementedError(
@@ -252,9 +252,8 @@ def _read(w: _Watched, gradients: Mapping[int, list[Tensor | None]], dtype: torc
         product = rows * p.detach().to(dtype)
         if name == "weight":
             product = product.sum(dim=2 if isinstance(w.module, nn.Linear) else 1)
-        total = total + product
-    assert isinstance(total, Tensor)
-    return total
+        products.append(product)
+    return sum(products[1:], start=products[0])
 
 
 def _joined(name: str, module: nn.Module, records: Sequence[_Record], is_read: bool) -> Layer:

@@ -58,8 +58,6 @@ def _merge(held: list[Pending]) -> Pending:
         values = []
         for pending in held:
             first, *others = (f.value for f in pending.features[batch] if isinstance(f, Dense))
-            for other in others:
-                first = first + other
-            values.append(first.reshape(*first.shape[:2], pending.shape.numel()))
+            values.append(sum(others, start=first).reshape(*first.shape[:2], pending.shape.numel()))
         features[batch] = [Dense(torch.cat(values, dim=-1))]
     return Pending(torch.Size((sum(pending.shape.numel() for pending in held),)), held[0].weights, features)

@@ -90,10 +90,9 @@ def run(
                 values = call(request.model, request.output, batch, n)
             except SegmentEnd:
                 values = None
-        mixing = reads = None
+        mixing, reads = None, ()
         if proof is not None and values is not None:
-            reads = tuple(proof.reads)
-            mixing = proof.why
+            mixing, reads = proof.why, tuple(proof.reads)
             if mixing is None and not proof.in_order(values):
                 mixing = "its forward pass may mix the examples of a batch"
             elif mixing is None and not follows_torch(values):
@@ -117,7 +116,7 @@ def run(
         _backward(capture, leaves, ends, missed, below)
     capture.roots.clear()
     capture.kept.clear()
-    return Pass(leaves, capture, values, missed, below, mixing or _leaking(capture, group), reads or ())
+    return Pass(leaves, capture, values, missed, below, mixing or _leaking(capture, group), reads)
 
 
 def _backward(
@@ -128,16 +127,15 @@ def _backward(
     below: dict[Origin, Tensor],
 ) -> None:
     """Run one backward pass for each output; add to what was missed, and to the gradients below."""
-    targets = [*capture.roots, *leaves.values(), *capture.cut.values()]
+    targets = [*leaves.values(), *capture.cut.values(), *capture.roots]
     for a, (tensors, gradients) in enumerate(ends):
         capture.output = a
-        received = torch.autograd.grad(
-            tensors, targets, gradients, retain_graph=a + 1 < len(ends), allow_unused=True
-        )[len(capture.roots) :]  # fmt: skip
-        for name, gradient in zip(leaves, received, strict=False):
+        again = a + 1 < len(ends)
+        received = torch.autograd.grad(tensors, targets, gradients, retain_graph=again, allow_unused=True)
+        for name, gradient in zip(leaves, received):
             if gradient is not None and bool((gradient != 0).any()):
                 missed.setdefault(name, "a gradient reached it by a way that was not captured")
-        for origin, gradient in zip(capture.cut, received[len(leaves) :], strict=True):
+        for origin, gradient in zip(capture.cut, received[len(leaves) :]):
             if gradient is not None:
                 if origin not in below:
                     below[origin] = gradient.new_zeros(capture.outputs, *gradient.shape)

@@ -76,7 +76,7 @@ class _Hub(Source):
 
     def _rows(self, split: str, **options: Any) -> tuple[str, Iterator[Row]]:
         task = self.task
-        hub_split = task.train_split if split == "train" else task.validation_split
+        hub_split = split if split == "train" else task.validation_split
         assert task.hub_path is not None
         try:
             rows: Any = datasets.load_dataset(

@@ -27,7 +27,6 @@ class Task:
         label_range: Smallest and largest label of a regression; None for any other kind.
         hub_config: Configuration of `hub_path`, if it has several.
         validation_split: Name of the labelled held-out split.
-        train_split: Name of the training split.
         kind: One of `KINDS`; a regression if there is a label range.
         label_column: Column of the label, the tags, the answers, or the summary.
         hub_path: Name of the dataset on the hub; None if it is not there.
@@ -44,7 +43,6 @@ class Task:
     label_range: tuple[float, float] | None = None
     hub_config: str | None = None
     validation_split: str = "validation"
-    train_split: str = "train"
     kind: str = "classification"
     label_column: str = "label"
     hub_path: str | None = None

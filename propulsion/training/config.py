@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import tyro
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import integration_utils
 
 from propulsion.data import Limits, TaskData
 from propulsion.errors import UserError
@@ -59,22 +61,43 @@ class TrainingOptions:
         "max_steps": 1, "per_device_train_batch_size": 1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0,
         "seed": 0,
     }  # fmt: skip
-    """The least value of an option."""
+    """The least value of an option that has one."""
+    POSITIVE: ClassVar[tuple[str, ...]] = ("rate_multiplier",)
+    """Options that must be above 0 and finite."""
 
     def __post_init__(self) -> None:
         for name, least in self.LEAST.items():
-            if not getattr(self, name) >= least:
-                raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}")
+            if (value := getattr(self, name)) is not None and not value >= least:
+                raise UserError(f"{name} is {value}, expected at least {least}")
+        for name in self.POSITIVE:
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+                raise UserError(f"{name} is {value}, expected a number above 0")
         for name in ("learning_rate", "head_learning_rate"):
             if not is_rate(getattr(self, name)):
                 raise UserError(f"{name} is {getattr(self, name)}, expected a number above 0, auto or None")
-        if not 0 < self.rate_multiplier < float("inf"):
-            raise UserError(f"rate_multiplier is {self.rate_multiplier}, expected a number above 0")
         if not self.seed < 2**32:
             raise UserError(f"seed is {self.seed}, expected less than 2**32")
         for name, known in (("lr_scheduler_type", _SCHEDULES), ("train_sampling_strategy", _ORDERS)):
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+
+
+def check_reporting(report_to: Sequence[str]) -> None:
+    """Make sure that every reporter is installed.
+
+    Raises:
+        UserError: One is not installed, or there is no such reporter.
+    """
+    known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+    for name in report_to:
+        if name in ("none", "all"):
+            if len(report_to) > 1:
+                raise UserError(f"report_to {name} stands alone: give it, or names of reporters")
+        elif name not in known:
+            raise UserError(f"cannot report to {name!r}: choose none, all, {', '.join(known)}")
+        # Where transformers has no function of this name, the reporter's own callback raises.
+        elif not getattr(integration_utils, f"is_{name}_available", lambda: True)():
+            raise UserError(f"cannot report to {name}: it is not installed here (pip install {name})")
 
 
 _SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
@@ -183,18 +206,13 @@ class TrainConfig(TrainingOptions, Subject):
 
     LEAST: ClassVar[dict[str, float]] = TrainingOptions.LEAST | {
         "max_steps": -1, "per_device_eval_batch_size": 1, "eval_steps": 1, "gradient_accumulation_steps": 1,
-        "save_steps": 1, "logging_steps": 1, "max_target_length": 1, "generation_num_beams": 1,
+        "save_steps": 1, "logging_steps": 1, "max_target_length": 1, "generation_num_beams": 1, "save_total_limit": 1,
+        "generation_max_length": 1,
     }  # fmt: skip
+    POSITIVE: ClassVar[tuple[str, ...]] = ("rate_multiplier", "num_train_epochs", "early_stopping_patience")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_train_epochs", "early_stopping_patience"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"{name} is {value}, expected a number above 0")
-        for name in ("save_total_limit", "generation_max_length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}, expected at least 1")
         if self.streaming and self.max_steps < 0:
             raise UserError("streamed rows have no end that is known: give max_steps")
         if "epoch" in (self.eval_strategy, self.save_strategy) and self.eval_strategy != self.save_strategy != "no":

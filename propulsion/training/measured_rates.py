@@ -292,9 +292,6 @@ def _task_loss(model: nn.Module, row: Batch) -> Any:
     return inner if same else model
 
 
-# --- restoring the model --------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _as_found(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, and restore modes, gradients and random states afterwards."""

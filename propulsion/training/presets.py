@@ -124,7 +124,6 @@ def describe(preset: Preset) -> str:
     words = []
     for name, value in preset.options.items():
         values = value if isinstance(value, tuple) else (value,)
-        words.append(
-            f"--{name.replace('_', '-')} {' '.join(v if isinstance(v, str) else json.dumps(v) for v in values)}"
-        )
+        shown = " ".join(v if isinstance(v, str) else json.dumps(v) for v in values)
+        words.append(f"--{name.replace('_', '-')} {shown}")
     return f"{preset.name}\n  {' '.join(words)}\n  {preset.notes}"

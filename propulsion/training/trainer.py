@@ -133,8 +133,6 @@ class TaskTrainer(Trainer):
         kept = f"; the last good checkpoint is {last}" if last else ""
         return Diverged(f"training diverged: {what} at step {step}{kept}; {REMEDY}")
 
-    # --- evaluation -------------------------------------------------------------------------------------------------
-
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Compute and log the task's metrics."""
         assert self._score is not None
@@ -144,8 +142,6 @@ class TaskTrainer(Trainer):
         self.log(dict(metrics))  # A copy, since logging adds the epoch.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
