@@ -278,6 +278,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         watched = base._forward_hooks or "forward" in vars(base) or nn.modules.module._global_forward_hooks
         return _is_torchs_own(base) and not watched and output.is_contiguous() and output.is_floating_point()
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold z^k into the weight and bias: W' = diag(z^k) W, b' = z^k * b.
 
@@ -291,27 +292,32 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
                 The layer is then unchanged.
         """
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.propulsion_z]
-        if not adapter_names:
+        scale, whole = self.scale(adapter_names), self.scale([*self.merged_adapters, *adapter_names])
+        if scale is None or whole is None:
             return
         base = self.get_base_layer()
-        self._check_mergeable(base, adapter_names)
+        self._check_mergeable(base, scale)
         quantised.gather(base)
         # A further merge starts from the unmerged weight, so that the weight is rounded once.
         unmerged = self._unmerged or {
             name: parameter for name in ("weight", "bias") if (parameter := getattr(base, name, None)) is not None
         }
-        adapter_names = [*self.merged_adapters, *adapter_names]
-        merged = self._scaled(unmerged, adapter_names)
+        merged = {
+            name: quantised.scaled(p, whole)
+            if quantised.is_quantised(p)
+            else nn.Parameter(self._times(name, p, whole), requires_grad=p.requires_grad)
+            for name, p in unmerged.items()
+        }
         if safe_merge and not all(quantised.is_finite(value) for value in merged.values()):
             raise ValueError(
                 # peft's own words, which its users search for.
                 f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken: z or the "
                 f"weight is, or z^k overflows {unmerged['weight'].dtype}. Nothing was merged"
             )
-        self._check_follows(base, merged, adapter_names)
+        self._check_follows(base, merged, scale)
         self._put(base, merged)
         self._unmerged = unmerged
-        self.merged_adapters = adapter_names
+        self.merged_adapters = [*self.merged_adapters, *adapter_names]
 
     def unmerge(self) -> None:
         """Put the weight and bias back that `merge` replaced, bit for bit."""
@@ -330,26 +336,12 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self._unmerged = {}
         self.merged_adapters = []
 
-    @torch.no_grad()
-    def _scaled(self, parameters: dict[str, nn.Parameter], adapter_names: list[str]) -> dict[str, nn.Parameter]:
-        """The weight and bias times the scale, as new parameters."""
-        scale = self.scale(adapter_names)
-        assert scale is not None
-        return {
-            name: quantised.scaled(p, scale)
-            if quantised.is_quantised(p)
-            else nn.Parameter(self._times(name, p, scale), requires_grad=p.requires_grad)
-            for name, p in parameters.items()
-        }
-
     def _put(self, base: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         for name, parameter in parameters.items():
             setattr(base, name, parameter)
 
-    @torch.no_grad()
-    def _check_mergeable(self, base: nn.Module, adapter_names: list[str]) -> None:
-        weight, scale = self.base_weight, self.scale(adapter_names)
-        assert scale is not None
+    def _check_mergeable(self, base: nn.Module, scale: Tensor) -> None:
+        weight = self.base_weight
         if quantised.is_quantised(weight) and (reason := quantised.obstacle(weight, scale, self.weight_axis)):
             raise ValueError(
                 f"expected a weight to merge into, got a quantised {type(base).__name__} of dtype {weight.dtype}: "
@@ -370,15 +362,11 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         """An input to test the forward of a layer's own class with; None if no input is known."""
         return None
 
-    @torch.no_grad()
-    def _check_follows(self, base: nn.Module, merged: dict[str, nn.Parameter], adapter_names: list[str]) -> None:
+    def _check_follows(self, base: nn.Module, merged: dict[str, nn.Parameter], scale: Tensor) -> None:
         """Test the merged weight on a layer with a forward of its own, which may do more than multiply by it."""
         x = None if _is_torchs_own(base) or quantised.is_quantised(self.base_weight) else self.probe()
         if x is None:
             return
-        names = [name for name in adapter_names if name not in self.merged_adapters]
-        scale = self.scale(names)
-        assert scale is not None
         current, training = {name: getattr(base, name) for name in merged}, base.training
         try:
             expected = base.eval()(x) * scale.to(x.device)

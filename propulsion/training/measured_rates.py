@@ -237,20 +237,17 @@ class _Probe:
         for first in range(1 if look else len(self._batches)):
             with _restored(parameters):
                 optimizer = torch.optim.Adam(parameters.values(), lr=rate)
-                changes.append(self._change_by_step(parameters, optimizer, first, self._start))
+                self.step(parameters, optimizer, first)
+                changes.append(self._start.change(self._look()))
                 if look:
                     optimizer.param_groups[0]["lr"] = STRIDE * rate
                     for batch in range(1, look + 1):
                         self.step(parameters, optimizer, batch)
                     optimizer.param_groups[0]["lr"] = rate
-                    changes.append(self._change_by_step(parameters, optimizer, look + 1, self._look()))
+                    before = self._look()
+                    self.step(parameters, optimizer, look + 1)
+                    changes.append(before.change(self._look()))
         return (max(changes) if look else float(np.mean(changes))) / self.loss
-
-    def _change_by_step(
-        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, batch: int, before: "_Look"
-    ) -> float:
-        self.step(parameters, optimizer, batch)
-        return before.change(self._look())
 
 
 @dataclass(frozen=True)
