@@ -76,6 +76,17 @@ class Call:
         if not alike(t.detach().unflatten(axis, (-1, self.n, self.m)), axis + 1):
             raise Lost
 
+    def agrees(self, t: Tensor, axis: int) -> None:
+        """Make sure that a tensor has the examples along this axis, or is a constant that is the same for all of them.
+
+        Raises:
+            Lost: it does neither.
+        """
+        if self.constant(t):
+            self.uniform(t, axis)
+        elif self.axis(t) != axis:
+            raise Lost
+
 
 def alike(t: Tensor, axis: int) -> bool:
     """Whether a tensor is constant along an axis."""

@@ -20,18 +20,12 @@ def pointwise(call: Call) -> int:
 
 
 def _aligned(call: Call, tensors: list[Tensor], result: Tensor) -> int:
-    position = None
-    for t in tensors:
-        axis = call.axis(t)
-        if axis is not None:
-            if position not in (None, axis - t.ndim):
-                raise Lost
-            position = axis - t.ndim
-    if position is None:
+    positions = {call.axis_of(t) - t.ndim for t in tensors if not call.constant(t)}
+    if len(positions) != 1:
         raise Lost
+    (position,) = positions
     for t in tensors:
-        if call.axis(t) is None:
-            call.uniform(t, t.ndim + position)
+        call.agrees(t, t.ndim + position)
     return result.ndim + position
 
 
@@ -64,8 +58,7 @@ def batched_product(call: Call) -> int:
     axes = call.axis(a), call.axis(b)
     if set(axes) <= {0, None}:
         for t in (a, b):
-            if call.constant(t):
-                call.uniform(t, 0)
+            call.agrees(t, 0)
         axis = 0
     elif axes in ((1, None), (None, 2)):
         axis = 1 if axes[1] is None else 2
@@ -83,11 +76,7 @@ def _factors(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def _with_added(call: Call, axis: int, added: Tensor | None) -> int:
     if added is not None:
-        position = axis - call.first.ndim
-        if call.constant(added):
-            call.uniform(added, added.ndim + position)
-        elif call.axis(added) != added.ndim + position:
-            raise Lost
+        call.agrees(added, added.ndim + axis - call.first.ndim)
     return axis
 
 
@@ -124,10 +113,9 @@ def examples_first(call: Call) -> int:
     """Attention, pooling, resampling: tensors of the rank of the first have the examples along their first axis."""
     x, *others = call.tensors
     for t in (x, *others):
-        axis = call.axis(t)
-        if axis is None and t.ndim == x.ndim:
-            call.uniform(t, 0)
-        elif axis not in (0, None) or (axis == 0 and t.ndim != x.ndim):
+        if t.ndim == x.ndim:
+            call.agrees(t, 0)
+        elif not call.constant(t):
             raise Lost
     return 0
 
@@ -223,10 +211,10 @@ def index_put(call: Call) -> int:
     axes = {axis for axis in (call.axis(x), call.axis(mask)) if axis is not None}
     if len(axes) != 1:
         raise Lost
+    (axis,) = axes
     for t in (x, mask):
-        if call.constant(t):
-            call.uniform(t, next(iter(axes)))
-    return axes.pop()
+        call.agrees(t, axis)
+    return axis
 
 
 def cat(call: Call) -> int:
@@ -281,10 +269,7 @@ def recurrent(call: Call) -> int:
     if call.axis(x) != 1 or call["batch_sizes"]:
         raise Lost
     for t in (state, memory):
-        if call.constant(t):
-            call.uniform(t, t.ndim - 2)
-        elif call.axis(t) != t.ndim - 2:
-            raise Lost
+        call.agrees(t, t.ndim - 2)
     if not call.constant(*(t for t in call.tensors if t is not x and t is not state and t is not memory)):
         raise Lost
     return 1
