@@ -76,11 +76,6 @@ def adapter_kernels(
 ) -> tuple[dict[str, Tensor], set[str]]:
     """The kernels of what methods add to layers, ``{method: (n1, n2, ...)}``, for the methods that adapt any of them.
 
-    Args:
-        request: the model and its examples.
-        layers: by the names of their modules.
-        methods: by name.
-
     Returns:
         The kernels, and the layers whose weight the model reads outside of their calls, where only methods with
         `in_reads` act.

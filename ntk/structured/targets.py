@@ -135,13 +135,10 @@ def _listed(modules: Any) -> list[str]:
 
 
 def method_kernels(model: nn.Module, methods: Mapping[str, Method], lost: Mapping[str, str] | None = None) -> Targets:
-    """The kernel of each method under its name.
+    """The kernel of each method of the bare model under the method's name.
 
-    Args:
-        model: the bare model.
-        methods: by name.
-        lost: layers at which nothing is captured for the methods. Layers whose weight is not a parameter of the model
-            are added to them.
+    At the layers in ``lost`` nothing is captured for the methods; in the result, layers whose weight is not a parameter
+    of the model are among them.
 
     Raises:
         ValueError: a method trains nothing in this model, or names a module that takes no adapter here.

@@ -114,15 +114,9 @@ def compare(
     single: list[Group],
     segments: Sequence[Segment] = (WHOLE,),
 ) -> Plan:
-    """Compare the captured features of a group with ordinary gradients, of each example alone.
+    """Compare the captured features of a group of one or two examples with ordinary gradients, of each example alone.
 
-    Args:
-        request: the model and its output.
-        leaves: the parameters to capture.
-        targets: what the features are for.
-        group: one or two examples.
-        single: the same examples, each alone.
-        segments: cover the model, from the last to the first.
+    ``single`` holds the same examples, each alone; the segments cover the model, from the last to the first.
     """
     first = next(iter(leaves.values()))
     plan = Plan(0, first.device, accumulation_dtype(leaves), torch.finfo(first.dtype).eps, checked=(group, single))

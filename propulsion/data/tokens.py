@@ -50,14 +50,8 @@ def check_inputs(
 ) -> Dataset | IterableDataset:
     """Training rows as model inputs, after a check that every row of both splits fits the model.
 
-    Streamed training rows that will be needed are read once for this check, and not kept.
-
-    Args:
-        data: The task's data.
-        tokenizer: The tokenizer.
-        limits: Lengths.
-        cached: Whether to use `tokenize_cached`; only for data as they were loaded, which their fingerprint describes.
-        streamed: How many streamed training rows to check.
+    Streamed training rows that will be needed, `streamed` in number, are read once for this check, and not kept. With
+    `cached`, `tokenize_cached` is used: only for data as they were loaded, which their fingerprint describes.
 
     Raises:
         UserError: As `tokenize` does, of rows of both splits together.
@@ -99,12 +93,8 @@ def tokenize_cached(
 ) -> Dataset | IterableDataset:
     """Training rows as model inputs, from an earlier run's file if there is one; streamed rows are encoded lazily.
 
-    Args:
-        data: The task's data.
-        tokenizer: The tokenizer.
-        limits: Lengths.
-        cache_dir: Folder of the files, by default within that of `datasets`. A file's name is a hash of the rows, the
-            tokenizer and the lengths.
+    The files are in `cache_dir`, by default within that of `datasets`, each named by a hash of the rows, the tokenizer
+    and the lengths.
 
     Raises:
         UserError: As `tokenize` does.

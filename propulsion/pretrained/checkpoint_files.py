@@ -13,19 +13,13 @@ from transformers.utils.hub import cached_file
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
-    """Chosen weights of a checkpoint, each read at access.
+    """Chosen weights of a checkpoint, a local folder or hub name, each read at access.
 
     Names that are in no file are left out, since a model's names of weights may differ from those in its files.
     """
 
     def __init__(self, source: str, names: set[str], **options: Any):
-        """Find the files of the weights.
-
-        Args:
-            source: Local folder or hub name.
-            names: The weights.
-            **options: As for `transformers.utils.cached_file`, such as ``subfolder``.
-        """
+        """Find the files of the weights; options are those of `transformers.utils.cached_file`, such as `subfolder`."""
         self._files = {name: file for name, file in _files_by_weight(source, options).items() if name in names}
 
     def __getitem__(self, name: str) -> Tensor:

@@ -252,11 +252,8 @@ _FREE = frozenset(
 def identity(config: TrainConfig, data: TaskData, base: str, adapter: str | None) -> dict[str, Any]:
     """What two runs must have in common for one to resume the other, as JSON has it.
 
-    Args:
-        config: The options.
-        data: The rows.
-        base: Identity of the model's content (`propulsion.identity.model_content`).
-        adapter: Identity of the weights of the adapter that it starts from; None without one.
+    `base` identifies the model's content (`propulsion.identity.model_content`), and `adapter` the weights of the
+    adapter that it starts from; None without one.
     """
     unused = {name for name in _NEWER if getattr(config, name) == getattr(TrainConfig, name)}
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE | unused}

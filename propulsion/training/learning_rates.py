@@ -79,11 +79,7 @@ class Rates:
         return self.head if role == "head" else self.body
 
     def of(self, role: str, degree: float) -> RoleRate:
-        """The rate of a role, times the multiplier.
-
-        Args:
-            role: weight, bias, scale, adapter or head.
-            degree: Degree of the model; 1 without Propulsion.
+        """The rate of a role, times the multiplier, in a model of this degree (1 without Propulsion).
 
         Raises:
             ValueError: The rate is automatic and was not measured.

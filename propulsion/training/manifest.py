@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from propulsion.atomic import beside, json_text, write_json
+from propulsion.atomic import beside, json_text, publish, write_json
 
 MANIFEST = "files.json"
 _FORMAT = 1
@@ -58,6 +58,12 @@ class Manifest:
         self._write((self._read() or {}) | {self._name(path): entry})
         write_json(path, content)
 
+    def publish(self, written: Path, destination: Path) -> None:
+        """List the files below a folder that is complete, and rename it to its place, where nothing is."""
+        files = (path for path in written.rglob("*") if path.is_file())
+        self.record({f"{self._name(destination)}/{path.relative_to(written).as_posix()}": path for path in files})
+        publish(written, destination)
+
     def not_own(self, path: Path) -> list[Path]:
         """Files, links and empty folders at or below a path that are not the program's own."""
         known = self._read() or {}
@@ -100,12 +106,6 @@ class Manifest:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
         return files if good else None
-
-
-def files_below(folder: Path, as_if: str) -> dict[str, Path]:
-    """The files below a folder, as `Manifest.record` takes them if the folder is to be renamed to `as_if`."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {f"{as_if}/{path.relative_to(folder).as_posix()}": path for path in files}
 
 
 def _is_inside(name: str) -> bool:

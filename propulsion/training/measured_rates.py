@@ -78,15 +78,10 @@ def choose_rows(count: int, batch_size: int, seed: int) -> tuple[list[list[int]]
 def with_measured(
     model: nn.Module, rates: Rates, examples: Any, collator: Callable[[list[Any]], Any], *, batch_size: int, seed: int
 ) -> Rates:
-    """The rates, with automatic ones measured on some training rows.
+    """The rates, with automatic ones measured on some training rows, for a model that is ready to be trained.
 
-    Args:
-        model: The model, ready to be trained.
-        rates: How rates are chosen.
-        examples: Encoded training rows: a dataset, from which rows are drawn, or a stream, whose first rows are taken.
-        collator: Makes a batch of rows.
-        batch_size: Rows of a training batch.
-        seed: Seed of the draw.
+    The examples are encoded rows: a dataset, from which rows are drawn by the seed, or a stream, whose first rows are
+    taken. The collator makes a batch of them.
     """
     if not rates.automatic:
         return rates
@@ -104,16 +99,10 @@ def with_measured(
 
 
 def measured(model: nn.Module, rates: Rates, batches: Sequence[Batch], rows: Sequence[Batch]) -> dict[str, RoleRate]:
-    """Measure the automatic rates.
+    """Measure the automatic rates, by training batches with labels and further training rows, each a batch of one.
 
     The model, its mode, its gradients and the random states are restored afterwards. The same arguments give the same
     rates.
-
-    Args:
-        model: The model, ready to be trained.
-        rates: How rates are chosen.
-        batches: Training batches, each with labels, as arguments of the model.
-        rows: Further training rows, each a batch of one.
 
     Returns:
         By role, the rate at which a step changes the loss of a row by the role's share; if that cannot be measured, the

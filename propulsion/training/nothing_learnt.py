@@ -14,11 +14,8 @@ _SPREAD = 0.02  # A regression's predictions count as one number below this shar
 def signs(task: Task, predictions: Sequence[Any], labels: Sequence[Any], losses: Sequence[float]) -> list[str]:
     """The signs that nothing was learnt, one sentence each, with the remedy last; empty if there are none.
 
-    Args:
-        task: The task.
-        predictions: One for every validation row.
-        labels: The right predictions; if they are all the same, one prediction for all rows is no sign.
-        losses: Training losses in order, of every step, or means over equal numbers of steps.
+    Predictions and labels have one entry for every validation row; if all labels are the same, one prediction for all
+    rows is no sign. The training losses are in order, of every step, or means over equal numbers of steps.
     """
     findings = [text for text in (_one_prediction(task, predictions, labels), _no_fall(losses)) if text]
     return [*findings, _remedy(losses)] if findings else []

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from propulsion.adapters import explain_loading, save_base
-from propulsion.atomic import beside, publish
+from propulsion.atomic import beside
 from propulsion.errors import UserError, explained
 from propulsion.pretrained import pooling_of
 from propulsion.training.checkpoints import checkpoints, clear_leftovers, latest_checkpoint, remove_checkpoint, steps_of
 from propulsion.training.learning_rates import RoleRate
-from propulsion.training.manifest import Manifest, files_below
+from propulsion.training.manifest import Manifest
 from propulsion.training.trainer import TaskTrainer
 
 RECORD, RATES, RESULT, PREDICTIONS, MODEL = "run.json", "rates.json", "result.json", "predictions.json", "model"
@@ -210,8 +210,7 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
                 # `claim` has checked this before training; files may have been added since.
                 _refuse_to_lose(manifest, [destination])
                 shutil.rmtree(destination)
-            manifest.record(files_below(partial, destination.name))
-            publish(partial, destination)
+            manifest.publish(partial, destination)
 
 
 def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) -> None:

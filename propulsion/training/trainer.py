@@ -22,7 +22,6 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from propulsion.atomic import publish
 from propulsion.errors import Diverged, UserError, first_line
 from propulsion.methods import update_ranks
 from propulsion.training.checkpoints import (
@@ -34,7 +33,7 @@ from propulsion.training.checkpoints import (
     remove_checkpoint,
 )
 from propulsion.training.learning_rates import Rates, parameter_groups
-from propulsion.training.manifest import Manifest, files_below
+from propulsion.training.manifest import Manifest
 
 REMEDY = "lower the learning rate, or lengthen the warm-up"
 WITHOUT_OVERWRITE = ", without --overwrite-output-dir"
@@ -184,8 +183,7 @@ class TaskTrainer(Trainer):
             if others := manifest.not_own(destination):
                 raise UserError(f"{others[0]} is in the way, and this run did not write it: move it away")
             remove_checkpoint(destination)
-        manifest.record(files_below(written, destination.name))
-        publish(written, destination)
+        manifest.publish(written, destination)
         written.parent.rmdir()
         if self._keep is not None:
             best = Path(self.state.best_model_checkpoint or "")
