@@ -119,13 +119,9 @@ class Gradients:
     def __init__(
         self, by_output: Mapping[int, Tensor], c: int, packing: Packing, real: Mapping[int, Tensor] | None = None
     ):
-        """From the gradients that arrived; the others are zero.
+        """From the gradients ``(n m, ...)`` that arrived, at least one, by the index of an output; the others are zero.
 
-        Args:
-            by_output: index of an output of the network -> gradient ``(n m, ...)``; at least one.
-            c: number of outputs.
-            packing: of the batch.
-            real: index of an output -> which tokens of its gradient are not zero, as far as that is known.
+        ``real`` says which tokens of an output's gradient are not zero, as far as that is known.
         """
         self._by_output, self._c, self._packing, self._real = by_output, c, packing, real or {}
         like = next(iter(by_output.values()))

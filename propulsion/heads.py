@@ -69,13 +69,8 @@ def combined(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]
     The mean of linear heads is the head whose outputs are the means of theirs. The weights must sum to 1, since a head
     has no neutral value that the rest could stand for.
 
-    Args:
-        model: the model with the adapters.
-        adapters: names of the adapters; the mean of a module is over those that have trained it.
-        weights: one for each.
-
     Returns:
-        The state of each module that one of the adapters has trained.
+        The state of each module that some of the adapters have trained; the mean is over those.
 
     Raises:
         ValueError: the weights of the adapters that have trained a module do not sum to 1, or the buffers of their

@@ -61,16 +61,11 @@ def run(
     above: dict[Origin, Tensor] | None = None,
     observe: Callable[[Capture], AbstractContextManager] | None = None,
 ) -> Pass:
-    """Run the passes of one batch.
+    """Run the passes of one batch, and capture the mixing operations of a segment.
 
-    Args:
-        request: the model and its output.
-        leaves: the parameters to capture.
-        group: the batch.
-        layers: whose calls are watched, and whose outputs are held for adapters beside them.
-        segment: the mixing operations to record.
-        above: for all segments except the last, the gradients ``(c, ...)`` at the cut with the next one.
-        observe: makes a context for the forward pass from its capture.
+    The calls of ``layers`` are watched, and their outputs held for adapters beside them. All segments except the last
+    need ``above``, the gradients ``(c, ...)`` at the cut with the next one. ``observe`` makes a context for the forward
+    pass from its capture.
     """
     n = len(group.indices)
     proof = Independence(n) if n > 1 and above is None else None

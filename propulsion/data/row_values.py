@@ -32,12 +32,7 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
 
 
 def text(value: Any, column: str, *, blank: bool = False) -> str:
-    """A value that must be text.
-
-    Args:
-        value: The value.
-        column: Name of its column.
-        blank: Whether the text may be blank.
+    """A value that must be text, and not blank unless that is allowed.
 
     Raises:
         UserError: It is no text, or cannot be written as UTF-8.

@@ -53,10 +53,7 @@ class Declaration:
 
 
 def declared_pooling(source: str) -> Declaration:
-    """Read what a checkpoint declares.
-
-    Args:
-        source: Local folder or hub name.
+    """Read what a checkpoint declares: a local folder, or a hub name.
 
     Raises:
         UserError: A file is damaged, or one that is declared is missing.

@@ -57,16 +57,9 @@ Batch = Mapping[str, Any]
 
 
 def choose_rows(count: int, batch_size: int, seed: int) -> tuple[list[list[int]], list[int]]:
-    """The training rows that rates are measured on.
+    """The training rows, of `count`, that rates are measured on: those of each batch to step on, and further ones.
 
-    Args:
-        count: Training rows there are.
-        batch_size: Rows of a training batch.
-        seed: Seed of the draw.
-
-    Returns:
-        The rows of each batch to step on, and further rows to measure on. With few training rows the batches are
-        smaller, and with very few the further rows are in them.
+    With few training rows the batches are smaller, and with very few the further rows are in them.
     """
     order = np.random.default_rng(seed).permutation(count).tolist()
     fresh = order[: min(ROWS, max(1, count // 2))]

@@ -67,12 +67,10 @@ def check_folder(output: Path, *, overwrite: bool) -> None:
 
 
 def folder_state(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> FolderState:
-    """Compare what is in a folder with a run. Changes nothing.
+    """Compare what is in a folder, which `check_folder` has accepted, with a run. Changes nothing.
 
-    Args:
-        output: The folder, which `check_folder` has accepted.
-        identity: What two runs must have in common for one to resume the other, as JSON has it.
-        overwrite: Whether an earlier run is to be removed, whatever its identity.
+    `identity` is what two runs must have in common for one to resume the other, as JSON has it. With `overwrite`, an
+    earlier run is to be removed, whatever its identity.
 
     Raises:
         UserError: It holds another run.
