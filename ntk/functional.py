@@ -281,10 +281,8 @@ def nonfinite_cause(model: nn.Module, inputs: Inputs) -> str:
 def _first_overflow(model: nn.Module, inputs: Inputs) -> str | None:
     """The first module whose output is not finite."""
     with torch.no_grad():
-        for name, output in _outputs_of_modules(model, inputs):
-            if not torch.isfinite(output).all():
-                return name
-    return None
+        activations = _outputs_of_modules(model, inputs)
+    return next((name for name, t in activations if not torch.isfinite(t).all()), None)
 
 
 def _last_gradient_overflow(model: nn.Module, inputs: Inputs) -> str | None:
@@ -295,10 +293,8 @@ def _last_gradient_overflow(model: nn.Module, inputs: Inputs) -> str | None:
             gradients = torch.autograd.grad(activations[-1][1].sum(), [t for _, t in activations], allow_unused=True)
     except (RuntimeError, IndexError):  # the model writes into its activations, or has no gradients
         return None
-    for (name, _), gradient in zip(reversed(activations), reversed(gradients), strict=True):
-        if gradient is not None and not torch.isfinite(gradient).all():
-            return name
-    return None
+    pairs = zip(reversed(activations), reversed(gradients), strict=True)
+    return next((name for (name, _), g in pairs if g is not None and not torch.isfinite(g).all()), None)
 
 
 def _outputs_of_modules(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:

@@ -197,7 +197,9 @@ def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Gro
     examples = [_example(inputs, i, n, listed, spans) for i in range(n)]
     together: dict[tuple, list[int]] = {}
     for index, (batched, constant) in enumerate(examples):
-        together.setdefault(_signature(batched, constant), []).append(index)
+        shapes = tuple((key, value.dtype, value.shape[1:]) for key, value in batched.items())
+        contents = tuple((key, _content(value)) for key, value in constant.items())
+        together.setdefault((shapes, contents), []).append(index)
     return [
         Group(
             indices,
@@ -232,17 +234,16 @@ def _by_example(key: str, value: Any, n: int) -> bool:
             f"inputs[{key!r}] is an array of {len(value)} rows, and there are {n} examples: give one row an example, "
             "or a list for what is the same for all"
         )
-    if not is_list and not (isinstance(value, Mapping) and _plain(value, n)):
+    # A mapping of settings holds nothing that could be one element for each example.
+    settings = isinstance(value, Mapping) and not any(
+        isinstance(v, Sized) and not isinstance(v, str | bytes) and len(v) == n for v in value.values()
+    )
+    if not is_list and not settings:
         raise ValueError(
             f"inputs[{key!r}] is a {type(value).__name__}, which cannot be split into examples: give a tensor, an array"
             " or a list"
         )
     return rows
-
-
-def _plain(value: Mapping[Any, Any], n: int) -> bool:
-    """Whether a mapping holds only settings, and nothing that could be one element for each example."""
-    return not any(isinstance(v, Sized) and not isinstance(v, str | bytes) and len(v) == n for v in value.values())
 
 
 def _example(
@@ -304,12 +305,6 @@ def _real_spans(inputs: Mapping[str, Any], name: str, mask: Tensor, n: int) -> l
             raise ValueError(f"example {i} has no real token: its {name} is zero everywhere")
         spans.append(slice(int(real[0]), int(real[-1]) + 1))
     return spans
-
-
-def _signature(batched: Mapping[str, Tensor], constant: Mapping[str, Any]) -> tuple:
-    """A key that is equal for examples that may share a group: same shapes and same constants, masks by value."""
-    shapes = tuple((key, value.dtype, value.shape[1:]) for key, value in batched.items())
-    return shapes, tuple((key, _content(value)) for key, value in constant.items())
 
 
 def _content(value: Any) -> Any:

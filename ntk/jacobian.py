@@ -21,15 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ntk.counts import BY_REFERENCE, note
-from ntk.functional import (
-    Leaves,
-    Parameters,
-    RandomNumbers,
-    call,
-    first_line,
-    fresh,
-    requiring_gradients,
-)
+from ntk.functional import Leaves, Parameters, RandomNumbers, call, first_line, fresh, requiring_gradients
 from ntk.inputs import Group, tiles
 from ntk.layout import Layout, mirrored
 from ntk.outputs import Output

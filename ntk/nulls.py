@@ -111,11 +111,9 @@ def hidden_state_kernel(model: nn.Module, inputs: Inputs) -> Float[Tensor, "n n"
         for group in group_examples(inputs):
             for position, index in enumerate(group.indices):
                 example: dict[str, Any] = fresh(group.example(position))
-                hidden = None
-                if "" not in example:
-                    example.pop("labels", None)
-                    result = model(**example, output_hidden_states=True)
-                    hidden = getattr(result, "hidden_states", None) or getattr(result, "encoder_hidden_states", None)
+                example.pop("labels", None)
+                result = None if "" in example else model(**example, output_hidden_states=True)
+                hidden = getattr(result, "hidden_states", None) or getattr(result, "encoder_hidden_states", None)
                 if not hidden:
                     raise ValueError("hidden_state_kernel needs a Hugging Face model that returns its hidden states")
                 states[index] = hidden[-1][0].flatten(0, -2).mean(0)

@@ -143,11 +143,8 @@ LAYERS: dict[type[nn.Module], type[PropulsionLayer]] = {
     nn.Linear: PropulsionLinear,
     Conv1D: PropulsionTransposedLinear,
     nn.Embedding: PropulsionEmbedding,
-    nn.Conv1d: PropulsionConvolution,
-    nn.Conv2d: PropulsionConvolution,
-    nn.Conv3d: PropulsionConvolution,
-    nn.LayerNorm: PropulsionNorm,
-    nn.RMSNorm: PropulsionNorm,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), PropulsionConvolution),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), PropulsionNorm),
 }
 
 

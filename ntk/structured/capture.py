@@ -34,6 +34,7 @@ _LEAVING = {
     torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr, torch.Tensor.__dlpack__,
     torch.Tensor.untyped_storage, torch.Tensor.storage,
 }  # fmt: skip
+_READING_METADATA = {"size", "type_as", "expand_as", "view_as", "reshape_as", "__set__"}
 _TRANSPOSES = {torch.Tensor.t, torch.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -69,16 +70,11 @@ class Capture(TorchFunctionMode):
         keep_outputs: bool = False,
         proof: Independence | None = None,
     ):
-        """Prepare a capture.
+        """Record the uses of parameters in a segment of a pass of n examples; with ``keep_outputs``, their outputs too.
 
-        Args:
-            parameters: whose uses are recorded.
-            n: number of examples in the pass.
-            outputs: c, if it is known already; else it is set before the first backward pass.
-            segment: the operations to record.
-            keep: origins of the tensors wanted in ``kept``, the cut of the segment after this one.
-            keep_outputs: also hold the outputs of the operations.
-            proof: follows the examples through the same pass.
+        The number of outputs is given if it is known already; else it is set before the first backward pass. ``keep``
+        holds origins of the tensors wanted in ``kept``, the cut of the segment after this one; ``proof`` follows the
+        examples through the same pass.
         """
         super().__init__()
         self.dependence = Dependence(parameters, n)
@@ -116,7 +112,7 @@ class Capture(TorchFunctionMode):
         if self._proof is not None and (func in _LEAVING or func is torch.Tensor.register_hook):
             self._proof.lose(f"its forward pass calls {_name(func)} on values of the batch")
         self._operations += 1
-        mixed = len(data) < len(present) and torch.is_grad_enabled() and not _reads_metadata(func)
+        mixed = len(data) < len(present) and torch.is_grad_enabled() and _name(func) not in _READING_METADATA
         if mixed and self.count >= self._segment[1]:
             raise SegmentEnd
         if self.count > self._segment[0] or (mixed and self.count == self._segment[0]):
@@ -269,10 +265,6 @@ def _map(f: Callable[[Any], Any], args: tuple, kwargs: dict) -> tuple[tuple, dic
     if kwargs or any(isinstance(a, (tuple, list, dict)) for a in args):
         return tree_map(f, (args, kwargs))
     return tuple(map(f, args)), kwargs
-
-
-def _reads_metadata(func) -> bool:
-    return _name(func) in ("size", "type_as", "expand_as", "view_as", "reshape_as", "__set__")
 
 
 def _writes(func) -> bool:

@@ -150,7 +150,10 @@ class _Tile:
         if segments is None:
             return self._tiled()
         if len(segments) > 1:
-            self._check_segments(segments)
+            # Tensors that escape the capture would prevent that the passes are cut so.
+            assert self.plan.checked is not None
+            if compare(self.request, self.leaves, self.targets, *self.plan.checked, segments).uncaptured:
+                raise NotImplementedError("the passes of this model cannot be cut into segments")
         heaviest = max(bytes_per_token(self.plan.costs, segment) for segment in segments)
         most = max(max(g.length for g in groups), int(room * IN_PROGRESS / max(1.0, heaviest)))
         rows, columns = (self._batches(side, most) for side in (self.rows, self.columns))
@@ -231,12 +234,6 @@ class _Tile:
                 self.plan.reads |= other.reads
         if reads not in self.plan.reads:
             raise NotImplementedError("its forward pass reads the padding of the whole batch, and may branch on it")
-
-    def _check_segments(self, segments: list[Segment]) -> None:
-        """Make sure that the passes can be cut so; tensors that escape the capture would prevent it."""
-        assert self.plan.checked is not None
-        if compare(self.request, self.leaves, self.targets, *self.plan.checked, segments).uncaptured:
-            raise NotImplementedError("the passes of this model cannot be cut into segments")
 
     def _tiled(self) -> dict[str, Tensor]:
         """The kernels, tile by tile: halves of the examples against themselves and each other.

@@ -1,9 +1,9 @@
 """Which captured feature enters which kernel, with what weight."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +117,9 @@ def check_named_modules(model: nn.Module, key: str, method: Method) -> None:
         ValueError: a name is that of a module with parameters that is no linear layer or embedding of the body.
     """
     layers = layers_of(model)
-    named = [part for field in ("modules", "feedforward") for part in _listed(getattr(method, field, None))]
-    for part in named:
+    choices = [getattr(method, field, None) or () for field in ("modules", "feedforward")]
+    lists = [choice for choice in choices if not isinstance(choice, str) and not callable(choice)]
+    for part in itertools.chain.from_iterable(lists):
         if any(chosen([part], name) for name in layers):
             continue
         for name, module in model.named_modules():
@@ -127,11 +128,6 @@ def check_named_modules(model: nn.Module, key: str, method: Method) -> None:
                     f"method {key!r} names {name}, a {type(module).__name__}: adapters are on linear layers and "
                     "embeddings of the model's body; leave it out"
                 )
-
-
-def _listed(modules: Any) -> list[str]:
-    """The names of a choice of modules that lists names."""
-    return [] if modules is None or isinstance(modules, str) or callable(modules) else list(modules)
 
 
 def method_kernels(model: nn.Module, methods: Mapping[str, Method], lost: Mapping[str, str] | None = None) -> Targets:

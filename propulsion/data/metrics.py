@@ -47,11 +47,7 @@ def _correlation(function: Callable, predictions: Values, labels: Values) -> flo
 
 # A metric is one function (predictions, labels) -> float, larger is better.
 METRICS: dict[str, Callable[[Values, Values], float]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
+    metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)
 }
 
 

@@ -6,15 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.lib
-from datasets import (
-    Dataset,
-    IterableDataset,
-    are_progress_bars_disabled,
-    config,
-    disable_progress_bars,
-    enable_progress_bars,
-)
+from datasets import Dataset, IterableDataset, config
 from transformers import PreTrainedTokenizerBase
 
 from propulsion.data.kinds import Limits, kind_of
@@ -29,14 +23,10 @@ _BATCH = 256  # Streamed rows tokenized at once.
 
 
 def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int | None = None) -> Dataset:
-    """Turn rows into model inputs, unpadded, with their labels.
+    """Turn rows of a task, with or without labels, into model inputs, unpadded, with their labels.
 
-    Args:
-        data: Rows of the task, with or without labels.
-        tokenizer: Tokenizer; its `model_max_length` is the longest input that its model takes.
-        task: The task.
-        max_length: Cut inputs to this many tokens. If None nothing is cut, and an input too long is an error, except
-            for kinds of tasks that say otherwise (`propulsion.data.kinds`).
+    Inputs are cut to `max_length` tokens. If it is None nothing is cut, and an input longer than the tokenizer's
+    `model_max_length` is an error, except for kinds of tasks that say otherwise (`propulsion.data.kinds`).
 
     Raises:
         UserError: If an input is longer than the model takes and `max_length` is None, or if `max_length` is itself
@@ -131,11 +121,11 @@ def _encode_streamed(encode: Callable[[Columns], Columns], batch: Columns, indic
 @contextlib.contextmanager
 def _without_progress_bar() -> Iterator[None]:
     """Let `datasets` show no bar of its own beside that of the training."""
-    if are_progress_bars_disabled():
+    if datasets.are_progress_bars_disabled():
         yield
         return
-    disable_progress_bars()
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        datasets.enable_progress_bars()

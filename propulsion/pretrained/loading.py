@@ -128,7 +128,9 @@ def load_model(
         if pooling in POOLED:
             network = _pooled(network, source, options, pooling, seed, dtype)
     _report_random_weights(network, info, source)
-    _check_finite(network, source)
+    for weight, values in network.named_parameters():
+        if not torch.isfinite(values).all():
+            raise UserError(f"model {source!r} holds values that are not finite in {weight}: the checkpoint is damaged")
     _agree_on_padding(network, tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, _position_limit(network))
     return network.to(torch.device(device)).eval(), tokenizer  # pyright: ignore[reportArgumentType]
@@ -386,12 +388,6 @@ def _report_random_weights(model: PreTrainedModel, info: dict, source: str) -> N
         warnings.warn(f"{source} lacks weights, which start at random: {', '.join(absent)}", stacklevel=4)
     if mismatched:
         warnings.warn(f"the head of {source} has another size and was replaced by a new one", stacklevel=4)
-
-
-def _check_finite(model: nn.Module, source: str) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UserError(f"model {source!r} holds values that are not finite in {name}: the checkpoint is damaged")
 
 
 def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -151,15 +151,11 @@ class PooledClassifier(PreTrainedModel):
         if attention_mask is not None and past_key_values is not None:
             attention_mask = attention_mask[:, -states.shape[1] :]  # The mask covers the past too.
         logits = self.classifier(pool(states, attention_mask, self.pooling))
-        loss = None
+        loss: Any = None
         if labels is not None:
             loss = ForSequenceClassificationLoss(labels=labels, pooled_logits=logits, config=self.config)
-        output = SequenceClassifierOutput(
-            loss=loss,  # pyright: ignore[reportArgumentType]
-            logits=logits,
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
+        kept = {name: outputs.get(name) for name in ("hidden_states", "attentions")}
+        output = SequenceClassifierOutput(loss=loss, logits=logits, **kept)
         return output.to_tuple() if return_dict is False else output
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -54,9 +54,8 @@ def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[st
     return {name: scores[name] for name in task.metrics}
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> DataCollatorForSeq2Seq:
+KIND = Kind(
+    "SEQ_2_SEQ_LM", _features, read, encode, inputs, predict, measure,
     # The collator asks the model for the decoder's inputs, which are the labels shifted by one.
-    return DataCollatorForSeq2Seq(tokenizer, model=getattr(model, "base_model", model))
-
-
-KIND = Kind("SEQ_2_SEQ_LM", _features, read, encode, inputs, predict, measure, collator=_collator)
+    collator=lambda tokenizer, model: DataCollatorForSeq2Seq(tokenizer, model=getattr(model, "base_model", model)),
+)  # fmt: skip
