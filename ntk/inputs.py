@@ -276,9 +276,9 @@ def _holds_tokens(key: str, value: Tensor, width: int) -> bool | None:
 
 
 def _entries_to_cut(inputs: Mapping[str, Any], mask: str, width: int, encoder_decoder: bool) -> list[str]:
-    """The entries that hold the tokens of the mask of this name, and the mask itself.
+    """The mask of this name and the entries that hold its tokens, which can be cut to the real ones.
 
-    None if no other entry holds them, or if that is not known of an entry that belongs to the mask.
+    Empty if no entry beside the mask holds them, or if that is not known of an entry that belongs to the mask.
     """
     holds = {}
     for key, value in inputs.items():

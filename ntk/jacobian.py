@@ -130,7 +130,8 @@ def _traced_jacobian(model: nn.Module, output: Output | None, params: Parameters
     return {name: value.detach() for name, value in result.items()}
 
 
-# The fraction of the whole gradient that counts for a parameter whose own vanishes except for rounding.
+# An error of a parameter's gradient is judged relative to the gradient's norm plus this fraction of the norm of the
+# gradient by all parameters, since some parameters have gradients of nothing but rounding errors.
 SHARE = 1e-2
 
 

@@ -28,7 +28,7 @@ def is_quantised(weight: Tensor) -> bool:
 
 
 def gather(base: nn.Module) -> None:
-    """Set the scales of an 8-bit weight on it again, which its layer moves to its state at the first call."""
+    """Put the scales of an 8-bit weight back on it: its layer moves them to a state of its own at the first call."""
     weight: Any = base.weight
     if _kind(weight) == "8bit" and weight.dtype == torch.int8:
         state: Any = base.state

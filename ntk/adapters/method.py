@@ -150,7 +150,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 def layer_of(name: str, module: nn.Module, feature: Outer | Lookup, output: Tensor | None, *, weighed: bool) -> Layer:
     """One layer as the methods see it, from a captured use of its weight whose call does nothing else.
 
-    The feature is that of its weight, and the output that of the operation, ``(N, r)``; computed again if None.
+    The feature is that of its weight. The output is that of the operation, ``(N, r)``; it is computed again if None.
 
     Raises:
         NotImplementedError: the model has overwritten the output of an embedding.

@@ -82,7 +82,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-# Functions of torch are recognised, so that their closed forms are used; its "linear" is another function.
+# torch's own functions of these names are recognised, so that their closed forms are used. Its `linear` is a product.
 _TORCH: dict[object, str] = {
     getattr(place, name): name
     for place in (torch, torch.nn.functional, torch.special)

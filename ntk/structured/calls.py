@@ -95,7 +95,7 @@ class BiasReads(TorchFunctionMode):
     Propulsion scales what is read as well, and a captured use of a weight does not show it.
 
     Attributes:
-        layers: Their names.
+        layers: the names of these layers.
     """
 
     WHY = "the model reads the bias of a layer outside its call"

@@ -150,7 +150,7 @@ class _Tile:
         if segments is None:
             return self._tiled()
         if len(segments) > 1:
-            # Tensors that escape the capture would prevent that the passes are cut so.
+            # A tensor that escapes the capture would not hand its gradient down from segment to segment.
             assert self.plan.checked is not None
             if compare(self.request, self.leaves, self.targets, *self.plan.checked, segments).uncaptured:
                 raise NotImplementedError("the passes of this model cannot be cut into segments")
