@@ -1,8 +1,10 @@
 """The tuner that puts Propulsion into a model."""
 
 import copy
+import itertools
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -78,10 +80,11 @@ class PropulsionModel(BaseTuner):
         # peft expands "all-linear" later: until then every Linear counts as a target.
         targets = peft_config.target_modules
         all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+        uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
         for name, base in base_modules(model).items():
             chosen = all_linear and isinstance(base, (nn.Linear, Conv1D))
             if name and (chosen or self._check_target_module_exists(peft_config, name)):
-                _check_target(model, name)
+                _check_target(model, name, uses[model.get_submodule(name)])
                 _warn_of_head(model, name)
 
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -297,7 +300,7 @@ def _targets(config: PeftConfig) -> str:
     return repr([sorted(v) if isinstance(v, (set, list)) else v for v in values])
 
 
-def _check_target(model: nn.Module, name: str) -> None:
+def _check_target(model: nn.Module, name: str, uses: int) -> None:
     target = model.get_submodule(name)
     if isinstance(target, PropulsionLayer):
         return
@@ -317,8 +320,8 @@ def _check_target(model: nn.Module, name: str) -> None:
             f"scaling the output of module {name!r} would have no effect: {reason}. Leave it out of target_modules, or "
             "exclude it with exclude_modules"
         )
-    names = [other for other, module in model.named_modules(remove_duplicate=False) if module is target]
-    if len(names) > 1:
+    if uses > 1:
+        names = [other for other, module in model.named_modules(remove_duplicate=False) if module is target]
         raise ValueError(
             f"expected every module under one name, got one as {' and '.join(map(repr, names))}: only one of its uses "
             "would be scaled. Exclude it with exclude_modules, or give each use a module of its own"
@@ -349,11 +352,12 @@ def _train_head(model: nn.Module, config: PropulsionConfig) -> None:
             )
             continue
         config.modules_to_save = [*(config.modules_to_save or []), module]
-    saved = config.modules_to_save or []
+    saved = tuple(config.modules_to_save or ())
     untrained = [
         name
         for name in heads.random_in_body(model)
-        if not any(part.endswith(s) for part in _upwards(name) for s in saved)
+        # Neither the module nor one that contains it is trained.
+        if not any(part.endswith(saved) for part in itertools.accumulate(name.split("."), "{}.{}".format))
     ]
     if untrained:
         warnings.warn(
@@ -361,12 +365,6 @@ def _train_head(model: nn.Module, config: PropulsionConfig) -> None:
             f"so: train them with modules_to_save=[{untrained[0]!r}], or use a checkpoint that has them",
             stacklevel=2,
         )
-
-
-def _upwards(name: str) -> list[str]:
-    """The names of a module and of the modules that contain it."""
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def _warn_of_head(model: nn.Module, name: str) -> None:

@@ -53,7 +53,7 @@ class Declaration:
 
 
 def declared_pooling(source: str) -> Declaration:
-    """Read what a checkpoint declares: a local folder, or a hub name.
+    """Read what a checkpoint, a local folder or a name on the hub, declares.
 
     Raises:
         UserError: A file is damaged, or one that is declared is missing.

@@ -175,7 +175,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _located(model: Path | str | None, task_type: str) -> tuple[str, dict[str, str], Declaration]:
-    """Where a model is, the options to load it with, and, for a classifier, the pooling that its checkpoint declares."""
+    """Where a model is, the options to load it with, and the pooling that its checkpoint declares to a classifier."""
     source, options = _split_gguf(str(default_model_folder() if model is None else model))
     declared = declared_pooling(source) if task_type == "SEQ_CLS" and not options else Declaration()
     return source, options | ({"subfolder": declared.transformer} if declared.transformer else {}), declared
