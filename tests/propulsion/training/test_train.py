@@ -106,7 +106,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("owner", "function", "call"),
     [
-        (trainer_module, "publish", 1),  # Everything is written under the partial name.
+        (manifest, "publish", 1),  # Everything is written under the partial name.
         (os, "rename", 3),  # Not renamed yet; of a later checkpoint, or hiding an old one.
         (os, "rename", 4),
         (trainer_module, "remove_checkpoint", 2),  # The new checkpoint is there, the old one still too.
