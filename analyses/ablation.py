@@ -7,17 +7,16 @@ rate for all, as in the paper, where a degree is also a learning rate (for Adam,
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.intervals import mean_interval
 from analyses.records import Block, Metric, Result, metric_cell, number, summary_of_blocks
-from analyses.subjects.training_run import RunConfig, chance_score, training_run
+from analyses.subjects.training_run import RunConfig, TaskRuns, chance_score, training_run
 from propulsion.data import TaskData
 from propulsion.errors import Diverged
 from propulsion.methods import Method
@@ -46,11 +45,9 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Config(GridOutput):
+class Config(TaskRuns, GridOutput):
     """One choice in Propulsion varied, all else at its default."""
 
-    task: str = "demo"
-    """Classification or regression task."""
     factor: Factor = "degree"
     """What is varied."""
     reference_degree: float = 15.0
@@ -59,8 +56,6 @@ class Config(GridOutput):
     """Blocks of the model, for the factor layers."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
-    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    """What each run is."""
 
 
 def settings_of(config: Config) -> list[Setting]:

@@ -7,20 +7,17 @@ default. A killed grid goes on where it was.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tyro
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.intervals import mean_interval
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.records import Block, Metric, Result, metric_cell, summary_of_blocks
 from analyses.subjects.cost import StepClock
-from analyses.subjects.learning_rates import tuned_factors
-from analyses.subjects.training_run import RunConfig, method_cells, training_run
+from analyses.subjects.training_run import RatedRuns, RunConfig, method_cells, training_run
 from propulsion.data import TaskData
 from propulsion.methods import Method, parse_methods
 from propulsion.training import evaluate
@@ -34,21 +31,15 @@ _STEPS = "steps to {:.0%} of its gain"
 
 
 @dataclass(frozen=True)
-class Config(GridOutput):
+class Config(RatedRuns, GridOutput):
     """Learning curves, methods x seeds."""
 
-    task: str = "demo"
-    """Classification or regression task."""
     methods: tuple[str, ...] = ComparisonConfig.methods
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     every: int = 10
     """Optimizer steps between evaluations."""
-    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    """What each run is."""
-    comparison: Path | None = None
-    """Result of analyses.method_comparison whose learning rates are used."""
 
 
 class Curve(StepClock):
@@ -79,8 +70,7 @@ class Curve(StepClock):
 def find(config: Config, runs: Runs) -> Findings | None:
     """Compute what is missing and summarise."""
     methods = parse_methods(config.methods)
-    data, tuned = config.run.load(config.task), tuned_factors(config.comparison, config.task)
-    factors = {text: tuned.get(text, 1.0) for text in methods}
+    factors, data = config.factors(methods), config.run.load(config.task)
 
     def compute(*, method: Method, factor: float, seed: int) -> dict[str, Any]:
         curve = Curve(config.run, data, config.every)

@@ -9,7 +9,6 @@ from 1 stands beside it.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 
 from analyses.core.analysis import Analysis, Findings, Output
 from analyses.records import Block, Metric, Result, metric_cell, number, summary_of_blocks
-from analyses.subjects.learning_rates import tuned_factors
-from analyses.subjects.training_run import RunConfig, training_run
+from analyses.subjects.training_run import RatedRuns, RunConfig, training_run
 from propulsion.errors import UserError
 from propulsion.layer import PropulsionLayer
 from propulsion.methods import parse_methods
@@ -40,11 +38,9 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Config(Output):
+class Config(RatedRuns, Output):
     """Rank and size of every method's change of the weights."""
 
-    task: str = "demo"
-    """Classification or regression task."""
     methods: tuple[str, ...] = (
         "full", "propulsion:positions=all", "propulsion:positions=attn", "propulsion:vectors=4", "lora", "ia3", "loha",
         "bitfit",
@@ -52,8 +48,6 @@ class Config(Output):
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE; those that can be merged."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     """What each run is; its seed is that of all."""
-    comparison: Path | None = None
-    """Result of analyses.method_comparison whose learning rates are used."""
 
     @property
     def seed(self) -> int:
@@ -118,13 +112,13 @@ def find(config: Config) -> Findings:
         UserError: A method cannot be merged.
     """
     methods = parse_methods(config.methods)
-    data, factors = config.run.load(config.task), tuned_factors(config.comparison, config.task)
+    factors, data = config.factors(methods), config.run.load(config.task)
     network = config.run.start(data, seed=config.seed)[0]
     base = {name: weight.clone() for name, weight in network.base_model.state_dict().items()}
     layers, rows, metrics, arrays = [], [], [], {}
     for text, method in methods.items():
         print(f"{text} ...", flush=True)
-        factor = factors.get(text, 1.0)
+        factor = factors[text]
         found = training_run(config.run, data, method, seed=config.seed, rate_multiplier=factor, keep_model=True)
         moved = scales(found["model"])
         arrays |= {f"{name}.{text}": values for name, values in moved.items()}
@@ -138,8 +132,8 @@ def find(config: Config) -> Findings:
         rows.append(row | quantiles)
         for measure in MEASURES:
             values = [measures[measure] for measures in changed.values()] or [0.0]
-            low, high = float(np.min(values)), float(np.max(values))
-            metrics.append(Metric(measure, float(np.median(values)), low, high, "", "trained", text, ""))
+            middle, low, high = (float(of(values)) for of in (np.median, np.min, np.max))
+            metrics.append(Metric(measure, middle, low, high, "", "trained", text, ""))
     return Findings(
         metrics, tables={"methods": rows, "layers": layers}, arrays=arrays, model=config.run.model_identity(),
         dataset={"name": config.task, "metric": data.task.metrics[0], "fingerprint": data.fingerprint},

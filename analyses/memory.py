@@ -24,7 +24,7 @@ from analyses.core.errors import run_command
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from analyses.subjects.cost import peak_bytes, reset_peak
-from analyses.subjects.training_run import RunConfig, training_run
+from analyses.subjects.training_run import RunConfig, TaskRuns, training_run
 from propulsion.errors import UserError
 from propulsion.methods import Method
 from propulsion.training import TrainingOptions
@@ -35,11 +35,9 @@ _MEGABYTE = 2**20
 
 
 @dataclass(frozen=True)
-class Config(Output):
+class Config(TaskRuns, Output):
     """Peak memory and time of a step, a fresh process for each method and round."""
 
-    task: str = "demo"
-    """Classification or regression task."""
     methods: tuple[str, ...] = ComparisonConfig.methods
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
     rounds: int = 3

@@ -14,13 +14,7 @@ from analyses.records import RESULT_FILE, Result, format_table, plain
 WIDTH = 100
 AGAIN = "results"
 """Where the commands of the ledger write."""
-SYMBOLS = {
-    Verdict.HOLDS: "✓",
-    Verdict.CONDITIONS: "◐",
-    Verdict.FAILS: "✗",
-    Verdict.UNTESTABLE: "?",
-    Verdict.MISSING: "…",
-}
+SYMBOLS = dict(zip(Verdict, "✓◐✗?…", strict=True))
 UNDECIDED = "no number is decided: each interval reaches across the threshold, or a single seed gives none"
 HOW_TO_READ = (
     "Every verdict is computed from stored results by the rule that is printed with it. A number comes with its "
@@ -150,8 +144,7 @@ def markdown(content: Mapping[str, Any], root: Path, folder: Path) -> str:
     blocks = [
         "# The paper on trial",
         f"{HOW_TO_READ} Symbols: {', '.join(f'{s} {v}' for v, s in SYMBOLS.items())}.",
-        *([f"**{QUICK}**"] if content["quick"] else []),
-        *([f"**{note_in_words(content)}**"] if note_in_words(content) else []),
+        *(f"**{note}**" for note in (QUICK if content["quick"] else "", note_in_words(content)) if note),
         f"Made by\n\n```sh\n{made}\n```",
         f"**{counts_in_words(content)}.**",
         format_table(

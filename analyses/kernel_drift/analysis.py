@@ -1,13 +1,11 @@
 """Probes along training, over methods and seeds: the configuration, its cells and its result."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from torch import Tensor
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
@@ -19,7 +17,7 @@ from analyses.records import STAGES
 from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
 from analyses.subjects.learning_rates import factors_of
-from analyses.subjects.training_run import RunConfig, dataset_identity, method_cells, training_run
+from analyses.subjects.training_run import RatedRuns, dataset_identity, method_cells, training_run
 from propulsion.data import TaskData
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
@@ -27,11 +25,9 @@ from propulsion.training import evaluate
 
 
 @dataclass(frozen=True)
-class Config(GridOutput):
+class Config(RatedRuns, GridOutput):
     """Kernels and Jacobians along training, methods x seeds."""
 
-    task: str = "demo"
-    """Classification or regression task."""
     methods: tuple[str, ...] = ("full", "propulsion:positions=all", "lora")
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -46,10 +42,6 @@ class Config(GridOutput):
     """Module whose last occurrence gives the gradients that are shown entry by entry."""
     width: int = 48
     """How many of its entries are shown."""
-    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    """What each run is."""
-    comparison: Path | None = None
-    """Result of analyses.method_comparison whose learning rates are used."""
     null_draws: int = 3
     """Draws of each random null model."""
     resamples: int = 200

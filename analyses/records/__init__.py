@@ -18,23 +18,7 @@ from analyses.records.result import STAGES, Metric, Result, plain
 from analyses.records.tables import Block, format_table, interval, metric_cell, number, summary_of_blocks
 
 __all__ = [
-    "ARRAYS_FILE",
-    "RESULT_FILE",
-    "STAGES",
-    "Block",
-    "Metric",
-    "RecordError",
-    "Result",
-    "check_writable",
-    "environment",
-    "format_table",
-    "interval",
-    "load_result",
-    "metric_cell",
-    "number",
-    "plain",
-    "read_arrays",
-    "result_folders",
-    "summary_of_blocks",
-    "write_result",
-]
+    "ARRAYS_FILE", "RESULT_FILE", "STAGES", "Block", "Metric", "RecordError", "Result", "check_writable",
+    "environment", "format_table", "interval", "load_result", "metric_cell", "number", "plain", "read_arrays",
+    "result_folders", "summary_of_blocks", "write_result",
+]  # fmt: skip

@@ -1,8 +1,9 @@
 """One training run of one method on one task, as a cell of a grid: its scores, losses, times, memory, predictions."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.special import logsumexp
 
 from analyses.core.cells import Cells
 from analyses.subjects.cost import StepClock, peak_bytes, reset_peak
+from analyses.subjects.learning_rates import tuned_factors
 from analyses.subjects.options import EncoderOptions
 from propulsion.data import TaskData, check_folders, load_task_data
 from propulsion.data.metrics import METRICS
@@ -46,6 +48,29 @@ class RunConfig(EncoderOptions):
         """Draw the rows of several tasks, each from a folder of its own."""
         check_folders(tasks, self.data_dir)
         return {task: self.load(task) for task in tasks}
+
+
+@dataclass(frozen=True)
+class TaskRuns:
+    """Training runs on one task."""
+
+    task: str = "demo"
+    """Classification or regression task."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    """What each run is."""
+
+
+@dataclass(frozen=True)
+class RatedRuns(TaskRuns):
+    """Training runs of several methods on one task, at learning rates that were chosen earlier."""
+
+    comparison: Path | None = None
+    """Result of analyses.method_comparison whose learning rates are used."""
+
+    def factors(self, methods: Iterable[str]) -> dict[str, float]:
+        """Factor on its default learning rate of each method; 1 where the comparison has none, or there is none."""
+        tuned = tuned_factors(self.comparison, self.task)
+        return {text: tuned.get(text, 1.0) for text in methods}
 
 
 def dataset_identity(data: TaskData) -> dict[str, Any]:
