@@ -116,28 +116,25 @@ def find(config: Config) -> Findings:
             model(x).backward(g)
             clock.on_step_end(None, None, None)
             seconds[name] += clock.seconds
-    rows = [_row(name, config, models[name], seconds, seconds["frozen"]) for name in COSTS]
+    rows = [_row(name, config, models[name], seconds) for name in COSTS]
     metrics = [Metric("time over frozen", row["time_ratio"], None, None, "", "initialisation", row["method"], "")
                for row in rows]  # fmt: skip
     model = {"name": f"one linear layer, {config.n} to {config.m}"}
     return Findings(metrics, tables={"methods": rows}, model=model, dataset={"name": "random"})
 
 
-def _row(
-    name: str, config: Config, model: nn.Module, seconds: dict[str, list[float]], frozen: list[float]
-) -> dict[str, Any]:
-    cost = COSTS[name]
-    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    ratios = [own / base for own, base in zip(seconds[name][WARM_UP:], frozen[WARM_UP:])]
+def _row(name: str, config: Config, model: nn.Module, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    cost, frozen = COSTS[name], value_of(COSTS["frozen"].operations, config)
+    own, base = seconds[name][WARM_UP:], seconds["frozen"][WARM_UP:]
     return {
         "method": name,
         "parameters_formula": cost.parameters,
         "parameters": value_of(cost.parameters, config),
-        "counted": counted,
+        "counted": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "operations_formula": cost.operations,
-        "operations_ratio": value_of(cost.operations, config) / value_of(COSTS["frozen"].operations, config),
-        "seconds": statistics.median(seconds[name][WARM_UP:]),
-        "time_ratio": statistics.median(ratios),
+        "operations_ratio": value_of(cost.operations, config) / frozen,
+        "seconds": statistics.median(own),
+        "time_ratio": statistics.median(a / b for a, b in zip(own, base)),
     }
 
 

@@ -54,7 +54,11 @@ def find(config: Config) -> Findings:
             variances.append(_variance_row(d, rho, S.numpy(), config.confidence))
             for epsilon in config.epsilons:
                 exceed = int(((S - rho).abs() >= epsilon).sum())
-                cells.append(_cell(d, rho, epsilon, clopper_pearson(exceed, config.draws, config.confidence)))
+                found = clopper_pearson(exceed, config.draws, config.confidence)
+                cells.append({
+                    "d": d, "rho": rho, "epsilon": epsilon, "probability": found.probability, "lower": found.lower,
+                    "upper": found.upper, "bound": tail_bound(d, epsilon), "exact": tail(d, epsilon, rho),
+                })  # fmt: skip
     # How sharp the bound is, where it says something and the exact probability is a number that floats hold.
     sharpness = [c["bound"] / c["exact"] for c in cells if c["bound"] < 1 and c["exact"] > SMALLEST]
     counts = {
@@ -83,11 +87,6 @@ def _curves(config: Config) -> list[dict[str, float]]:
         {"d": d, "rho": rho, "epsilon": e, "bound": tail_bound(d, e), "exact": tail(d, e, rho)}
         for e in config.epsilons for d in dimensions
     ]  # fmt: skip
-
-
-def _cell(d: int, rho: float, epsilon: float, found) -> dict[str, float]:
-    return {"d": d, "rho": rho, "epsilon": epsilon, "probability": found.probability, "lower": found.lower,
-            "upper": found.upper, "bound": tail_bound(d, epsilon), "exact": tail(d, epsilon, rho)}  # fmt: skip
 
 
 def _variance_row(d: int, rho: float, S: np.ndarray, confidence: float) -> dict[str, float]:

@@ -70,12 +70,12 @@ def find(config: Config, runs: Runs) -> Findings | None:
         place = {"task": task, "pooling": pooling, "seed": seed}
         pooled = replace(config.run, pooling=pooling)
         cells = runs.of(data[task], pooled.identity(data[task]))
-        compute = partial(_kernel, config, data[task])
-        found = cells.cell(f"{task} {pooling} kernel seed {seed}", compute, pooling=pooling, seed=seed)
+        kernel, trained = partial(_kernel, config, data[task]), partial(_trained, config, data[task])
+        found = cells.cell(f"{task} {pooling} kernel seed {seed}", kernel, pooling=pooling, seed=seed)
         shares += [place | row for row in found["shares"]] if found else []
         for text, method in methods.items():
-            label, compute = f"{task} {pooling} {text} seed {seed}", partial(_trained, config, data[task])
-            cell = cells.cell(label, compute, pooling=pooling, method=method, seed=seed)
+            label = f"{task} {pooling} {text} seed {seed}"
+            cell = cells.cell(label, trained, pooling=pooling, method=method, seed=seed)
             scores += [place | {"method": text} | cell] if cell else []
     if runs.missing:
         return None
@@ -99,11 +99,10 @@ def _mean(rows: list[dict[str, Any]], like: dict[str, Any]) -> Metric:
 
 def _trained(config: Config, data: TaskData, *, pooling: Pooling, method: Any, seed: int) -> dict[str, Any]:
     found = training_run(replace(config.run, pooling=pooling), data, method, seed=seed)
-    names = ("validation_loss", "trained_parameters", "learning_rates")
-    losses = [float(np.mean(part)) for part in (found["losses"][:10], found["losses"][-10:])]
+    names = ("validation_loss", "trained_parameters", "learning_rates", "scores")
     return {name: found[name] for name in names} | {
-        "score": found["scores"][data.task.metrics[0]], "scores": found["scores"], "first_loss": losses[0],
-        "last_loss": losses[1],
+        "score": found["scores"][data.task.metrics[0]],
+        "first_loss": float(np.mean(found["losses"][:10])), "last_loss": float(np.mean(found["losses"][-10:])),
     }  # fmt: skip
 
 

@@ -79,22 +79,17 @@ def _predictions(o: Outcome, methods: Sequence[str]) -> Iterator[tuple[Key, floa
         rivals = {p: g for (p, name), g in o.kernel.items() if name == method and p in PREDICTORS}
         rivals |= {name: g for (p, name), g in o.kernel.items() if p == REGRESSION and name in _NULL_KERNELS}
         rivals |= {p: g for (p, _), g in o.kernel.items() if p in (MAJORITY, START)}
-        for right, g in rivals.items():
-            for (name, *_), value in _alike(o, "", method, right, f, g).items():
-                if name in _OTHER and right in (MAJORITY, START):
-                    continue
-                yield (_named(name), method, right), value
+        found = {right: alikeness(f, g, o.labels, o.f0) for right, g in rivals.items()}
         draws = [alikeness(f, g, o.labels, o.f0) for g in o.permuted]
-        for name in draws[0]:
-            yield (_named(name), method, PERMUTED), float(np.mean([draw[name] for draw in draws]))
+        found[PERMUTED] = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
+        for right, values in found.items():
+            for name, value in values.items():
+                if name not in _OTHER or right not in (MAJORITY, START):
+                    yield ("prediction_agreement" if name == "agreement" else name, method, right), value
         for other in methods:
-            found = alikeness(f, o.kernel[REGRESSION, other], o.labels, o.f0)
+            values = alikeness(f, o.kernel[REGRESSION, other], o.labels, o.f0)
             for name in ("agreement", "logit_correlation"):
-                yield (f"cross_{name}", f"trained: {method}", f"kernel: {other}"), found[name]
-
-
-def _named(quantity: str) -> str:
-    return "prediction_agreement" if quantity == "agreement" else quantity
+                yield (f"cross_{name}", f"trained: {method}", f"kernel: {other}"), values[name]
 
 
 def _between(o: Outcome, methods: Sequence[str]) -> Iterator[tuple[Key, float]]:

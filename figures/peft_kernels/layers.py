@@ -53,13 +53,11 @@ def _panel(
 ) -> None:  # fmt: skip
     matrix = np.full((len(lines), max(1, len(kinds))), np.nan)
     for row in rows:
-        line = lines.index((row["kind"] if row["block"] is None else "", row["block"]))
-        value = np.nan if row[column] is None else row[column]
         whole = row["block"] is None
+        line = lines.index((row["kind"] if whole else "", row["block"]))
+        value = np.nan if row[column] is None else row[column]
         place = (matrix.shape[1] - 1) / 2 if whole else kinds.index(row["kind"])
-        matrix[line, :] = value if whole else matrix[line, :]
-        if not whole:
-            matrix[line, int(place)] = value
+        matrix[line, slice(None) if whole else int(place)] = value
         if np.isfinite(value):
             axes.text(place, line, words(value), ha="center", va="center", fontsize=_TEXT,
                       color="white" if norm(value) < 0.6 else "black")  # fmt: skip
