@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -91,11 +92,10 @@ class Cell:
 
 def cells_of(config: Config) -> Iterator[Cell]:
     """All runs, in the order in which they are computed."""
-    for task in config.tasks:
-        for method in config.methods:
-            yield from (Cell(task, method, factor) for factor in (1.0, None))
-    for factor in config.factors:
-        yield from (Cell(task, method, factor) for task in config.tasks for method in config.methods)
+    for task, method, factor in product(config.tasks, config.methods, (1.0, None)):
+        yield Cell(task, method, factor)
+    for factor, task, method in product(config.factors, config.tasks, config.methods):
+        yield Cell(task, method, factor)
 
 
 def find(config: Config, runs: Runs) -> Findings | None:

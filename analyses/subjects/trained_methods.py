@@ -103,31 +103,27 @@ def _adapter(text: str, method: Method, model: Any, trained: Any) -> adapters.Me
         return adapters.Full()
     if method.name == "bitfit":
         return adapters.BitFit()
-    bare = trained.get_base_model()
+    kinds = (LoraLayer, IA3Layer, PropulsionLayer)
+    layers: dict[str, Any] = {n: m for n, m in trained.get_base_model().named_modules() if isinstance(m, kinds)}
     adaptable = adapters.layers_of(model)
-    adapted = (name for name, m in bare.named_modules() if isinstance(m, (LoraLayer, IA3Layer, PropulsionLayer)))
-    if outside := [name for name in adapted if name not in adaptable]:
+    if outside := [name for name in layers if name not in adaptable]:
         raise UserError(
             f"method {text} adapts {outside[0]}, outside the model's body, where it has no tangent kernel here; leave "
             f"it out, as by exclude_modules={outside[0]}+"
         )
     if method.name == "lora":
-        lora: dict[str, Any] = {name: m for name, m in bare.named_modules() if isinstance(m, LoraLayer)}
-        first = next(iter(lora.values()))
-        settings = {(m.r["default"], m.scaling["default"], bool(m.use_dora["default"])) for m in lora.values()}
-        if len(settings) > 1 or settings.pop()[2] or any(m.lora_B["default"].weight.any() for m in lora.values()):
+        settings = {(m.r["default"], m.scaling["default"], bool(m.use_dora["default"])) for m in layers.values()}
+        rank, scaling, dora = next(iter(settings))
+        if len(settings) > 1 or dora or any(m.lora_B["default"].weight.any() for m in layers.values()):
             raise UserError(f"method {text}: only plain LoRA of one rank, at B = 0, has a tangent kernel here")
-        a = {name: m.lora_A["default"].weight.detach() for name, m in lora.items()}
-        rank = first.r["default"]
-        return adapters.LoRA(rank=rank, alpha=first.scaling["default"] * rank, modules=list(a).__contains__, a=a)
+        a = {name: m.lora_A["default"].weight.detach() for name, m in layers.items()}
+        return adapters.LoRA(rank=rank, alpha=scaling * rank, modules=list(a).__contains__, a=a)
     if method.name == "propulsion":
-        scaled = {name: m for name, m in bare.named_modules() if isinstance(m, PropulsionLayer)}
-        degrees = {m.degree["default"] for m in scaled.values()}
-        ones = all((z.ndim == 1) and bool((z == 1).all()) for m in scaled.values() for z in m.propulsion_z.values())
+        degrees = {m.degree["default"] for m in layers.values()}
+        ones = all((z.ndim == 1) and bool((z == 1).all()) for m in layers.values() for z in m.propulsion_z.values())
         if len(degrees) > 1 or not ones:
             raise UserError(f"method {text}: only one degree, and one vector a layer at z = 1, has a kernel here")
-        return adapters.Propulsion(degrees.pop(), list(scaled).__contains__)
-    layers = {name: m for name, m in bare.named_modules() if isinstance(m, IA3Layer)}
+        return adapters.Propulsion(degrees.pop(), list(layers).__contains__)
     inputs = [name for name, m in layers.items() if m.is_feedforward]
     outputs = [name for name in layers if name not in inputs]
     return adapters.IA3(outputs.__contains__, inputs.__contains__)
