@@ -25,9 +25,9 @@ def draw(result: Result) -> Figure:
         left.plot(d, [c["exact"] for c in curve], color=color, label=rf"$\varepsilon$ = {epsilon:g}")
         left.plot(d, [c["bound"] for c in curve], color=color, linestyle="--", linewidth=0.9)
         seen = [c for c in cells if (c["rho"], c["epsilon"]) == (rho, epsilon) and c["probability"] > 0]
-        p = np.array([c["probability"] for c in seen])
-        bars = [p - [c["lower"] for c in seen], [c["upper"] for c in seen] - p]
-        left.errorbar([c["d"] for c in seen], p, bars, color=color, fmt="o", markersize=2.5, linewidth=0.8)
+        ends = np.array([[c["lower"], c["probability"], c["upper"]] for c in seen]).reshape(-1, 3).T
+        left.errorbar([c["d"] for c in seen], ends[1], np.diff(ends, axis=0), color=color, fmt="o", markersize=2.5,
+                      linewidth=0.8)  # fmt: skip
     left.set(xscale="log", yscale="log", ylim=(floor, 2), xlabel="dimension d",
              ylabel=r"Pr[ |S − ρ| ≥ ε ]", title=f"Tail at ρ = {rho:g}: exact, bound (dashed), drawn")  # fmt: skip
     left.legend(loc="lower left")
@@ -36,11 +36,10 @@ def draw(result: Result) -> Figure:
     dimensions = sorted({r["d"] for r in rows})
     for i, (d, color) in enumerate(zip(dimensions[:: max(1, len(dimensions) // 3)], PALETTE)):
         line = [r for r in rows if r["d"] == d]
-        value = np.array([r["variance"] for r in line]) * d
-        ends = [d * np.array([r[end] for r in line]) for end in ("lower", "upper")]
-        bars = [value - ends[0], ends[1] - value]
+        ends = d * np.array([[r["lower"], r["variance"], r["upper"]] for r in line]).T
         x = np.array([r["rho"] for r in line]) + 0.02 * i
-        right.errorbar(x, value, bars, color=color, fmt="o", markersize=2.5, linewidth=0.8, label=f"d = {d}")
+        right.errorbar(x, ends[1], np.diff(ends, axis=0), color=color, fmt="o", markersize=2.5, linewidth=0.8,
+                       label=f"d = {d}")  # fmt: skip
     right.set(xlabel="inner product ρ", ylabel="d · Var[S]", title="Variance")
     right.legend(loc="upper center")
     return page

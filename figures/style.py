@@ -31,29 +31,20 @@ SEQUENTIAL = "viridis"
 DIVERGING = "RdBu_r"
 """Map for signed values, white at zero; limits must be symmetric."""
 
+_TICKS = {"major.width": 0.6, "major.size": 2.5, "minor.size": 1.5, "major.pad": 2.0}
 _SETTINGS: dict[Any, Any] = {
     # Shipped with matplotlib, so a figure looks the same on every machine.
     "font.family": "DejaVu Sans",
     "mathtext.fontset": "dejavusans",
+    # Labels, ticks and legends have this size too.
     "font.size": 7.0,
     "axes.titlesize": 7.5,
-    "axes.labelsize": 7.0,
-    "xtick.labelsize": 7.0,
-    "ytick.labelsize": 7.0,
-    "legend.fontsize": 7.0,
     "figure.titlesize": 8.0,
     "axes.linewidth": 0.6,
     "axes.prop_cycle": cycler(color=PALETTE),
     "axes.titlepad": 4.0,
     "axes.labelpad": 2.0,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "xtick.minor.size": 1.5,
-    "ytick.minor.size": 1.5,
-    "xtick.major.pad": 2.0,
-    "ytick.major.pad": 2.0,
+    **{f"{axis}tick.{name}": size for axis in "xy" for name, size in _TICKS.items()},
     "lines.linewidth": 1.2,
     "legend.frameon": False,
     "figure.dpi": 150,
