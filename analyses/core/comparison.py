@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,11 @@ KERNEL_UNIT = "output²/parameter²"
 PAIR_METRICS: dict[str, tuple[Callable[[Tensor, Tensor], float], str]] = {
     "alignment": (ntk.kernel_alignment, ""),
     "cka": (ntk.cka, ""),
-    "relative_frobenius": (ntk.kernel_distance, ""),
-    "relative_frobenius_scaled": (lambda a, b: ntk.kernel_distance(a, b, scaled=True), ""),
-    "mean_absolute": (lambda a, b: ntk.kernel_distance(a, b, kind="mean_absolute"), KERNEL_UNIT),
-    "mean_absolute_scaled": (lambda a, b: ntk.kernel_distance(a, b, kind="mean_absolute", scaled=True), KERNEL_UNIT),
-    "max_absolute": (lambda a, b: ntk.kernel_distance(a, b, kind="max_absolute"), KERNEL_UNIT),
-    "max_absolute_scaled": (lambda a, b: ntk.kernel_distance(a, b, kind="max_absolute", scaled=True), KERNEL_UNIT),
+    **{
+        f"{kind}{suffix}": (partial(ntk.kernel_distance, kind=kind, scaled=suffix == "_scaled"), unit)
+        for kind, unit in (("relative_frobenius", ""), ("mean_absolute", KERNEL_UNIT), ("max_absolute", KERNEL_UNIT))
+        for suffix in ("", "_scaled")
+    },
     "best_scale": (ntk.best_scale, ""),
     "trace_ratio": (ntk.trace_ratio, ""),
 }

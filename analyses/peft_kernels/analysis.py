@@ -8,12 +8,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.comparison import SeedComparison, draw_name
 from analyses.core.intervals import over_seeds
+from analyses.parameter_count import width
 from analyses.peft_kernels.layers import Place, agreement, place_methods, places_of
 from analyses.peft_kernels.mean_split import mean_inputs, split_methods
 from analyses.peft_kernels.measures import (
@@ -144,7 +145,7 @@ def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
     kernels = {name: ntk.reduce_outputs(kernel, "trace").cpu() for name, kernel in whole.items()}
     del whole
     seconds["kernels"] = time.time() - started
-    scales = sum(map(_outputs, layers_of(model).values()))
+    scales = sum(width(layer) or 0 for layer in layers_of(model).values())
     nulls = model_nulls(
         model, inputs, full, kernels[REFERENCE], scales, draws=config.null_draws, seed=seed,
         output=output,
@@ -171,11 +172,6 @@ def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
         },
         "arrays": {LABELS: labels} | {name: kernel.numpy() for name, kernel in kernels.items()},
     }
-
-
-def _outputs(module: Any) -> int:
-    """The length of a layer's output."""
-    return module.weight.shape[0 if isinstance(module, nn.Linear) else 1]
 
 
 def _with_labels(arrays: dict[str, np.ndarray], *, regression: bool) -> dict[str, Tensor]:
