@@ -130,10 +130,8 @@ def summary(result: Result) -> Iterator[Block]:
     scores = {m.left: m.value for m in result.metrics}
     chance = {row["task"]: row["score"] for row in result.tables["chance"]}
     columns = list(product(tasks, poolings))
-    yield (
-        ["score", "one answer throughout", *methods],
-        [[f"{t}, {p}", number(chance[t]), *(number(scores[f"{t}, {p}, {m}"]) for m in methods)] for t, p in columns],
-    )
+    rows = [[f"{t}, {p}", number(chance[t]), *(number(scores[f"{t}, {p}, {m}"]) for m in methods)] for t, p in columns]
+    yield ["score", "one answer throughout", *methods], rows
     for key, words in (("kind", "share of tr K_F by kind of layer"), ("block", "by block")):
         labels = dict.fromkeys(row[key] for row in result.tables["shares"])
         yield [words, *(f"{t}, {p}" for t, p in columns)], [

@@ -271,29 +271,22 @@ def summary(result: Result) -> Iterator[Block]:
     """One row a method, and the rank correlations with measured speeds where there are any."""
     ranked = [m for m in result.metrics if m.name.startswith("rank correlation")]
     others = [m for m in result.metrics if m not in ranked]
+    kernels = list(dict.fromkeys(m.left for m in others))
     quantities = list(dict.fromkeys((m.name, m.right) for m in others))
+
+    def cell(left: str, name: str, right: str) -> str:
+        return metric_cell(result.metric(name, stage=STAGE, left=left, right=right))
+
     # Quantities down and kernels across would be wider still: three quantities a table.
     for i in range(0, len(quantities), 3):
         shown = quantities[i : i + 3]
-        yield (
-            [result.dataset["name"], *(f"{name}{', ' if right else ''}{right}" for name, right in shown)],
-            [
-                [
-                    left,
-                    *(metric_cell(result.metric(name, stage=STAGE, left=left, right=right)) for name, right in shown),
-                ]
-                for left in dict.fromkeys(m.left for m in others)
-            ],
-        )
+        header = [result.dataset["name"], *(f"{name}{', ' if right else ''}{right}" for name, right in shown)]
+        yield header, [[left, *(cell(left, *quantity) for quantity in shown)] for left in kernels]
     if ranked:
         kinds = list(dict.fromkeys(m.name for m in ranked))
-        yield (
-            [f"against measured {MEASURED}", *kinds],
-            [
-                [left, *(f"{result.metric(kind, stage=STAGE, left=left, right=MEASURED).value:.3g}" for kind in kinds)]
-                for left in dict.fromkeys(m.left for m in ranked)
-            ],
-        )
+        found = {(m.left, m.name): f"{m.value:.3g}" for m in ranked}
+        rows = [[left, *(found[left, kind] for kind in kinds)] for left in dict.fromkeys(m.left for m in ranked)]
+        yield [f"against measured {MEASURED}", *kinds], rows
 
 
 ANALYSIS = Analysis(

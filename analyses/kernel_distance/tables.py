@@ -36,18 +36,11 @@ def summary(result: Result) -> Iterator[Block]:
     others = {right for _, right in PAIRS} | {""}
     nulls = dict.fromkeys(m.right for m in result.metrics if m.left == FULL and m.right not in others)
     yield [f"CKA with {FULL} of", *stages], [[right, *at_both("cka", FULL, right)] for right in (ADAPTER, *nulls)]
-    yield (
-        ["kernel alone", "trace before", "after", "effective rank before", "after", "CKA before/after"],
-        [
-            [
-                row["kernel"],
-                *at_both("trace", row["kernel"]),
-                *at_both("effective_rank", row["kernel"]),
-                number(row["cka"]),
-            ]
-            for row in result.tables["drift"]
-        ],
-    )
+    rows = [
+        [row["kernel"], *at_both("trace", row["kernel"]), *at_both("effective_rank", row["kernel"]), number(row["cka"])]
+        for row in result.tables["drift"]
+    ]
+    yield ["kernel alone", "trace before", "after", "effective rank before", "after", "CKA before/after"], rows
     scores = result.tables["scores"]
     names = [name for name in scores[0] if name != "model"]
     yield ["score on validation", *names], [[row["model"], *(number(row[n]) for n in names)] for row in scores]

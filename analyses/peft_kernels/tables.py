@@ -21,42 +21,28 @@ def summary(result: Result) -> Iterator[Block]:
         return [interval(row[c], row[f"{c}_low"], row[f"{c}_high"]) for c in columns]
 
     pairs = ("cka", "alignment", "eigenspace_overlap", "trace_ratio", "k_star")
-    yield (
-        [f"against {full}", "CKA", "cosine alignment", "eigenspace overlap", "trace ratio", "k*"],
-        [[name, *(cell(metric, full, name) for metric in pairs)] for name in names[1:]],
-    )
-    yield (
-        ["kernel alone", "trace", "effective rank", "CKA with the labels"],
-        [
-            [name, cell("trace", name), cell("effective_rank", name), cell("label_cka", name, "labels")]
-            for name in names
-        ],
-    )
-    yield (
-        [f"null model against {full}", "CKA", "cosine alignment"],
-        [
-            [null, cell("cka", full, null), cell("alignment", full, null)]
-            for null in (row["null"] for row in result.tables["nulls"])
-        ],
-    )
-    yield (
-        ["CKA with full fine-tuning of linear weights", "Propulsion", "BitFit"],
-        [
-            [part, *(cell("cka", f"linear: full, {part}", f"linear: {b}") for b in (f"Propulsion, {part}", "BitFit"))]
-            for part in PARTS
-        ],
-    )
-    yield (
-        ["share of the trace", "common", "residual", "cross terms"],
-        [[row["kernel"], *bounds(row, "common", "residual"), number(row["cross"])] for row in result.tables["split"]],
-    )
-    yield (
-        ["degree k", "tr K(k) / tr K(1)", "k²", "distance of K(k) from k² K(1)"],
-        [
-            [*(number(row[c]) for c in ("degree", "trace_ratio", "expected")), f"{row['deviation']:.1e}"]
-            for row in result.tables["degree"]
-        ],
-    )
+    rows = [[name, *(cell(metric, full, name) for metric in pairs)] for name in names[1:]]
+    yield [f"against {full}", "CKA", "cosine alignment", "eigenspace overlap", "trace ratio", "k*"], rows
+    rows = [
+        [name, cell("trace", name), cell("effective_rank", name), cell("label_cka", name, "labels")] for name in names
+    ]
+    yield ["kernel alone", "trace", "effective rank", "CKA with the labels"], rows
+    nulls = [row["null"] for row in result.tables["nulls"]]
+    rows = [[null, cell("cka", full, null), cell("alignment", full, null)] for null in nulls]
+    yield [f"null model against {full}", "CKA", "cosine alignment"], rows
+    rows = [
+        [part, *(cell("cka", f"linear: full, {part}", f"linear: {b}") for b in (f"Propulsion, {part}", "BitFit"))]
+        for part in PARTS
+    ]
+    yield ["CKA with full fine-tuning of linear weights", "Propulsion", "BitFit"], rows
+    split = result.tables["split"]
+    rows = [[row["kernel"], *bounds(row, "common", "residual"), number(row["cross"])] for row in split]
+    yield ["share of the trace", "common", "residual", "cross terms"], rows
+    rows = [
+        [*(number(row[c]) for c in ("degree", "trace_ratio", "expected")), f"{row['deviation']:.1e}"]
+        for row in result.tables["degree"]
+    ]
+    yield ["degree k", "tr K(k) / tr K(1)", "k²", "distance of K(k) from k² K(1)"], rows
     yield ["layers", "CKA, full and Propulsion", "Propulsion with whole full", "full with whole full",
            "share of tr full", "share of tr Propulsion"], [
         [label_of(row["kind"], row["block"]), *bounds(row, "cka", "propulsion_cka", "full_cka"),
