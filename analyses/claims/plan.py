@@ -133,7 +133,7 @@ def full_plan(
                 of(task) + words("--sizes 32 128 512 --n-test 128 --again --max-steps 60") + FIXED)
           for task in tasks if get_labelled_task(task).num_labels == 2),
         Run("pooling", ("--tasks", "demo", first, *every)),
-        Run("default_rates", ("--tasks", *([task for task in tasks if task not in SLOW] or tasks), *every)),
+        Run("default_rates", ("--tasks", *tasks, *every)),
         *(Run(f"ablation/{factor}", (*of(first), "--factor", factor, *sizes.get(factor, small)))
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value", "layers")),
     ]  # fmt: skip
@@ -160,8 +160,6 @@ def full_plan(
 
 FIXED = words("--learning-rate None --head-learning-rate None")
 """The rates of what is published: the fixed ones of each role, and what comparisons chose as multiples of them."""
-SLOW = ("rte", "cola")
-"""Tasks that full fine-tuning does not learn in the steps that `analyses.default_rates` takes by default."""
 GROUPED = words("--train-sampling-strategy group_by_length")
 COMPARISONS = {
     "sst2": words("--max-steps 150 --tuning-steps 150 --rate-extensions 4 --n-train 2400"),
