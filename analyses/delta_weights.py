@@ -22,7 +22,7 @@ from analyses.core.analysis import Analysis, Findings, Output
 from analyses.records import Block, Metric, Result, metric_cell, number, summary_of_blocks
 from analyses.subjects.training_run import RatedRuns, RunConfig, training_run
 from propulsion.errors import UserError
-from propulsion.layer import PropulsionLayer
+from propulsion.layer import adapted_layers
 from propulsion.methods import parse_methods
 from propulsion.training_checks import SCALE_NAME
 
@@ -95,13 +95,12 @@ def delta_weights(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, dic
 def scales(model: nn.Module) -> dict[str, np.ndarray]:
     """z and z^k of all of a Propulsion model's layers, together; empty for any other model."""
     z, powers = [], []
-    for module in model.modules():
-        if isinstance(module, PropulsionLayer):
-            for adapter, value in getattr(module, SCALE_NAME).items():
-                k = float(module.degree[adapter])
-                flat = value.detach().double().reshape(-1)
-                z.append(flat)
-                powers.append(flat.sign() * flat.abs() ** k)
+    for layer in adapted_layers(model):
+        for adapter, value in getattr(layer, SCALE_NAME).items():
+            k = float(layer.degree[adapter])
+            flat = value.detach().double().reshape(-1)
+            z.append(flat)
+            powers.append(flat.sign() * flat.abs() ** k)
     return {} if not z else {"z": torch.cat(z).numpy(), "z^k": torch.cat(powers).numpy()}
 
 

@@ -165,18 +165,14 @@ def _tune(config: Config, cells: Cells, data: TaskData, text: str, method: Metho
             return {"loss": None, "score": None}
         return {"loss": found["validation_loss"], "score": next(iter(found["scores"].values()))}
 
-    def trial(factor: float) -> Trial | None:
-        cell = cells.cell(f"{data.task.name}.{text}.tuning{factor:.3g}", compute, tuned=method, factor=factor)
-        return None if cell is None else Trial(cell["loss"], cell["score"])
-
     found: dict[float, Trial] = {}
     pending = [1 / FACTOR, 1.0, FACTOR]
     for extension in range(config.rate_extensions + 1):
         for factor in pending:
-            result = trial(factor)
-            if result is None:
+            cell = cells.cell(f"{data.task.name}.{text}.tuning{factor:.3g}", compute, tuned=method, factor=factor)
+            if cell is None:
                 return {}
-            found[factor] = result
+            found[factor] = Trial(cell["loss"], cell["score"])
         best = best_factor(found, config.chosen_by)
         edges = {min(found): min(found) / FACTOR, max(found): max(found) * FACTOR}
         if best not in edges or extension == config.rate_extensions:

@@ -1,6 +1,5 @@
 """What the kernels are timed against: Jacobian contraction by torch.func, and the bare passes of the model."""
 
-from collections.abc import Iterator
 from time import perf_counter
 
 import torch
@@ -18,7 +17,9 @@ def torch_func_ntk(model: nn.Module, batch: dict[str, Tensor], rows: int) -> tup
         again.
     """
     parameters = dict(model.named_parameters())
-    ids, mask = batch["input_ids"], _additive_mask(batch["attention_mask"], next(iter(parameters.values())).dtype)
+    ids, dtype = batch["input_ids"], next(iter(parameters.values())).dtype
+    hidden = (1 - batch["attention_mask"][:, None, None, :].to(dtype)) * torch.finfo(dtype).min
+    mask = hidden.expand(-1, 1, ids.shape[1], -1).contiguous()
 
     def logits(p: dict[str, Tensor], row: Tensor, row_mask: Tensor) -> Tensor:
         inputs = {"input_ids": row[None], "attention_mask": row_mask[None]}
@@ -30,7 +31,8 @@ def torch_func_ntk(model: nn.Module, batch: dict[str, Tensor], rows: int) -> tup
 
     n, c, again = len(ids), model.config.num_labels, 0.0
     kernel = ids.new_zeros((n, n, c, c), dtype=mask.dtype)
-    for left, tile in enumerate(tiles := list(_tiles(n, rows))):
+    tiles = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+    for left, tile in enumerate(tiles):
         j1 = jacobian(tile)
         _contract(kernel, tile, tile, j1, j1)
         for other in tiles[left + 1 :]:
@@ -55,12 +57,3 @@ def _contract(kernel: Tensor, left: slice, right: slice, j1: dict[str, Tensor], 
     kernel[left, right] = torch.stack([torch.einsum("iap,jbp->ijab", j1[k], j2[k]) for k in j1]).sum(0)
     if left != right:
         kernel[right, left] = kernel[left, right].permute(1, 0, 3, 2)
-
-
-def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    hidden = (1 - mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
-    return hidden.expand(-1, 1, mask.shape[1], -1).contiguous()
-
-
-def _tiles(n: int, rows: int) -> Iterator[slice]:
-    yield from (slice(start, min(start + rows, n)) for start in range(0, n, rows))

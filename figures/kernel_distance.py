@@ -143,16 +143,17 @@ def _draw_row(
 ) -> None:  # fmt: skip
     panel.suptitle(_heading(result, row, pair), x=0.01, ha="left")
     axes = panel.subplots(1, 4)
-    symbol = _symbol(pair[1])
+    symbol = "K_P" if pair[1].startswith("propulsion") else "K_A"
     maps = {
         f"$K_F$\n{_words(pair[0])}": row.full,
         f"$s\\,{symbol}$\n{_words(pair[1])}": row.scaled,
         f"$|K_F - s\\,{symbol}|$\nabsolute difference": np.abs(row.full - row.scaled),
     }
     limits = color_limits(row.full, row.scaled)
-    images = [
-        _draw_map(ax, kernel[np.ix_(order, order)], title, limits) for ax, (title, kernel) in zip(axes, maps.items())
-    ]
+    for ax, title in zip(axes, maps):
+        ax.set(title=title, xticks=[], yticks=[])
+    colors = {"cmap": DIVERGING if limits[0] < 0 else SEQUENTIAL, "vmin": limits[0], "vmax": limits[1]}
+    images = [ax.imshow(kernel[np.ix_(order, order)], **colors) for ax, kernel in zip(axes, maps.values())]
     for ax in axes[:3]:
         if (names := result.dataset.get("label_names")) is None:
             _mark_values(ax, labels[order], named=ax is axes[0])
@@ -162,12 +163,6 @@ def _draw_row(
             _mark_classes(ax, labels[order], names, color, named=ax is axes[0])
     _draw_color_bar(panel, images, result.find("max_absolute", stage=row.stage, left=pair[0], right=pair[1]))
     _draw_spectra(axes[3], row, symbol)
-
-
-def _draw_map(ax: Axes, kernel: Float[np.ndarray, "n n"], title: str, limits: tuple[float, float]) -> AxesImage:
-    ax.set(title=title, xticks=[], yticks=[])
-    color_map = DIVERGING if limits[0] < 0 else SEQUENTIAL
-    return ax.imshow(kernel, cmap=color_map, vmin=limits[0], vmax=limits[1])
 
 
 def _mark_values(ax: Axes, labels: Shaped[np.ndarray, " n"], *, named: bool) -> None:
@@ -261,10 +256,6 @@ def _subject(result: Result, n: int) -> str:
 def _words(kernel: str) -> str:
     # The width at 7.5 points of one map, so that neighbours' titles do not meet.
     return textwrap.fill(kernel.replace("_", " "), 24)
-
-
-def _symbol(adapter: str) -> str:
-    return "K_P" if adapter.startswith("propulsion") else "K_A"
 
 
 def main(

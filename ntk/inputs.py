@@ -335,6 +335,11 @@ def tiles(groups: Sequence[Group], size: int) -> list[list[Group]]:
     return result
 
 
+def one_by_one(groups: Sequence[Group]) -> list[Group]:
+    """Each example as a group of its own, in the order of the batch."""
+    return sorted((one for (one,) in tiles(groups, 1)), key=lambda one: one.indices)
+
+
 # Entries that can be padded on the right, and the values to pad with (None for the padding token).
 _FILL = {"input_ids": None, "token_type_ids": 0, "position_ids": 0}
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntk.functional import ParameterChoice, evaluation, fresh, select_parameters
-from ntk.inputs import Inputs, group_examples
+from ntk.inputs import Inputs, group_examples, one_by_one
 from ntk.jacobian import selected_jacobian_rows
 from ntk.layout import Kernel, flatten
 from ntk.outputs import Output
@@ -106,16 +106,15 @@ def hidden_state_kernel(model: nn.Module, inputs: Inputs) -> Float[Tensor, "n n"
         ValueError: the model does not return hidden states, as Hugging Face models do; inputs on another device than
             the model.
     """
-    states: dict[int, Tensor] = {}
+    states = []
     with evaluation(model, inputs):
-        for group in group_examples(inputs):
-            for position, index in enumerate(group.indices):
-                example: dict[str, Any] = fresh(group.example(position))
-                example.pop("labels", None)
-                result = None if "" in example else model(**example, output_hidden_states=True)
-                hidden = getattr(result, "hidden_states", None) or getattr(result, "encoder_hidden_states", None)
-                if not hidden:
-                    raise ValueError("hidden_state_kernel needs a Hugging Face model that returns its hidden states")
-                states[index] = hidden[-1][0].flatten(0, -2).mean(0)
-    H = torch.stack([states[i] for i in sorted(states)])
+        for one in one_by_one(group_examples(inputs)):
+            example: dict[str, Any] = fresh(one.example(0))
+            example.pop("labels", None)
+            result = None if "" in example else model(**example, output_hidden_states=True)
+            hidden = getattr(result, "hidden_states", None) or getattr(result, "encoder_hidden_states", None)
+            if not hidden:
+                raise ValueError("hidden_state_kernel needs a Hugging Face model that returns its hidden states")
+            states.append(hidden[-1][0].flatten(0, -2).mean(0))
+    H = torch.stack(states)
     return H @ H.T

@@ -62,11 +62,7 @@ def label_words(token_ids: Sequence[int]) -> Output:
     ids = list(token_ids)
     if not ids or len(set(ids)) != len(ids):
         raise ValueError(f"label_words takes distinct token ids, one a class; got {ids}")
-
-    def output(model_output: Any, inputs: Mapping[str, Any]) -> Tensor:
-        return last_token_logits(model_output, inputs)[:, ids]
-
-    return output
+    return lambda model_output, inputs: last_token_logits(model_output, inputs)[:, ids]
 
 
 def classes(indices: Sequence[int]) -> Output:

@@ -119,17 +119,13 @@ def _same(container: Any, before: Any) -> bool:
 
 
 def _is_configuration(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, (*_PLAIN, *_CONTAINERS, tuple, Tensor, nn.Module, type)) or callable(value):
-        return False
-    if depth > 3 or not hasattr(value, "__dict__"):
-        return False
     simple = (*_PLAIN, *_CONTAINERS, tuple)
+    if isinstance(value, (*simple, Tensor)) or callable(value) or depth > 3 or not hasattr(value, "__dict__"):
+        return False
     return all(isinstance(v, simple) or _is_configuration(v, depth + 1) for v in vars(value).values())
 
 
 def parameter_hooks(model: nn.Module) -> Iterator[dict[int, Any]]:
     """The tables of hooks on parameters' gradients, which serve training and must not change a derivative."""
     for p in model.parameters():
-        for table in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)):
-            if table:
-                yield table
+        yield from filter(None, (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)))

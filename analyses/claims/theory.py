@@ -151,9 +151,8 @@ def jl_bound(results: Results) -> Iterator[Evidence]:
     counts = {m.name: m.value for m in results["johnson_lindenstrauss"].metrics}
     share = Quantity("share of cells above the bound", counts["cells_above_bound"] / counts["cells"])
     exact = Quantity("share beside the exact tail", counts["cells_beside_exact_tail"] / counts["cells"])
-    sharp = (
-        f"where it says something, the bound is {counts['median_bound_over_exact']:,.0f} times the exact tail (median)"
-    )
+    times = counts["median_bound_over_exact"]
+    sharp = f"where it says something, the bound is {times:,.0f} times the exact tail (median)"
     yield Evidence(share, at_most(share, MISSES), exact, sharp)
 
 

@@ -132,7 +132,12 @@ class Analysis(Generic[C]):
                 )
         else:
             found = self.find(config)
-        return None if found is None else self._result(config, found, time.time() - started)
+        if found is None:
+            return None
+        parts = vars(found) | {
+            "config": asdict(config) | found.config, "seconds": found.seconds | {"this call": time.time() - started}
+        }  # fmt: skip
+        return Result(analysis=self.name, seed=seeds_of(config)[0], environment=environment(), **parts)
 
     def check_options(self, config: C) -> None:
         """Make sure that every option is in its range, and every method known.
@@ -175,12 +180,6 @@ class Analysis(Generic[C]):
         """The command line ``python -m analyses.NAME``, with the docstring of the module as its help."""
         program = f"python -m analyses.{self.name}"
         run_command(lambda: self.publish(tyro.cli(self.config, prog=program, description=description)))
-
-    def _result(self, config: C, found: Findings, seconds: float) -> Result:
-        parts = vars(found) | {
-            "config": asdict(config) | found.config, "seconds": found.seconds | {"this call": seconds}
-        }  # fmt: skip
-        return Result(analysis=self.name, seed=seeds_of(config)[0], environment=environment(), **parts)
 
 
 class Runs(Grid):

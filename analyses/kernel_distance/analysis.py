@@ -289,10 +289,7 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 
 
 ANALYSIS = Analysis(
-    "kernel_distance",
-    Config,
-    find,
-    summary,
+    "kernel_distance", Config, find, summary,
     least={"n_examples": 2, "null_draws": 1, "resamples": 1},
     above={"memory_budget_gb": 0},
     check=_check,
@@ -300,5 +297,5 @@ ANALYSIS = Analysis(
     free=("task", "data_dir", "model", "training.seed", "seeds", "resamples", "memory_budget_gb"),
     about=lambda config: f"intervals: 95 %, {over_seeds(seeds_of(config), config.n_examples)}",
     variant=lambda config: f"-{config.task}",
-)
+)  # fmt: skip
 run = ANALYSIS.run

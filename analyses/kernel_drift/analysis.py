@@ -118,8 +118,7 @@ def _summarised(config: Config, data: TaskData, labels: np.ndarray, cells: Cells
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = [np.sqrt(n["moved"].numpy() / n["start"].numpy()).T for n in norms]
         arrays[f"jacobian_drift.{text}"] = np.mean(relative, axis=0)
-        for name in ("block_start", "block_now"):
-            arrays[f"{name}.{text}"] = runs[0][ARRAYS][name][-1]
+        arrays |= {f"{name}.{text}": runs[0][ARRAYS][name][-1] for name in ("block_start", "block_now")}
         for run in runs:
             for stage, index in zip(STAGES, (0, -1)):
                 arrays[f"{stage}.{text}.seed{run['seed']}"] = run[ARRAYS]["kernels"][index]
@@ -145,10 +144,7 @@ def _check(config: Config) -> None:
 
 
 ANALYSIS = Analysis(
-    "kernel_drift",
-    Config,
-    find,
-    summary,
+    "kernel_drift", Config, find, summary,
     least={"n_examples": 2, "n_jacobians": 2, "width": 1, "null_draws": 1, "resamples": 1},
     above={"memory_budget_gb": 0},
     check=_check,

@@ -172,8 +172,7 @@ def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, 
     Pairs of seeds share runs, so that the interval over them is approximate.
     """
     finals = _now_and_start(cells, -1)
-    for name in list(DRIFTS)[:3]:
-        metric = DRIFTS[name]
+    for name, metric in list(DRIFTS.items())[:3]:
         yield f"null_{name}", PERMUTED, averaged(metric, finals, draws)
         if len(cells) > 1:
             starts = [start for _, start in finals]
@@ -192,10 +191,8 @@ def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, 
 
 def averaged(metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Tensor, Tensor]], draws: int) -> Estimate:
     """A metric with the examples of the first kernel permuted, in each run its mean over the draws."""
-    values = []
-    for now, start in runs:
-        orders = [order(len(now), draw) for draw in range(draws)]
-        values.append(float(np.mean([_or_nan(metric, now[p][:, p], start) for p in orders])))
+    orders = [order(len(runs[0][0]), draw) for draw in range(draws)]
+    values = (float(np.mean([_or_nan(metric, now[p][:, p], start) for p in orders])) for now, start in runs)
     return Estimate(tuple(values))
 
 

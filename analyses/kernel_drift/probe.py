@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import ntk
 from analyses.subjects.parameters import is_backbone
 from ntk.dynamics import Linearized
 from ntk.functional import evaluation, select_parameters
-from ntk.inputs import Group, batch_size, group_examples, pad_together, padding_token
+from ntk.inputs import Group, batch_size, group_examples, one_by_one, pad_together, padding_token
 from ntk.jacobian import Jacobian, jacobian_function
 from propulsion.errors import UserError
 from propulsion.training.trainer import isolated_randomness
@@ -55,8 +55,7 @@ def depth_of(name: str) -> str:
     >>> depth_of("bert.encoder.layer.11.output.dense.weight"), depth_of("bert.embeddings.LayerNorm.bias")
     ('layer 11', 'embeddings')
     """
-    found = re.search(r"\.(\d+)\.", name)
-    if found:
+    if found := re.search(r"\.(\d+)\.", name):
         return f"layer {found[1]}"
     return "embeddings" if "embed" in name or ".wte." in name else "after the layers"
 
@@ -178,7 +177,7 @@ def jacobian_drift(
     Cost: three Jacobians an example, and one; memory: four.
     """
     head = {name: value for name, value in start.items() if name not in names}
-    examples, chosen = _single(inputs), frozenset(names)
+    examples, chosen = one_by_one(group_examples(inputs)), frozenset(names)
     jacobian = jacobian_function(model, None)
 
     def at(values: Values, example: Group) -> Jacobian:
@@ -207,13 +206,6 @@ def jacobian_drift(
     return JacobianDrift(**{
         name: torch.stack([of[name] for of in found], dim=0 if name.startswith("block") else 1) for name in found[0]
     })  # fmt: skip
-
-
-def _single(inputs: Mapping[str, Tensor]) -> list[Group]:
-    """One group an example, in their order."""
-    found = [(index, group.take(slice(place, place + 1)))
-             for group in group_examples(inputs) for place, index in enumerate(group.indices)]  # fmt: skip
-    return [group for _, group in sorted(found, key=lambda pair: pair[0])]
 
 
 # --- the callback ---------------------------------------------------------------------------------------------------
@@ -299,8 +291,7 @@ class Probe(TrainerCallback):
                 self._keep(linearized=outputs)
             else:
                 self._keep(linearized=batched_outputs(model, self._inputs, self._at(model)))
-                drift = jacobian_drift(model, self._few, self._start, self._own, self.block)
-                self._keep(**{field.name: getattr(drift, field.name) for field in fields(drift)})
+                self._keep(**vars(jacobian_drift(model, self._few, self._start, self._own, self.block)))
         head = [name for name in self._start if name not in self._own]
         moved = {
             "parameter_drift": relative_movement(model, self._start, self._own),

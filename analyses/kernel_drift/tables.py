@@ -86,16 +86,13 @@ def _pairs(result: Result) -> tuple[list[str], list[list[str]]]:
             for null in (False, True):
                 name, other = ("null_", f"{right}, {PERMUTED}") if null else ("", right)
                 found = [result.metric(f"{name}{m}", stage=stage, left=left, right=other) for m in PAIRS]
-                cells = [metric_cell(metric) for metric in found]
-                rows.append([f"{left} and {other}, {stage}", *cells])
+                rows.append([f"{left} and {other}, {stage}", *map(metric_cell, found)])
     return ["kernels of two methods", *PAIRS], rows
 
 
 def _notes(result: Result) -> str:
-    seeds = len(result.config["seeds"])
-    intervals = (
-        f"Student's over {seeds} seeds" if seeds > 1 else f"bootstrap over {result.config['n_examples']} examples"
-    )
+    seeds, examples = len(result.config["seeds"]), result.config["n_examples"]
+    intervals = f"Student's over {seeds} seeds" if seeds > 1 else f"bootstrap over {examples} examples"
     return (
         f"Intervals: 95 %, {intervals}; Jacobians on {result.config['n_jacobians']} examples. Drifts are relative to "
         f"the start's size. Yes: the whole interval is below {LAZY}; no: above; open: it holds {LAZY}. The error of "

@@ -141,10 +141,7 @@ def _coverage(setting: Setting) -> dict[str, str]:
 
 
 ANALYSIS = Analysis(
-    "linearized_prediction",
-    Config,
-    find,
-    summary,
+    "linearized_prediction", Config, find, summary,
     least={"sizes": 4, "permutations": 1},
     above={"memory_budget_gb": 0},
     # The methods, sizes, seed and factor of a cell are its own, as are the rows and the model.

@@ -24,7 +24,9 @@ def summary(result: Result) -> Iterator[Block]:
         return list(dict.fromkeys((m.left, m.right) for m in result.metrics if m.name == name))
 
     head = [f"n = {size}" for size in sizes]
-    scores = [[left, *cells("score", left)] for left, _ in sorted(lefts("score"), key=_place)]
+    kinds = ["trained", *PREDICTORS.values(), "null"]
+    ordered = sorted(lefts("score"), key=lambda pair: kinds.index(pair[0].partition(":")[0]))
+    scores = [[left, *cells("score", left)] for left, _ in ordered]
     yield [f"{result.dataset['name']}, {result.dataset['metric']}", *head], scores
     for name, beside, title in (
         ("prediction_agreement", "independent_errors_agreement", "agreement (of independent errors)"),
@@ -40,8 +42,3 @@ def summary(result: Result) -> Iterator[Block]:
             rows.append([f"{prefix.rstrip('_')}: {left}, {right}", *cells(f"{prefix}agreement", left, right, beside)])
     if rows:
         yield ["between methods: agreement (of independent errors)", *head], rows
-
-
-def _place(pair: tuple[str, str]) -> int:
-    kinds = ["trained", *PREDICTORS.values(), "null"]
-    return kinds.index(pair[0].partition(":")[0])

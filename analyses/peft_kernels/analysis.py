@@ -112,7 +112,9 @@ def find(config: Config, runs: Runs) -> Findings | None:
         config={"model": config.model and config.model_name},
         metrics=metrics,
         tables=tables,
-        arrays=_published(first),
+        # Of the first seed alone, and of its methods, their split and labels: the cells have all.
+        arrays={LABELS: first["arrays"][LABELS]}
+        | {f"{STAGE}.{name}": first["arrays"][name] for name in (*names, *first["parts"])},
         model=first["model"],
         dataset=dataset_identity(data) | {"source": data.source},
         seconds={
@@ -180,12 +182,6 @@ def _with_labels(arrays: dict[str, np.ndarray], *, regression: bool) -> dict[str
     return kernels | {LABELS: label_kernel(arrays[LABELS], regression=regression)}
 
 
-def _published(cell: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of the first seed that go with the result: methods, their split, labels; the cells have all."""
-    names = [*cell["methods"], *cell["parts"]]
-    return {LABELS: cell["arrays"][LABELS]} | {f"{STAGE}.{name}": cell["arrays"][name] for name in names}
-
-
 def _check(config: Config) -> None:
     if config.top > config.n_examples:
         raise UserError(f"top must be between 1 and the {config.n_examples} examples; got {config.top}")
@@ -193,10 +189,7 @@ def _check(config: Config) -> None:
 
 
 ANALYSIS = Analysis(
-    "peft_kernels",
-    Config,
-    find,
-    summary,
+    "peft_kernels", Config, find, summary,
     least={"n_examples": 2, "null_draws": 1, "resamples": 1, "top": 1},
     above={"memory_budget_gb": 0},
     check=_check,
@@ -204,5 +197,5 @@ ANALYSIS = Analysis(
     free=("task", "data_dir", "model", "seeds", "top", "resamples", "memory_budget_gb"),
     about=lambda config: f"intervals: 95 %, {over_seeds(config.seeds, config.n_examples)}",
     variant=lambda config: f"-{config.task}",
-)
+)  # fmt: skip
 run = ANALYSIS.run

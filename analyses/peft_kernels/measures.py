@@ -71,10 +71,9 @@ def degree_table(comparison: SeedComparison, degrees: Sequence[float]) -> list[d
     """Whether a degree k changes anything but the size: tr K(k) / tr K(1), and ||K(k) - k^2 K(1)|| / ||k^2 K(1)||."""
     rows = []
     for k in degrees:
-        deviation = max(
-            ntk.kernel_distance(each[REFERENCE] * k**2, each[with_degree(k)]) for each in comparison.kernels
-        )
-        ratio = comparison.mean(ntk.trace_ratio, with_degree(k), REFERENCE)
+        name = with_degree(k)
+        deviation = max(ntk.kernel_distance(each[REFERENCE] * k**2, each[name]) for each in comparison.kernels)
+        ratio = comparison.mean(ntk.trace_ratio, name, REFERENCE)
         rows.append({"degree": k, "trace_ratio": ratio, "expected": k**2, "deviation": deviation})
     return rows
 

@@ -166,12 +166,12 @@ def _refuse_to_lose(output: Path, *, overwrite: bool) -> None:
     if output.is_mount():
         raise RecordError(f"cannot write results to {output}: it is a mount point; name a folder inside it")
     names = sorted(entry.name for entry in output.iterdir())
-    if names and RESULT_FILE not in names:
-        raise RecordError(f"cannot write results to {output}: it holds something else ({names[0]}); name a new folder")
-    if names and not overwrite:
-        raise RecordError(f"{output} already holds a result; name another folder, or pass --overwrite")
     if not names:
         return
+    if RESULT_FILE not in names:
+        raise RecordError(f"cannot write results to {output}: it holds something else ({names[0]}); name a new folder")
+    if not overwrite:
+        raise RecordError(f"{output} already holds a result; name another folder, or pass --overwrite")
     try:
         analysis = _read_json(output)["analysis"]
     except RecordError as error:
@@ -205,10 +205,8 @@ def _is_alive(pid: int) -> bool:
         return False  # This process is not writing yet, so the folder is from an earlier one with the same id.
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

@@ -7,7 +7,7 @@ and `|S - rho|` is no markup. Sections (Args, Returns, Raises) are napoleon's wo
 import inspect
 import re
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 # What stays as it is: ``literals`` and :roles:`of Sphinx`; the name between single backticks becomes a literal.
 _KEPT = re.compile(r"(``.+?``|:[\w:]+:`[^`]+`|`[^`]+`)")
@@ -53,18 +53,12 @@ def _indent(line: str) -> int:
 
 def _block(lines: list[str], start: int) -> list[str]:
     """The lines from one to the next blank line."""
-    end = start + 1
-    while end < len(lines) and lines[end].strip():
-        end += 1
-    return lines[start:end]
+    return [lines[start], *takewhile(str.strip, lines[start + 1 :])]
 
 
 def _deeper(lines: list[str], start: int, indent: int) -> list[str]:
     """The lines from one on that are indented further than ``indent``, blank ones between them included."""
-    end = start
-    while end < len(lines) and (not lines[end].strip() or _indent(lines[end]) > indent):
-        end += 1
-    return lines[start:end]
+    return list(takewhile(lambda line: not line.strip() or _indent(line) > indent, lines[start:]))
 
 
 def _table(rows: list[str]) -> list[str]:

@@ -60,15 +60,14 @@ class LoRA(LayerMethod):
         """The matrix B, ``(r, rank)``; for the mean over A, a multiple of the weight unless :meth:`share` has that."""
         if layer.x is None:
             return
+        assert isinstance(layer.feature, Outer)
         if self.a == "expected":
             if not layer.weighed:
-                assert isinstance(layer.feature, Outer)
                 x = self._of_weight(layer.x.shape[-1]) ** 0.5 * layer.x
                 yield "W", torch.Size((layer.y.shape[-1], x.shape[-1])), layer.feature.beside(x)
             return
         a = self._matrix(layer).to(layer.x)
         shape = torch.Size((layer.y.shape[-1], len(a)))
-        assert isinstance(layer.feature, Outer)
         yield "B", shape, layer.feature.beside(self.scale * (layer.x @ a.T))
 
     def _matrix(self, layer: Layer) -> Float[Tensor, "rank s"]:

@@ -17,6 +17,7 @@ y = z^k * (layer's output). :func:`is_multiplier` selects the multipliers for :f
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -250,18 +251,16 @@ class Transformer(nn.Module):
         self.input_multiplier = recipe.multiplier(n_in, "input" in chosen)
         self.embedding = recipe.linear(n_in, width, "embedding" in chosen)
         sizes = {"up": (width, 4 * width), "down": (4 * width, width)}
+        device = recipe.generator.device
+        norm = partial(nn.LayerNorm, width, dtype=recipe.dtype, device=device) if layer_norm else nn.Identity
         self.blocks = nn.ModuleList(
             nn.ModuleDict(
                 {name: recipe.linear(*sizes.get(name, (width, width)), f"{b}.{name}" in chosen) for name in self.BLOCK}
-                | {f"norm_{part}": self._norm(width, recipe, layer_norm) for part in ("attention", "mlp")}
+                | {f"norm_{part}": norm() for part in ("attention", "mlp")}
             )
             for b in range(depth)
         )
         self.readout = recipe.linear(width, n_out, "readout" in chosen)
-
-    @staticmethod
-    def _norm(width: int, recipe: Recipe, present: bool) -> nn.Module:
-        return nn.LayerNorm(width, dtype=recipe.dtype, device=recipe.generator.device) if present else nn.Identity()
 
     def forward(self, x: Float[Tensor, "n t n_in"]) -> Float[Tensor, "n n_out"]:
         """The outputs."""

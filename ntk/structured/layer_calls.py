@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ntk.adapters import Layer, Method, matrix_of
 from ntk.features import Feature, Lookup, Outer
 from ntk.functional import batch_of, call, first_line, requiring_gradients
-from ntk.inputs import Group, tiles
+from ntk.inputs import Group, one_by_one
 from ntk.jacobian import gigabytes
 from ntk.layout import Layout
 from ntk.request import Request
@@ -84,7 +84,7 @@ def adapter_kernels(
         NotImplementedError: a layer returns no tensor, or is no layer of tokens; names it.
         MemoryError: one layer's inputs, outputs and gradients do not fit, with the size needed.
     """
-    sides = [_examples(groups) for groups in (request.rows, request.columns) if groups]
+    sides = [one_by_one(groups) for groups in (request.rows, request.columns) if groups]
     n, n1, n2 = sum(map(len, sides)), len(sides[0]), len(sides[-1])
     longest = max((example for side in sides for example in side), key=lambda example: example.length)
     with requiring_gradients(request.model, []):
@@ -129,11 +129,6 @@ def _kernels(method: Method, layers: Sequence[Layer], layout: Layout) -> Iterato
         if all(isinstance(f, Outer | Lookup) and not f.g.shape[1] for (f,) in features):
             continue  # the layer is never called
         yield layout.kernel(gram(features, sides[0][1], split, layout), layers[0].feature.shape[1])
-
-
-def _examples(groups: Sequence[Group]) -> list[Group]:
-    """Each example alone, in their order."""
-    return sorted((one for (one,) in tiles(groups, 1)), key=lambda one: one.indices)
 
 
 def _batches(sizes: Mapping[str, int], room: float) -> Iterator[list[str]]:

@@ -71,9 +71,8 @@ def piqa(row: Mapping[str, Any]) -> Exchange:
 def siqa(row: Mapping[str, Any]) -> Exchange:
     """Social IQa (Sap et al. 2019): context, question, answerA to answerC, label 1 to 3."""
     options = tuple(_option(row, f"answer{letter}") for letter in "ABC")
-    return _choose(
-        f"{_text(row, 'context')}\n{_text(row, 'question')}", options, whole_number(row["label"], "label") - 1
-    )
+    asked = f"{_text(row, 'context')}\n{_text(row, 'question')}"
+    return _choose(asked, options, whole_number(row["label"], "label") - 1)
 
 
 def hellaswag(row: Mapping[str, Any]) -> Exchange:
