@@ -104,6 +104,11 @@ class Independence(TorchDispatchMode):
         if any(t.layout is not torch.strided for t in tensors):
             self.lose("its forward pass takes tensors that are not dense")
             return func(*args, **kwargs)
+        kind = _kind(func)
+        if kind.views:  # Most operations of a transformer are views, whose storage has its entry already.
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and _shares(result, args, kwargs):
+                return result
         held = {id(t): self._held[address] for t in tensors if (address := _address(t)) in self._held}
         if not held:
             return func(*args, **kwargs)
@@ -113,7 +118,6 @@ class Independence(TorchDispatchMode):
         axes = {key: axis for key, (axis, _) in located.items()}
         shapes = {(t.shape[axes[id(t)]], located[id(t)][1]) for t in tensors if id(t) in axes}
         mask = all(entry.mask for entry in held.values())
-        kind = _kind(func)
         written = list(tensors_of(args[i] if i < len(args) else kwargs.get(name) for i, name in kind.written))
         # A constant that is written to must have been the same for all examples before, so its bytes are copied.
         constants = [_bytes(t).clone() for t in written if id(t) not in held and not kind.fresh]
@@ -232,6 +236,7 @@ class _Kind:
         constant: whether its results do not depend on its tensors' values.
         reads: whether its result, or the shape of its result, reveals values of its tensors.
         selects: whether it does so where an index is a mask.
+        views: whether its result may share the storage of an argument; it then writes nothing and reveals nothing.
         rule: gives the axis of the result; None if there is none.
     """
 
@@ -243,6 +248,7 @@ class _Kind:
     constant: bool
     reads: bool
     selects: bool
+    views: bool
     rule: Callable[[Call], int] | None
 
 
@@ -257,6 +263,7 @@ def _kind(func: Any) -> _Kind:
     tags = set(func.tags)
     shaped = torch.Tag.dynamic_output_shape in tags
     writes = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    reads = torch.Tag.data_dependent_output in tags or (shaped and plain != "index")
     return _Kind(
         name,
         tuple(a.name for a in schema.arguments),
@@ -264,8 +271,9 @@ def _kind(func: Any) -> _Kind:
         bool(writes) and all(a.kwarg_only for _, a in writes),
         torch.Tag.inplace_view in tags,
         plain.startswith("new_") or (plain.endswith("_like") and plain != "rand_like"),
-        torch.Tag.data_dependent_output in tags or (shaped and plain != "index"),
+        reads,
         shaped and plain == "index",
+        not writes and not reads and not shaped and any(r.alias_info is not None for r in schema.returns),
         rule,
     )  # fmt: skip
 
