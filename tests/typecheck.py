@@ -13,7 +13,7 @@ _jaxtyped = jaxtyping.jaxtyped
 def _with_shapes(function, *, typechecker):
     """As `jaxtyping.jaxtyped`, but a function without shapes in its annotations has its types alone checked.
 
-    jaxtyping binds the arguments of every call, which took half of the time of the tests of analyses.
+    jaxtyping binds the arguments of every call, which is slow.
     """
     if not inspect.isfunction(function) or "jaxtyping." in repr(function.__annotations__):
         return _jaxtyped(typechecker=typechecker)(function)

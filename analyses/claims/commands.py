@@ -13,14 +13,24 @@ from analyses.records import Result, plain
 # Options that say where a run writes and how it is cut into calls, and not what is computed.
 _NOT_THE_EXPERIMENT = {"output_dir", "runs_dir", "overwrite", "max_runs", "partial", "child", "child_output"}
 
+# Options that name the folder of another result.
+_READ_RESULTS = {"comparison", "rates_from"}
 
-def arguments(result: Result) -> list[str]:
-    """The options of its analysis that differ from their defaults, as words of a command line."""
+
+def arguments(result: Result, others: Mapping[str, str] | None = None) -> list[str]:
+    """The options of its analysis that differ from their defaults, as words of a command line.
+
+    Args:
+        result: The result.
+        others: By the name of another result, its folder, which options that read that result then name.
+    """
     defaults = _default_options(result)
     words = []
     for name, value in stored_options(result).items():
         if name in _NOT_THE_EXPERIMENT or value == defaults.get(name) or value == "":
             continue
+        if name in _READ_RESULTS:
+            value = next((folder for other, folder in (others or {}).items() if value.endswith(f"/{other}")), value)
         words += option(name, value)
     return words
 
@@ -35,16 +45,8 @@ def stored_options(result: Result) -> dict[str, Any]:
 
 
 def command(result: Result, output_dir: PurePosixPath | str, others: Mapping[str, str] | None = None) -> str:
-    """The same as one line for a shell.
-
-    Args:
-        result: What is computed again.
-        output_dir: The folder that the command writes to.
-        others: By the name of a result, its folder: a path to a result of that name becomes this folder.
-    """
-    words = ["python", "-m", f"analyses.{result.analysis}", *arguments(result)]
-    for name, folder in (others or {}).items():
-        words = [folder if word.endswith(f"/{name}") else word for word in words]
+    """The same as one line for a shell, writing to a folder."""
+    words = ["python", "-m", f"analyses.{result.analysis}", *arguments(result, others)]
     return shlex.join([*words, "--output-dir", str(output_dir)])
 
 

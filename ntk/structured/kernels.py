@@ -160,8 +160,9 @@ class _Tile:
         self._passes(segments, [*rows, *columns])
         kernels = {key: self._in_order(total, rows, columns) for key, total in self.totals.items()}
         self.totals.clear()
-        for name in self.leaves.keys() - self.plan.uncaptured.keys():
-            for key in self.targets.weights.get(name, {}).keys() - kernels.keys():
+        captured = [name for name in self.leaves if name not in self.plan.uncaptured]  # A set has no order to repeat.
+        for key in (key for name in captured for key in self.targets.weights.get(name, ())):
+            if key not in kernels:
                 kernels[key] = self._zeros()
         return kernels
 

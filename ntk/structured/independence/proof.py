@@ -236,7 +236,7 @@ class _Kind:
         constant: whether its results do not depend on its tensors' values.
         reads: whether its result, or the shape of its result, reveals values of its tensors.
         selects: whether it does so where an index is a mask.
-        views: whether its result may share the storage of an argument; it then writes nothing and reveals nothing.
+        views: whether it returns a view of an argument, which writes nothing and reveals no values.
         rule: gives the axis of the result; None if there is none.
     """
 
