@@ -1,1 +1,1 @@
-"""Figures: each module reads one kind of result and draws it; no model is loaded and no statistic computed."""
+"""Figures of results: each module draws the results of one analysis. It loads no model and computes no statistic."""

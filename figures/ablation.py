@@ -1,4 +1,4 @@
-"""One choice in Propulsion varied: score of every seed and their mean, by value."""
+"""Ablation of one choice in Propulsion: the score of every seed and the mean score, for each value of the choice."""
 
 from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
-"""Draw every figure of every result folder below a folder again, from the stored results alone.
+"""Redraw every figure of every result folder below a folder, from the stored results alone.
 
     python -m figures.all docs/results
 
-Figures are written beside their results, or into the same tree below --output-dir. A result of an analysis that has no
-figure module is named and passed over; one that cannot be read or drawn is named too, and the exit code is then 1.
+Figures are written into their result folders, or into the same tree below --output-dir. A result whose analysis has no
+figure is reported and skipped. A result that cannot be read or drawn is reported as well, and the exit code is then 1.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from figures.figure import Drawing, Write
 
 @dataclass(frozen=True)
 class Config:
-    """Every figure of a tree of results."""
+    """Options of the command."""
 
     root: tyro.conf.Positional[Path]
     """Folder with result folders, at any depth."""
@@ -31,14 +31,14 @@ class Config:
 
 
 def writer(analysis: str) -> Write | None:
-    """What draws the results of an analysis into a folder: `write` of the module of its name, if there is one."""
+    """The function that draws results of an analysis into a folder: `write` of `figures.ANALYSIS`; None without it."""
     if analysis not in {module.name for module in pkgutil.iter_modules(figures.__path__)}:
         return None
     return getattr(importlib.import_module(f"figures.{analysis}"), "write", None)
 
 
 def captions() -> dict[str, str]:
-    """What every figure shows, and what its bars and bands are, by the figure's file name without suffix."""
+    """The caption of every figure, by the name of the figure's file without suffix."""
     names = [module.name for module in pkgutil.walk_packages(figures.__path__, "figures.")]
     modules = [importlib.import_module(name) for name in names if not name.endswith(("__main__", ".all"))]
     drawings = [found for module in modules if isinstance(found := getattr(module, "draw", None), Drawing)]
@@ -46,7 +46,7 @@ def captions() -> dict[str, str]:
 
 
 def main(config: Config) -> None:
-    """Draw, folder by folder."""
+    """Redraw the figures folder by folder; exit with code 1 if one could not be drawn."""
     failed = False
     for folder in result_folders(config.root):
         name = folder.relative_to(config.root)

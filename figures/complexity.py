@@ -1,4 +1,4 @@
-"""Cost of a method on one layer over that of the frozen layer: by multiply-adds, and as measured."""
+"""Cost of each method on one layer relative to the frozen layer: in multiply-adds, and in measured time."""
 
 from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Learning curves: loss and validation score by step, one line a method, mean over seeds."""
+"""Learning curves of methods: training loss and validation score by step, as means over seeds."""
 
 import numpy as np
 from matplotlib.figure import Figure

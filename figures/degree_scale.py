@@ -1,4 +1,4 @@
-"""The degree that matches the kernels' sizes, over width, depth and models, from a result folder."""
+"""The degree at which both kernels have the same trace, by width, depth and model."""
 
 from typing import Any
 
@@ -78,7 +78,7 @@ def _errorbar(axes: Axes, x: Any, rows: list[dict[str, Any]], *, color: str, lab
 
 
 def _by_width(axes: Axes, rows: list[dict[str, Any]], key: str) -> list[tuple[Any, str, list[dict[str, Any]]]]:
-    """Make the horizontal axis that of widths; values of a column, each with its colour and its rows by width."""
+    """Set up a horizontal axis of widths; return each value of a column with its colour and its rows, by width."""
     widths = sorted({r["width"] for r in rows})
     axes.set(xscale="log", xlabel="width")
     axes.set_xticks(widths, [str(w) for w in widths])

@@ -1,4 +1,4 @@
-"""What each method changes: size and effective rank of its change of every matrix, and where Propulsion's z went."""
+"""Changes of the weights by each method: size and effective rank for every matrix; and the trained scales z."""
 
 import numpy as np
 from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a figure's module declares: a function that draws a result, with the caption as its docstring.
+"""The decorator `figure`, which turns a function that draws a result, with its caption as docstring, into a `Drawing`.
 
     @figure("memory")
     def draw(result: Result) -> Figure:
@@ -9,7 +9,7 @@
     if __name__ == "__main__":
         draw.command(__doc__)
 
-The files, the command and redrawing follow from it.
+A `Drawing` writes the files and provides the command that redraws a stored result.
 """
 
 import inspect
@@ -34,9 +34,10 @@ class Drawing:
 
     Attributes:
         stem: Name of its files without suffix.
-        caption: What it shows, and what its bars and bands are.
+        caption: What the figure shows, and the meaning of its bars and bands.
         function: Draws a result.
-        settled: Whether the layout is computed once more before the figure is written, and so stays in a later draw.
+        settled: Whether the layout is computed once before the figure is written. It is computed again in writing, and
+            its second pass may differ from the first.
     """
 
     stem: str
@@ -48,7 +49,7 @@ class Drawing:
         """Draw a result in the project's style.
 
         Raises:
-            RecordError: The result lacks what is drawn.
+            RecordError: The result lacks something that the figure shows.
         """
         with style():
             drawn = self.function(result, **options)
@@ -65,16 +66,16 @@ class Drawing:
         return save(self(result, **options), folder, self.stem)
 
     def command(self, description: str | None) -> None:
-        """The command line of a module with this one figure, which has the name of its analysis."""
+        """The command line of a module with a single figure, which has the name of its analysis."""
         command(self.stem, self.write, description)
 
 
 def figure(stem: str, *, settled: bool = True) -> Callable[[Callable[..., Figure]], Drawing]:
-    """Make a function that draws a result a `Drawing`, with the first paragraph of its docstring as the caption.
+    """Turn a function that draws a result into a `Drawing`, with the first paragraph of its docstring as the caption.
 
     Args:
-        stem: Name of its files without suffix; of an analysis with one figure, the name of the analysis.
-        settled: As of `Drawing`.
+        stem: Name of the figure's files without suffix; for an analysis with one figure, the name of the analysis.
+        settled: See `Drawing`.
     """
 
     def decorate(function: Callable[..., Figure]) -> Drawing:
@@ -85,10 +86,11 @@ def figure(stem: str, *, settled: bool = True) -> Callable[[Callable[..., Figure
 
 
 def redraw(analysis: str, write: Write, result: Path, output_dir: Path | None = None) -> None:
-    """Draw a stored result of an analysis into a folder, by default its own; print the files.
+    """Draw a stored result of an analysis into a folder, by default its own, and print the names of the files.
 
     Raises:
-        RecordError: The result is absent, damaged, of another analysis or lacks what is drawn; nowhere to write.
+        RecordError: The result is absent, damaged, of another analysis, or lacks something that the figure shows; or
+            the folder cannot be written.
     """
     loaded = load_result(result, analysis=analysis)
     for path in write(loaded, output_dir or (result.parent if result.is_file() else result)):
@@ -99,7 +101,7 @@ def command(analysis: str, write: Write, description: str | None) -> None:
     """The command line ``python -m figures.ANALYSIS``, with the docstring of the module as its help."""
 
     def main(result: tyro.conf.Positional[Path], output_dir: Path | None = None) -> None:
-        """Draw again.
+        """Redraw a stored result.
 
         Args:
             result: Result folder, as written by the analysis.

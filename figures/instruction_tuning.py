@@ -1,4 +1,4 @@
-"""A language model tuned by instruction: accuracy of every method with its interval, beside the share that answers."""
+"""Instruction tuning of a language model: accuracy of every method with its interval, and share of rows answered."""
 
 from matplotlib.figure import Figure
 

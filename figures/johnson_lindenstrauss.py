@@ -1,4 +1,4 @@
-"""The tail and the variance of a random projection, drawn, bounded and exact, from a result folder."""
+"""The error of inner products under random projection: its tail (drawn, bound and exact) and its variance."""
 
 import numpy as np
 from matplotlib.figure import Figure

@@ -1,9 +1,9 @@
-"""How far an adapter's kernel is from full fine-tuning's: heat maps and spectra, before and after training.
+"""Heat maps and spectra of an adapter's kernel and of that of full fine-tuning, before and after training.
 
-Each row is one stage. Its three heat maps, K_F, the adapter's kernel at its best scale s, and the absolute difference
-of the two, share one colour scale, so that a faint third map means what it seems to mean. Examples are ordered by
-label. The scale ends at the 99th percentile of the entries off the diagonal: a kernel's diagonal is often several
-times the rest, and would leave it one colour.
+Each row is one stage. Its three heat maps show K_F, the adapter's kernel times its best scale s, and the absolute
+difference of the two. They share one colour scale, so that a faint third map means a small difference. Examples are
+ordered by label. The scale ends at the 99th percentile of the entries off the diagonal: the diagonal of a kernel is
+often several times larger than its other entries, which would then all have the same colour.
 """
 
 import math
@@ -31,16 +31,16 @@ ADAPTER = "propulsion_z"
 
 _HEADINGS = {"initialisation": "At initialisation", "trained": "After training"}
 _PERCENTILE = 99.0
-# Negative entries smaller than this share of the colour range are not worth half of it.
+# The colours are symmetric about zero only if negative entries exceed this share of the largest one.
 _VISIBLE = 0.1
 _ROW_HEIGHT = 2.65
-# A class name needs this share of a map's height, or it would run into the one above.
+# Class names are at least this share of a map's height apart, so that they do not overlap.
 _MIN_LABEL_GAP = 0.08
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one row of the figure draws: two kernels at one stage, in the examples' given order."""
+    """The content of one row of the figure: two kernels at one stage, with examples in the order of the result."""
 
     stage: str
     full: Float[np.ndarray, "n n"]
@@ -81,20 +81,20 @@ def draw(result: Result, *, full: str = FULL, adapter: str = ADAPTER) -> Figure:
 
 
 def write(result: Result, folder: Path | str, *, full: str = FULL, adapter: str = ADAPTER) -> list[Path]:
-    """Draw and write `kernel_distance.png` and `.pdf`, the pair in the name where it is not the default one."""
+    """Draw and write `kernel_distance.png` and `.pdf`; another pair than the default one is part of the names."""
     pair = "" if (full, adapter) == (FULL, ADAPTER) else f".{full}.{adapter}"
     return save(draw(result, full=full, adapter=adapter), folder, f"kernel_distance{pair}")
 
 
 def color_limits(full: Float[np.ndarray, "n n"], scaled: Float[np.ndarray, "n n"]) -> tuple[float, float]:
-    """Return the colour limits of a row: from zero, or symmetric where negative entries are large enough to be seen.
+    """Return the colour limits of a row: symmetric if negative entries are large enough to be seen, else from zero.
 
-    They end at the 99th percentile of the absolute entries off the diagonal, of both kernels together.
+    The upper limit is the 99th percentile of the absolute entries off the diagonal of both kernels together.
     """
     off_diagonal = ~np.eye(len(full), dtype=bool)
     pooled = np.abs(np.concatenate([full[off_diagonal], scaled[off_diagonal]]))
     limit = float(np.percentile(pooled, _PERCENTILE)) if pooled.size else 0.0
-    # One example, or unrelated ones: nothing off the diagonal to see, so show the diagonal.
+    # With one example, or if all entries off the diagonal are zero, the colours cover the diagonal.
     limit = limit or float(max(np.abs(full).max(), np.abs(scaled).max())) or 1.0
     return (-limit if min(full.min(), scaled.min()) < -_VISIBLE * limit else 0.0), limit
 
@@ -121,7 +121,7 @@ def _row(result: Result, stage: str, full: str, adapter: str) -> Row:
 
 
 def _best_scale(result: Result, stage: str, full: str, adapter: str) -> float:
-    """That of the kernels drawn, which are one seed's, and not the mean over seeds."""
+    """The best scale of the kernels that are drawn, which are those of one seed; not the mean over seeds."""
     pair = {"stage": stage, "seed": result.seed, "metric": "best_scale", "left": full, "right": adapter}
     for row in result.tables.get("seed_values", ()):
         if pair.items() <= row.items():
@@ -216,11 +216,11 @@ def _draw_spectra(ax: Axes, row: Row, symbol: str) -> None:
     drawn = {"$K_F$": (row.full_spectrum, "-"), f"$s\\,{symbol}$": (row.scaled_spectrum, "--")}
     for color, (name, (spectrum, dashes)) in zip(PALETTE, drawn.items()):
         index = np.arange(1, spectrum.size + 1)
-        # Below this an eigenvalue is rounding, as in numpy's matrix rank, and a log axis would be spent on it.
+        # Smaller eigenvalues are rounding errors, by the rule of numpy's matrix rank; a log axis would show only them.
         floor = spectrum.size * np.finfo(spectrum.dtype).eps * np.abs(spectrum).max(initial=0.0)
         kept = spectrum > floor
         ax.plot(index[kept], spectrum[kept], dashes, color=color, label=name)
-    # In the title, since a label below would push the colour bar away from its maps.
+    # The axes are named in the title, since a label below would move the colour bar away from its maps.
     ax.set(xscale="log", yscale="log", title="eigenvalue\nagainst index")
     ax.set_box_aspect(1)
     ax.legend(loc="lower left", handlelength=1.6)
@@ -254,7 +254,7 @@ def _subject(result: Result, n: int) -> str:
 
 
 def _words(kernel: str) -> str:
-    # The width at 7.5 points of one map, so that neighbours' titles do not meet.
+    # At 7.5 points, 24 characters are as wide as one map, so that neighbouring titles do not overlap.
     return textwrap.fill(kernel.replace("_", " "), 24)
 
 

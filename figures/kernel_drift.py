@@ -1,8 +1,8 @@
-"""Drift along training, from a result folder: how far kernels, Jacobians and outputs leave the start, by method.
+"""Drift along training: the change of kernels, Jacobians and outputs since initialisation, by method.
 
-Drifts are relative to the size at the start, the error of the linearised network to the outputs' movement. The block of
-the Jacobian is of the first run, in units of the root mean square of its entries before training: equal colours are
-equal sizes. Drifts and colours are logarithmic.
+Drifts are relative to the value at initialisation; the error of the linearised network is relative to the change of
+the outputs. The block of the Jacobian is that of the first run, divided by the root mean square of its entries before
+training, so that equal colours mean equal sizes. Axes of drifts and the colours are logarithmic.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from figures.style import PAGE_WIDTH, SEQUENTIAL
 
 _MARKERS = "os^Dv"
 _LOGARITHMIC = ("relative_kernel_drift", "relative_jacobian_drift")
-# Colours are of logarithms: movements go from a hundredth of the start to a hundred times it.
+# Limits of the logarithmic colours, and their ticks, relative to the value at initialisation.
 _TICKS = (0.1, 1, 10, 100)
 
 
@@ -50,7 +50,7 @@ def _lines(panel: SubFigure, result: Result, methods: list[str]) -> None:
         ("cka", f"CKA with {short(methods[0])}", f"same kernel as {short(methods[0])}?"),
         ("score", f"{result.dataset['metric']}, validation", "score"),
     ]
-    # Of two methods, the first with each other.
+    # Rows that compare the first method with each of the other methods.
     pairs = [row | {"method": row["right"]} for row in result.tables["pairs"] if row["left"] == methods[0]]
     last = int(result.arrays["steps"][-1])
     for ax, (name, label, title) in zip(axes.flat, panels):
@@ -124,7 +124,7 @@ def _blocks(panel: SubFigure, result: Result, methods: list[str]) -> None:
 
 def _map(ax: Axes, values: np.ndarray) -> AxesImage:
     norm = LogNorm(_TICKS[0], _TICKS[-1])
-    # Zero has no logarithm: it gets the colour of the smallest.
+    # Zero has no logarithm; it gets the colour of the smallest value.
     return ax.imshow(np.maximum(values, 1e-30), cmap=SEQUENTIAL, norm=norm, aspect="auto", interpolation="nearest")
 
 
@@ -136,7 +136,7 @@ def _bar(panel: SubFigure, image: AxesImage, axes: np.ndarray, label: str) -> No
 
 
 def _block_name(text: str) -> str:
-    """Which parameters, short enough for a third of a page; the table of methods has it in full."""
+    """Short name of the block's parameter, which fits a third of a page; the table of methods has the full name."""
     parameter = text.removeprefix("gradient of the last output by ").partition(", ")[0]
     dull = ("base_model", "model", "default", "attention", "encoder", "weight")
     parts = [part for part in parameter.split(".") if part not in dull]

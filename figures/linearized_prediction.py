@@ -1,8 +1,9 @@
-"""Kernel predictions against trained networks by training-set size, from a result folder.
+"""Predictions of kernel regression and of trained networks, by size of the training set.
 
-Agreement is how often a network and its kernel's regression give the same class; independent errors are at the same
-accuracies; black is a network trained again with another data order. Logits have the initial ones subtracted; the
-sign-gradient kernel is dash-dotted. Bars are shifted sideways to be told apart, and cut where a panel ends.
+Agreement is the share of rows to which a network and the regression under its kernel give the same class. It is drawn
+beside the agreement of two classifiers with the same accuracies and independent errors. Black is a network that was
+trained again with another data order. Initial logits are subtracted from logits; the sign-gradient kernel is
+dash-dotted. Bars are shifted sideways so that they do not overlap, and cut at the ends of a panel.
 """
 
 import math
@@ -25,7 +26,7 @@ _NULLS = {"null: hidden states": "o", "null: majority class": "x", "null: permut
 """Markers of the null models, whose lines are dotted."""
 _TRAINED, _REGRESSION, _SIGN, _CHANCE, _AGAIN = "o", "D", "^", "_", "*"
 _MARGIN = 0.08
-_SHIFT = 0.06  # Of the distance between sizes, as a share of a factor of e.
+_SHIFT = 0.06  # Sideways shift between neighbouring methods, in natural logarithms of the size.
 
 
 @figure("linearized_prediction")
@@ -66,7 +67,7 @@ def draw(result: Result) -> Figure:
         if len(sizes) == 1:
             panel.set_xlim(sizes[0] / 1.5, sizes[0] * 1.5)
         panel.grid(color="0.9", linewidth=0.5)
-        # By the values: Student's intervals of two or three seeds may reach beyond what the quantity can be.
+        # By the values alone, since Student's intervals of two or three seeds may exceed the quantity's range.
         if values := lines.values.get(panel):  # Without trained networks there is no agreement with them.
             panel.set_ylim(min(values) - _MARGIN, max(values) + _MARGIN)
     page.legend(handles=_legend(colors, result), loc="outside lower center", ncols=4)
@@ -74,7 +75,7 @@ def draw(result: Result) -> Figure:
 
 
 class _Lines:
-    """Draws metrics of a result over training-set sizes."""
+    """Draws metrics of a result against the size of the training set."""
 
     def __init__(self, result: Result, sizes: list[int]):
         self._result, self._sizes = result, sizes
@@ -83,7 +84,7 @@ class _Lines:
     def draw(
         self, axes: Axes, name: str, left: str, right: str, shift: float, *, bars: bool = True, **look: object
     ) -> None:
-        """One line with error bars, through the sizes at which the metric is there and defined."""
+        """Draw one line with error bars through the sizes at which the result holds the metric with a finite value."""
         points = [(size, self._result.find(name, stage=f"n={size}", left=left, right=right)) for size in self._sizes]
         kept = [(size, m) for size, m in points if m is not None and math.isfinite(m.value)]
         if not kept:

@@ -1,4 +1,4 @@
-"""Peak memory and time of a training step, one bar a method."""
+"""Peak memory and time of a training step, with one bar for each method."""
 
 from matplotlib.figure import Figure
 

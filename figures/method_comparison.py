@@ -1,4 +1,4 @@
-"""Methods against each other: score with its interval, beside the number of parameters trained, one panel a task."""
+"""Comparison of methods: score with its interval and number of trained parameters, with one panel for each task."""
 
 from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Short names and colours of fine-tuning methods, the same in every figure."""
+"""Short names and colours of fine-tuning methods, which are the same in all figures."""
 
 from figures.style import PALETTE
 
@@ -14,10 +14,10 @@ def short(method: str) -> str:
 
 
 def color_of_method(method: str) -> str:
-    """The colour where Propulsion stands against all other methods: orange, or blue."""
+    """The colour of a method where Propulsion is contrasted with all others: orange for Propulsion, blue for others."""
     return PALETTE[1] if method.lower().startswith("propulsion") else PALETTE[0]
 
 
 def color_of_line(place: int) -> str:
-    """The colour of a method where each has a line of its own, by its place; they repeat after the last."""
+    """The colour of a method by its place in the list of methods; colours repeat if there are more methods."""
     return PALETTE[place % len(PALETTE)]

@@ -1,4 +1,4 @@
-"""Trained parameters of Propulsion beside the whole model, one row a model, on a logarithmic axis."""
+"""Numbers of parameters that Propulsion trains, and of the whole model, with one row for each model."""
 
 from matplotlib.figure import Figure
 

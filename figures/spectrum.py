@@ -1,7 +1,7 @@
-"""Spectra of methods' kernels, from a result folder: decay, effective dimension, labels in the top, speed of learning.
+"""Spectra of methods' kernels: decay of eigenvalues, effective dimension, alignment with labels, speed of learning.
 
-Lines are means over seeds, bands reach from the lowest to the highest seed. The grey band of the third panel holds
-95 % of permuted labels, of all methods' kernels together. Dashed: the head's kernel alone.
+Lines are means over seeds; bands reach from the lowest to the highest seed. The grey band of the third panel holds
+95 % of permuted labels, over the kernels of all methods. The dashed line is the kernel of the head alone.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from figures.methods import color_of_line, short
 from figures.style import PAGE_WIDTH
 
 _HEIGHT = 4.4
-_FLOOR = 1e-7  # Of the trace: eigenvalues of float32 kernels are rounding below this.
+_FLOOR = 1e-7  # Eigenvalues below this share of the trace are rounding errors of float32 kernels.
 _HEAD = "head"
 
 

@@ -1,4 +1,4 @@
-"""The one look of all figures: sizes, type, colours, and how a figure becomes files.
+"""The style of all figures (sizes, type and colours), and writing a figure to files.
 
 Figures are drawn at their printed size, one column or one page wide, so that a 7 point letter is 7 points on paper.
 They are made without pyplot: no window, no global state, safe to draw inside a long run.
@@ -25,7 +25,7 @@ PNG_DPI = 300
 _RESOLUTION = b"\0\0\0\x09pHYs" + 2 * struct.pack(">I", round(PNG_DPI / 0.0254)) + b"\x01"
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, told apart under every common colour blindness; the first two are the most distinct."""
+"""Okabe and Ito's colours, distinct under all common kinds of colour blindness; the first two are the most distinct."""
 SEQUENTIAL = "viridis"
 """Map for values of one sign: perceptually uniform and readable in grey."""
 DIVERGING = "RdBu_r"
@@ -56,7 +56,7 @@ _SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in the project's style inside this block, leaving matplotlib's settings as they were."""
+    """Use the project's style in the block; matplotlib's settings are restored after it."""
     with mpl.rc_context():
         mpl.rcdefaults()  # A user's matplotlibrc must not change a published figure.
         mpl.rcParams.update(_SETTINGS)
@@ -64,7 +64,7 @@ def style() -> Iterator[None]:
 
 
 def save(figure: Figure, folder: Path | str, stem: str) -> list[Path]:
-    """Write a figure as `STEM.png` and `STEM.pdf`, byte for byte the same for the same data, each whole or not at all.
+    """Write a figure as `STEM.png` and `STEM.pdf`, atomically; the same data give the same bytes.
 
     Args:
         figure: A figure at its printed size; it is not cropped, so that its type keeps its size.
@@ -95,9 +95,9 @@ def save(figure: Figure, folder: Path | str, stem: str) -> list[Path]:
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether `save` wrote a file: matplotlib did, and was told to leave out what it writes by default."""
+    """Whether `save` wrote a file, by metadata that matplotlib writes by default and `save` leaves out."""
     content = path.read_bytes()
     if path.suffix == ".pdf":
         return b"(Matplotlib pdf backend v" in content and b"/CreationDate" not in content
-    # Of a PNG without a text, the resolution in dots a metre follows right after the header.
+    # In a PNG without a text chunk, the chunk of the resolution follows right after the header.
     return content[:8] == b"\x89PNG\r\n\x1a\n" and content[33:50] == _RESOLUTION

@@ -1,4 +1,4 @@
-"""Theorem 1, literal, corrected and up to scale, case by case and position by position, from a result folder."""
+"""Distances of the two kernels in Theorem 1, as stated, corrected and up to scale, by case and by position."""
 
 import numpy as np
 from matplotlib.axes import Axes

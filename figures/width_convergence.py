@@ -1,4 +1,4 @@
-"""Finite networks against their limits: errors, the gap, and the kernels' sizes over width, from a result folder."""
+"""Finite networks and their limits: error, gap between the kernels, and ratio of their traces, by width."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,7 +9,7 @@ from figures.style import PAGE_WIDTH, PALETTE
 
 MARKERS = "osD^v<>"
 SHOWN = ("linear", "relu", "erf", "gelu")
-"""Activations of the middle panel, which more would crowd."""
+"""Activations drawn in the middle panel; more lines would be hard to tell apart."""
 
 
 @figure("width_convergence", settled=False)

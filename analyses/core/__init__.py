@@ -1,1 +1,1 @@
-"""How any question is asked."""
+"""What all analyses share: their protocol, the cells of grids, intervals, and comparisons of kernels."""

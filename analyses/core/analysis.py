@@ -1,15 +1,15 @@
-"""One protocol for every question: a configuration goes in; a result folder, tables and figures come out.
+"""The protocol of all analyses: from a configuration to a result folder, tables and figures.
 
-An analysis is written as a configuration (a frozen dataclass that extends `Output`, or `GridOutput` where it trains
-many runs), a function that finds the numbers, a function that puts them into tables, and one `Analysis` that says so:
+An analysis consists of a configuration (a frozen dataclass that extends `Output`, or `GridOutput` where it trains many
+runs), a function that computes the numbers, a function that puts them into tables, and an `Analysis` that joins them:
 
     ANALYSIS = Analysis("spectrum", Config, find, summary, least={"n_examples": 4})
 
     if __name__ == "__main__":
         ANALYSIS.command(__doc__)
 
-From it follow the command and its options, the checks before anything is computed, the cells of a grid and how a
-killed grid resumes, the result folder, the printed tables and the figure.
+The `Analysis` provides the command and its options, the checks before anything is computed, the cells of a grid and the
+resumption of a killed grid, the result folder, the printed tables and the figure.
 """
 
 import importlib
@@ -37,7 +37,7 @@ class Output:
     """Where an analysis writes."""
 
     output_dir: Path | None = None
-    """Result folder; by default results/ANALYSIS, where the analysis adds what it was of."""
+    """Result folder; by default results/ANALYSIS, to which some analyses add the task or another option."""
     overwrite: bool = False
     """Replace an earlier result in that folder."""
 
@@ -54,7 +54,7 @@ class GridOutput(Output):
 
 @dataclass(frozen=True)
 class Findings:
-    """What an analysis found; the rest of its `Result` follows from the configuration and the machine.
+    """What an analysis computed; the other fields of its `Result` follow from the configuration and the machine.
 
     Attributes:
         metrics: Numbers with their intervals.
@@ -62,9 +62,10 @@ class Findings:
         dataset: Identity of the data.
         tables: Further named tables.
         arrays: Kernels, spectra, labels.
-        seconds: Wall time of each step; the call's own is added.
+        seconds: Wall time of each step; that of the whole call is added to it.
         coverage: Which parameters each kernel covers.
-        config: Configured values that were settled while it ran, such as a task's own degree.
+        config: Values that replace those of the configuration because they were chosen during the run, such as the
+            task's own degree.
     """
 
     metrics: list[Metric]
@@ -82,20 +83,20 @@ C = TypeVar("C", bound=Output)
 
 @dataclass(frozen=True)
 class Analysis(Generic[C]):
-    """A question that a configuration answers.
+    """One analysis: its options, its computation, its tables and its figure.
 
     Attributes:
         name: Name of its module, of its results and of its figure's module.
         config: The dataclass of its options.
-        find: Computes what the configuration asks for. Where the configuration is a `GridOutput`, it is called with
+        find: Computes the findings of a configuration. Where the configuration is a `GridOutput`, it is called with
             the configuration and the `Runs` that keep its cells, and returns None where cells are missing.
-        summary: The tables of a result as text; with ``markdown=True`` as a page has them.
-        least: The least sensible value of an option, by its name; of an option of several values, of each.
-        above: The value that an option must be above, by its name.
+        summary: Returns the tables of a result as text; with ``markdown=True``, as Markdown.
+        least: By the name of an option, its smallest allowed value; it holds for each item of a tuple.
+        above: By the name of an option, the value that it must exceed; it holds for each item of a tuple.
         check: Further checks of the options; raises `UserError`. Called before anything is computed or written.
         free: Options on which no cell of a grid depends (`analyses.core.cells.settings_of`).
-        about: What the intervals or units of the tables are, in words.
-        variant: What is added to the name of the default result folder.
+        about: Returns in words what the intervals or units of the tables are.
+        variant: Returns what is added to the name of the default result folder.
         draws: Whether there is a figure, in the module of the same name in `figures`.
     """
 
@@ -116,10 +117,10 @@ class Analysis(Generic[C]):
         return config.output_dir or Path("results") / f"{self.name}{self.variant(config)}"
 
     def run(self, config: C) -> Result | None:
-        """Compute a result, or what is missing of it up to ``max_runs``; None where cells are missing still.
+        """Compute a result; of a grid, at most ``max_runs`` missing cells, and None if cells are still missing.
 
         Raises:
-            UserError: Unusable options, data or model; a run that diverged.
+            UserError: Options, data or model cannot be used, or a training run diverged.
         """
         self.check_options(config)
         started = time.time()
@@ -140,10 +141,10 @@ class Analysis(Generic[C]):
         return Result(analysis=self.name, seed=seeds_of(config)[0], environment=environment(), **parts)
 
     def check_options(self, config: C) -> None:
-        """Make sure that every option is in its range, and every method known.
+        """Check that every option is in its range and every method is known.
 
         Raises:
-            UserError: One is not, with what was expected.
+            UserError: One is not; the message says what was expected.
         """
         for limits, holds, words in ((self.least, operator.ge, "at least"), (self.above, operator.gt, "above")):
             for name, limit in limits.items():
@@ -157,10 +158,10 @@ class Analysis(Generic[C]):
         self.check(config)
 
     def publish(self, config: C) -> None:
-        """Compute a result unless its folder could not be written; print it, write it and draw its figures.
+        """Check that the folder can be written, compute the result, print it, write it and draw its figures.
 
         Raises:
-            UserError: The folder cannot be written or holds a result; what `run` raises.
+            UserError: The folder cannot be written or holds a result, or `run` raises it.
         """
         folder = self.folder(config)
         self.check_options(config)
@@ -169,7 +170,7 @@ class Analysis(Generic[C]):
         if result is None:
             return
         print(f"\n{self.summary(result)}\n")
-        # Figures read results; analyses know of them only that the module has the name of the analysis.
+        # The figure's module is found by the name of the analysis, so that analyses import no figure.
         draw = importlib.import_module(f"figures.{self.name}").write if self.draws else None
         written = write_result(result, folder, figures=draw, overwrite=config.overwrite)
         about = self.about(config)
@@ -190,22 +191,22 @@ class Runs(Grid):
         self._config, self._free = config, free
 
     def of(self, data: TaskData, model: str) -> Cells:
-        """The cells of this configuration on one task's rows and one model, known by its content."""
+        """The cells of this configuration on one task's rows and one model, which is given by its fingerprint."""
         rows = {"task": data.task, "rows": data.fingerprint}
         return Cells(self, settings_of(self._config, free=self._free, model=model, **rows))
 
 
 def seeds_of(config: Any) -> tuple[int, ...]:
-    """The seeds of a configuration: its `seeds`, or else its one `seed`; 0 where it has neither field."""
+    """The seeds of a configuration: its field `seeds`, or else its field `seed`; 0 if it has neither field."""
     one = getattr(config, "seed", None if hasattr(config, "seeds") else 0)
     return tuple(getattr(config, "seeds", ())) or (() if one is None else (one,))
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Make sure that seeds can be repetitions.
+    """Check the seeds of repetitions.
 
     Raises:
-        UserError: There are none, or they are negative or the same.
+        UserError: There is no seed, or one is negative or given twice.
     """
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"seeds must be one or more different numbers, none negative; got {tuple(seeds)}")

@@ -1,10 +1,10 @@
-"""Grids of runs that take hours: one file a cell, so that a killed grid goes on where it was.
+"""Grids of training runs that take hours: each finished run is a file, so that a killed grid resumes where it stopped.
 
-A cell is known by all that it depends on: the whole configuration of its analysis but for fields that are declared
-free, the task, the rows' content, the model's content, what sets it apart from the grid's other cells, and the version
-of this code's cells. Cells that differ in any of it lie side by side in a folder, in files of different names, and none
-is ever taken for another. A cell's file appears when the cell is complete, by a rename. Arrays lie in a second file
-beside it, which is there before it.
+Such a file is called a cell. Its name holds a hash of everything that the cell depends on: the configuration of its
+analysis except the fields declared free, the task, the content of rows and model, the values that set it apart from the
+other cells of the grid, and `CELL_FORMAT`. Cells that differ in any of these have different names in the same folder,
+so that no cell is taken for another. The file is written atomically when the cell is complete; its arrays are in a
+second file beside it, which is written first.
 """
 
 import hashlib
@@ -23,23 +23,23 @@ from analyses.records.errors import RecordError
 from propulsion.errors import Interrupted, UserError
 
 ARRAYS = "arrays"
-"""What a cell found under this name, arrays by their names, is kept as arrays, and not as text."""
+"""Key of the arrays, by their names, in what a cell computes; they are stored as arrays instead of JSON."""
 CELL_FORMAT = 3
-"""Raise it when cells are computed in another way: older ones are then computed again."""
-_LONGEST = 120  # Characters of a cell's name in its file's name, which file systems limit.
+"""Increase this number when the code computes cells differently: older cells are then computed again."""
+_LONGEST = 120  # Characters of a cell's name that its file's name keeps, since file systems limit names.
 PLACES = frozenset({"output_dir", "runs_dir", "overwrite", "max_runs"})
-"""Fields of every configuration that say where a grid is and how it is cut into calls: free in all of them."""
+"""Fields that say where a grid is stored and how many cells one call computes; free in every configuration."""
 
 
 def settings_of(config: Any, *, free: Collection[str], task: Any, rows: str, model: str) -> dict[str, Any]:
-    """What the cells of a grid have in common and depend on.
+    """The settings that all cells of a grid share and depend on.
 
     Args:
-        config: The analysis' configuration, a dataclass. All of its fields count, and those of dataclasses in it, but
-            for `PLACES` and `free`.
-        free: Fields on which no cell depends: those that say which cells there are, since each cell's own part of its
-            key says what it is; those that act on finished cells; those whose content is in the key in place of a path.
-            Fields of a dataclass within have their path, such as "run.data_dir".
+        config: The analysis' configuration, a dataclass. All of its fields count, with those of nested dataclasses,
+            except `PLACES` and `free`.
+        free: Fields on which no cell depends: those that say which cells there are (each cell's own settings say which
+            one it is), those that act on finished cells, and paths of files whose content is in the settings. A field
+            of a nested dataclass is given by its path, such as "run.data_dir".
         task: The task, a dataclass.
         rows: Fingerprint of the rows.
         model: Identity of the model (`propulsion.identity.model_content`).
@@ -58,12 +58,12 @@ class Grid:
 
     Attributes:
         computed: Cells computed by this object.
-        finished: Cells that are there, computed now or earlier, of those asked for.
-        missing: Names of cells asked for and not computed, since `max_runs` was reached.
+        finished: Number of cells returned, computed now or earlier.
+        missing: Names of cells that were not computed because `max_runs` was reached.
     """
 
     def __init__(self, folder: Path | str, max_runs: int | None = None) -> None:
-        """Name the folder of a grid, which is created for the first cell.
+        """A grid in a folder, which is created with the first cell.
 
         Args:
             folder: Where the cells' files are.
@@ -74,16 +74,16 @@ class Grid:
         self.missing: list[str] = []
 
     def cell(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Any:
-        """Return what a cell found, from its file or computed now; None if `max_runs` cells were computed before.
+        """Return the content of a cell, read from its file or computed now; None if `max_runs` were computed before.
 
         Args:
-            name: What messages call it, and the beginning of its file's name.
-            settings: All that it depends on, as JSON has it.
-            compute: Computes it.
+            name: Name of the cell in messages, and the beginning of its file's name.
+            settings: Everything that the cell depends on, in types of JSON.
+            compute: Computes the content.
 
         Raises:
             UserError: The cell's file is damaged, or cannot be written.
-            Interrupted: The process was interrupted, with what is kept in words.
+            Interrupted: The process was interrupted; the message says what is kept.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ class Grid:
         return found
 
     def _others(self, stem: str) -> str:
-        """What to say of cells of that name that are not this one."""
+        """A note that counts the other cells of that name; "" if there are none."""
         count = sum(len(list(self._folder.glob(f"{stem}{key}.json"))) for key in ("", f".{'[0-9a-f]' * 16}"))
         return f" ({count} of other settings, rows or weights beside it)" if count else ""
 
@@ -132,22 +132,22 @@ class Grid:
 
 
 class Cells:
-    """Those cells of a grid that share their settings."""
+    """The cells of a grid that share some settings."""
 
     def __init__(self, grid: Grid, settings: Mapping[str, Any]) -> None:
         self._grid, self._settings = grid, settings
 
     def cell(self, name: str, compute: Callable[..., Mapping[str, Any]], **own: Any) -> dict[str, Any] | None:
-        """Return what a cell found, from its file or computed now; None if `max_runs` cells were computed before.
+        """Return the content of a cell, read from its file or computed now; None if `max_runs` were computed before.
 
         Args:
-            name: What messages call it, and the beginning of its file's name: another name is another cell.
-            compute: Called with `own`, which is thus all that sets this cell apart from the others.
-            **own: What the cell depends on beside the settings that all share.
+            name: Name of the cell in messages, and the beginning of its file's name: another name is another cell.
+            compute: Computes the content; called with `own` alone, so that nothing else can set this cell apart.
+            **own: What the cell depends on beside the shared settings.
 
         Raises:
             UserError: The cell's file is damaged, or cannot be written.
-            Interrupted: The process was interrupted, with what is kept in words.
+            Interrupted: The process was interrupted; the message says what is kept.
         """
         return self._grid.cell(name, {**self._settings, "cell": plain(own)}, lambda: compute(**own))
 

@@ -1,10 +1,10 @@
-"""Options of an analysis as words of its command line."""
+"""Converts options of an analysis to the arguments of its command line."""
 
 from typing import Any
 
 
 def option(name: str, value: Any) -> list[str]:
-    """An option by its field's name: a switch for a truth value, a word for each item of a list."""
+    """Arguments that set an option: its flag and value, the flag and each item of a list, or a switch for a bool."""
     flag = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return [flag if value else f"--no-{name.replace('_', '-')}"]

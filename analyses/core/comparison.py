@@ -43,15 +43,16 @@ def draw_name(null: str, draw: int) -> str:
 
 @dataclass(frozen=True)
 class SeedComparison:
-    """Compares kernels of equal names over the examples of each seed.
+    """Metrics of kernels that were computed once for each of several seeds, on that seed's examples.
 
     Attributes:
-        kernels: for each seed, name -> kernel ``(n, n)``.
-        seeds: the seeds.
-        stage: what the metrics are filed under.
-        resamples: bootstrap resamples behind each interval.
-        seed: seed of the resamples; the same examples are drawn for every metric.
-        values: the value of every metric that was kept, in each seed: rows of seed, metric, left, right, value.
+        kernels: For each seed, kernels ``(n, n)`` by name.
+        seeds: The seeds.
+        stage: The stage that the metrics name, such as "initialisation".
+        resamples: Number of bootstrap resamples for each interval.
+        seed: Seed of the resamples; the same examples are drawn for every metric.
+        values: The value of every metric in every seed, added by `keep` and `null`: rows of seed, metric, left, right
+            and value.
     """
 
     kernels: Sequence[Mapping[str, Tensor]]
@@ -62,11 +63,11 @@ class SeedComparison:
     values: list[dict[str, Any]] = field(default_factory=list)
 
     def pair(self, left: str, right: str) -> list[Metric]:
-        """Every metric of a pair."""
+        """All metrics of `PAIR_METRICS` of two kernels."""
         return [self.metric(name, left, right) for name in PAIR_METRICS]
 
     def single(self, name: str) -> list[Metric]:
-        """Every metric of one kernel."""
+        """All metrics of `KERNEL_METRICS` of one kernel."""
         return [self.metric(metric, name) for metric in KERNEL_METRICS]
 
     def metric(self, name: str, left: str, right: str = "") -> Metric:
@@ -75,7 +76,7 @@ class SeedComparison:
         return self.keep(name, function, unit, left, right)
 
     def keep(self, name: str, function: Function, unit: str, left: str, right: str = "") -> Metric:
-        """As :meth:`measure`; the value of each seed is added to `values`."""
+        """Return what :meth:`measure` returns, and add the value of each seed to `values`."""
         self._note(name, left, right, [_value(function, kernels) for kernels in self._operands(left, right)])
         return self.measure(name, function, unit, left, right)
 
@@ -89,7 +90,7 @@ class SeedComparison:
         return float(np.mean([_value(function, kernels) for kernels in self._operands(left, right)]))
 
     def nulls(self, full: str, counts: Mapping[str, int]) -> list[Metric]:
-        """The scale-free metrics of null models, by their numbers of draws, against one kernel."""
+        """The scale-free metrics of one kernel and each null model; `counts` gives a null model's number of draws."""
         return [
             metric
             for null, count in counts.items()
@@ -97,10 +98,10 @@ class SeedComparison:
         ]
 
     def null(self, full: str, null: str, draws: Sequence[str]) -> list[Metric]:
-        """The scale-free metrics of a null model, whose draws are kernels of these names, against one kernel.
+        """The scale-free metrics of one kernel and a null model, whose draws are the kernels named in `draws`.
 
-        Averaged over its draws, undefined if one draw is; the interval reaches from the lowest end to the highest of
-        the draws' intervals.
+        A metric is the mean over the draws, and undefined if it is undefined for one draw. Its interval reaches from
+        the lowest end to the highest end of the draws' intervals.
         """
         metrics = []
         for name in NULL_METRICS:

@@ -1,4 +1,4 @@
-"""A user's mistakes in the command of an analysis, whichever package found them."""
+"""How the command of an analysis reports mistakes of the user."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ import analyses.records
 import propulsion.errors
 
 MISTAKES = (analyses.records.RecordError, propulsion.errors.UserError)
-"""What is raised for a mistake of the user, by the ground floor of the analyses and by all above it."""
+"""The exceptions for mistakes of the user: that of `analyses.records`, and that of all other packages."""
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's main function, turning the user's mistakes into one line; see `propulsion.errors`."""
+    """Run a command's main function and report mistakes of the user in one line, as `propulsion.errors` does."""
     propulsion.errors.run_command(main, mistakes=MISTAKES)

@@ -1,4 +1,4 @@
-"""Intervals of metrics: over the examples a kernel was measured on, over seeds, and over both."""
+"""Confidence intervals of metrics: over the examples of a kernel, over seeds, and over both."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +16,12 @@ Kernel = Float[Tensor, "n n"]
 Counts = Float[Tensor, "B n"]
 Values = Float[Tensor, "B"]
 
-# Share of the squared norm before centring below which the centred one is rounding error: the kernel is constant.
+# A kernel counts as constant if centring leaves less than this share of its squared norm, which is rounding error.
 _ROUNDING = 1e-10
 
 
 def over_seeds(seeds: Sequence[int], n_examples: int) -> str:
-    """What a bootstrap over seeds and their examples is over, in words."""
+    """A phrase for tables that says over what an interval of `seed_interval` is taken."""
     each = f"{len(seeds)} seeds and, in each, " if len(seeds) > 1 else ""
     return f"bootstrap over {each}{n_examples} examples"
 
@@ -53,8 +53,8 @@ def bootstrap_interval(
 
         value + (q_low - mean),  value + (q_high - mean)
 
-    Resamples on which the metric is undefined (a constant kernel, say) are left out; what is undefined
-    altogether is NaN.
+    Resamples on which the metric is undefined (as of a constant kernel) are left out. The value and its ends are NaN if
+    the metric of the kernels themselves is undefined.
 
     Raises:
         ValueError: no kernel, kernels over different numbers of examples, or ``level`` outside (0, 1).
@@ -67,17 +67,18 @@ def seed_interval(
 ) -> tuple[float, float, float]:
     """The mean over S seeds of a metric, with an interval over seeds and examples: (value, low, high).
 
-    A hierarchical bootstrap (Davison and Hinkley 1997, sec. 3.8): each resample draws S seeds with replacement, and of
-    each drawn seed a resample of its examples. Student's interval over seeds would cover both as well, since seeds draw
-    their own examples, but of three seeds it is 4.3 standard errors wide to either side and leaves a metric's range.
-    Where examples make most of the variance this interval is too wide (they count within seeds and between them), by
-    up to sqrt(2 - 1/S); where seeds make most of it, too narrow, by down to sqrt(1 - 1/S). Of one seed it is
-    :func:`bootstrap_interval` and says nothing of others.
+    A hierarchical bootstrap (Davison and Hinkley 1997, sec. 3.8): each resample draws S seeds with replacement, and for
+    each drawn seed a resample of its examples. Student's interval over seeds would cover both sources of variance too,
+    since every seed draws its own examples. With three seeds, however, it extends 4.3 standard errors to either side,
+    often beyond the values that a metric can take. If most of the variance comes from examples, this interval is too
+    wide, by a factor of at most sqrt(2 - 1/S), since examples vary both within and between seeds. If most of it comes
+    from seeds, the interval is too narrow, by a factor of at least sqrt(1 - 1/S). With one seed it equals
+    :func:`bootstrap_interval` and does not cover other seeds.
 
     Args:
-        each: for each seed what :func:`resampled` returns, of equally many resamples.
-        seed: of the draws of seeds.
-        level: of the interval.
+        each: For each seed, what :func:`resampled` returns, with the same number of resamples.
+        seed: Seed of the draws of seeds.
+        level: Coverage of the interval.
 
     Raises:
         ValueError: no seed, or ``level`` outside (0, 1).
@@ -87,13 +88,13 @@ def seed_interval(
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1; got {level}")
     value = float(np.mean([found for found, _ in each]))
-    # Each seed's resamples are moved so that their mean is its value: what examples drawn twice shift is taken out.
+    # Each seed's resamples are shifted so that their mean is its value, which removes the effect of repeated examples.
     moved = [found + values - np.nanmean(values) if np.isfinite(values).any() else values for found, values in each]
     count, generator = len(each), np.random.default_rng(seed)
     places = np.arange(len(moved[0]))
     drawn = generator.integers(0, count, size=(count, len(places)))
     slots = [
-        # A seed drawn twice takes part with two resamples.
+        # A seed that is drawn twice contributes two different resamples.
         np.stack(moved)[drawn[slot], places if slot == 0 else generator.permutation(places)]
         for slot in range(count)
     ]
@@ -111,7 +112,7 @@ def resampled(
 ) -> tuple[float, np.ndarray]:
     """A metric of kernels over the same n examples, and its value on each resample of them; NaN where undefined.
 
-    Metrics in `RESAMPLED` are taken on all resamples at once.
+    Metrics in `RESAMPLED` are computed on all resamples at once.
 
     Raises:
         ValueError: no kernel, or kernels over different numbers of examples.
@@ -146,8 +147,8 @@ def resampled(
 #     <K, L>_w = sum_ij w_i w_j K_ij L_ij,      tr_w K = sum_i w_i K_ii,
 #
 # and the inner product of both after centring is <K, L>_w - (2 / n) sum_i w_i (K w)_i (L w)_i + (w K w)(w L w) / n^2.
-# B resamples cost three products (B, n) x (n, n), where one at a time takes B copies of every kernel. Metrics that are
-# no such sums, as those of spectra, are taken one resample at a time (`resampled`).
+# B resamples cost three products (B, n) x (n, n); one at a time they would need B copies of every kernel. Metrics that
+# are not such sums, as those of spectra, are computed one resample at a time (`resampled`).
 
 
 def alignment(counts: Counts, K: Kernel, L: Kernel) -> Values:
@@ -158,7 +159,7 @@ def alignment(counts: Counts, K: Kernel, L: Kernel) -> Values:
 
 def cka(counts: Counts, K: Kernel, L: Kernel) -> Values:
     """:func:`ntk.cka` on each resample; NaN where a kernel is constant."""
-    # Centred over all examples first, which resamples' own centring undoes, for the sake of rounding.
+    # Centring over all examples first reduces rounding errors; it does not change what is centred again below.
     K, L = ntk.metrics.center(K), ntk.metrics.center(L)
     left, right = (_positive(_centred(counts, A, A), _ROUNDING * _inner(counts, A, A)) for A in (K, L))
     return _centred(counts, K, L) / (left * right).sqrt()

@@ -1,6 +1,6 @@
-"""The ground floor of the analyses: results and their folders, atomic writing, the environment of a run, tables.
+"""Results of the analyses: their fields, their folders on disk, atomic writes, the environment of a run, and tables.
 
-Needs numpy and the standard library alone, so that reading a result or drawing it again loads no model library.
+This package imports numpy and the standard library alone, so that reading or redrawing a result loads no model library.
 """
 
 from analyses.records.environment import environment

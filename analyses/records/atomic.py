@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes: a file appears complete under its name, or not at all."""
 
 import contextlib
 import os
@@ -10,12 +10,13 @@ from analyses.records.errors import RecordError
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block is done; what was at `path` stays until then.
+    """Yield a temporary path in the same folder; after the block, the file written there is renamed to `path`.
 
-    The bytes are on the disk before the name is, so that a machine that stops leaves the old file or the new one.
+    An earlier file at `path` stays until then. The new file is flushed to the disk before it is renamed, so that after
+    a crash of the machine there is either the old file or the new one.
 
     Raises:
-        OSError: The file cannot be written; nothing is left of it.
+        OSError: The file cannot be written; the temporary file is removed.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -30,7 +31,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write text files into a folder, which is created if missing, each whole or not at all.
+    """Write text files, given by their names, into a folder, which is created if missing. Each write is atomic.
 
     Raises:
         RecordError: The folder or a file cannot be written.

@@ -1,4 +1,4 @@
-"""The software and the machine of a run: what a reader needs to explain a difference in the digits."""
+"""The software and the machine of a run, with which a reader can explain small numerical differences between runs."""
 
 import platform
 import subprocess

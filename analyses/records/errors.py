@@ -1,11 +1,11 @@
-"""What a user's mistake raises on this floor, and how a command that reads records reports it."""
+"""The exception for mistakes of the user in this package, and how commands that only read results report it."""
 
 import sys
 from collections.abc import Callable
 
 
 class RecordError(ValueError):
-    """A mistake the user can mend: its message says in one line what is wrong and what to do."""
+    """A mistake that the user can correct. Its message says in one line what is wrong and what to do."""
 
 
 def one_line(error: BaseException) -> str:
@@ -14,7 +14,7 @@ def one_line(error: BaseException) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's main function; a user's mistake becomes one line on stderr and exit code 2."""
+    """Run a command's main function; a `RecordError` becomes one line on stderr and exit code 2."""
     try:
         main()
     except RecordError as error:

@@ -1,12 +1,12 @@
-"""What an analysis leaves behind: one folder a run, holding `result.json` and `kernels.npz`, with figures beside them.
+"""Result folders: each run of an analysis writes one, with `result.json`, `kernels.npz` and the figures.
 
-`result.json` carries everything a reader or a replay needs (metrics with units and intervals, tables, configuration,
-seed, versions, commit, data and model identity, times); `kernels.npz` carries the arrays. The JSON is strict: a
-value that is not finite is written as null.
+`result.json` holds the metrics with units and intervals, the tables, and what is needed to run the analysis again:
+configuration, seed, versions, commit, identity of data and model. `kernels.npz` holds the arrays. The JSON is strict:
+a value that is not finite is written as null.
 
-A folder appears at its destination only when it is complete. Everything is written to a hidden sibling,
-`.NAME.partial-HOST-PID`, with `result.json` last, and renamed; so a killed run leaves no half result, and a folder
-without `result.json` is never mistaken for one.
+A folder appears at its destination only when it is complete. Everything is written to a hidden folder beside it,
+`.NAME.partial-HOST-PID`, with `result.json` last, and that folder is then renamed. A killed run therefore leaves no
+incomplete result, and a folder without `result.json` is never taken for a result.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _RENAMED = {
     "warmup_ratio": "warmup_steps",
     "schedule": "lr_scheduler_type",
 }
-"""Training options by the name that they had in results of earlier versions."""
+"""Today's name of each training option that had another name in results of earlier versions."""
 _FIGURE_SUFFIXES = {".png", ".pdf", ".svg"}
 
 
@@ -50,13 +50,13 @@ def write_result(
     figures: Callable[[Result, Path], object] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a result folder, whole or not at all.
+    """Write a result folder; it appears complete or not at all.
 
     Args:
         result: What to write.
         output_dir: The folder to create.
-        figures: Draws the figures of a result into a folder. If it raises, the numbers are written all the same,
-            without figures, before the exception goes on: a drawing is not worth losing a computation for.
+        figures: Draws the figures of a result into a folder. If it raises, the result is written without figures, so
+            that the computation is not lost, and then the exception is raised again.
         overwrite: Whether to replace an existing result, which stays in place until the new one is complete.
 
     Returns:
@@ -83,9 +83,9 @@ def write_result(
 
 
 def check_writable(output_dir: Path | str, *, overwrite: bool = False) -> Path:
-    """Make sure that `write_result` will be able to write there; call it before hours of computing.
+    """Check that `write_result` can write to a folder. Call this before a long computation.
 
-    Parent folders are created, and what killed runs on this machine left of this result is removed.
+    Parent folders are created, and temporary folders that killed runs of this result left on this machine are removed.
 
     Args:
         output_dir: The folder to be created.
@@ -104,7 +104,7 @@ def check_writable(output_dir: Path | str, *, overwrite: bool = False) -> Path:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output)
-        # Creating a folder is the only honest test: access bits say nothing of read-only or full file systems.
+        # A folder is created because access bits do not tell whether a file system is read-only or full.
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
@@ -113,7 +113,7 @@ def check_writable(output_dir: Path | str, *, overwrite: bool = False) -> Path:
 
 
 def result_folders(root: Path) -> list[Path]:
-    """The result folders below a folder, in order; hidden ones, which killed runs left, aside.
+    """The result folders below a folder, sorted by path. Hidden folders, which killed runs leave, are not listed.
 
     Raises:
         RecordError: There is none.
@@ -126,10 +126,10 @@ def result_folders(root: Path) -> list[Path]:
 
 
 def load_result(path: Path | str, *, analysis: str | None = None) -> Result:
-    """Read a result folder back.
+    """Read a result folder.
 
-    Numbers, texts and arrays come back equal; tuples as lists, and values that were not finite as None (a metric's
-    value as not-a-number).
+    Numbers, texts and arrays equal those that were written. Tuples become lists, and values that were not finite become
+    None (the value of a metric: not-a-number).
 
     Args:
         path: The folder, or the `result.json` in it.
@@ -195,14 +195,14 @@ def _remove_leftovers(output: Path) -> None:
     prefix = f".{output.name}.partial-{socket.gethostname()}-"
     for leftover in output.parent.glob(glob.escape(prefix) + "*"):
         pid = leftover.name.removeprefix(prefix)
-        # A leftover with result.json is complete (it only missed its rename): that is for its owner to delete.
+        # A leftover with result.json is a complete result that could not be renamed: its owner decides about it.
         if pid.isdigit() and not _is_alive(int(pid)) and not (leftover / RESULT_FILE).exists():
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:
     if pid == os.getpid():
-        return False  # This process is not writing yet, so the folder is from an earlier one with the same id.
+        return False  # This process has written nothing yet, so the folder is of an earlier one with the same id.
     try:
         os.kill(pid, 0)
     except OSError as error:
@@ -226,7 +226,7 @@ def _draw(figures: Callable[[Result, Path], object] | None, result: Result, fold
 def _publish(partial: Path, output: Path, *, overwrite: bool) -> None:
     previous = _hidden_sibling(output, "previous")
     try:
-        # Looked at again: hours may have passed, and another run may have finished here meanwhile.
+        # Checked again, since another run may have written its result here during the computation.
         _refuse_to_lose(output, overwrite=overwrite)
         with _moved_aside(output, previous):
             partial.rename(output)
@@ -250,7 +250,7 @@ def _moved_aside(output: Path, previous: Path) -> Iterator[None]:
 
 
 def _to_json(result: Result) -> str:
-    """Put what identifies the run first, its long parts last, and the arrays' shapes in place of the arrays."""
+    """The text of `result.json`: fields that identify the run first, long ones last, and only the arrays' shapes."""
     head = {"format": _FORMAT, "analysis": result.analysis, "seed": result.seed}
     names = ("model", "dataset", "config", "coverage", "seconds", "environment", "metrics", "tables")
     shapes = {k: {"shape": list(v.shape), "dtype": str(v.dtype)} for k, v in result.arrays.items()}
@@ -288,7 +288,7 @@ def _renamed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _undefined_as_nan(metric: dict[str, Any]) -> dict[str, Any]:
-    # JSON has one number type, so 1.0 written by another tool comes back as an integer.
+    # JSON has one type of number: 1.0 may be written as 1 by another tool, and is then read as an integer.
     value = metric["value"]
     ends = {end: None if metric[end] is None else float(metric[end]) for end in ("low", "high")}
     return metric | ends | {"value": math.nan if value is None else float(value)}

@@ -1,4 +1,4 @@
-"""What one run of one analysis found: numbers with their intervals, tables, arrays, and all that a replay needs."""
+"""The result of one run of an analysis: metrics with intervals, tables, arrays, and what is needed to run it again."""
 
 import dataclasses
 import math
@@ -40,20 +40,20 @@ class Metric:
 
 @dataclass(frozen=True)
 class Result:
-    """All that one run of one analysis found, and how it was found.
+    """The result of one run of an analysis, with its configuration and environment.
 
     Attributes:
         analysis: Name of the analysis, such as "kernel_distance".
-        config: The full configuration; with `seed`, enough to run it again.
+        config: The full configuration; together with `seed` it suffices to run the analysis again.
         seed: Seed of every random choice.
         metrics: Numbers about kernels and pairs of kernels.
         tables: Further named tables, each a list of rows.
         arrays: Kernels, spectra and labels; a kernel is named "STAGE.KERNEL", its spectrum "spectrum.STAGE.KERNEL".
-        model: Identity of the model.
-        dataset: Identity of the data; "label_names" (None for regression) and "task" among them.
-        environment: What `environment` returned.
+        model: Name and other identity of the model.
+        dataset: Identity of the data, with "task" and "label_names" (None for regression) among its entries.
+        environment: The value of `analyses.records.environment()`.
         seconds: Wall time of each step, in seconds.
-        coverage: Which parameters each kernel covers, in words with their count.
+        coverage: For each kernel, the parameters that it covers, in words with their count.
     """
 
     analysis: str
@@ -82,7 +82,7 @@ class Result:
         return found[0]
 
     def find(self, name: str, *, stage: str, left: str, right: str = "") -> Metric | None:
-        """The same metric; None where the result does not hold it."""
+        """The first metric of that name for one kernel or one pair; None if this result does not hold it."""
         return next(iter(self._matching(name, stage, left, right)), None)
 
     def _matching(self, *key: str) -> list[Metric]:
@@ -90,7 +90,7 @@ class Result:
 
 
 def plain(value: Any) -> Any:
-    """Reduce a value to what strict JSON can say; what it cannot (a path, a dtype) becomes its text."""
+    """Convert a value to types of strict JSON: not-finite numbers become None, other objects (a path) their text."""
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, np.generic | np.ndarray):

@@ -7,11 +7,11 @@ from functools import wraps
 from analyses.records.result import Metric, Result
 
 Block = str | tuple[Sequence[str], Sequence[Sequence[str]]]
-"""A part of a summary: a text, or the header and the rows of a table."""
+"""A part of a summary: a paragraph of text, or a table given by its header and rows."""
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, without an exponent where it can be avoided; a dash for what is undefined."""
+    """A number as text: about three significant digits, an exponent only where needed, "-" if it is not finite."""
     if value is None or not math.isfinite(value):
         return "-"
     magnitude = abs(value)
@@ -22,21 +22,21 @@ def number(value: float | None) -> str:
 
 
 def interval(value: float | None, low: float | None, high: float | None) -> str:
-    """``value [low, high]``, or the value alone."""
+    """The text ``value [low, high]``, or the value alone where an end is missing or not finite."""
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return number(value)
     return f"{number(value)} [{number(low)}, {number(high)}]"
 
 
 def metric_cell(metric: Metric | None) -> str:
-    """A metric with its interval, as `interval` writes it; a dash for none."""
+    """The text of a metric with its interval, as `interval` writes it; "-" for None."""
     return "-" if metric is None else interval(metric.value, metric.low, metric.high)
 
 
 def summary_of_blocks(blocks: Callable[[Result], Iterator[Block]]) -> Callable[..., str]:
-    """Make a function that yields the parts of a summary one that returns it as text.
+    """Turn a function that yields the parts of a summary into a function that returns the summary as text.
 
-    The function returned takes a result, and ``markdown=True`` for tables as a page has them.
+    The returned function takes a result, and ``markdown=True`` for Markdown tables.
     """
 
     @wraps(blocks)
@@ -48,9 +48,9 @@ def summary_of_blocks(blocks: Callable[[Result], Iterator[Block]]) -> Callable[.
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
-    """Columns padded to their widest cell, the first aligned left and the others right."""
+    """Text of a table whose columns are padded to their widest cell, the first aligned left and the others right."""
     cells = [list(header), *map(list, rows)]
-    if markdown:  # A bar would end the cell.
+    if markdown:  # An unescaped "|" would end the cell.
         cells = [[cell.replace("|", r"\|") for cell in row] for row in cells]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 

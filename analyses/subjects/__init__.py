@@ -1,1 +1,1 @@
-"""What questions are asked of: rows, models, methods and training runs."""
+"""The inputs that several analyses share: rows, models, methods, learning rates and training runs."""

@@ -1,4 +1,4 @@
-"""Rows of a task as one padded batch."""
+"""Tokenizes rows of a task into one padded batch."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from propulsion.data.tasks import Task
 def model_inputs(
     rows: Dataset, tokenizer: Any, task: Task, *, max_length: int | None = None, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """Rows of a task as one padded batch, without their labels."""
+    """Model inputs of rows of a task as one padded batch, without labels."""
     encoded = tokenize(rows, tokenizer, task, max_length)
     columns = {name: encoded[name] for name in encoded.column_names if name != "labels"}
     return {name: value.to(device) for name, value in tokenizer.pad(columns, return_tensors="pt").items()}
@@ -22,6 +22,6 @@ def model_inputs(
 def held_out(
     data: TaskData, tokenizer: Any, n: int, seed: int, *, max_length: int | None = None, device: str = "cpu"
 ) -> tuple[dict[str, Tensor], np.ndarray]:
-    """Validation rows drawn by a seed, as one padded batch, and their n labels."""
+    """Model inputs of n validation rows drawn with a seed, as one padded batch, and their n labels."""
     rows = draw_rows(data.validation, data.task, n, seed)
     return model_inputs(rows, tokenizer, data.task, max_length=max_length, device=device), np.asarray(rows["label"])

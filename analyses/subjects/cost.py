@@ -1,4 +1,4 @@
-"""What training and kernels cost: the time of a step, the largest memory, and the memory that is allowed."""
+"""Measurements of cost: time of a training step and peak memory; and the memory budget of kernels."""
 
 import resource
 import statistics
@@ -25,24 +25,24 @@ class StepClock(TrainerCallback):
         self._start = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Note the time at which the step starts."""
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it."""
+        """Add the duration of the step to `seconds`."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._start)
 
     def median(self) -> float:
-        """Median of the steps, the first few aside where there are more."""
+        """Median duration of a step in seconds, without the first few steps if there are more."""
         return statistics.median(self.seconds[_SKIPPED_STEPS:] or self.seconds)
 
 
 def reset_peak(device: torch.device | str) -> None:
-    """Let `peak_bytes` start anew, where the system can: on an accelerator and on Linux."""
+    """Reset the peak that `peak_bytes` reports; this works on CUDA devices and on Linux."""
     if torch.device(device).type == "cuda":
-        torch.cuda.init()  # Else there is nothing yet to reset, which is an error.
+        torch.cuda.init()  # The reset is an error before CUDA is initialised.
         torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -51,7 +51,7 @@ def reset_peak(device: torch.device | str) -> None:
 
 
 def peak_bytes(device: torch.device | str) -> int:
-    """Largest memory since `reset_peak`: resident memory of the process, or memory allocated on an accelerator."""
+    """Peak memory in bytes since `reset_peak`: memory allocated on CUDA, else resident memory of the process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -64,10 +64,10 @@ def peak_bytes(device: torch.device | str) -> int:
 
 @contextmanager
 def memory_budget(gigabytes: float | None, options: str = "--n-examples") -> Iterator[float | None]:
-    """The bytes that kernels may take; none are told where no budget is set.
+    """Yield the number of bytes that kernels may use in the block; None without a budget.
 
     Raises:
-        UserError: What is computed within would take more; it names the options that decide how much.
+        UserError: The computation in the block needs more; the message names the options that reduce it.
     """
     try:
         yield None if gigabytes is None else gigabytes * 1e9

@@ -1,4 +1,4 @@
-"""The learning rates that a comparison of methods chose."""
+"""Reads the learning rates that a stored comparison of methods chose."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 def tuned_factors(comparison: Path | None, task: str | None = None) -> dict[str, float]:
-    """Factor on its default learning rate that every method of `analyses.method_comparison` trained at on a task.
+    """By method, the factor on its default learning rate with which a comparison trained it on a task.
 
     Args:
-        comparison: Its result; without one there are no factors.
-        task: The task; by default the result's first.
+        comparison: Result folder of `analyses.method_comparison`; if None, there are no factors.
+        task: The task; by default the first one in the result.
 
     Raises:
-        UserError: The folder holds no such result.
+        RecordError: The folder holds no such result.
     """
     if comparison is None:
         return {}
@@ -29,10 +29,11 @@ def tuned_factors(comparison: Path | None, task: str | None = None) -> dict[str,
 
 
 def factors_of(methods: Iterable[str], comparison: Path | None, task: str) -> dict[str, float]:
-    """Factor on its default learning rate of each of these methods; 1 where there is no comparison.
+    """For each of these methods, the factor on its default learning rate in a comparison; 1 if `comparison` is None.
 
     Raises:
-        UserError: The comparison has no such result, or none of a method on the task.
+        RecordError: The folder holds no result of a comparison.
+        UserError: The comparison has no learning rate of a method on the task.
     """
     if comparison is None:
         return dict.fromkeys(methods, 1.0)
@@ -40,10 +41,10 @@ def factors_of(methods: Iterable[str], comparison: Path | None, task: str) -> di
 
 
 def of_methods(methods: Iterable[str], found: Mapping[str, T], source: str, where: str = "") -> dict[str, T]:
-    """What a comparison holds of each of these methods.
+    """The entries of `found` for these methods; `source` and `where` say in the message where they were read.
 
     Raises:
-        UserError: It holds nothing of one.
+        UserError: There is no entry for one of the methods.
     """
     if absent := [text for text in methods if text not in found]:
         raise UserError(f"{source} holds no learning rate of {', '.join(absent)}{where}")
@@ -51,7 +52,7 @@ def of_methods(methods: Iterable[str], found: Mapping[str, T], source: str, wher
 
 
 def trained_factor(comparison: Result, row: Mapping[str, Any]) -> float:
-    """Factor on its default learning rate that a method of a comparison trained at: the chosen one times that of all.
+    """Factor on its default learning rate at which a comparison trained a method: its own times that of all methods.
 
     Args:
         comparison: Result of `analyses.method_comparison`.

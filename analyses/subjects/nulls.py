@@ -1,4 +1,4 @@
-"""Null models: kernels that know nothing of a method, which its agreement with full fine-tuning is held against."""
+"""Null models: kernels built without a method, as baselines for its agreement with full fine-tuning."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,17 +21,17 @@ def model_nulls(
     seed: int,
     output: ntk.outputs.Output | None = None,
 ) -> dict[str, list[Tensor]]:
-    """All null models of a Hugging Face model: kernels ``(n, n)`` that know nothing of any method, by name.
+    """All null models of a Hugging Face model: by name, a list of kernels ``(n, n)``, one for each random draw.
 
     Args:
-        model: the model.
-        inputs: a padded batch of n examples.
-        full: K_F of the backbone, ``(n, n, c, c)``.
+        model: The model.
+        inputs: A padded batch of n examples.
+        full: Kernel of full fine-tuning of the backbone, ``(n, n, c, c)``.
         adapter: Propulsion's kernel, ``(n, n)``.
-        m: how many parameters Propulsion has.
-        draws: of each random one.
-        seed: of what is random.
-        output: what is differentiated; by default the logits.
+        m: Number of parameters that Propulsion trains.
+        draws: Number of draws of each random null model.
+        seed: Seed of the draws.
+        output: The output that is differentiated; by default the logits.
     """
     generator = torch.Generator().manual_seed(seed)
     nulls = null_kernels(full, adapter, m, draws=draws, generator=generator)
@@ -47,7 +47,7 @@ def model_nulls(
 def null_kernels(
     full: Tensor, adapter: Tensor, m: int, *, draws: int, generator: torch.Generator
 ) -> dict[str, list[Tensor]]:
-    """The nulls that need no model: a Gaussian sketch of K_F ``(n, n, c, c)``, and the adapter's kernel permuted."""
+    """Null models without a network: Gaussian sketches of `full` ``(n, n, c, c)``, and permutations of `adapter`."""
     return {
         f"Gaussian sketch of size {m:,}": [
             ntk.reduce_outputs(ntk.gaussian_sketch(full, m, generator=generator), "trace") for _ in range(draws)

@@ -1,4 +1,4 @@
-"""Options that analyses share: where rows come from, which encoder reads them, and how its kernels are computed."""
+"""Options that analyses share: the source of the rows, the encoder, and how its kernels are computed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_pooling, loa
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where rows come from, and where models run."""
+    """The source of the rows, and the device of the models."""
 
     data_dir: Path | None = None
     """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
@@ -28,7 +28,7 @@ class EncoderOptions(DataOptions):
     model: str | None = None
     """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
     pooling: Pooling = "auto"
-    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
+    """How a classifier pools hidden states: mean; first; pooler, as transformers does; auto, as its checkpoint says."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -36,11 +36,11 @@ class EncoderOptions(DataOptions):
         return torch.float32
 
     def model_identity(self) -> dict[str, str]:
-        """The model as results name it, and how a classifier reads it."""
+        """Name of the model and its pooling, as stored in results."""
         return {"name": self.model or DEFAULT_MODEL_NAME, "pooling": find_pooling(self.model, self.pooling)}
 
     def identity(self, data: TaskData) -> str:
-        """The model that every run starts from, known by its content."""
+        """Fingerprint of the model that every run starts from."""
         return model_content(*self.start(data, seed=0))
 
     def start(self, data: TaskData, *, seed: int) -> tuple[Any, Any]:

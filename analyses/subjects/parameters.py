@@ -1,4 +1,4 @@
-"""Which part of a model a parameter belongs to, by its name, and methods that are kept to such parts."""
+"""Parts of a model by the names of their parameters, and methods restricted to such parts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,37 +20,37 @@ class SelectedParameters(Method):
     selects: Callable[[str, Tensor], bool]
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """All of a selected parameter's kernel, and nothing of the others'."""
+        """1 for a selected parameter, 0 for any other."""
         return float(self.selects(name, parameter))
 
 
 @dataclass(frozen=True)
 class Backbone(Method):
-    """A method kept away from the parameters of the head; what it adds beside layers stays.
+    """A method that trains no parameter of the head; the parameters that it adds to layers stay.
 
     Attributes:
         method: The method.
-        prefix: How the names of the backbone's parameters begin; "" where there is no head.
+        prefix: Beginning of the names of the backbone's parameters; "" where there is no head.
     """
 
     method: Method
     prefix: str
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """The method's own, in the backbone."""
+        """The share under `method` for a parameter of the backbone, 0 for one of the head."""
         return self.method.share(name, parameter, module, layer) if name.startswith(self.prefix) else 0.0
 
     def adapts(self, module: str) -> bool:
-        """As the method does."""
+        """Whether `method` adapts the module."""
         return self.method.adapts(module)
 
     def features(self, layer: Layer) -> Found:
-        """The method's own."""
+        """The features of `method`."""
         return self.method.features(layer)
 
     @property
     def in_reads(self) -> bool:
-        """As the method does."""
+        """The value of `method`."""
         return self.method.in_reads
 
 
@@ -60,7 +60,7 @@ def is_scale(name: str) -> bool:
 
 
 def backbone_prefix(model: Any) -> str:
-    """How the names of the pre-trained parameters of a Hugging Face model begin, in contrast to those of its head."""
+    """Beginning of the names of the pre-trained parameters of a Hugging Face model, which its head's do not share."""
     return f"{model.base_model_prefix}."
 
 

@@ -1,8 +1,8 @@
-"""What a classifier's outputs are read from: a new head, or the words of a language model.
+"""The outputs of a classifier: those of a new head, or the logits of label words of a language model.
 
-A language model classifies without a head: it reads a prompt, and its outputs are the logits of one word a class at the
-end. Pre-training has made them, so that fine-tuning starts from predictions and not from a random readout (Malladi et
-al. 2023, sec. 3). Such a model is trained and evaluated as any classifier is, and has no parameter of its own.
+A language model classifies without a head: it reads a prompt, and its outputs are the logits, after the prompt's last
+token, of one word for each class. Since pre-training has trained these logits, fine-tuning does not start from a random
+head (Malladi et al. 2023, sec. 3). The model is trained and evaluated like any classifier, without new parameters.
 """
 
 import importlib.util
@@ -39,13 +39,13 @@ class Readout:
     words: tuple[str, str] = (" terrible", " great")
     """Label words of classes 0 and 1, one token each, with the space before them."""
     prompt: str = "{text} It was"
-    """What a language model reads."""
+    """Prompt of a language model, with {text} where the row's text goes."""
     pooling: Pooling = "auto"
-    """What a new head reads: auto, what the checkpoint declares; mean; first; pooler, as transformers does."""
+    """How a new head pools hidden states: mean; first; pooler, as transformers does; auto, as its checkpoint says."""
 
     @property
     def in_words(self) -> bool:
-        """Whether a language model answers in words."""
+        """Whether the outputs are logits of label words."""
         return self.head == "label_words"
 
     @property
@@ -54,7 +54,7 @@ class Readout:
         return TASK_TYPE if self.in_words else "SEQ_CLS"
 
     def rows(self, data: TaskData) -> TaskData:
-        """The rows as they are read, within the prompt where there is one.
+        """The rows as the model reads them: with label words, each text within the prompt.
 
         Raises:
             UserError: The task is not of one text and two classes, or the prompt has no place for the text.
@@ -78,11 +78,11 @@ class Readout:
         )
 
     def pooling_of(self, model: str | None) -> str | None:
-        """How the model's states are pooled for the new head; None of label words."""
+        """How hidden states are pooled for the new head; None for label words."""
         return None if self.in_words else find_pooling(model, self.pooling)
 
     def name_of(self, model: str | None) -> str:
-        """The model's name without the place where it is."""
+        """Name of the model: the last part of a local path, the name on the hub, or that of the packaged model."""
         if model is not None:
             return Path(model).name if Path(model).exists() else model
         return packaged_model().stem if self.in_words else DEFAULT_MODEL_NAME
@@ -105,7 +105,7 @@ def packaged_model() -> Path:
 
 
 def prompted(data: TaskData, prompt: str) -> TaskData:
-    """The same rows, each text within a prompt.
+    """The same rows with each text put into a prompt.
 
     Raises:
         UserError: The task is not of one text and two classes, or the prompt has no place for the text.
@@ -128,14 +128,14 @@ def load_label_words(
     model: Path | str | None, words: Sequence[str], *, seed: int = 0, dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Load a language model that answers in words, one a class in the order of the labels, and its tokenizer.
+    """Load a language model whose outputs are the logits of words, one for each label in order, and its tokenizer.
 
     Raises:
         UserError: The model cannot be loaded, does not continue texts, or a word is not one token of its own.
     """
     source = packaged_model() if model is None else model
     network, tokenizer = load_model(source, task_type=TASK_TYPE, seed=seed, dtype=dtype, device=device)
-    # transformers lends encoders a readout of the vocabulary, but they were never trained to continue a text.
+    # transformers loads encoders as causal language models too, although they were not trained to continue a text.
     if type(network.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(network.config, "is_decoder", False):
         raise UserError(
             f"label words need a causal language model; {source} is an encoder ({network.config.model_type})"
@@ -150,7 +150,7 @@ def load_label_words(
 
 
 def answering(model: Any, ids: Sequence[int]) -> Any:
-    """Let a causal language model return the logits ``(n, c)`` of chosen tokens after each row, in place."""
+    """Change a causal language model in place so that it returns the logits ``(n, c)`` of c tokens after each row."""
     output = label_words(ids)
 
     def forward(
@@ -160,7 +160,7 @@ def answering(model: Any, ids: Sequence[int]) -> Any:
         labels: Tensor | None = None,
         **options: Any,
     ) -> SequenceClassifierOutput:
-        # By the class, so that a copy of the model runs itself and not the model that it was copied from.
+        # Called through the class, so that a copy of the model does not call the model that it was copied from.
         options = {name: value for name, value in options.items() if name in ("output_hidden_states", "inputs_embeds")}
         found = type(self).forward(
             self, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **options

@@ -1,8 +1,8 @@
-"""The tangent kernels of methods of fine-tuning, as `propulsion.methods` trains them.
+"""Descriptions for `ntk` of the fine-tuning methods that `propulsion.methods` trains.
 
-A method is applied to a copy of the model as training would apply it, and what it adapts there (layers, degree, LoRA's
-very matrices) is read off, so that `ntk.adapter_kernels` gives the kernel of the network that will be trained. The
-task's head, where it is new, is trained beside every method, and has a kernel of its own to be added.
+A method is applied to a copy of the model as in training. The layers, degree and LoRA matrices are then read from the
+copy, so that `ntk.adapter_kernels` computes the kernel of the network that training would start from. A new head is
+trained along with every method; it has a kernel of its own, which is added to that of the method.
 """
 
 import copy
@@ -25,18 +25,18 @@ from propulsion.methods import Method, apply_method
 from propulsion.training.learning_rates import Rates, parameter_groups
 
 HEAD = "head"
-"""The head's own kernel, and the method that trains nothing else."""
+"""Name of the kernel of the head, and of the method that trains the head alone."""
 SUPPORTED = ("full", "propulsion", "lora", "bitfit", "ia3", HEAD)
 
 
 @dataclass(frozen=True)
 class Tangents:
-    """What `ntk.adapter_kernels` needs for some methods on one model.
+    """The arguments of `ntk.adapter_kernels` for some methods on one model.
 
     Attributes:
-        methods: method by its text, without the head; and, under "head", the head where it is new.
-        rates: by method, the learning rates of its two parts, "body" and "head", under the rule of
-            `propulsion.training.learning_rates`.
+        methods: By its text, each method without the head; under "head", the head if it is new.
+        rates: By method, the learning rates of its two parts, "body" and "head", that
+            `propulsion.training.learning_rates` sets.
     """
 
     methods: dict[str, adapters.Method]
@@ -46,17 +46,17 @@ class Tangents:
 def tangents(
     model: Any, methods: Mapping[str, Method], *, task_type: str, seed: int = 0, degree: float | None = None
 ) -> Tangents:
-    """Read off what each method trains.
+    """Apply each method to a copy of the model and describe what it trains.
 
     Args:
-        model: the pre-trained model with its head; not changed.
-        methods: by their text.
-        task_type: peft's name of the task.
-        seed: of what methods draw themselves.
-        degree: of Propulsion, where a method does not name one.
+        model: The pre-trained model with its head; not changed.
+        methods: Methods by their text.
+        task_type: peft's name of the task type.
+        seed: Seed of the parameters that a method draws at random.
+        degree: Propulsion's degree where a method does not name one.
 
     Raises:
-        UserError: a method that has no kernel here, or cannot be applied.
+        UserError: A method has no tangent kernel here, or cannot be applied.
     """
     headed = task_type in HEADED
     found: dict[str, adapters.Method] = {}
@@ -80,12 +80,12 @@ def tangents(
 def with_head(
     kernels: Mapping[str, Tensor], texts: Sequence[str], rates: Mapping[str, Mapping[str, float]] | None = None
 ) -> dict[str, Tensor]:
-    """Each method's kernel with the head's beside it, as far as there is one.
+    """The kernel of each method plus that of the head, if there is a head.
 
     Args:
-        kernels: of the methods of `tangents`.
-        texts: methods wanted.
-        rates: weigh the two parts by their learning rates, of which the method's own counts as 1; equal if None.
+        kernels: Kernels of the methods of `tangents`, by name.
+        texts: The methods to return, by their text.
+        rates: If given, the head's kernel is multiplied by the head's learning rate over the method's own; else by 1.
     """
     head = kernels.get(HEAD)
     found = {}
@@ -98,7 +98,7 @@ def with_head(
 
 
 def _adapter(text: str, method: Method, model: Any, trained: Any) -> adapters.Method:
-    """The method of `ntk.adapters` that a trained model's layers say."""
+    """The method of `ntk.adapters` that corresponds to the adapted layers of a trained model."""
     if method.name == "full":
         return adapters.Full()
     if method.name == "bitfit":
@@ -130,9 +130,9 @@ def _adapter(text: str, method: Method, model: Any, trained: Any) -> adapters.Me
 
 
 def one_output(task: Task) -> ntk.outputs.Output | None:
-    """What a kernel of one output differentiates; None where the task has several.
+    """The single output of a task whose kernel describes training; None where the task has several outputs.
 
-    For two classes it is the difference of the logits: their cross-entropy depends on nothing else, so that a network's
-    gradient flow on it is that of this one output, exactly.
+    For two classes it is the difference of the logits. The cross-entropy depends on this difference alone, so that its
+    gradient flow is exactly that of this single output.
     """
     return ntk.outputs.logits if task.is_regression else ntk.outputs.margin() if task.num_labels == 2 else None

@@ -1,4 +1,4 @@
-"""One training run of one method on one task, as a cell of a grid: its scores, losses, times, memory, predictions."""
+"""One training run of one method on one task: its scores, losses, times, memory and predictions."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ from propulsion.training import TrainingOptions, predict, train
 
 @dataclass(frozen=True)
 class RunConfig(EncoderOptions):
-    """What the runs of a grid have in common."""
+    """Options that all runs of a grid share."""
 
     n_train: int = 1600
     """Training rows drawn, the same for all runs; all of them where the task has fewer."""
@@ -34,10 +34,10 @@ class RunConfig(EncoderOptions):
     training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(
         default_factory=lambda: TrainingOptions(max_steps=100, max_length=96)
     )
-    """How every run trains; its seed is replaced by each run's own."""
+    """Training options of every run; the seed among them is replaced by that of the run."""
 
     def load(self, task: str) -> TaskData:
-        """Draw the rows of a task of one label."""
+        """Draw the rows of a task, which must be a classification or a regression."""
         get_labelled_task(task)
         whole = load_task_data(task, data_dir=self.data_dir)
         sizes = {"n_train": len(whole.train), "n_validation": len(whole.validation)}
@@ -57,7 +57,7 @@ class TaskRuns:
     task: str = "demo"
     """Classification or regression task."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    """What each run is."""
+    """Options of each run."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class RatedRuns(TaskRuns):
     """Result of analyses.method_comparison whose learning rates are used."""
 
     def factors(self, methods: Iterable[str]) -> dict[str, float]:
-        """Factor on its default learning rate of each method; 1 where the comparison has none, or there is none."""
+        """Factor on its default learning rate of each method; 1 without a comparison, or if it lacks the method."""
         tuned = tuned_factors(self.comparison, self.task)
         return {text: tuned.get(text, 1.0) for text in methods}
 
 
 def dataset_identity(data: TaskData) -> dict[str, Any]:
-    """A task and its rows as results name them."""
+    """Identity of a task and its rows, as stored in results."""
     names = None if data.task.is_regression else list(data.task.label_names)
     return {"name": data.task.name, "task": data.task.name, "label_names": names, "fingerprint": data.fingerprint}
 
@@ -83,15 +83,15 @@ def method_cells(
     cells: Cells, task: str, methods: Mapping[str, Method], factors: Mapping[str, float], seeds: Sequence[int],
     compute: Callable[..., Mapping[str, Any]],
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
-    """A cell of every method and seed, by method; those that are missing still are left out.
+    """By method, the cells of all seeds; cells that are still missing are left out.
 
     Args:
-        cells: Where they are kept.
+        cells: Where the cells are kept.
         task: Name of the task.
-        methods: By their text.
-        factors: On default learning rates, by method.
-        seeds: Of the runs.
-        compute: Called with `method`, `factor` and `seed`.
+        methods: Methods by their text.
+        factors: By method, the factor on its default learning rate.
+        seeds: Seeds of the runs.
+        compute: Computes a cell; called with `method`, `factor` and `seed`.
     """
     found: dict[str, list[dict[str, Any]]] = {text: [] for text in methods}
     for seed in seeds:
@@ -104,7 +104,7 @@ def method_cells(
 
 
 def tuning_split(data: TaskData, share: float = 0.25) -> TaskData:
-    """Training rows alone, a share of them held out: what learning rates are chosen on."""
+    """The training rows alone, with a share of them as validation rows, on which learning rates are chosen."""
     order = np.random.default_rng(0).permutation(len(data.train))
     cut = int(share * len(order))
     held_out, kept = sorted(order[:cut].tolist()), sorted(order[cut:].tolist())
@@ -129,16 +129,16 @@ def training_run(
     The head, the rows and their order depend on the seed alone, and not on the method.
 
     Args:
-        config: What the runs of a grid have in common.
+        config: Options that all runs of a grid share.
         data: The rows.
         method: The method.
-        seed: Of the head, the data order, dropout and what the method draws itself.
-        rate_multiplier: Factor on the learning rates, beside that of the configuration.
-        callbacks: Told of every step.
+        seed: Seed of the head, the data order, dropout and the method's own random parameters.
+        rate_multiplier: Factor on the learning rates, applied on top of that of the configuration.
+        callbacks: Callbacks of the trainer, called at every step.
         keep_model: Return the trained model.
         keep_logits: Return the logits of the validation rows, ``(n, c)``.
         load: Loads the model and its tokenizer, in place of a pre-trained model with a head drawn from the seed.
-        task_type: peft's name of the task, which says whether a method trains a head.
+        task_type: peft's name of the task type, which determines whether a method trains a head.
 
     Returns:
         `scores`, `validation_loss`, `losses` by step, `predictions`, `trained_parameters`, `learning_rates`,
@@ -171,12 +171,12 @@ def training_run(
 
 
 def scores(task: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The task's metrics."""
+    """The metrics of a task on predictions, by name."""
     return {name: METRICS[name](predictions, labels) for name in get_task(task).metrics}
 
 
 def chance_score(data: TaskData) -> float:
-    """The best headline score on the validation rows of one answer given throughout; 0 where that has none."""
+    """The best score on the task's first metric from predicting one class for all validation rows; 0 if undefined."""
     if data.task.is_regression:
         return 0.0  # A constant has no correlation.
     labels = np.asarray(data.validation["label"])

@@ -1,7 +1,7 @@
-"""Methods by their kernels, from a result folder: how close each is to full fine-tuning, to each other, and where.
+"""Kernels of methods: their similarity to full fine-tuning and to each other, and the layers where they agree.
 
-`dots` shows the CKA of each method's kernel with that of full fine-tuning, `map` the CKA of every two methods and the
-methods as points, `layers` which layers carry the agreement.
+`dots` shows the CKA of each method's kernel with that of full fine-tuning; `map` shows the CKA of every two methods
+and the methods as points; `layers` shows the agreement layer by layer.
 """
 
 from pathlib import Path

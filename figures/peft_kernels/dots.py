@@ -1,7 +1,7 @@
-"""How close each method is to full fine-tuning: centred alignment (CKA) of the two kernels, one dot a method.
+"""Similarity of each method to full fine-tuning: centred alignment (CKA) of the two kernels, one dot for each method.
 
-Bars are 95 % bootstrap intervals over seeds and examples; a null model's reaches over all of its draws. Propulsion is
-orange, null models are grey squares on a grey ground.
+Bars are 95 % bootstrap intervals over seeds and examples; the bar of a null model covers those of all of its draws.
+Propulsion is orange; null models are grey squares on a grey background.
 """
 
 import re
@@ -38,7 +38,7 @@ def draw(result: Result) -> Figure:
 
 
 def _dots(axes: Axes, metrics: list[Metric], nulls: int) -> None:
-    """One row a metric, the last ones being null models."""
+    """Draw one row for each metric; the last ones, `nulls` in number, are null models."""
     labels = [metric.right for metric in metrics]
     methods = len(metrics) - nulls
     for place, metric in enumerate(metrics):
@@ -57,5 +57,5 @@ def _dots(axes: Axes, metrics: list[Metric], nulls: int) -> None:
 
 
 def _short(name: str) -> str:
-    """A name without its counts, which would take the column's width; the tables have them."""
+    """A name without its counts, for which the column is too narrow; the tables show them."""
     return re.sub(r" of (size )?[\d,]+( weights)?$", "", name).replace("examples ", "").replace("_", " ")

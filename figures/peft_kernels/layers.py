@@ -1,7 +1,7 @@
-"""Which layers carry the agreement of full fine-tuning and Propulsion: heat maps, block by kind of layer.
+"""Agreement of full fine-tuning and Propulsion layer by layer, as heat maps of block and kind of layer.
 
-A cell is a layer's own part of a kernel; a row across all kinds is a place outside of blocks. Shares of traces are in
-per cent, their colours on a logarithmic scale.
+A cell shows one layer's part of the kernels; a row that spans all kinds is a layer outside of the blocks. Shares of
+traces are in per cent, with colours on a logarithmic scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,7 +61,7 @@ def _panel(
         if np.isfinite(value):
             axes.text(place, line, words(value), ha="center", va="center", fontsize=_TEXT,
                       color="white" if norm(value) < 0.6 else "black")  # fmt: skip
-    axes.set_facecolor("0.92")  # seen where there is no value
+    axes.set_facecolor("0.92")  # Visible where there is no value.
     axes.imshow(np.ma.masked_invalid(matrix), cmap=SEQUENTIAL, norm=norm, aspect="auto")
     axes.hlines(np.arange(1, len(lines)) - 0.5, -0.5, matrix.shape[1] - 0.5, color="white", linewidth=0.6)
     blocks = [i for i, (_, block) in enumerate(lines) if block is not None]

@@ -1,7 +1,7 @@
-"""A map of methods by their kernels: the CKA of every two, and points that are near where it is high.
+"""A map of methods by their kernels: the CKA of every two methods, and points whose distance is small where it is high.
 
-Points are the classical scaling of the distances sqrt(2 (1 - CKA)), in equal units on both axes, which name their
-shares of the variance. Orange is Propulsion, on the layers named; the star is full fine-tuning.
+Points are the classical scaling of the distances sqrt(2 (1 - CKA)), in equal units on both axes. The label of an axis
+states its share of the variance. Orange is Propulsion, on the layers named; the star is full fine-tuning.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from figures.style import PAGE_WIDTH, PALETTE, SEQUENTIAL
 _ROW, _MAP = 0.15, 3.1
 _TEXT = 6.0
 _COLUMN = 0.22
-"""Of the map's width that labels take on either side."""
+"""Share of the map's width that labels take on either side."""
 
 Points = dict[str, tuple[float, float]]
 
@@ -36,7 +36,7 @@ def draw(result: Result) -> Figure:
     shares = {row["axis"]: row["share"] for row in result.tables["embedding_axes"]}
     height = _ROW * len(names)
     page = Figure(figsize=(PAGE_WIDTH, height + _MAP + 0.7), layout="constrained")
-    # Parts of their own, or the map would leave as much room for names at its left as the matrix does.
+    # Separate subfigures; otherwise the map would reserve as much room for names at its left as the matrix.
     above, below = page.subfigures(2, 1, height_ratios=(height + 0.25, _MAP + 0.45))
     _similarity(above.subplots(), values, order)
     _points(below.subplots(), points, shares, names[0])
@@ -57,7 +57,7 @@ def _similarity(axes: Axes, values: dict[tuple[str, str], float | None], names: 
 
 
 def _points(axes: Axes, points: Points, shares: dict[str, float], full: str) -> None:
-    """The points in the middle, their names in a column on either side, sorted so that lines hardly cross."""
+    """Draw the points in the middle and their names in a column on either side, in an order with few crossing lines."""
     for name, (x, y) in points.items():
         star = name == full
         axes.plot([x], [y], marker="*" if star else "o", markersize=8 if star else 4, color=_color(name, full),
@@ -87,7 +87,7 @@ def _color(name: str, full: str) -> str:
 
 
 def _limits(axes: Axes, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Limits with one unit on both axes and room for the columns of names; their extent."""
+    """Set limits with equal units on both axes and room for the columns of names; return width and height."""
     ratio = (PAGE_WIDTH - 0.4) / _MAP  # of the panel
     room = 1 - 2 * _COLUMN - 0.06
     width = max(np.ptp(x) / room, np.ptp(y) * 1.15 * ratio, 1e-6)
@@ -99,11 +99,11 @@ def _limits(axes: Axes, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def _spread(wanted: Sequence[float], low: float, high: float, gap: float) -> list[float]:
-    """Ascending places near ascending wanted ones, a gap apart at least where there is room, between low and high."""
+    """Ascending places between low and high, close to ascending wanted places, and at least a gap apart if they fit."""
     if not wanted:
         return []
     gap = min(gap, (high - low) / max(1, len(wanted) - 1))
     steps = gap * np.arange(len(wanted))
-    # Least squares under place[i + 1] >= place[i] + gap is a monotone fit once the gaps are taken off.
+    # Least squares under place[i + 1] >= place[i] + gap is a monotone fit after the gaps are subtracted.
     fitted = isotonic_regression(np.asarray(wanted) - steps).x
     return (fitted.clip(low, high - steps[-1]) + steps).tolist()

@@ -1,4 +1,4 @@
-"""Tasks and their rows: what is trained and evaluated on."""
+"""Tasks and their data: loading and checking rows, drawing some of them, tokenizing them, and scoring predictions."""
 
 from propulsion.data.kinds import Limits, kind_of, to_dataset
 from propulsion.data.loading import SPLITS, Origin, TaskData, load_task_data

@@ -1,7 +1,7 @@
 """Tasks as instructions to a language model: prompts made from rows, and answers extracted from generated text.
 
-A question with choices is answered by the tag of a choice ("answer2"), an arithmetic problem by a number. The answer in
-generated text is the first tag, or the last number, in it.
+The answer to a question with choices is the tag of a choice ("answer2"); that to an arithmetic problem is a number. In
+generated text, the first tag or the last number counts as the answer.
 """
 
 import math

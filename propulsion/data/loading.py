@@ -1,4 +1,4 @@
-"""The examples of a task, from files, the Hugging Face hub or the package: checked, and drawn at random."""
+"""Loads the examples of a task from files, the Hugging Face hub or this package, checks them, and draws some."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where rows come from, for messages.
+    """The source of some rows, which messages name.
 
     Attributes:
         rows: The rows.
         name: The file, or the split of a dataset on the hub.
-        locations: Where each row is in it.
+        locations: For each row, its place in the file or split, in words.
     """
 
     rows: Dataset
@@ -45,10 +45,10 @@ class TaskData:
         train: Training rows in the task's columns (of an instruction: prompt, answer, choices); none if streamed.
         validation: Held-out rows, in the same columns.
         source: Where the rows come from and how they were subsampled, in words.
-        fingerprint: SHA-256 of the rows, which says whether two runs used the same ones; for streamed training rows,
-            of their source.
-        stream: Training rows that are read as they are needed; None unless that was asked for.
-        origins: Where the rows that were loaded come from.
+        fingerprint: SHA-256 of the rows, which differs between runs on different rows; in place of streamed training
+            rows, it covers the name of their source.
+        stream: Training rows that are read as they are needed; None unless streaming was asked for.
+        origins: The sources of the loaded rows.
     """
 
     task: Task
@@ -107,7 +107,7 @@ def load_task_data(
 def _read_split(
     task: Task, source: Source, split: str, n: int | None, seed: int
 ) -> tuple[Columns, str, list[str], str]:
-    """The drawn rows of a split, the split's name, where each row is in it, and how the rows were drawn, in words."""
+    """The drawn rows of a split, the split's name, the location of each row, and in words how they were drawn."""
     name, rows = source.read(split)
     columns, locations, left_out = _checked(task, name, rows, leave_out=source.leaves_out_blank)
     if task.kind in ("classification", "regression"):
@@ -120,10 +120,11 @@ def _read_split(
 
 
 def _checked(task: Task, name: str, rows: Iterable[Row], *, leave_out: bool) -> tuple[Columns, list[str], int]:
-    """Rows as the task's columns, where each row is, and how many rows without text were left out.
+    """The rows as columns of the task, the location of each row, and the number of rows left out for lack of text.
 
     Raises:
-        UserError: Rows cannot be used, or there are none; all rows are read before the first few are named.
+        UserError: Rows cannot be used, or there are none. All rows are read; the message counts the unusable ones and
+            names the first few.
     """
     columns: Columns = {column: [] for column in kind_of(task).features(task)}
     locations, problems, seen, left_out, unread = [], [], {}, 0, 0

@@ -1,4 +1,4 @@
-"""Metrics of predictions, from the libraries that define them; larger is better throughout."""
+"""Metrics of predictions, computed by established libraries. Larger values are better for all of them."""
 
 import re
 import string
@@ -15,7 +15,7 @@ Values = Shaped[np.ndarray, "n"]
 
 
 def accuracy(predictions: Values, labels: Values) -> float:
-    """Share of examples predicted right."""
+    """Share of examples whose prediction equals the label."""
     return float(sklearn_metrics.accuracy_score(labels, predictions))
 
 
@@ -52,7 +52,7 @@ METRICS: dict[str, Callable[[Values, Values], float]] = {
 
 
 def entity_scores(predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Precision, recall and F1 of whole entities, micro-averaged, as CoNLL's own script counts them (by seqeval).
+    """Precision, recall and F1 of whole entities, micro-averaged as in CoNLL's evaluation script (by seqeval).
 
     Args:
         predictions: Tags such as "B-PER", "I-PER", "O", by sentence and word.
@@ -67,9 +67,9 @@ def entity_scores(predictions: Sequence[Sequence[str]], labels: Sequence[Sequenc
 
 
 def rouge_scores(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), with stemming, by rouge-score.
+    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) with stemming, computed by rouge-score.
 
-    `rougeLsum` takes the longest common subsequence sentence by sentence, sentences being lines.
+    `rougeLsum` matches longest common subsequences sentence by sentence; each line counts as a sentence.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -80,10 +80,10 @@ def rouge_scores(predictions: Sequence[str], labels: Sequence[str]) -> dict[str,
 
 
 def answer_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """SQuAD's exact match and F1 of words (Rajpurkar et al. 2016, 2018), the best over each question's answers.
+    """SQuAD's exact match and F1 of words (Rajpurkar et al. 2016, 2018); the best of a question's answers counts.
 
-    Texts are compared in lower case, without punctuation, articles and extra spaces. No answers means that the
-    question has none, and only the empty prediction is right.
+    Texts are compared in lower case, without punctuation, articles and extra spaces. An empty list of answers means
+    that the question has no answer; then only the empty prediction is right.
 
     Returns:
         "exact_match" and "f1", as shares; where some questions have no answer, also each over those that have one

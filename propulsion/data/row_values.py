@@ -1,4 +1,4 @@
-"""Values of rows that people write by hand: a value is read if it has one possible meaning, and refused otherwise.
+"""Reads the values of rows from users' files: a value with one possible meaning is accepted, any other refused.
 
 Depending on a file's format and its author, a label is `1`, `1.0`, `"1"`, `True` or `"Positive"`, and a single answer
 is in a list or not. Messages name the column; the caller adds the file and the row.
@@ -17,7 +17,7 @@ _SHOWN = 60  # Characters of a value in a message.
 
 
 class NoText(UserError):
-    """A text is empty that must not be."""
+    """A text is blank where it may not be."""
 
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:
@@ -32,11 +32,11 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
 
 
 def text(value: Any, column: str, *, blank: bool = False) -> str:
-    """A value that must be text, and not blank unless that is allowed.
+    """Return a value after a check that it is text, and, unless `blank` is set, that it is not blank.
 
     Raises:
         UserError: It is no text, or cannot be written as UTF-8.
-        NoText: It is blank and may not be.
+        NoText: It is blank, and `blank` is not set.
     """
     if not isinstance(value, str):
         raise UserError(f"{column} is {shown(value)}, expected text")
@@ -48,7 +48,7 @@ def text(value: Any, column: str, *, blank: bool = False) -> str:
 
 
 def texts(value: Any, column: str, what: str) -> list[str]:
-    """A value that must be a list of one text or more.
+    """Return a value after a check that it is a list of one or more texts, each of which may be blank.
 
     Raises:
         UserError: It is no such list.
@@ -59,9 +59,9 @@ def texts(value: Any, column: str, what: str) -> list[str]:
 
 
 def label_number(value: Any, names: Sequence[str], column: str = "label") -> int:
-    """The number of a label, given as the number, as the name in upper or lower case, or as true or false.
+    """The number of a label, which is given as the number, as the name in any case, or as true or false.
 
-    True and false are read where label 1 affirms what label 0 denies, as in "not_equivalent", "equivalent".
+    True and false are accepted only where label 0 is the negation of label 1, as "not_equivalent" of "equivalent".
 
     Raises:
         UserError: The value is no label.
@@ -82,10 +82,10 @@ def label_number(value: Any, names: Sequence[str], column: str = "label") -> int
 
 
 def score(value: Any, low: float, high: float, column: str = "label") -> float:
-    """A value that must be a number within a range.
+    """Return a value as a number after a check that it lies between `low` and `high`, both included.
 
     Raises:
-        UserError: It is not.
+        UserError: It is no number, or outside the range.
     """
     number = _number(value, column, f"a number from {low} to {high}")
     if not low <= number <= high:
@@ -95,10 +95,10 @@ def score(value: Any, low: float, high: float, column: str = "label") -> float:
 
 
 def whole_number(value: Any, column: str) -> int:
-    """A value that must be a whole number, perhaps written as text or as a float.
+    """Return a value as an integer; it may be written as text or as a float.
 
     Raises:
-        UserError: It is not.
+        UserError: It is no whole number.
     """
     number = as_number(value)
     if number is None or not math.isfinite(number) or number != int(number):
@@ -107,7 +107,7 @@ def whole_number(value: Any, column: str) -> int:
 
 
 def parallel_lists(value: Any, keys: tuple[str, ...], column: str) -> dict[str, list[Any]]:
-    """Lists of equal length by name; also read from a list of objects, and from single items in place of lists.
+    """Return lists of equal length by their keys; a list of objects, or single items instead of lists, are read too.
 
     Raises:
         UserError: The value has another form, or lists of different lengths.
@@ -124,7 +124,7 @@ def parallel_lists(value: Any, keys: tuple[str, ...], column: str) -> dict[str, 
 
 
 def as_number(value: Any) -> float | None:
-    """The number that a value is, or that its text is; None for any other value, and for truth values."""
+    """A number, or a text that spells one, as a float; None for any other value, such as a bool."""
     if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
         return None
     try:
@@ -134,7 +134,7 @@ def as_number(value: Any) -> float | None:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """A value as messages show it, cut if it is long."""
     written = repr(value)
     return written if len(written) <= _SHOWN else f"{written[: _SHOWN - 3]}..."
 

@@ -1,4 +1,4 @@
-"""Rows drawn at random, in the proportions of their classes."""
+"""Draws rows at random without replacement, in the proportions of their classes."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def draw_rows(data: Dataset, task: Task, n: int, seed: int) -> Dataset:
 
 
 def draw(task: Task, name: str, columns: Columns, n: int | None, seed: int) -> list[int]:
-    """The numbers of the drawn rows, in the order of the file."""
+    """The indices of the drawn rows, ascending; all rows if n is None."""
     total = len(columns[next(iter(columns))])
     if n is None:
         return list(range(total))
@@ -36,12 +36,12 @@ def draw(task: Task, name: str, columns: Columns, n: int | None, seed: int) -> l
 
 
 def select(columns: Columns, chosen: Sequence[int]) -> Columns:
-    """The chosen rows, by number, of every column."""
+    """The columns restricted to the rows of these indices."""
     return {column: [values[row] for row in chosen] for column, values in columns.items()}
 
 
 def _stratified(labels: np.ndarray, n: int, generator: np.random.Generator, name: str) -> np.ndarray:
-    """Draw n rows in the classes' proportions, by largest remainders, and one row of each class at least."""
+    """Indices of n rows drawn in the proportions of classes, by largest remainders, with at least one of each class."""
     classes, counts = np.unique(labels, return_counts=True)
     if n < len(classes):
         raise UserError(f"cannot draw {n} rows from {name}: it has {len(classes)} classes, and each needs a row")

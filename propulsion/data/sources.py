@@ -1,4 +1,4 @@
-"""Where the rows of a task come from: a folder of files, the Hugging Face hub, or this package."""
+"""Sources of the rows of a task: a folder of files, the Hugging Face hub, or this package."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
@@ -21,17 +21,17 @@ class Source:
     """A source of a task's rows."""
 
     leaves_out_blank = False
-    """Whether rows without text are left out; in files they are reported as mistakes."""
+    """Whether rows without text are left out; otherwise they are reported as mistakes."""
 
     def __init__(self, task: Task, origin: str) -> None:
         self.task, self.origin = task, origin
 
     def read(self, split: str) -> tuple[str, Iterable[Row]]:
-        """A split's name in messages, and its rows."""
+        """The name of a split for messages, and its rows."""
         raise NotImplementedError
 
     def stream(self, split: str) -> tuple[str, Iterable[Row]]:
-        """A split's name in messages, and its rows, which are read one by one and not kept in memory."""
+        """The name of a split for messages, and its rows, which are read one by one and not kept in memory."""
         raise UserError(f"{self.origin} cannot be streamed: leave streaming out")
 
 
@@ -98,10 +98,10 @@ class _Hub(Source):
 
 
 def source_of(task: Task, data_dir: Path | str | None) -> Source:
-    """Where the rows of a task are: in `data_dir` if it is given.
+    """The source of a task's rows: `data_dir` if it is given, else this package or the hub.
 
     Raises:
-        UserError: Without `data_dir`, of a task that the hub does not have.
+        UserError: `data_dir` has no usable files, or it is None and the hub does not have the task.
     """
     if data_dir is not None and (folder := task_folder(task, Path(data_dir))) is not None:
         return _Folder(task, folder)
@@ -113,11 +113,11 @@ def source_of(task: Task, data_dir: Path | str | None) -> Source:
 
 
 def task_folder(task: Task, data_dir: Path) -> Path | None:
-    """The folder of a task's files: ``data_dir/TASK`` where there is one, else ``data_dir`` itself.
+    """The folder of a task's files: ``data_dir/TASK`` if it exists, else ``data_dir`` itself.
 
     Returns:
-        The folder; None for the task whose rows are embedded in the package, where `data_dir` is a folder of other
-        tasks' folders alone.
+        The folder; None if the task's rows are embedded in the package and `data_dir` holds folders (of other tasks)
+        but no file.
     """
     folder = data_dir.expanduser()
     if (own := folder / task.name).is_dir():
@@ -128,7 +128,7 @@ def task_folder(task: Task, data_dir: Path) -> Path | None:
 
 
 def check_folders(tasks: Sequence[str], data_dir: Path | None) -> None:
-    """Refuse to read several tasks from one task's files.
+    """Check that several tasks have folders of their own.
 
     Raises:
         UserError: Two tasks would be read from the same folder.

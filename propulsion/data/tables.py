@@ -1,4 +1,4 @@
-"""Tables in files: JSON lines, JSON, CSV, TSV and Parquet, as rows of plain Python values.
+"""Reads tables from files (JSON lines, JSON, CSV, TSV and Parquet) as rows of plain Python values.
 
 Types are not guessed: a sentence that happens to be "1999" or "NA" stays text. Text is UTF-8, with or without a byte
 order mark, and with any line ends; blank lines are ignored. The text formats may be compressed by gzip, bzip2 or xz.
@@ -30,8 +30,8 @@ class Row:
     """One row of a table.
 
     Attributes:
-        number: Its number, from 1, without headers and blank lines.
-        line: The line where it starts; None in formats without lines.
+        number: Its number, from 1; the header and blank lines are not counted.
+        line: The line where it starts, from 1; None in formats without lines.
         values: Its columns by name; empty if the row cannot be read.
         problem: Why the row cannot be read; None if it can.
     """
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def location(self) -> str:
-        """The number of the row, and its line if that is another number."""
+        """The number of the row in words, with its line if that number differs."""
         return f"row {self.number}" + (f" (line {self.line})" if self.line not in (None, self.number) else "")
 
 
@@ -75,7 +75,7 @@ def _open(path: Path) -> io.TextIOWrapper:
 
 
 def encoding_problem(text: str) -> str | None:
-    """Why a text cannot be written as UTF-8; None if it can."""
+    """The reason in words why a text cannot be written as UTF-8; None if it can."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -157,9 +157,9 @@ def _read_delimited(path: Path, **dialect: Any) -> Iterator[Row]:
 
 
 def _fields(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a csv reader, with fields of any length, and the line where each row starts.
+    """The line where each row of a csv reader starts, and its fields, which may have any length.
 
-    The limit on the length of a field is a setting of the process, and is restored after every row.
+    The limit on the length of a field is a setting of the whole process, and is restored after every row.
     """
     while True:
         line, limit = reader.line_num + 1, csv.field_size_limit(2**31 - 1)
@@ -184,7 +184,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def rows_of_batches(batches: Iterable[Columns]) -> Iterator[Row]:
-    """Batches of columns, row by row."""
+    """The rows of batches, each of which is given by its columns."""
     number = 0
     for columns in batches:
         for values in zip(*columns.values()):

@@ -1,4 +1,4 @@
-"""The tasks, as data: kind, columns, labels, metrics, where the data is, and the degree the paper uses."""
+"""The table of tasks: kind, columns, labels, metrics, dataset on the hub, and the degree that the paper uses."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """A task: the columns of its rows, its labels, its metrics, and where its data is.
 
     Attributes:
         name: Name on the command line.
-        text_columns: Columns of text: one, or two for a pair; for an instruction, all that its template reads.
-        label_names: Names of labels 0, 1, ..., or of tags; empty where there are none.
-        metrics: Names of the metrics, the headline first.
+        text_columns: Columns of text: one, or two for a pair; for an instruction, all columns that its prompt uses.
+        label_names: Names of labels 0, 1, ..., or of tags; empty for tasks without them.
+        metrics: Names of the metrics, the main one first.
         degree: Propulsion's degree for this task (Kowsher et al. 2024, Appendix E).
         label_range: Smallest and largest label of a regression; None for any other kind.
         hub_config: Configuration of `hub_path`, if it has several.
@@ -32,7 +32,7 @@ class Task:
         hub_path: Name of the dataset on the hub; None if it is not there.
         hub_revision: Revision to read there, if not the main one.
         unanswerable: Whether some questions have no answer.
-        exchange: For an instruction: the function from a row to its prompt and answer.
+        exchange: For an instruction, the function that turns a row into its prompt and answer.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Task:
         return len(self.label_names) or 1
 
 
-# The revision with Parquet files of a dataset that is a script, which `datasets` no longer runs.
+# `datasets` no longer runs scripts; of a dataset that is a script, the hub has this revision with Parquet files.
 _PARQUET = "refs/convert/parquet"
 _SENTIMENT = ("negative", "positive")
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -122,7 +122,7 @@ _TASKS = (
     _glue("mnli", ("premise", "hypothesis"), _INFERENCE, ("accuracy",), 20, validation_split="validation_matched"),
     _glue("qnli", ("question", "sentence"), _ENTAILMENT, ("accuracy",), 55),
     Task("snli", ("premise", "hypothesis"), _INFERENCE, ("accuracy",), 15, hub_path="stanfordnlp/snli"),
-    # Questions answered by a span of the text.
+    # Questions whose answer is a span of the text.
     _squad("squad", "rajpurkar/squad"),
     _squad("squad_v2", "rajpurkar/squad_v2", unanswerable=True),
     # Summaries.

@@ -1,4 +1,4 @@
-"""Rows as the inputs of a model: tokenized, checked against its limits, and cached."""
+"""Turns rows into model inputs: tokenizes them, checks them against the model's limits, and caches them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -23,10 +23,10 @@ _BATCH = 256  # Streamed rows tokenized at once.
 
 
 def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int | None = None) -> Dataset:
-    """Turn rows of a task, with or without labels, into model inputs, unpadded, with their labels.
+    """Turn rows of a task into unpadded model inputs, with labels if the rows have them.
 
     Inputs are cut to `max_length` tokens. If it is None nothing is cut, and an input longer than the tokenizer's
-    `model_max_length` is an error, except for kinds of tasks that say otherwise (`propulsion.data.kinds`).
+    `model_max_length` is an error, except for kinds of tasks that cut it or split it (`propulsion.data.kinds`).
 
     Raises:
         UserError: If an input is longer than the model takes and `max_length` is None, or if `max_length` is itself
@@ -38,10 +38,10 @@ def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_
 def check_inputs(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits, *, cached: bool = False, streamed: int = 0
 ) -> Dataset | IterableDataset:
-    """Training rows as model inputs, after a check that every row of both splits fits the model.
+    """Return the training rows as model inputs after a check that every row of both splits fits the model.
 
-    Streamed training rows that will be needed, `streamed` in number, are read once for this check, and not kept. With
-    `cached`, `tokenize_cached` is used: only for data as they were loaded, which their fingerprint describes.
+    Of streamed training rows, the first `streamed` ones are read once for this check, and not kept. With `cached`,
+    `tokenize_cached` is used; this requires data as they were loaded, since the cache is keyed by their fingerprint.
 
     Raises:
         UserError: As `tokenize` does, of rows of both splits together.
@@ -65,7 +65,7 @@ def check_inputs(
 
 
 def _located(data: TaskData, rows: Dataset, call: Callable[[], Any]) -> Any:
-    """Call a function, and say where the rows are that it cannot use."""
+    """Call a function; if rows cannot be used, the exception names their file and their location in it."""
     try:
         return call()
     except Unusable as error:
@@ -81,10 +81,10 @@ def _located(data: TaskData, rows: Dataset, call: Callable[[], Any]) -> Any:
 def tokenize_cached(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, limits: Limits, cache_dir: Path | None = None
 ) -> Dataset | IterableDataset:
-    """Training rows as model inputs, from an earlier run's file if there is one; streamed rows are encoded lazily.
+    """Training rows as model inputs, read from the file of an earlier run if there is one.
 
-    The files are in `cache_dir`, by default within that of `datasets`, each named by a hash of the rows, the tokenizer
-    and the lengths.
+    Streamed rows are encoded as they are read. Files are in `cache_dir`, by default a folder in the cache of
+    `datasets`; each is named by a hash of the rows, the tokenizer and the lengths.
 
     Raises:
         UserError: As `tokenize` does.
@@ -120,7 +120,7 @@ def _encode_streamed(encode: Callable[[Columns], Columns], batch: Columns, indic
 
 @contextlib.contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """Let `datasets` show no bar of its own beside that of the training."""
+    """Disable the progress bars of `datasets` in the block, since training shows its own."""
     if datasets.are_progress_bars_disabled():
         yield
         return

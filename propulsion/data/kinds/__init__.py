@@ -1,4 +1,4 @@
-"""Kinds of tasks, one module each: how rows are checked, encoded, predicted and scored."""
+"""Kinds of tasks, one module each. A kind defines how rows are checked, encoded, predicted and scored."""
 
 from datasets import Dataset
 
@@ -18,12 +18,12 @@ _KINDS = {
 
 
 def kind_of(task: Task) -> Kind:
-    """The kind of a task."""
+    """The functions for tasks of this task's kind."""
     return _KINDS[task.kind]
 
 
 def to_dataset(task: Task, columns: Columns) -> Dataset:
-    """Checked columns as a dataset of the task's own types."""
+    """A dataset of checked columns, in the types of the task."""
     return Dataset.from_dict(columns, features=kind_of(task).features(task))
 
 

@@ -1,7 +1,7 @@
-"""Question answering: the answer is a span of the context, or there is none (SQuAD 1.1 and 2.0).
+"""Question answering: the answer is a span of the context, or there is no answer (SQuAD 1.1 and 2.0).
 
-A context longer than the input is read in overlapping windows; a question's answer is the best span of all of its
-windows, or none where the first token, which stands for "no answer", scores higher.
+A context that is longer than the input is split into overlapping windows. The predicted answer is the best span of all
+windows of a question, or no answer if the first token, which stands for "no answer", has a higher score.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ from propulsion.data.tables import Columns
 from propulsion.data.tasks import Task
 from propulsion.errors import Unusable, UserError
 
-DEFAULT_LENGTH = 384  # Of a window, in tokens: that of BERT's own SQuAD script.
+DEFAULT_LENGTH = 384  # Tokens of a window, as in BERT's SQuAD script.
 STRIDE_SHARE = 3  # Neighbouring windows share a third of their length.
 BEST = 20  # How many of the best starts and of the best ends are combined.
-LONGEST_ANSWER = 30  # In tokens.
+LONGEST_ANSWER = 30  # Tokens.
 _ANSWER = ("text", "answer_start")
 
 
@@ -52,7 +52,7 @@ def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> tuple[Any, list[int]]:
-    """The encoded windows of all questions, and the number of each window's question.
+    """The encoded windows of all questions, and for each window the index of its question.
 
     Raises:
         Unusable: A question leaves no room for its context.
@@ -77,7 +77,7 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """One row for each window: first and last token of the first answer, or token 0 where it is not in the window."""
+    """One row for each window, labelled by the first answer's first and last token; token 0 if it is not in it."""
     batch, questions = inputs(columns, tokenizer, task, limits)
     offsets = batch.pop("offset_mapping")
     encoded = dict(batch)
@@ -141,7 +141,7 @@ def _best_span(starts: np.ndarray, ends: np.ndarray, inside: np.ndarray) -> tupl
 
 
 def measure(task: Task, predictions: Sequence[str], columns: Columns) -> dict[str, float]:
-    """Exact match and F1, the best over each question's answers."""
+    """Exact match and F1; the best of each question's answers counts."""
     return answer_scores(predictions, [answers["text"] for answers in columns[task.label_column]])
 
 

@@ -1,4 +1,4 @@
-"""The interface of a kind of task, and what several kinds share."""
+"""The interface of a kind of task, and functions that several kinds share."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,15 +40,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of task.
+    """One kind of task, as a set of functions.
 
     Attributes:
-        task_type: peft's name of it, which decides the head of the model.
-        features: Types of a task's columns.
+        task_type: peft's name of the task type, which determines the head of the model.
+        features: task -> types of its columns.
         read: (task, row of a file) -> values of the task's columns; raises a `UserError` that names the column.
-        encode: (columns, tokenizer, task, limits) -> model inputs with labels, unpadded, perhaps several for a row;
+        encode: (columns, tokenizer, task, limits) -> unpadded model inputs with labels, possibly several for a row;
             raises `Unusable` for rows that are too long.
-        inputs: As `encode`, without labels: what `predict` calls the model with.
+        inputs: The same without labels; `predict` calls the model with them.
         predict: (model, tokenizer, task, columns, limits) -> one prediction a row.
         measure: (task, predictions, columns) -> the task's metrics.
         trivial: (task, columns) -> predictions made without a model, one a row, such as empty texts.
@@ -67,7 +67,7 @@ class Kind:
 
 
 def input_limit(tokenizer: PreTrainedTokenizerBase, limits: Limits, *, pair: bool = False) -> int:
-    """The longest input in tokens: `max_length`, or else what the model takes.
+    """The length in tokens that an input may have: `max_length` if given, else the model's limit.
 
     Raises:
         UserError: `max_length` is more than the model takes, or too little for any text.
@@ -82,10 +82,10 @@ def input_limit(tokenizer: PreTrainedTokenizerBase, limits: Limits, *, pair: boo
 
 
 def refuse_longer(lengths: Sequence[int], limit: int) -> None:
-    """Refuse inputs that are longer than the model takes.
+    """Check that no input is longer than the model takes.
 
     Raises:
-        Unusable: There are some.
+        Unusable: Some inputs are longer; the exception holds their indices.
     """
     if longer := [row for row, length in enumerate(lengths) if length > limit]:
         raise Unusable(
@@ -97,12 +97,12 @@ def refuse_longer(lengths: Sequence[int], limit: int) -> None:
 
 
 def rows_of(columns: Columns) -> list[dict[str, Any]]:
-    """Columns as rows."""
+    """The rows of a table that is given by its columns."""
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def columns_of(data: datasets.Dataset) -> Columns:
-    """A dataset as columns of plain Python values."""
+    """The columns of a dataset as lists of plain Python values."""
     return {name: list(data[name]) for name in data.column_names}
 
 

@@ -33,13 +33,13 @@ def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_variety(name: str, labels: Sequence[Any]) -> None:
-    """Raise `UserError` if all labels are the same."""
+    """Raise a `UserError` if all labels are the same."""
     if len(set(labels)) < 2:
         raise UserError(f"{name} has one label only ({labels[0]}): nothing can be learnt or measured from it")
 
 
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """Tokens of the texts, unpadded, with labels where there are any.
+    """Unpadded tokens of the texts, with labels if the columns have them.
 
     Raises:
         Unusable: An input is longer than the model takes and `max_length` is None.
@@ -52,12 +52,12 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 
 def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """As `encode`, without labels."""
+    """Unpadded tokens of the texts, as `encode` returns them, without labels."""
     input_limit(tokenizer, limits, pair=len(task.text_columns) > 1)
     texts = [list(columns[column]) for column in task.text_columns]
     pairs = texts[1] if len(texts) > 1 else None
     cut = limits.max_length is not None
-    # verbose=False: the tokenizer's own warning about long inputs is our error below.
+    # verbose=False silences the tokenizer's warning about long inputs, which are an error below.
     encoded = tokenizer(texts[0], pairs, truncation=cut, max_length=limits.max_length, verbose=False)
     refuse_longer([len(ids) for ids in encoded["input_ids"]], tokenizer.model_max_length)
     return dict(encoded)
@@ -66,7 +66,7 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 def logits(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits
 ) -> list[list[float]]:
-    """The model's outputs, one list a row."""
+    """The outputs of the model, one list for each row."""
     encoded = inputs(columns, tokenizer, task, limits)
     return [row[0].tolist() for row in run_batches(model, tokenizer, encoded, limits.batch_size, ("logits",))]
 

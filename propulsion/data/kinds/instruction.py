@@ -1,4 +1,4 @@
-"""Instructions to a language model: trained on the answer that follows the prompt, evaluated by generation."""
+"""Instructions to a language model, which is trained on the answer after the prompt and evaluated by generation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,10 +23,10 @@ def _features(task: Task) -> datasets.Features:
 
 
 def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the task's own columns into prompt, answer and choices."""
+    """Turn the columns of a row into prompt, answer and choices."""
     assert task.exchange is not None
     values = {column: value_of(row, column) for column in (*task.text_columns, task.label_column)}
-    for column in task.text_columns:  # A template would accept None or a number as text.
+    for column in task.text_columns:  # The function that makes the prompt would take None or a number for text.
         if not isinstance(values[column], (list, dict)):
             text(values[column], column, blank=True)
     try:
@@ -39,7 +39,7 @@ def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """Tokens of prompt, answer and the end of text; the loss is of answer and end alone.
+    """Tokens of prompt, answer and the end-of-text token; the labels leave the prompt out of the loss.
 
     If `max_length` is given, a prompt that leaves no room for its answer is cut at its beginning.
     """
@@ -60,7 +60,7 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 
 def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """Tokens of the prompt; if `max_length` is given, cut at the beginning to leave room for the new ones."""
+    """Tokens of the prompt; if `max_length` is given, they are cut at the beginning to leave room for new tokens."""
     limit = input_limit(tokenizer, limits) - limits.max_new_tokens
     if limit < 1:
         raise UserError(
@@ -80,7 +80,7 @@ def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns:
 
 
 def exchanges_of(columns: Columns) -> list[Exchange]:
-    """Checked rows as exchanges."""
+    """The prompts and answers of checked rows."""
     return [Exchange(row[_PROMPT], row[_ANSWER], tuple(row[_CHOICES])) for row in rows_of(columns)]
 
 

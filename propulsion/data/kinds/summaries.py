@@ -1,4 +1,4 @@
-"""Summarisation by an encoder-decoder: a document in, its summary out."""
+"""Summarisation: an encoder-decoder reads a document and generates its summary."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

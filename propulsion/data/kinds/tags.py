@@ -23,7 +23,7 @@ def _features(task: Task) -> datasets.Features:
 
 
 def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Read words and their tags, one for each word; a tag may be a number or a name."""
+    """Read the words of a row and their tags, one tag for each word, given as a number or a name."""
     words_column, tags_column = task.text_columns[0], task.label_column
     words, tags = texts(value_of(row, words_column), words_column, "words"), value_of(row, tags_column)
     if "" in words:
@@ -34,7 +34,7 @@ def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """Tokens of the words; the first token of a word has the word's tag, and its other tokens have none."""
+    """Tokens of the words, with the tag of a word as the label of its first token; other tokens have no label."""
     input_limit(tokenizer, limits)
     if not tokenizer.is_fast:
         raise UserError("tagging words needs a fast tokenizer, which says which token belongs to which word")
@@ -53,12 +53,12 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 
 
 def _first_tokens(word_ids: Sequence[int | None]) -> list[int | None]:
-    """The word that starts at each token; None at special tokens and inside words."""
+    """For each token, the index of the word that starts there; None at special tokens and inside words."""
     return [word if token == 0 or word_ids[token - 1] != word else None for token, word in enumerate(word_ids)]
 
 
 def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
-    """Tokens of the words; in place of tags, the labels are the number of the word that starts at each token."""
+    """Tokens of the words; the label of a token is the index of the word that starts there."""
     words = columns[task.text_columns[0]]
     numbered = {task.text_columns[0]: words, task.label_column: [range(len(row)) for row in words]}
     return encode(numbered, tokenizer, task, limits)
@@ -67,7 +67,7 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 def predict(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns: Columns, limits: Limits
 ) -> list[list[str]]:
-    """A tag for every word, by name; words that were cut off get the tag outside any entity."""
+    """The name of a tag for every word; words that were cut off get the tag "O", which stands for no entity."""
     encoded, words_column = inputs(columns, tokenizer, task, limits), task.text_columns[0]
     word_starts = encoded.pop("labels")
     predictions = []
@@ -89,7 +89,7 @@ def measure(task: Task, predictions: Sequence[Sequence[str]], columns: Columns) 
 
 
 def trivial(task: Task, columns: Columns) -> list[list[str]]:
-    """The tag outside any entity for every word."""
+    """The tag "O" for every word, which stands for no entity."""
     return [[OUTSIDE] * len(tags) for tags in columns[task.label_column]]
 
 
