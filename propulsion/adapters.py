@@ -1,4 +1,4 @@
-"""Saved adapters and the base model they belong to."""
+"""Saved adapters, with a record of the base model that each belongs to."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def name_labels(config: Any, names: Sequence[str]) -> None:
 
 
 def label_names(config: Any) -> list[str]:
-    """Names of a model's labels in order; empty if they are transformers' LABEL_0, LABEL_1, ..."""
+    """Names of a model's labels in order; empty if they are transformers' defaults LABEL_0, LABEL_1, ..."""
     names = [name for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
@@ -45,7 +45,7 @@ def explain_loading(folder: Path, model: Any) -> None:
             f'model, tokenizer = load_classifier("{base}", num_labels={labels}, pooling="{pooling}")\n'
             'model = load_adapter(model, Path("THIS FOLDER"))'
         )
-        words = "On transformers' own classifier of the base model this adapter would give other outputs."
+        words = "With transformers' own classifier of the base model, this adapter would give other outputs."
     else:
         code = (
             "import propulsion  # or pass trust_remote_code=True below\n"
@@ -71,7 +71,7 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         The model with the adapter and its names of labels.
 
     Raises:
-        UserError: The folder holds no adapter, or one of another base model.
+        UserError: The folder holds no adapter, or an adapter of another base model.
     """
     folder = folder.expanduser()
     if not (folder / "adapter_config.json").is_file():
@@ -81,7 +81,7 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     if known and (trained := known.get("pooling", "pooler")) != (here := pooling_of(model)):
         raise UserError(f"the adapter in {folder} was trained with pooling {trained}, and the model has {here}")
     if known and fingerprint(model) != known["fingerprint"]:
-        raise UserError(f"the adapter in {folder} is of another base model: its weights are not these")
+        raise UserError(f"the adapter in {folder} is of another base model: this model has other weights")
     try:
         loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written beside their place, flushed to the disk, then renamed."""
+"""Atomic writing: files and folders are written under a temporary name, flushed to the disk, then renamed."""
 
 import json
 import os
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def beside(path: Path) -> Path:
-    """Where a file or a folder is written before it gets its name."""
+    """The temporary path, in the same folder, under which a file or folder is written before it is renamed."""
     return path.with_name(f".{path.name}.partial")
 
 
 def publish(written: Path, path: Path) -> None:
-    """Flush a file, or every file below a folder, to the disk, and then rename it; a file at `path` is replaced."""
+    """Flush a file, or all files in a folder, to the disk and rename it to `path`; a file at `path` is replaced."""
     for file in written.rglob("*") if written.is_dir() else (written,):
         if file.is_file():
             with file.open("rb") as stream:
@@ -21,12 +21,12 @@ def publish(written: Path, path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file of JSON, whole or not at all."""
+    """Write content as a JSON file that replaces `path` only when it is complete."""
     partial = beside(path)
     partial.write_text(json_text(content), encoding="utf-8")
     publish(partial, path)
 
 
 def json_text(content: Any) -> str:
-    """What `write_json` writes."""
+    """The text of the file that `write_json` writes."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -18,11 +18,11 @@ BIASES = ("none", "all", f"{METHOD}_only")
 
 @dataclass
 class PropulsionConfig(PeftConfig):
-    """What to adapt with Propulsion and how: y = z^k * v on a layer's output v (Kowsher et al. 2024, Eq. 1-3).
+    """Configuration of Propulsion, y = z^k * v for the output v of a layer (Kowsher et al. 2024, Eq. 1-3).
 
-    Modules are chosen by `positions` or by `target_modules`, not both; by default with ``positions="all"``. With a task
-    type that has a new head, such as ``task_type="SEQ_CLS"``, the whole head is added to `modules_to_save`: it is
-    trained in full, and not adapted. Without a task type the head is a module like any other.
+    Modules are chosen by either `positions` or `target_modules`; the default is ``positions="all"``. With a task type
+    that has a new head, such as ``task_type="SEQ_CLS"``, the whole head is added to `modules_to_save`: it is trained in
+    full, and not adapted. Without a task type, the head is adapted like any other module.
 
     Args:
         degree: k > 0. An integer gives z^k; another real gives sign(z) |z|^k, which is finite for every z.
@@ -34,7 +34,7 @@ class PropulsionConfig(PeftConfig):
         layers_to_transform: Indices of the blocks to adapt; modules outside numbered blocks are then left alone.
         layers_pattern: Name of the list of blocks, where the first number in a module's name is not the block.
         bias: Biases to train besides z: "none", "all", or "propulsion_only" (those of adapted modules).
-        init_weights: False adds noise of standard deviation 0.02 to the start that the next two describe, for tests.
+        init_weights: False adds noise of standard deviation 0.02 to the initial z of the next two fields, for tests.
         init_value: Initial value of z. With 1 the model starts unchanged.
         init_noise: Standard deviation of noise added to z, from torch's global generator.
         degree_pattern: Degrees of single modules, by the end of their name or a regular expression for it, as LoRA's
@@ -44,13 +44,13 @@ class PropulsionConfig(PeftConfig):
             init_value^k. Every pooling merges.
         pooling: "mean", "max", "min" or "l2" (the root mean square), over the p scales.
         lean: In training, keep a layer's scaled output for the backward pass, and not its unscaled one
-            (`propulsion.scaled_output`): less memory and time, and a gradient of z that is exact but for two roundings.
+            (`propulsion.scaled_output`): less memory and time, and a gradient of z that is exact up to two roundings.
             Models that write into their layers' outputs in place (Falcon, ``nn.ReLU(inplace=True)``) raise an error.
-            None means True for architectures that are known not to, at degrees above 1; at degree 1, Propulsion is then
-            (IA)3 to the last bit.
+            None means True at degrees above 1 in architectures that are known not to write in place, else False; at
+            degree 1, Propulsion is therefore (IA)3 to the last bit.
 
     Raises:
-        ValueError: a field, or two fields together, make no sense; the message says what to change.
+        ValueError: a field has an invalid value, or two fields contradict each other; the message says what to change.
     """
 
     degree: int | float = 15
@@ -69,7 +69,7 @@ class PropulsionConfig(PeftConfig):
     pooling: str = "mean"
     lean: bool | None = None
 
-    # The positions as module names of one model. It is no field, so that a saved config holds no such names.
+    # Module names of the positions in one model. This is not a field, so that it is not saved with the configuration.
     resolved: ClassVar[SimpleNamespace | None] = None
 
     def __post_init__(self):
@@ -118,7 +118,7 @@ def _checked_degree(degree: int | float) -> int | float:
 
 
 def _check_names(config: PropulsionConfig) -> None:
-    """Refuse module names of another type, and regular expressions that do not compile."""
+    """Raise for module names that are neither a list nor a string, and for invalid regular expressions."""
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
         if isinstance(value, tuple):
@@ -129,7 +129,7 @@ def _check_names(config: PropulsionConfig) -> None:
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"{name} is no regular expression, got {value!r}: {error}") from error
+                raise ValueError(f"{name} must be a valid regular expression, got {value!r}: {error}") from error
 
 
 def _check_start(config: PropulsionConfig) -> None:
@@ -147,8 +147,8 @@ def _check_start(config: PropulsionConfig) -> None:
         raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}; got {config.pooling!r}")
     if config.vectors > 1 and config.init_value <= 0:
         raise ValueError(
-            f"several vectors start spread about a positive init_value, got {config.init_value!r}: around 0 they would "
-            "be equal, and stay so"
+            f"several vectors need an init_value > 0, got {config.init_value!r}: their initial values are spread in "
+            "proportion to it, and vectors that start equal stay equal"
         )
 
 

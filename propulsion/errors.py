@@ -1,4 +1,4 @@
-"""Exceptions for mistakes of the user, and how commands report them."""
+"""Exceptions for mistakes of the user, and their report by commands in one line."""
 
 import signal
 import sys
@@ -59,7 +59,7 @@ def run_command(main: Callable[[], None], *, mistakes: tuple[type[Exception], ..
     Exit codes: 2 after one of the mistakes, 130 after an interrupt and 143 after SIGTERM, as in shells. Any other
     exception is a defect of this package and keeps its traceback.
     """
-    # These announce changes of libraries, about which the user of a command can do nothing.
+    # Such warnings announce changes of libraries, and the user of a command can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         with _ended_as_if_interrupted():
@@ -94,7 +94,7 @@ def _ended_as_if_interrupted() -> Iterator[None]:
 
 @contextmanager
 def explained(what: str, more: str = "") -> Iterator[None]:
-    """Turn an error of the system in the block into a `UserError`: "cannot WHAT: its reason", and more."""
+    """Turn an `OSError` in the block into a `UserError`: "cannot WHAT: REASON", followed by `more`."""
     try:
         yield
     except OSError as error:
@@ -105,7 +105,7 @@ _SHOWN = 3  # Number of items that a message lists.
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:
-    """The first few of many items, and how many more there are."""
+    """Join the first few items, and add the number of the others."""
     rest = len(items) - _SHOWN
     return separator.join((*items[:_SHOWN], *([f"and {rest:,} more"] if rest > 0 else [])))
 
@@ -136,9 +136,9 @@ def one_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's message; the rest is mostly advice for users of the library.
+    """Return the first line of the message of a library's exception; the others are mostly advice for programmers.
 
-    If it ends in a colon, the first of the lines that it announces is added, and the number of the others.
+    If the first line ends in a colon, the second is added, and the number of the lines after it.
     """
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if not first.endswith(":") or not rest:

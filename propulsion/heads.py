@@ -1,4 +1,4 @@
-"""Modules that are trained in full, such as a task's head: found, combined, mixed in a batch, and merged.
+"""Modules that are trained in full, such as a task's head: how they are found, combined, mixed in a batch and merged.
 
 peft keeps a copy of such a module for each adapter (`ModulesToSaveWrapper`), and the original for adapters without one.
 """
@@ -21,9 +21,9 @@ _READ = "_is_hf_initialized"
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """Names of the modules outside the pre-trained body that have parameters: the task's head.
+    """Names of the modules of the task's head: those outside the pre-trained body that have parameters.
 
-    If the model names no body, the modules of which no parameter was read from the checkpoint.
+    If the model names no body, its head is the modules of which no parameter was read from the checkpoint.
     """
     children = {name: own for name, child in model.named_children() if (own := list(child.parameters()))}
     body = getattr(model, "base_model_prefix", "")
@@ -37,9 +37,9 @@ def head_modules(model: nn.Module) -> list[str]:
 def random_in_body(model: nn.Module) -> list[str]:
     """Names of the layers of the body, such as a pooler, that the checkpoint lacks and that are therefore random.
 
-    A layer that the caller has replaced was not read from the checkpoint either. So its values must also look
-    untrained: a bias of zeros and, if there are enough values to tell, a Gaussian weight. Embeddings are left out,
-    which may have new rows for new words. The list is empty for a model that was not loaded.
+    A layer that the caller has replaced was not read from the checkpoint either. So a layer counts only if its values
+    also look untrained: a bias of zeros and, if there are enough values to tell, a Gaussian weight. Embeddings never
+    count, since they may have new rows for new words. The list is empty for a model that was not loaded.
     """
     body = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if not isinstance(body, nn.Module) or not any(hasattr(p, _READ) for p in model.parameters()):
@@ -64,13 +64,13 @@ def trained_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
 
 
 def combined(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, dict[str, Tensor]]:
-    """The weighted means of the modules that adapters have trained in full, by the names of the modules.
+    """Weighted means of the modules that adapters have trained in full, by module name.
 
     The mean of linear heads is the head whose outputs are the means of theirs. The weights must sum to 1, since a head
-    has no neutral value that the rest could stand for.
+    has no neutral value that could take the remaining weight.
 
     Returns:
-        The state of each module that some of the adapters have trained; the mean is over those.
+        The state of each module that at least one of the adapters has trained, averaged over those adapters.
 
     Raises:
         ValueError: the weights of the adapters that have trained a module do not sum to 1, or the buffers of their
@@ -89,8 +89,8 @@ def combined(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]
         if abs(total - 1) > 1e-6:
             raise ValueError(
                 f"expected weights that sum to 1 over the adapters that have trained {name!r} "
-                f"({', '.join(dict.fromkeys(a for a, _ in present))}), got {total:g}: heads have no other combination. "
-                "Give such weights, or combine adapters without heads"
+                f"({', '.join(dict.fromkeys(a for a, _ in present))}), got {total:g}: a head has no other "
+                "combination than a mean. Give such weights, or combine adapters without heads"
             )
         means[name] = _mean(name, [(module.modules_to_save[a], w) for a, w in present])
     return means
@@ -104,7 +104,7 @@ def _mean(name: str, modules: list[tuple[nn.Module, float]]) -> dict[str, Tensor
     for key, value in first.state_dict().items():
         if key in buffers:
             if any(not torch.equal(value, other.state_dict()[key]) for other, _ in others):
-                raise ValueError(f"expected equal buffers {key!r} in {name!r}, got several: they have no combination")
+                raise ValueError(f"expected equal buffers {key!r} in {name!r}, got several: buffers cannot be combined")
             state[key] = value.clone()
             continue
         wide = torch.promote_types(value.dtype, torch.float32)
@@ -114,7 +114,7 @@ def _mean(name: str, modules: list[tuple[nn.Module, float]]) -> dict[str, Tensor
 
 
 def of_each_example(wrapper: ModulesToSaveWrapper, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The output of a module: of each example by its own adapter's copy, or by the original if there is none.
+    """Output of a module in which each example's row is of its own adapter's copy, or of the original without a copy.
 
     Every copy is called with the whole batch; the module must not mix examples.
 
@@ -134,10 +134,10 @@ def of_each_example(wrapper: ModulesToSaveWrapper, names: Sequence[str], args: t
 
 
 def check_merged_with_head(model: nn.Module, adapters: Iterable[str] | None) -> None:
-    """Make sure that the model uses the trained modules of the adapters to merge.
+    """Check that the trained modules in use are those of the adapters to merge.
 
     Raises:
-        ValueError: it uses those of other adapters, or several of the adapters have their own.
+        ValueError: the model uses those of other adapters, or several of the adapters have their own.
     """
     if adapters is None:
         return
@@ -146,6 +146,6 @@ def check_merged_with_head(model: nn.Module, adapters: Iterable[str] | None) -> 
         used = module.active_adapters
         if own != list(used):
             raise ValueError(
-                f"expected to merge adapters with their own {name!r}, which the model now uses of "
-                f"{', '.join(used) or 'none'}, and would need of {', '.join(own) or 'none'}: call set_adapter first"
+                f"expected the model to use the {name!r} of the adapters to merge ({', '.join(own) or 'none'}), but it "
+                f"uses that of {', '.join(used) or 'none'}: call set_adapter first"
             )

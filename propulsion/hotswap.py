@@ -1,4 +1,4 @@
-"""Replacing a loaded adapter by a saved one, without a new compilation of a compiled model."""
+"""Replacement of a loaded adapter by a saved one, without compiling a compiled model again."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 from propulsion.config import PropulsionConfig
 from propulsion.layer import adapted_layers
 
-# These are constants of a compiled model.
+# Fields of the configuration that are constants in a compiled model.
 _FIXED = ("degree", "degree_pattern", "vectors", "pooling")
 
 

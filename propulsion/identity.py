@@ -29,7 +29,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of a tokenizer's vocabulary, rules, special tokens and longest input."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for state in ("truncation", "padding"):  # Settings that the last call has left.
+    for state in ("truncation", "padding"):  # Settings that remain from the tokenizer's last call.
         vocabulary.pop(state, None)
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     return content_identity([type(tokenizer).__name__, vocabulary, special, tokenizer.model_max_length])
@@ -52,5 +52,5 @@ def _without_provenance(settings: Any) -> Any:
 
 
 def content_identity(content: Any) -> str:
-    """SHA-256 of what JSON can hold."""
+    """SHA-256 of content as JSON; what JSON cannot hold enters as its `str`."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -50,8 +50,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     They read weights multiplied by z^k, as if the layer were merged, and gradients reach z. Other attributes are those
     of the layer beneath.
 
-    Abstract: a subclass defines the axis of the weight along which the outputs are, and how many axes follow the
-    outputs' axis in the output.
+    This class is abstract. A subclass sets `weight_axis`, the axis of the weight that numbers the output features, and
+    `kernel_axes`, the number of axes after that of the features in the layer's output.
     """
 
     adapter_layer_names = ("propulsion_z",)
@@ -104,7 +104,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The weight with which the layer beneath would compute the scaled output: diag(z^k) W, formed at each read.
 
-        It is that of the layer beneath if no adapter is active, and if the layer is merged or quantised.
+        If no adapter is active, or the layer is merged or quantised, it is the stored weight of the layer beneath.
 
         Raises:
             ValueError: the layer beneath is a norm that does not multiply by its weight, nor by one plus it.
@@ -113,7 +113,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
     @property
     def bias(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The bias z^k * b, as for `weight`."""
+        """The bias z^k * b, formed at each read, with the exceptions of `weight`."""
         return self._as_read("bias")
 
     def _as_read(self, name: str) -> Any:
@@ -139,15 +139,15 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         return (value * scale.view(shape).to(value.device)).to(value.dtype)
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the layer beneath, such as `eps` or `kernel_size`, or a method of a class of its own.
+        """Return an attribute of the layer beneath, such as `eps` or `kernel_size`.
 
-        Such methods and properties are called with this layer as `self`, and so read the scaled weight. Names with a
-        leading underscore are not looked up there, since libraries mark modules by them.
+        Methods and properties that a class outside of torch defines are called with this layer as `self`, and so read
+        the scaled weight. Names with a leading underscore are not looked up, since libraries mark modules by them.
         """
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # A copy has no modules yet. An AttributeError within `weight` must not return the unscaled weight.
+            # A layer being copied has no modules yet. An error within `weight` must not return the base layer's weight.
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None or name.startswith("_") or isinstance(getattr(type(self), name, None), property):
                 raise
@@ -167,7 +167,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, config: PropulsionConfig, name: str = "", *, lean: bool | None = None
     ) -> None:
-        """Add an adapter. `name` is the module's; `lean` holds where the configuration's is None."""
+        """Add an adapter. `name` is the module's name, and `lean` applies if the configuration's is None."""
         weight = self.base_weight
         degree = config.degree_pattern.get(get_pattern_key(list(config.degree_pattern), name), config.degree)
         z = initial_vectors(
@@ -193,7 +193,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             z.data = z.data.to(self.base_weight.device if device is None else device, dtype)
 
     def scale(self, adapter_names: Sequence[str]) -> Float[Tensor, "d_out"] | None:
-        """The product of the scales of the named adapters, as far as the layer has them; None if it has none."""
+        """The product of the scales of the named adapters that the layer has; None if it has none of them."""
         scale = None
         for name in adapter_names:
             if name in self.propulsion_z:
@@ -226,7 +226,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         return multiply(output, along_output, lean=lean, overwrite=lean and self._owns(output))
 
     def _mixed(self, output: Tensor, adapter_names: list[str]) -> Tensor:
-        """Scale each example by its own adapter; an output with one row for all (of positions) gets a row for each."""
+        """Scale each example by its own adapter. An output with one row for all examples is repeated for each."""
         if len(output) not in (1, len(adapter_names)) or output.ndim < 2 + self.kernel_axes:
             raise ValueError(f"expected one adapter name for each of {len(output)} examples, got {len(adapter_names)}")
         by_name = {name: self.scale([name]) for name in dict.fromkeys(adapter_names)}
@@ -261,7 +261,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _look(self) -> None:
-        """Find out whether the scale is far from zero, for all layers of the model at once.
+        """Compute whether the scale is far from zero, for all layers of the model at once.
 
         Reading values waits for the accelerator, and is therefore done once for each step and not for each layer. A
         change through `z.data` is not noticed; if it sets z = 0, the gradient is then not a number.
@@ -273,7 +273,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             layer._far = (layer._state(), scale is not None and next(values) >= SMALLEST)
 
     def _owns(self, output: Tensor) -> bool:
-        """Whether nothing else holds this output: the layer beneath has torch's own forward and no hooks."""
+        """Whether no other code holds this output: the layer beneath has torch's own forward and no hooks."""
         base = self.get_base_layer()
         watched = base._forward_hooks or "forward" in vars(base) or nn.modules.module._global_forward_hooks
         return _is_torchs_own(base) and not watched and output.is_contiguous() and output.is_floating_point()
@@ -310,7 +310,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         }
         if safe_merge and not all(quantised.is_finite(value) for value in merged.values()):
             raise ValueError(
-                # peft's own words, which its users search for.
+                # These are the words of peft's message, which its users search for.
                 f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken: z or the "
                 f"weight is, or z^k overflows {unmerged['weight'].dtype}. Nothing was merged"
             )
@@ -359,11 +359,11 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             )
 
     def probe(self) -> Tensor | None:
-        """An input to test the forward of a layer's own class with; None if no input is known."""
+        """A test input for a layer whose class has a forward of its own; None if no input is known."""
         return None
 
     def _check_follows(self, base: nn.Module, merged: dict[str, nn.Parameter], scale: Tensor) -> None:
-        """Test the merged weight on a layer with a forward of its own, which may do more than multiply by it."""
+        """Raise if a layer with a forward of its own does not give the scaled output with the merged weight."""
         x = None if _is_torchs_own(base) or quantised.is_quantised(self.base_weight) else self.probe()
         if x is None:
             return
@@ -399,5 +399,5 @@ def _waits(scale: Tensor) -> bool:
 
 
 def _is_torchs_own(base: nn.Module) -> bool:
-    """Whether a layer has torch's forward: a product with its weight, whose result is a new tensor."""
+    """Whether a layer has torch's own forward, which multiplies by its weight and returns a new tensor."""
     return type(base).__module__.startswith("torch.nn.") or type(base) is Conv1D

@@ -23,13 +23,13 @@ class PropulsionLinear(PropulsionLayer):
 
     @property
     def base_weight(self) -> Tensor:
-        """The weight of the layer beneath, or what a quantisation backend has in its place."""
+        """The weight of the layer beneath, or the tensor that a quantisation backend stores in its place."""
         base: Any = self.get_base_layer()
         named = (getattr(base, name, None) for name in ("weight", "qweight", "W_q"))
         return next(t for t in (*named, *base.parameters(), *base.buffers()) if t is not None)
 
     def probe(self) -> Tensor | None:
-        """Two inputs, each (d_in,)."""
+        """Two test inputs, (2, d_in)."""
         x = torch.linspace(-1, 1, 2 * self.in_features, device=self.base_weight.device, dtype=self.base_weight.dtype)
         return x.reshape(2, -1)
 
@@ -49,7 +49,7 @@ class PropulsionEmbedding(PropulsionLayer):
     weight_axis = 1
 
     def probe(self) -> Tensor | None:
-        """The first tokens of the vocabulary."""
+        """The first token ids of the vocabulary, at most four: (1, t)."""
         return torch.arange(min(4, len(self.base_weight)), device=self.base_weight.device)[None]
 
 
@@ -72,7 +72,7 @@ class PropulsionConvolution(PropulsionLayer):
 class PropulsionNorm(PropulsionLayer):
     """Over `torch.nn.LayerNorm`, and RMSNorms of any family: weight (d_out,), with or without a bias.
 
-    Families multiply by the weight, or by one plus the weight (Gemma). A test finds out which, before merging.
+    Some families multiply by the weight, others (Gemma) by one plus the weight. A test before merging tells which.
     """
 
     weight_axis = 0
@@ -90,10 +90,10 @@ class PropulsionNorm(PropulsionLayer):
 
     @torch.no_grad()
     def _shift(self) -> int:
-        """The number that the norm adds to its weight before it multiplies, 0 or 1; found by one test.
+        """The number, 0 or 1, that the norm adds to its weight before it multiplies; a test call finds it.
 
         Raises:
-            ValueError: it does neither.
+            ValueError: the norm multiplies by neither.
         """
         base: Any = self.get_base_layer()
         forward_of_torch = type(base).forward.__module__.startswith("torch.nn.")
@@ -112,7 +112,7 @@ class PropulsionNorm(PropulsionLayer):
 
 
 def _error_of(base: Any, shift: int) -> float:
-    """The distance of a norm from one that multiplies by its weight plus `shift`, relative to rounding errors."""
+    """How far a norm is from multiplying by its weight plus `shift`, in rounding errors; inf if it cannot be called."""
     parameters = {name: p for name in ("weight", "bias") if (p := getattr(base, name, None)) is not None}
     weight = parameters["weight"]
     wide = torch.promote_types(weight.dtype, torch.float32)

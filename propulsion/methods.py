@@ -49,7 +49,7 @@ class Method:
         return cls(name, parse_options(options.split(",") if options else ()))
 
     def with_defaults(self, **defaults: Any) -> "Method":
-        """The method with defaults for options that it has and does not set."""
+        """The method with these defaults for those of its options that are not set."""
         known = option_names(self.name)
         return Method(self.name, {k: v for k, v in defaults.items() if k in known} | dict(self.options))
 
@@ -85,7 +85,7 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         words = {"True": True, "False": False, "None": None}
-        if re.fullmatch(r"[\w.-]+(\+[\w.-]+)*\+?", text) and "+" in text:  # Not a regular expression.
+        if re.fullmatch(r"[\w.-]+(\+[\w.-]+)*\+?", text) and "+" in text:  # Plain words: no regular expression.
             return [word for word in text.split("+") if word]
         return words.get(text, text)
 
@@ -96,7 +96,7 @@ def method_names() -> tuple[str, ...]:
 
 
 def check_name(name: str) -> None:
-    """Refuse an unknown method.
+    """Raise if no method has this name.
 
     Raises:
         UserError: There is no such method; the message lists all.
@@ -143,7 +143,7 @@ def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed
             torch.manual_seed(seed)
             return get_peft_model(model, _config(model, method, task_type, head))
     except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, AssertionError) as error:
-        # peft does not check the types of options: the message of its TypeError names none, and this one does.
+        # peft does not check the types of options, and its TypeError does not name the option.
         options = [f"{n}={v}" for n, v in method.options.items()] if isinstance(error, TypeError) else []
         given = f", with {', '.join(options)}," if options else ""
         raise UserError(f"method {method.name}{given} cannot be used here: {one_line(error)}") from error
@@ -160,7 +160,7 @@ _OWN: dict[str, Callable[[str, bool], bool]] = {
     "head": lambda name, in_head: in_head,
     "none": lambda name, in_head: False,
 }
-"""By method, whether it trains a parameter of this name, which may be in the task's head."""
+"""For each method: (name of a parameter, whether it is in the task's head) -> whether the method trains it."""
 
 
 def _apply_own(model: PreTrainedModel, name: str, head: list[str]) -> None:
@@ -180,7 +180,7 @@ def _is_in(name: str, modules: Iterable[str]) -> bool:
 
 _RESERVED = ("task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path")
 
-# Defaults of options that peft requires and has no default for.
+# Values of options that peft requires without having a default.
 _NEEDED: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 20},
     "prefix_tuning": {"num_virtual_tokens": 20},

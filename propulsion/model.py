@@ -110,7 +110,7 @@ class PropulsionModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As in peft; the first pass of training is then checked."""
+        """As in peft; the first steps of training will be checked (`propulsion.training_checks`)."""
         result = super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = adapted_layers(model)
         for layer in layers:
@@ -120,7 +120,7 @@ class PropulsionModel(BaseTuner):
         return result
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """As in peft, which reads the biases to be trained from the adapted layers: unscaled ones."""
+        """As in peft, which reads the biases to be trained from the adapted layers; here it reads them unscaled."""
         with _read_as(model, []):
             super()._mark_only_adapters_as_trainable(model)
 
@@ -279,7 +279,7 @@ class PropulsionModel(BaseTuner):
 
 @contextmanager
 def _read_as(model: nn.Module, adapter_names: list[str]) -> Iterator[None]:
-    """Scale weights that are read from layers by these adapters, and not by the active ones."""
+    """In the block, weights that the model reads from layers are scaled by these adapters, not by the active ones."""
     layers = adapted_layers(model)
     for layer in layers:
         layer._of_examples = adapter_names
@@ -331,7 +331,7 @@ def _check_target(model: nn.Module, name: str, uses: int) -> None:
 def _train_head(model: nn.Module, config: PropulsionConfig) -> None:
     """Add the modules of the task's head that peft does not know by name to `modules_to_save`.
 
-    Such are DeBERTa's pooler and BART's head. Modules that the configuration excludes stay frozen.
+    Examples are DeBERTa's pooler and BART's head. Modules that the configuration excludes stay frozen.
     """
     if config.task_type not in heads.HEADED or config.inference_mode:
         return
@@ -345,9 +345,9 @@ def _train_head(model: nn.Module, config: PropulsionConfig) -> None:
         others = [n for n in names if n.endswith(module) and n.partition(".")[0] not in head]
         if others:
             warnings.warn(
-                f"{module!r} is part of the head of {type(model).__name__} and stays frozen: peft would train "
-                f"{others[0]!r} with it, whose name ends alike. If the head is new, and so random, rename it, or train "
-                "both with modules_to_save",
+                f"{module!r} is part of the head of {type(model).__name__} and stays frozen: peft chooses modules by "
+                f"the end of their name, and would train {others[0]!r} too. If the head is new, and so random, rename "
+                "it, or train both with modules_to_save",
                 stacklevel=2,
             )
             continue

@@ -1,4 +1,4 @@
-"""The weight of a layer in a batch whose examples have different adapters, which has no single value."""
+"""A stand-in for the weight of a layer in a batch whose examples have different adapters, and so different weights."""
 
 from typing import Any
 
@@ -16,23 +16,23 @@ _ANSWERED = frozenset(
 
 
 class OfSeveralAdapters(Tensor):
-    """A tensor with the shape, dtype and device of a weight, which raises if its values are used."""
+    """A tensor with the shape, dtype and device of a weight that raises an error if its values are used."""
 
     layer: str
 
     @classmethod
     def of(cls, weight: Tensor, layer: str) -> "OfSeveralAdapters":
-        """Stand for the weight of the layer of this name."""
+        """Return the stand-in for the weight of the layer of this name."""
         made = weight.detach().as_subclass(cls)
         made.layer = layer
         return made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer questions about the tensor, and raise otherwise.
+        """Call a function that needs only the shape, dtype or device of the tensor.
 
         Raises:
-            ValueError: a value is needed.
+            ValueError: the function needs the values of the tensor.
         """
         if func in _ANSWERED:
             with torch._C.DisableTorchFunctionSubclass():

@@ -1,7 +1,7 @@
 """The paper's positions, as the modules of an architecture (Kowsher et al. 2024, Section 4 and Table 1).
 
-"all" (without norms), "embedding" and "norm" are found by a module's type, in any model. The others are found by names,
-which differ between architectures: a new family is one entry in `FAMILIES`.
+"all" (without norms), "embedding" and "norm" choose modules of any model by their type. The other positions choose them
+by names, which differ between architectures: a new family is one entry in `FAMILIES`.
 """
 
 import re
@@ -24,7 +24,7 @@ def _split(prefix: str, query: str, key: str, value: str, attention_output: str,
 
 
 def _fused(attn: str, attention_output: str, mlp: str) -> _Names:
-    """Names of a family in which one module computes query, key and value, so that they have one z together."""
+    """Names of a family in which one module computes query, key and value, so that the three share one z."""
     return {"attn": attn, "attention_output": attention_output, "mlp": mlp}
 
 
@@ -34,11 +34,11 @@ _DEBERTA = _split("attention", r"self\.query_proj", r"self\.key_proj", r"self\.v
 _LLAMA = _split("self_attn", "q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.(gate_proj|up_proj|down_proj)")
 _BART = _split("(self_attn|encoder_attn)", "q_proj", "k_proj", "v_proj", "out_proj", r"layers\.\d+\.(fc1|fc2)")
 _VIT = _split("attention", "q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.(fc1|fc2)")
-# Experts are stacked in one parameter, and are no modules.
+# Mixtral stacks its experts in one parameter: they are not modules.
 _MIXTRAL = {position: names for position, names in _LLAMA.items() if position != "mlp"}
 _BLOOM = _fused(r"self_attention\.query_key_value", r"self_attention\.dense", r"mlp\.(dense_h_to_4h|dense_4h_to_h)")
 
-# Module names from the right, as regular expressions, by the `model_type` of the model's config.
+# By the `model_type` of the model's config: regular expressions for the ends of the module names of each position.
 FAMILIES: dict[str, _Names] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
     "distilbert": _split("attention", "q_lin", "k_lin", "v_lin", "out_lin", r"ffn\.(lin1|lin2)"),
@@ -78,7 +78,7 @@ def resolve(
 ) -> set[str]:
     """Return the full names of the modules of `model` at the given positions.
 
-    Modules that an adapter adapts count as what they were before; modules that it trains in full do not count.
+    A module that is already adapted counts as the module beneath; modules that are trained in full are left out.
 
     Raises:
         ValueError: the architecture is unknown, or has no module of its own for a position.
@@ -107,7 +107,7 @@ def resolve(
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every module by name; in place of an adapted module the one beneath, without modules of adapters."""
+    """Return every module by name, without those of adapters; an adapted module stands as the module beneath it."""
     modules, inside = {}, []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):

@@ -37,10 +37,10 @@ def gather(base: nn.Module) -> None:
 
 
 def obstacle(weight: Any, scale: Float[Tensor, "d_out"], axis: int = 0) -> str | None:
-    """Why z^k, along this axis of the weight, cannot be merged into its quantised form; None if it can."""
+    """The reason why z^k, along this axis, cannot be merged into a quantised weight; None if it can be."""
     kind = _kind(weight)
     if kind and axis != 0:
-        return "its scales are those of rows, and its outputs are columns"
+        return "it has one scale for each row, but its outputs are columns"
     if kind == "8bit" and weight.dtype == torch.int8:
         return None
     if kind == "4bit" and weight.quant_state is not None:
@@ -48,7 +48,7 @@ def obstacle(weight: Any, scale: Float[Tensor, "d_out"], axis: int = 0) -> str |
             return "it has been packed for this processor"
         if weight.quant_state.shape[1] % weight.quant_state.blocksize:
             return f"its blocks of {weight.quant_state.blocksize} numbers run across rows"
-        return "a scale is negative, and its numbers have no opposites" if bool((scale < 0).any()) else None
+        return "z^k is negative somewhere, and 4-bit numbers cannot be negated" if bool((scale < 0).any()) else None
     return "its backend has no scale for each output" if not kind else "it is not quantised yet"
 
 
@@ -82,5 +82,5 @@ def is_finite(weight: Any) -> bool:
 
 
 def _kind(weight: Tensor) -> str:
-    """ "8bit" or "4bit" for weights of bitsandbytes, found by class name, since it may not be installed; else ""."""
+    """ "8bit" or "4bit" for weights of bitsandbytes, else ""; by class name, since the package may not be installed."""
     return {"Int8Params": "8bit", "Params4bit": "4bit"}.get(type(weight).__name__, "")

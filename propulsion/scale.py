@@ -38,7 +38,7 @@ def root(scale: Float[Tensor, "..."], degree: int | float) -> Float[Tensor, "...
     """The z whose `power` is the scale; the positive one if there are two.
 
     Raises:
-        ValueError: a negative scale, which no even power gives.
+        ValueError: a scale is negative and the degree even.
     """
     if isinstance(degree, int) and degree % 2 == 0 and bool((scale < 0).any()):
         raise ValueError(f"no z has a negative z**{degree}: use an odd or a non-integer degree")
@@ -46,7 +46,7 @@ def root(scale: Float[Tensor, "..."], degree: int | float) -> Float[Tensor, "...
 
 
 def root_mean_square(scales: Float[Tensor, "p d_out"]) -> Float[Tensor, "d_out"]:
-    """L2 pooling |s| / sqrt(p), which returns the common value of equal vectors."""
+    """L2 pooling |s| / sqrt(p): of p equal scales it is their common value."""
     return torch.linalg.vector_norm(scales, dim=0) / math.sqrt(len(scales))
 
 
@@ -70,13 +70,13 @@ def initial_vectors(
     """The initial z: `value` everywhere, plus Gaussian noise; several vectors differ around it.
 
     Args:
-        vectors: p.
-        width: d_out.
-        degree: k.
+        vectors: the number p of vectors.
+        width: the number d_out of output features.
+        degree: the degree k.
         pooling: one of `POOLINGS`.
         value: the pooled scale starts at value^k (to rounding if p > 1), and without noise at p = 1 z is that value.
         noise: standard deviation, from torch's global generator.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Returns:
         (d_out,), or (p, d_out) if p > 1.

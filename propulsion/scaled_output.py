@@ -2,11 +2,11 @@
 
 The gradient of the scale s is sum_t g_t v_t. Autograd would keep the unscaled output v for it, which nothing else
 needs, in addition to the scaled output y = s v, which most following operations (attention, activations) keep for their
-own gradients. Here y is kept, and the backward pass computes v_t = y_t / s. That is exact but for two roundings if s is
+own gradients. Here y is kept, and the backward pass computes v_t = y_t / s. That is exact up to two roundings if s is
 not small; if any |s| is below `SMALLEST`, v is kept as usual, so that the gradient is exact down to s = 0.
 
-Then v is not needed once y is computed, and y may be written over it; the buffer of the products g_t y_t is used again
-for the gradient of v. Allocating memory is most of the cost of such cheap operations.
+Once y is computed, v is not needed, and y may be written over it; the buffer of the products g_t y_t is used again for
+the gradient of v. Allocating memory is most of the cost of such cheap operations.
 """
 
 from typing import Any

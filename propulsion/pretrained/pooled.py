@@ -1,7 +1,7 @@
 """A classifier of any architecture: a body, a pooling of its hidden states, dropout, and a linear head.
 
-transformers' own classifiers read a body as their family does (BERT's by a pooler), whatever the checkpoint was trained
-for. This one reads the mean, or the first, of the tokens' hidden states.
+transformers' own classifiers read a body in the way of its family (BERT's through a pooler), whatever the checkpoint
+was trained for. This one reads the mean of the tokens' hidden states, or the first.
 
 This file is copied beside the models that it saves, so that transformers alone can load them
 (``trust_remote_code=True``). It therefore imports nothing of this package. Where `propulsion` is imported,
@@ -39,8 +39,8 @@ _DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropo
 class PooledConfig(PreTrainedConfig):
     """The saved configuration of a `PooledClassifier`: that of its body, and the pooling.
 
-    Its model type is its own, so that it is not loaded as a plain model of the body's family, which has other outputs.
-    Labels, given here or in the body's configuration, hold for both.
+    It has a model type of its own, so that it is not loaded as a plain model of the body's family, which has other
+    outputs. Labels, given here or in the body's configuration, are set in both.
 
     Args:
         body_config: Configuration of the body, or its values with its ``model_type``.

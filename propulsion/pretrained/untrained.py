@@ -1,4 +1,4 @@
-"""Which layers of a checkpoint look untrained, by their values."""
+"""Detection of layers of a checkpoint that look untrained, by their values."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Fewer values say too little about their distribution.
+# The distribution of fewer values cannot be told.
 FEWEST = 100
 # A Gaussian sample exceeds this many standard errors with a probability below one in a million.
 _ERRORS = 5.0
@@ -33,7 +33,7 @@ class Untrained:
 
 
 def looks_untrained(name: str, weight: Float[Tensor, "out inputs"], bias: Float[Tensor, " out"]) -> Untrained | None:
-    """Whether a layer looks untrained, with a Gaussian matrix and a bias of zeros; None if it does not.
+    """Describe a layer that looks untrained: a Gaussian matrix and a bias of zeros. Return None for other layers.
 
     Initialisation draws entries independently and sets biases to exactly 0; training changes both. So the bias must be
     0; mean, skewness and excess kurtosis must be those of a Gaussian sample within five standard errors (1/sqrt(n),
@@ -64,7 +64,7 @@ def looks_untrained(name: str, weight: Float[Tensor, "out inputs"], bias: Float[
 
 
 def untrained_layers(weights: Mapping[str, Tensor]) -> Iterator[Untrained]:
-    """The layers of a mapping that look untrained: each matrix ``X.weight`` with its bias ``X.bias``."""
+    """Yield the layers that look untrained, of pairs of a matrix ``X.weight`` and a bias ``X.bias``."""
     for name in weights:
         bias = f"{name.removesuffix('weight')}bias"
         if not name.endswith("weight") or bias not in weights or weights[bias].any():

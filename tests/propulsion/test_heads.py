@@ -130,7 +130,7 @@ def test_only_adapters_with_the_head_in_use_are_merged():
     expected = outputs(model, "second", batch)
     model.set_adapter("default")
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="now uses of default, and would need of second: call set_adapter first"):
+        with pytest.raises(ValueError, match=r"of the adapters to merge \(second\), but it uses that of default: call"):
             merge(adapter_names=["second"])
     model.set_adapter("second")
     merged = model.merge_and_unload(adapter_names=["second"])
@@ -235,7 +235,10 @@ class Normed(hf.BertForSequenceClassification):
 
 
 def test_a_part_of_a_head_that_cannot_be_told_by_name_is_said():
-    with pytest.warns(UserWarning, match=r"'dense' is part of the head of Normed and stays frozen: peft would train"):
+    with pytest.warns(
+        UserWarning,
+        match=r"'dense' is part of the head of Normed .*: peft .* would train '",
+    ):
         model = get_peft_model(Normed(hf.BertConfig(**SIZES)), config())
     assert trained_in_full(model) == {"classifier"}
 
