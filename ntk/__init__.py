@@ -1,12 +1,12 @@
-"""Neural tangent kernels: tensors in, kernels out.
+"""Neural tangent kernels of PyTorch models, and functions that compare kernels.
 
-The one convention, referred to everywhere else. For n examples, c outputs and P parameters theta,
+All modules follow one convention. For n examples, c outputs and P parameters theta,
 
     K[i, j, a, b] = < d f_a(x_i)/d theta, d f_b(x'_j)/d theta >,   shape (n1, n2, c, c),
 
-examples first, then outputs, neither averaged nor divided by anything, in the parametrisation the model stores
-(Jacot, Gabriel and Hongler 2018; Novak, Sohl-Dickstein and Schoenholz 2022). One letter per dimension: n examples,
-t tokens, c outputs, p parameters of one tensor, P all of them.
+with the axes of the examples before those of the outputs, not averaged over anything, in the parametrisation that the
+model stores (Jacot, Gabriel and Hongler 2018; Novak, Sohl-Dickstein and Schoenholz 2022). One letter a dimension:
+n examples, t tokens, c outputs, p parameters of one tensor, P all parameters.
 """
 
 from ntk import adapters, bounds, dynamics, infinite, inputs, kernels, metrics, networks, nulls, outputs

@@ -1,7 +1,7 @@
-"""How far a random projection moves an inner product: tail bound, exact variance, exact tail.
+"""Error of an inner product after a random projection: tail bound, exact variance, exact tail probability.
 
 W is (d, n) with iid entries of mean 0 and variance 1; x and x' are projected to S = (1/d) (W x).(W x'), E[S] = x.x'.
-The same S is one entry of
+Each of these kernels has entries S:
 
 | kernel                                             | d        | x.x'                            |
 |----------------------------------------------------|----------|---------------------------------|
@@ -9,8 +9,8 @@ The same S is one entry of
 | LoRA at B = 0, one layer and token, A variance 1/r | rank r   | of the layer's inputs a.a'      |
 | a kernel sketched by m random directions           | m        | the kernel's entry K[i, j]      |
 
-The tail bound and the tail are for unit x, x', of which they depend on rho = x.x' alone, so an entry of a kernel is
-divided by sqrt(K[i, i] K[j, j]) first. The bound is that of Theorem 1 of the Propulsion paper (Kowsher, Prottasha and
+The tail bound and the exact tail hold for unit x, x', and depend only on rho = x.x'. Divide an entry of a kernel by
+sqrt(K[i, i] K[j, j]) before using them. The bound is that of Theorem 1 of the Propulsion paper (Kowsher, Prottasha and
 Bhat 2024) and of Malladi et al. (2023, sec. 5); the exact variance and tail are far sharper. Nothing here applies to a
 projection that is not random, such as pre-trained weights.
 """
@@ -32,10 +32,10 @@ LARGEST_DIMENSION = 10**9
 
 
 def tail_bound(d: int, epsilon: int | float) -> float:
-    """min(1, 4 exp(-(eps^2 - eps^3) d / 4)), at least Pr[|S - rho| >= eps] for Gaussian W, unit x, x' and 0 < eps < 1.
+    """Upper bound min(1, 4 exp(-(eps^2 - eps^3) d / 4)) of Pr[|S - rho| >= eps], for Gaussian W, unit x, x', eps < 1.
 
-    The norms have Pr[| |W u|^2 / d - |u|^2 | >= eps |u|^2] <= 2 exp(-(eps^2 - eps^3) d / 4) for each of u = x +- x'
-    (Johnson and Lindenstrauss 1984; Dasgupta and Gupta 2003), and 4 S = (|W(x+x')|^2 - |W(x-x')|^2) / d.
+    It follows from Pr[| |W u|^2 / d - |u|^2 | >= eps |u|^2] <= 2 exp(-(eps^2 - eps^3) d / 4), at u = x + x' and at
+    u = x - x' (Johnson and Lindenstrauss 1984; Dasgupta and Gupta 2003), because 4 S = (|W(x+x')|^2 - |W(x-x')|^2) / d.
 
     Raises:
         ValueError: d < 1, or epsilon outside (0, 1), where the bound is not proved.
@@ -53,7 +53,7 @@ def variance(d: int, rho: int | float) -> float:
 
 
 def projection_variance(x: Float[Tensor, "n"], x2: Float[Tensor, "n"], d: int, *, kurtosis: int | float = 3) -> float:
-    """Var[S] = (|x|^2 |x'|^2 + (x.x')^2 + (kurtosis - 3) sum_i x_i^2 x'_i^2) / d: any lengths, any iid entries.
+    """Var[S] = (|x|^2 |x'|^2 + (x.x')^2 + (kurtosis - 3) sum_i x_i^2 x'_i^2) / d, for any x, x' and iid entries of W.
 
     ``kurtosis`` is E[w^4] for entries of variance 1: 3 for Gaussian entries, 1 for signs, 9/5 for uniform ones (LoRA's
     A in peft).
@@ -72,10 +72,10 @@ def projection_variance(x: Float[Tensor, "n"], x2: Float[Tensor, "n"], d: int, *
 def kernel_variance(kernel: Kernel, d: int) -> Float[Tensor, "rows rows"]:
     """Variance of each entry of a kernel sketched by d Gaussian directions: (K_ii K_jj + K_ij^2) / d, flattened.
 
-    It is also the variance of LoRA's kernel at rank d, for one layer and token, with K = a.a' (times (g.g')^2).
+    LoRA's kernel at rank d, for one layer and token, has this variance with K = a.a', times (g.g')^2.
 
     Raises:
-        ValueError: not a square kernel, not positive semi-definite (by its diagonal and 2 x 2 minors), d < 1.
+        ValueError: the kernel is not square, or its diagonal or a 2 x 2 minor is negative; d < 1.
     """
     _check_dimension(d)
     K = flatten(kernel).double()
@@ -88,7 +88,7 @@ def kernel_variance(kernel: Kernel, d: int) -> Float[Tensor, "rows rows"]:
 
 
 def tail(d: int, epsilon: int | float, rho: int | float) -> float:
-    """Pr[|S - rho| >= eps], exactly: Gaussian W, unit x, x' with x.x' = rho.
+    """The exact probability Pr[|S - rho| >= eps], for Gaussian W and unit x, x' with x.x' = rho.
 
     S = (1 + rho)/(2 d) X - (1 - rho)/(2 d) Y with X, Y independent chi-square variables of d degrees of freedom, the
     squared norms of W(x + x') and W(x - x') in units of their variances. One of them is integrated numerically, and the
@@ -115,9 +115,9 @@ def dimension_needed(
 
     Args:
         epsilon: error of an entry of a kernel, relative to sqrt(K[i, i] K[j, j]).
-        confidence: probability that it holds.
-        rho: the entry, divided likewise; None for any.
-        entries: how many entries keep the error at the same time (by the union bound): n (n + 1) / 2 for a kernel.
+        confidence: probability that the error is below ``epsilon``.
+        rho: the entry, relative to the same; None for a dimension that suffices at every rho.
+        entries: number of entries that are all to be so accurate (union bound); n (n + 1) / 2 for a kernel.
 
     Raises:
         ValueError: epsilon or confidence outside (0, 1); more than 10^9 dimensions.

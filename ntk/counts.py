@@ -1,7 +1,7 @@
-"""Counts of what a computation of kernels ran.
+"""Counters of the code paths that a computation of kernels took.
 
-Code that never runs makes no kernel wrong, so comparing kernels does not show it. Benchmarks report these counts beside
-their timings, and tests check that everything counted here does run.
+If a fast path never runs, the kernels are still right, so comparing kernels does not show it. Benchmarks report these
+counts beside their timings, and tests check that every path counted here does run.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ _counted: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("counted", de
 
 @contextmanager
 def counting() -> Iterator[Counter[tuple[str, str]]]:
-    """Count what runs in the block, the checks of the model included: (kind, what) -> how often.
+    """Count the paths taken inside the block, also by checks of the model: (kind, what) -> number of times.
 
     | kind                            | what                                                        |
     |---------------------------------|-------------------------------------------------------------|
@@ -39,13 +39,13 @@ def counting() -> Iterator[Counter[tuple[str, str]]]:
 
 
 def note(kind: str, what: str, times: int = 1) -> None:
-    """Add to the counts, if a block is being counted."""
+    """Add ``times`` to a count; do nothing outside of :func:`counting`."""
     counts = _counted.get()
     if counts is not None:
         counts[kind, what] += times
 
 
 def by_kind(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """The counts as nested dictionaries for JSON; every kind has an entry, which is empty if nothing ran."""
+    """The counts as nested dictionaries for JSON; a kind without counts has an empty dictionary."""
     kinds = (BY_RULE, BY_EXAMPLE, BY_REFERENCE, CONTRACTED, PASSES)
     return {kind: {what: n for (k, what), n in sorted(counts.items()) if k == kind} for kind in kinds}

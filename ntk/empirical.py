@@ -1,4 +1,4 @@
-"""Empirical tangent kernels of any PyTorch or Hugging Face model: what a user calls, and the table of methods."""
+"""Empirical tangent kernels of any PyTorch or Hugging Face model: the public functions, and the table of methods."""
 
 import logging
 import warnings
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "jacobian": jacobian.layer_kernels,
     "structured": structured.layer_kernels,
-    # The structured path checks itself on every call, and hands what it cannot capture to the reference.
+    # The structured path checks itself on every call, and the reference takes the parameters that it cannot capture.
     "auto": structured.layer_kernels,
 }
 
@@ -43,7 +43,7 @@ def empirical_ntk(
     memory_budget: int | float | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "..."]:
-    """The empirical neural tangent kernel, exactly.
+    """The exact empirical neural tangent kernel.
 
         K[i, j, a, b] = < d f_a(x_i)/d theta, d f_b(x'_j)/d theta >
 
@@ -63,7 +63,7 @@ def empirical_ntk(
             (:mod:`ntk.structured.kernels`; costs there). ``"auto"`` takes the fast way for every parameter whose
             captured features add up to ordinary gradients, on one or two examples, and the reference for the others.
             Examples run together where :mod:`ntk.structured.independence` shows that they do not change one another,
-            else one at a time. The logger ``ntk`` reports at level INFO what did not go the fast way, and why.
+            else one at a time. The logger ``ntk`` reports at level INFO which parameters took the reference, and why.
         memory_budget: bytes for Jacobians or features, and kernels, beside the model itself; None for half of the free
             memory.
         progress: show a progress bar.
@@ -74,7 +74,7 @@ def empirical_ntk(
     Raises:
         ValueError: unusable arguments; inputs on another device than the model; no output of shape (n, c); NaN or
             infinite values, with their cause.
-        MemoryError: more memory is needed than ``memory_budget``, with the size needed.
+        MemoryError: more memory is needed than ``memory_budget``; the message says how much.
 
     Example:
         >>> model = torch.nn.Linear(3, 2, bias=False).double()
@@ -134,7 +134,7 @@ def adapter_kernels(
     Raises:
         ValueError: as :func:`empirical_ntk`; a method trains nothing in this model.
         TypeError: ``methods`` is no mapping from names to methods.
-        NotImplementedError: an adapter cannot stand at a layer that a method needs; names it, and what to do.
+        NotImplementedError: a method chooses a layer that cannot carry its adapter; the message says what to do.
         MemoryError: as :func:`empirical_ntk`.
     """
     if not isinstance(methods, Mapping) or not all(isinstance(each, Method) for each in methods.values()):
@@ -169,7 +169,7 @@ def adapter_kernels(
 def _captured(
     request: Request, methods: Mapping[str, Method], method: str
 ) -> tuple[dict[str, Tensor], set[str], Targets]:
-    """What the structured way captures, the parameters that it does not, and the targets with their lost layers."""
+    """Kernels of the structured path, parameters that it did not capture, and targets with their lost layers."""
     model = request.model
     if method == "jacobian":
         targets = method_kernels(model, methods, dict.fromkeys(layers_of(model), "by the reference"))
@@ -193,14 +193,14 @@ def _captured(
 
 
 def _warn_of_reads(methods: Mapping[str, Method], read: set[str]) -> None:
-    """Warn if the model reads the weight of a layer where a method's adapter acts on calls alone."""
+    """Warn of layers whose weight the model reads without calling them, where an adapter acts on calls only."""
     for name in sorted(read):
         silent = [key for key, method in methods.items() if method.adapts(name) and not method.in_reads]
         if silent:
             warnings.warn(
                 f"the model reads the weight of {name} and does not call the layer: an adapter of {', '.join(silent)} "
-                "acts on calls alone, and has no part in the kernel there; leave the layer out of its modules, or take "
-                "ntk.adapters.Full",
+                "acts on calls alone, so this use adds nothing to the kernel; leave the layer out of its modules, or "
+                "take ntk.adapters.Full",
                 stacklevel=3,
             )
 

@@ -1,9 +1,9 @@
-"""Tangent features of one parameter without its Jacobian, one class for each kind of use.
+"""Tangent features of one parameter without its Jacobian: one class for each way of using the parameter.
 
 The feature of example i and output a is d f_a(x_i)/d theta_p. It is a sum over tokens t of outer products for a matrix
-that multiplies (`Outer`), rows of an embedding (`Lookup`), and otherwise a tensor that is formed (`Dense`). Letters are
-as in :mod:`ntk`; N counts the tokens of all examples, and r, s are a matrix's rows and columns. Each feature holds one
-group of examples; :mod:`ntk.structured.gram` contracts kernels over lists of them.
+that multiplies (`Outer`), a sum of rows of an embedding (`Lookup`), and for any other use a whole tensor (`Dense`).
+Letters are as in :mod:`ntk`; N counts the tokens of all examples, and r, s are a matrix's rows and columns. A feature
+object holds one group of examples; :mod:`ntk.structured.gram` contracts lists of them to kernels.
 """
 
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ntk.tokens import Tokens
 
-# A matrix with fewer columns is formed faster than its gradients are reordered.
+# With fewer columns than this, forming the feature one output at a time is faster than reordering its gradients.
 _NARROW = 64
 
 
 class _TokenFeature:
-    """A feature that is held as gradients ``(c, N, r)`` at tokens."""
+    """A feature stored as gradients ``(c, N, r)`` at tokens."""
 
     g: Tensor
     tokens: Tokens
@@ -39,7 +39,7 @@ class Outer(_TokenFeature):
     """sum_t g[a, t] x[t]^T over the tokens of an example, (r, s); or its transpose, for a matrix on the right.
 
     Attributes:
-        x: ``(N, s)``, what the matrix multiplied.
+        x: ``(N, s)``, the inputs that the matrix multiplied.
         g: ``(c, N, r)``, the gradient at the product.
         tokens: the example of each token.
         transposed: whether the parameter is stored as (s, r).
@@ -123,7 +123,7 @@ class Lookup(_TokenFeature):
 
 @dataclass(frozen=True)
 class Dense:
-    """A feature that is formed.
+    """A feature stored as a whole tensor.
 
     Attributes:
         value: ``(n, c, *shape)``.
@@ -159,7 +159,7 @@ Feature = Outer | Lookup | Dense
 
 
 def formed(feature: Feature, shape: torch.Size) -> Dense:
-    """The whole feature of a parameter of this shape."""
+    """The feature of a parameter of this shape, as a whole tensor."""
     out = feature.like.new_empty(*feature.shape, shape[0], shape[1:].numel())
     feature.write(slice(0, shape[0]), out)
     return Dense(out.view(*feature.shape, *shape))
@@ -168,7 +168,7 @@ def formed(feature: Feature, shape: torch.Size) -> Dense:
 def subtract(feature: Feature, weights: Tensor, total: Tensor) -> Tensor:
     """total - sum_ia weights[i, a] feature[i, a], in place unless ``total`` is sparse.
 
-    The sum is the gradient of the weighted sum of the outputs, by the parameter.
+    The subtracted sum is the gradient of the weighted sum of the outputs by the parameter.
     """
     weights = weights.to(feature.like.dtype)
     if total.is_sparse and not isinstance(feature, Lookup):

@@ -29,7 +29,7 @@ def select_parameters(model: nn.Module, params: ParameterChoice = "all") -> Para
         params: ``"all"``, ``"trainable"`` (``requires_grad``) or a predicate ``(name, parameter) -> bool``.
 
     Raises:
-        ValueError: an unknown choice, no parameter selected, or a selected one that is not real and floating-point.
+        ValueError: an unknown choice, no selected parameter, or a selected parameter that is not real floating-point.
     """
     known = {"all": lambda name, p: True, "trainable": lambda name, p: p.requires_grad}
     choose = known.get(params) if isinstance(params, str) else params
@@ -56,7 +56,7 @@ def select_parameters(model: nn.Module, params: ParameterChoice = "all") -> Para
 
 @contextmanager
 def requiring_gradients(model: nn.Module, names: Iterable[str]) -> Iterator[Leaves]:
-    """The named parameters requiring gradients, and no other; restored afterwards."""
+    """Let only the named parameters require gradients inside the block; restore all flags afterwards."""
     everything = dict(model.named_parameters())
     before = {name: p.requires_grad for name, p in everything.items()}
     chosen = set(names)
@@ -74,8 +74,8 @@ def call(
 ) -> Tensor:
     """The outputs ``(n, c)`` of a batch of n examples, with ``params`` in place of the model's own.
 
-    Labels reach ``output``, but not the model, which would compute a loss that is not used; an encoder-decoder gets
-    them if it needs them for its decoder's inputs.
+    Labels are passed to ``output`` but not to the model, which would compute an unused loss; an encoder-decoder gets
+    them if it makes its decoder's inputs from them.
 
     Raises:
         ValueError: the output is not ``(n, c)`` or ``(n,)``, or has no gradient.
@@ -120,7 +120,7 @@ def fresh(inputs: Any) -> Any:
 
 
 def batch_of(group: Group) -> dict[str, Any]:
-    """The group as one batch of fresh tensors, in which masks that are the same for all get a row for each example."""
+    """The group as one batch of fresh tensors, with a row for each example in masks that the examples share."""
     return fresh(group.batched | group.repeated())
 
 
@@ -130,7 +130,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """The type of an exception and its message, cut to one short line."""
+    """The type of an exception and the first sentence of its message."""
     words = str(error).strip().partition("\n")[0].partition(". ")[0]
     return f"{type(error).__name__}: {words}"
 
@@ -165,11 +165,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
-    """Evaluation mode without autograd's own graph; the model is restored at the end, after errors too.
+    """Evaluation mode without recording gradients; the model is restored at the end, also after an error.
 
-    Each pass starts from the state in which the model is now (:mod:`ntk.own_state`). Compiled models run uncompiled;
-    attention does not use its fused kernels, which lack some derivatives; hooks of parameters' gradients do not run.
-    This works inside of ``torch.inference_mode`` too. Memory: a copy of the buffers.
+    Each pass starts from the model's state at entry (:mod:`ntk.own_state`). Compiled models run uncompiled;
+    attention does not use its fused kernels, which lack some derivatives; hooks on parameters' gradients do not run.
+    It works inside of ``torch.inference_mode`` too. Memory: a copy of the buffers.
 
     Raises:
         ValueError: a batch is on another device than the model, or not finite; the model was made in inference mode;
@@ -224,7 +224,7 @@ def _check_made_for_gradients(model: nn.Module) -> None:
 
 
 def _check_settings(state: OwnState, cause: Exception | None) -> None:
-    """Raise if the model changes its own settings, which is then why it draws random numbers."""
+    """Raise if the model changes its own settings, since that change then causes its random numbers."""
     state.restore()
     if state.changed:
         name, (old, new) = next(iter(state.changed.items()))
@@ -250,8 +250,8 @@ def _random_state() -> list[Tensor]:
 def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
     """The identity of each named tensor, and how often it was written to.
 
-    peft's wrapper of a single parameter (of a stack of experts, say) registers the parameter again in each forward
-    pass, which counts as writing. The sum of the bits stands in for the number of writes there.
+    peft's wrapper of a single parameter (for example of a stack of experts) registers the parameter again in each
+    forward pass, which counts as a write. There, a sum over the tensor's bytes is used instead of the number of writes.
     """
     wrapped = {id(m.base_layer) for m in model.modules() if hasattr(m, "parameter_name") and hasattr(m, "base_layer")}
     again = {id(p) for m in model.modules() if id(m) in wrapped for p in m.parameters()}
@@ -264,7 +264,7 @@ def _bits(t: Tensor) -> int:
 
 
 def nonfinite_cause(model: nn.Module, inputs: Inputs) -> str:
-    """Why a kernel of finite inputs holds NaN or infinite values, in words: a parameter, or the computation itself."""
+    """The reason, for an error message, why a kernel of finite inputs holds NaN or infinite values."""
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if p.is_floating_point() and not torch.isfinite(p).all():
             return f"the model's {name} holds NaN or infinite values; load the weights again"

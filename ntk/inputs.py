@@ -1,10 +1,10 @@
-"""Batches taken apart into examples: padding removed, examples of one shape grouped.
+"""Splitting of batches into examples: padding is removed, and examples of one shape are grouped.
 
-An example is its real tokens. Leading and trailing padding is cut off before the model sees it and positions count
-from the first real token, so a kernel cannot depend on the amount of padding, on its side, or on the other examples of
-the batch. Only entries whose name says that they hold one column for each token (`TOKENS`) are cut; an equal width
-proves nothing. Where an entry of two or more axes has an unknown name, or no entry holds tokens, the examples keep the
-padding that they came with, and the model sees it, with its mask, as in a call of its own.
+An example consists of its real tokens. Leading and trailing padding is cut off before the model runs, and positions
+count from the first real token, so a kernel cannot depend on the amount of padding, on its side, or on the other
+examples of the batch. Only entries whose names say that they hold one column for each token (`TOKENS`) are cut, since
+an entry of the same width may hold something else. If an entry of two or more axes has an unknown name, or no entry
+holds tokens, the examples keep their padding, and the model gets it with its mask, as in an ordinary call.
 
 Hugging Face models fail under ``vmap`` because their mask code branches on the *values* of the attention mask. Examples
 are therefore grouped by shape and by mask, and a group's mask is an ordinary tensor, never a batched one.
@@ -25,8 +25,8 @@ Inputs = Mapping[str, Any] | Tensor
 
 # The entries that say which encoder or decoder tokens are real.
 ENCODER_MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
-# Entries with one column for each token, beside masks and integer labels; "decoder_" may precede the name. The samples
-# of a sound (``input_values``) are its tokens if they have the shape of the mask.
+# Entries with one column for each token, in addition to masks and integer labels; "decoder_" may precede the name.
+# Samples of audio (``input_values``) count as tokens if they have the shape of the mask.
 TOKENS = ("input_ids", "inputs_embeds", "input_values", "token_type_ids", "position_ids", "special_tokens_mask")
 # The beginnings of the names of entries that hold no tokens.
 _NOT_TOKENS = ("pixel_", "input_features")
@@ -115,10 +115,10 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def check_devices(model: nn.Module, batches: Iterable[Inputs | None]) -> None:
-    """Make sure that batches are on the model's device; a model on several devices is not checked.
+    """Check that batches are on the model's device; a model on several devices is not checked.
 
     Raises:
-        ValueError: a tensor is on another device than all parameters.
+        ValueError: a tensor is on another device than the parameters.
     """
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type == "meta":  # offloaded weights are on "meta"
@@ -134,10 +134,10 @@ def check_devices(model: nn.Module, batches: Iterable[Inputs | None]) -> None:
 
 
 def check_finite(batches: Iterable[Inputs | None]) -> None:
-    """Make sure that every example's numbers are finite; an additive mask may hold zeros and minus infinity.
+    """Check that the numbers of all examples are finite; an additive mask may hold zeros and minus infinity.
 
     Raises:
-        ValueError: NaN, or infinite values; names the entry and the first row that holds one.
+        ValueError: an entry holds NaN or infinite values; the message names it and the first such row.
     """
     for batch in batches:
         for name, value in (batch if isinstance(batch, Mapping) else {"": batch}).items():
@@ -215,7 +215,7 @@ def _by_example(key: str, value: Any, n: int) -> bool:
     """Whether an entry that is not a tensor holds one element for each example: a list, tuple or array of length n.
 
     Raises:
-        ValueError: that is not known, or the entry cannot be split: an array of another length, a table, a set, tensors
+        ValueError: the entry cannot be split into examples: an array of another length, a table, a set, tensors
             or arrays of n rows inside of a list or mapping.
     """
     is_array = isinstance(value, np.ndarray)
@@ -226,13 +226,13 @@ def _by_example(key: str, value: Any, n: int) -> bool:
     rows = is_list and len(value) == n
     if any(len(t) == n > 1 for t in inner) or (inner and not rows):
         raise ValueError(
-            f"inputs[{key!r}] holds tensors or arrays inside of a {type(value).__name__}, and it is not known what "
-            "belongs to which example: give each as an entry of its own"
+            f"inputs[{key!r}] holds tensors or arrays inside of a {type(value).__name__}, and it is not known which "
+            "of them belongs to which example: give each as an entry of its own"
         )
     if is_array and len(value) not in (1, n):
         raise ValueError(
             f"inputs[{key!r}] is an array of {len(value)} rows, and there are {n} examples: give one row an example, "
-            "or a list for what is the same for all"
+            "or a list if all examples share it"
         )
     # A mapping of settings holds nothing that could be one element for each example.
     settings = isinstance(value, Mapping) and not any(
@@ -249,7 +249,7 @@ def _by_example(key: str, value: Any, n: int) -> bool:
 def _example(
     inputs: Mapping[str, Any], i: int, n: int, listed: frozenset[str], spans: Mapping[str, list[slice]]
 ) -> tuple[dict, dict]:
-    """Entries of example ``i``, (batched, constant), of which those in ``spans`` are cut."""
+    """The batched and the constant entries of example ``i``; those in ``spans`` are cut."""
     batched, constant = {}, {}
     for key, value in inputs.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
@@ -263,7 +263,7 @@ def _example(
 
 
 def _holds_tokens(key: str, value: Tensor, width: int) -> bool | None:
-    """Whether an entry has one column for each of ``width`` tokens; None if that is not known."""
+    """Whether an entry has one column for each of ``width`` tokens; None if its name does not tell."""
     name = key.removeprefix("decoder_")
     fits = value.ndim >= 2 and value.shape[1] == width
     if value.ndim < 2 or name.startswith(_NOT_TOKENS):
@@ -276,9 +276,9 @@ def _holds_tokens(key: str, value: Tensor, width: int) -> bool | None:
 
 
 def _entries_to_cut(inputs: Mapping[str, Any], mask: str, width: int, encoder_decoder: bool) -> list[str]:
-    """The mask of this name and the entries that hold its tokens, which can be cut to the real ones.
+    """The names of the mask and of the entries that hold its tokens, which can be cut to the real tokens.
 
-    Empty if no entry beside the mask holds them, or if that is not known of an entry that belongs to the mask.
+    Empty if no other entry holds tokens, or if some entry on the mask's side may or may not hold them.
     """
     holds = {}
     for key, value in inputs.items():
@@ -291,7 +291,7 @@ def _entries_to_cut(inputs: Mapping[str, Any], mask: str, width: int, encoder_de
 
 
 def _real_spans(inputs: Mapping[str, Any], name: str, mask: Tensor, n: int) -> list[slice]:
-    """From the first to the last real token of each example, by the 2-D mask of this name."""
+    """Slices from the first to the last real token of each example, by the 2-D mask of this name."""
     tokens = inputs.get("decoder_input_ids" if name == DECODER_MASK else "input_ids")
     if isinstance(tokens, Tensor) and tokens.shape[1:2] != mask.shape[1:2]:
         raise ValueError(f"{name} {tuple(mask.shape)} does not fit the token ids {tuple(tokens.shape)}")
@@ -308,7 +308,7 @@ def _real_spans(inputs: Mapping[str, Any], name: str, mask: Tensor, n: int) -> l
 
 
 def _content(value: Any) -> Any:
-    """A key for a constant: the content of tensors, arrays, lists and numbers, or the identity of other objects."""
+    """A hashable key of a constant: the content of tensors, arrays, lists and numbers; other objects' identity."""
     if isinstance(value, Tensor):
         return value.dtype, value.shape, tuple(value.flatten().tolist())
     if isinstance(value, np.ndarray):
@@ -336,7 +336,7 @@ def tiles(groups: Sequence[Group], size: int) -> list[list[Group]]:
 
 
 def one_by_one(groups: Sequence[Group]) -> list[Group]:
-    """Each example as a group of its own, in the order of the batch."""
+    """Groups of one example each, in the order of the batch."""
     return sorted((one for (one,) in tiles(groups, 1)), key=lambda one: one.indices)
 
 
@@ -345,7 +345,7 @@ _FILL = {"input_ids": None, "token_type_ids": 0, "position_ids": 0}
 
 
 def padding_token(model: Any) -> int | None:
-    """The token that a Hugging Face encoder or decoder pads with; None for other models, or if it has none."""
+    """The padding token id of a Hugging Face encoder or decoder; None for other models, or without one."""
     config = getattr(model, "config", None)
     padding = getattr(config, "pad_token_id", None)
     known = isinstance(padding, int) and padding >= 0 and not getattr(config, "is_encoder_decoder", False)
@@ -358,8 +358,8 @@ def pad_together(groups: Sequence[Group], padding: int, *, overhead: float = flo
     Args:
         groups: as :func:`group_examples` returns them.
         padding: token id to fill with.
-        overhead: the cost of a batch beside its tokens, in tokens. The total cost of the batches is minimal; with an
-            infinite overhead there are as few batches as possible.
+        overhead: fixed cost of a batch, in tokens. The groups are joined at the least total cost; with an infinite
+            overhead, into as few batches as possible.
 
     Returns:
         Groups whose mask is batched where lengths differ. Groups with other entries than token ids, or with zeros
@@ -381,7 +381,7 @@ def _is_plain(group: Group) -> bool:
 
 
 def _join(groups: list[Group], padding: int, overhead: float) -> list[Group]:
-    """Cut the groups, in order of length, at the least cost: cost(k) = min_j cost(j) + cost of a batch of j..k-1."""
+    """Join groups of similar length at the least cost: cost(k) = min_j cost(j) + cost of a batch of groups j..k-1."""
     ordered = sorted(groups, key=lambda g: g.batched["input_ids"].shape[1])
     lengths = [g.batched["input_ids"].shape[1] for g in ordered]
     sizes = [len(g.indices) for g in ordered]

@@ -2,11 +2,11 @@
 
     K[i, j, a, b] = sum_theta  d f_a(x_i)/d theta * d f_b(x_j)/d theta
 
-Jacobian contraction as in Novak, Sohl-Dickstein and Schoenholz (2022, sec. 3.1), by ``torch.func``. It is slow, large
-and simple, and every faster kernel is compared with it. Its Jacobians are themselves compared, example by example, with
-ordinary autograd, which replaces them where they differ. For n examples, c outputs, P parameters and tiles of b
-examples: time (n c)^2 P for the contraction, (1 + n/2b) n Jacobians and n forward and backward passes for the
-comparison; memory 2 b c P beside the model and kernel.
+Jacobian contraction as in Novak, Sohl-Dickstein and Schoenholz (2022, sec. 3.1), by ``torch.func``. It is simple, slow
+and takes much memory; every faster kernel is compared with it. Its Jacobians are themselves compared, example by
+example, with ordinary autograd, which replaces them where they differ. For n examples, c outputs, P parameters and
+tiles of b examples: time (n c)^2 P for the contraction, (1 + n/2b) n Jacobians and n forward and backward passes for
+the comparison; memory 2 b c P beside the model and kernel.
 """
 
 import logging
@@ -38,7 +38,7 @@ def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict
     The output axes are those of the request's layout.
 
     Raises:
-        MemoryError: the kernels, or the Jacobians of two single examples, exceed the memory budget; says which.
+        MemoryError: the kernels and the Jacobians of two examples exceed the memory budget; the message says how much.
     """
     symmetric, layout = request.inputs2 is None, request.layout
     groups1, groups2 = request.rows, request.rows if symmetric else request.columns
@@ -78,11 +78,11 @@ def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict
 def jacobian_function(model: nn.Module, output: Output | None) -> Callable[..., tuple[Tensor, Jacobian]]:
     """J(params, tile, check=True) -> (indices of the tile's examples, their Jacobians ``{name: (b, c, *shape)}``).
 
-    ``params`` are the model's own, detached. Runs ``vmap(jacrev(f))`` on each group of the tile and, with ``check``,
+    ``params`` are the model's own, detached. J runs ``vmap(jacrev(f))`` on each group of the tile and, with ``check``,
     compares each example's with ordinary autograd, in a random direction of the outputs: one forward and one backward
-    pass for each example. Where they differ, or where ``torch.func`` cannot trace the model (an ``autograd.Function``
-    without its rules in BLOOM, a data-dependent shape in BART), each example and output takes its own backward pass,
-    which is slower. The logger reports that at level INFO.
+    pass for each example. If they differ, or if ``torch.func`` cannot trace the model (an ``autograd.Function``
+    without its rules in BLOOM, a data-dependent shape in BART), each output of each example takes its own backward
+    pass, which is slower. The logger reports that at level INFO.
     """
     looping: list[str] = []  # why torch.func failed on the first group
 
@@ -115,10 +115,10 @@ def jacobian_function(model: nn.Module, output: Output | None) -> Callable[..., 
 
 
 def _traced_jacobian(model: nn.Module, output: Output | None, params: Parameters, group: Group) -> Jacobian:
-    """By ``vmap(jacrev(f))``, f the outputs ``(c,)`` of one example without its batch dimension.
+    """Jacobians by ``vmap(jacrev(f))``, where f maps one example without its batch dimension to its outputs ``(c,)``.
 
-    Gradients are enabled although none is recorded, since derivatives of solvers and determinants come out wrong
-    otherwise. The fused attention kernels have no batching rule; the plain formula has one.
+    Gradients are enabled although none is recorded, since torch's derivatives of solvers and determinants are wrong
+    without. The fused attention kernels have no batching rule; the plain formula has one.
     """
 
     def f(own: Parameters, example: dict[str, Tensor]) -> Tensor:
@@ -130,15 +130,15 @@ def _traced_jacobian(model: nn.Module, output: Output | None, params: Parameters
     return {name: value.detach() for name, value in result.items()}
 
 
-# An error of a parameter's gradient is judged relative to the gradient's norm plus this fraction of the norm of the
-# gradient by all parameters, since some parameters have gradients of nothing but rounding errors.
+# A parameter's gradient may err by a fraction of its norm plus SHARE times the norm of the gradient by all parameters,
+# since the gradients of some parameters consist of rounding errors only.
 SHARE = 1e-2
 
 
 def tolerance(rounding: float) -> float:
-    """How far, relative to their size, two sums of the same few thousand terms in another order may differ.
+    """The largest relative difference that rounding explains between two sums of the same few thousand terms.
 
-    2,000 times the machine epsilon, but at most 0.05: in half precision only a difference beyond that shows a mistake.
+    It is 2,000 times the machine epsilon, but at most 0.05, which half precision would exceed.
     """
     return min(2e3 * rounding, 0.05)
 
@@ -176,10 +176,10 @@ def _looped_jacobian(model: nn.Module, output: Output | None, params: Parameters
 
 
 def alone(model: nn.Module, output: Output | None, group: Group, position: int) -> Tensor:
-    """The outputs ``(c,)`` of one example of a group, by itself.
+    """The outputs ``(c,)`` of one example of a group, in a batch of its own.
 
     Raises:
-        ValueError: the model, or ``output``, fails on it; says how.
+        ValueError: the model or ``output`` fails on it; the message holds the error.
     """
     try:
         return call(model, output, fresh(group.example(position)), 1)[0]
@@ -195,7 +195,7 @@ def gradients(value: Tensor, leaves: Leaves) -> dict[str, Tensor]:
     """d value / d leaf, dense; zero for a leaf on which the value does not depend.
 
     Raises:
-        ValueError: autograd fails; says how.
+        ValueError: autograd fails; the message holds its error.
     """
     if not value.requires_grad:
         return {name: torch.zeros_like(p) for name, p in leaves.items()}
@@ -215,7 +215,7 @@ def accumulation_dtype(params: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def memory(params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels: int) -> tuple[int, int]:
-    """Bytes for the kernels, and for one example's Jacobian; the minimum is the kernels and two Jacobians."""
+    """Bytes of the kernels, and of one example's Jacobian; at least the kernels and two Jacobians must fit."""
     dtype = accumulation_dtype(params)
     # The factor 2 is for the block that is added to the kernels, which may be as large as they are.
     kernel_bytes = 2 * kernels * n1 * n2 * layout.size(c) * dtype.itemsize
@@ -227,7 +227,7 @@ def memory(params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels
 
 
 def _tile_size(params: Parameters, n1: int, n2: int, c: int, layout: Layout, kernels: int, budget: int | float) -> int:
-    """Examples a tile, b, so that two tiles of Jacobians and the kernels fit the budget."""
+    """Number b of examples of a tile, such that two tiles of Jacobians and the kernels fit the budget."""
     kernel_bytes, example_bytes = memory(params, n1, n2, c, layout, kernels)
     minimum = kernel_bytes + 2 * example_bytes
     if budget < minimum:
@@ -247,7 +247,7 @@ def _tile_size(params: Parameters, n1: int, n2: int, c: int, layout: Layout, ker
 
 
 def smaller_layout(layout: Layout, c: int) -> str:
-    """The words for an error message that recommend a smaller layout, if there is one."""
+    """The end of a sentence that recommends a smaller layout; empty if there is none."""
     return ", or reduce='trace'" if layout.size(c) > 1 else ""
 
 
@@ -265,7 +265,7 @@ def gigabytes(size: int | float) -> str:
 def selected_jacobian_rows(
     request: Request, params: Parameters, chosen: dict[str, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """By group: the rows' indices, and their Jacobian ``(b, c, m)`` at the chosen flat coordinates of parameters."""
+    """Yield the rows' indices and their Jacobian ``(b, c, m)`` at chosen flat coordinates of the parameters."""
     jacobian = jacobian_function(request.model, request.output)
     disable = None if request.progress else True
     for tile in tqdm(tiles(request.rows, 1), desc="Jacobians", disable=disable, leave=False):

@@ -8,16 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 Kernel = Float[Tensor, "_ _ ..."]
-"""``(n1, n2)`` or ``(n1, n2, c, c)``; functions check the shapes they need themselves, to say what came instead."""
+"""``(n1, n2)`` or ``(n1, n2, c, c)``; functions check the shape that they need, for a better message."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What becomes of the c outputs of two examples' features ``(n, c, p)`` when they are contracted to a kernel.
+    """How the c outputs of features ``(n, c, p)`` are arranged to contract them to a kernel.
 
-    The outputs are divided as c = k m d. Each of k has a matrix of its own; each of m has a row of its own, which meets
-    all rows of the other side; d are summed together with the parameters. So every kernel is k products of matrices
-    ``(n m, d p)``, and no more entries are computed than it has.
+    The outputs are split as c = k m d: k outputs have separate matrices, m have separate rows of a matrix, and d are
+    summed together with the parameters. Every kernel is then k products of matrices ``(n m, d p)``, which compute no
+    entry that the kernel does not have.
 
     Attributes:
         factors: c -> (k, m, d).
@@ -30,12 +30,12 @@ class Layout:
     summed: bool = False
 
     def size(self, c: int) -> int:
-        """Entries for each pair of examples."""
+        """Number of kernel entries of a pair of examples."""
         k, m, _ = self.factors(c)
         return k * m**2
 
     def arrange(self, features: Float[Tensor, "n c ..."]) -> Float[Tensor, "k nm dp"]:
-        """The matrices that are multiplied, examples slow and outputs fast."""
+        """The matrices that are multiplied; along their rows outputs vary faster than examples."""
         n, c, *rest = features.shape
         k, m, d = self.factors(c)
         return features.reshape(n, k, m, d, *rest).movedim(1, 0).reshape(k, n * m, d * torch.Size(rest).numel())
@@ -49,11 +49,11 @@ class Layout:
     def contract(
         self, features1: Float[Tensor, "n1 c ..."], features2: Float[Tensor, "n2 c ..."]
     ) -> Float[Tensor, "n1 n2 ..."]:
-        """The kernel of features; with ``summed``, they are features of the sum of the outputs."""
+        """The kernel of features; with ``summed``, the features are those of the summed outputs."""
         return self.kernel(self.arrange(features1) @ self.arrange(features2).mT, features1.shape[1])
 
 
-# The argument ``reduce`` of every function that computes kernels; see the table of `reduce_outputs`.
+# Values of the argument ``reduce`` of every function that computes kernels; see the table of `reduce_outputs`.
 LAYOUTS: dict[str | None, Layout] = {
     None: Layout(lambda c: (1, c, 1), lambda c: (c, c)),
     "trace": Layout(lambda c: (1, 1, c), lambda c: ()),
@@ -74,7 +74,7 @@ def layout_of(reduce: str | None) -> Layout:
 
 
 def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: str | None) -> Float[Tensor, "..."]:
-    """Contract the two output axes of a kernel that was computed whole.
+    """Contract the two output axes of a kernel ``(n1, n2, c, c)``.
 
     The reference for ``reduce=`` of :func:`ntk.empirical_ntk`, which does not form the c^2 entries of each pair.
 
@@ -100,12 +100,12 @@ def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: str | None) -> Fl
 
 
 def mirrored(kernel: Float[Tensor, "n1 n2 ..."]) -> Float[Tensor, "n2 n1 ..."]:
-    """The other half of a symmetric kernel, K[j, i, b, a] = K[i, j, a, b], in any layout."""
+    """The mirror image of a block of a symmetric kernel, K[j, i, b, a] = K[i, j, a, b], in any layout."""
     return kernel.permute(1, 0, 3, 2) if kernel.ndim == 4 else kernel.transpose(0, 1)
 
 
 def flatten(kernel: Kernel) -> Float[Tensor, "rows columns"]:
-    """The matrix of a kernel, examples slow and outputs fast.
+    """The matrix of a kernel, in whose rows and columns outputs vary faster than examples.
 
     ``(n1, n2, c, c)`` becomes ``(n1*c, n2*c)``, positive semi-definite for a symmetric kernel; ``(n1, n2)`` is returned
     as it is. A ``(n1, n2, c)`` kernel holds c separate matrices and none of the blocks between them, so it raises

@@ -1,8 +1,8 @@
 """Distance and alignment of two kernels, and the spectrum of one.
 
 Every function takes kernels as ``(n1, n2)`` or ``(n1, n2, c, c)``; the latter are compared as their flattened matrices
-(:func:`ntk.flatten`), so all output pairs count. Sums run in float64. Metrics of a pair depend on which examples are in
-the batch; compare them with the same metrics of the null models of :mod:`ntk.nulls`.
+(:func:`ntk.flatten`), so all pairs of outputs count. Sums run in float64. The metrics of two kernels depend on the
+examples in the batch; compare them with those of the null models of :mod:`ntk.nulls`.
 """
 
 import torch
@@ -19,7 +19,7 @@ class UndefinedMetricError(ValueError):
 
 
 def kernel_distance(K1: Kernel, K2: Kernel, *, kind: str = "relative_frobenius", scaled: bool = False) -> float:
-    """Distance of K2 from K1, entry by entry.
+    """Distance of K2 from K1, from the differences of their entries.
 
     | ``kind``                 | D = K1 - s K2                  | unit        |
     |--------------------------|--------------------------------|-------------|
@@ -50,8 +50,8 @@ def best_scale(K1: Kernel, K2: Kernel) -> float:
 def kernel_alignment(K1: Kernel, K2: Kernel) -> float:
     """Cosine of the angle between two kernels, <K1, K2>_F / (||K1||_F ||K2||_F), in [-1, 1].
 
-    Unchanged by positive scaling of either (Cristianini et al. 2001, def. 1). It is near 1 for any two kernels that
-    share a large mean entry: see :func:`cka`.
+    It does not change if either is scaled by a positive number (Cristianini et al. 2001, def. 1). It is near 1 for any
+    two kernels with a large mean entry; :func:`cka` removes the mean.
     """
     A, B = _pair(K1, K2)
     return float((A * B).sum() / (_norm(A, "K1") * _norm(B, "K2")))
@@ -60,8 +60,8 @@ def kernel_alignment(K1: Kernel, K2: Kernel) -> float:
 def cka(K1: Kernel, K2: Kernel) -> float:
     """Centred kernel alignment: the alignment of H K1 H and H K2 H, H = I - 1 1^T / n.
 
-    Examples are centred for each output by itself, which centres the features (Cortes, Mohri and Rostamizadeh 2012,
-    sec. 2.1; Kornblith et al. 2019, eq. 3). Square kernels only.
+    The examples are centred for each output separately, which centres the features (Cortes, Mohri and Rostamizadeh
+    2012, sec. 2.1; Kornblith et al. 2019, eq. 3). Square kernels only.
     """
     if K1.ndim not in (2, 4) or K1.shape[0] != K1.shape[1]:
         raise ValueError(f"cka takes a symmetric kernel, (n, n) or (n, n, c, c); got {tuple(K1.shape)}")

@@ -1,7 +1,7 @@
 """Null models: kernels with which the alignment of a method's kernel is compared.
 
-Each null model knows nothing of the method, but has as many parameters m as the method, or sees the same inputs. If a
-method's kernel aligns with the full kernel no better than these do, chance explains its alignment.
+Each null model ignores the method, but has as many parameters m, or the same inputs. If a method's kernel aligns with
+the full kernel no better than the null models do, chance explains its alignment.
 """
 
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ def random_subset_ntk(
     draws: int = 1,
     progress: bool = False,
 ) -> list[Float[Tensor, "..."]]:
-    """Kernels of ``draws`` random sets of m scalar parameters, drawn without replacement among the selected ones.
+    """Kernels of ``draws`` random sets of m scalar parameters, drawn without replacement from the selected parameters.
 
-    It is the kernel of fine-tuning a random sparse mask. One Jacobian for each example serves all draws; memory
+    Each is the kernel of fine-tuning a random sparse mask. One Jacobian for each example serves all draws; memory
     n c m ``draws``.
 
     Raises:
@@ -57,7 +57,7 @@ def random_subset_ntk(
 
 
 def _by_parameter(flat: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split sorted positions in the concatenation of all parameters by parameter; leave out parameters without any."""
+    """Positions within each parameter that has any, from sorted positions in the concatenation of all."""
     result, start = {}, 0
     for name, p in params.items():
         inside = flat[(flat >= start) & (flat < start + p.numel())] - start
@@ -68,10 +68,10 @@ def _by_parameter(flat: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Kernel:
-    """A draw of J R R^T J^T, where J is the Jacobian behind ``kernel`` and R (P, m) has iid N(0, 1/m) entries.
+    """A random draw of J R R^T J^T, where kernel = J J^T and R (P, m) has iid N(0, 1/m) entries.
 
     J R has iid columns N(0, K / m), so the draw is K^(1/2) G G^T K^(1/2) / m with G (n c, m) standard normal: the exact
-    distribution of a sketch by m random directions, without J. Expectation K; cost O((n c)^2 m).
+    distribution of a sketch by m random directions, computed without J. Expectation K; cost O((n c)^2 m).
 
     Raises:
         ValueError: m < 1.
@@ -94,7 +94,7 @@ def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Ke
 
 
 def permuted(kernel: Kernel, *, generator: torch.Generator) -> Kernel:
-    """The kernel with its examples in random order, K[pi(i), pi(j)]: the same spectrum for the wrong inputs."""
+    """The kernel with its examples in random order, K[pi(i), pi(j)], which has the same spectrum."""
     order = torch.randperm(len(kernel), generator=generator, device=generator.device).to(kernel.device)
     return kernel[order][:, order]
 

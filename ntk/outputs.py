@@ -1,7 +1,7 @@
-"""Functions whose kernel is taken, of the model's output and its inputs: ``(model_output, inputs) -> (n, c)``.
+"""Functions ``(model_output, inputs) -> (n, c)`` that choose the network outputs whose kernel is computed.
 
-Pass one as ``output=``. Each works on a padded batch as well as on the single unpadded examples of the kernels. Row i
-must depend on example i alone.
+Pass one as ``output=``. Each works on a padded batch and on a batch of one unpadded example. Row i must depend on
+example i alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ def logits(model_output: Any, inputs: Any = None) -> Float[Tensor, "n c"]:
     """The default: a classifier's logits, or the tensor that a plain module returns.
 
     Raises:
-        ValueError: the model has no logits (no head), or logits per token, as a language model has.
+        ValueError: the model has no logits (no head), or has logits per token (a language model).
     """
     value = model_output if isinstance(model_output, Tensor) else getattr(model_output, "logits", None)
     if value is None:
@@ -39,7 +39,7 @@ def logits(model_output: Any, inputs: Any = None) -> Float[Tensor, "n c"]:
 
 
 def last_token_logits(model_output: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "n v"]:
-    """Logits ``(n, v)`` over the vocabulary at each example's last real token (the prediction of what follows)."""
+    """Logits ``(n, v)`` over the vocabulary at each example's last real token, which predict the next token."""
     per_token = model_output.logits
     if per_token.ndim != 3:
         raise ValueError(f"expected logits per token, (n, t, v); got shape {tuple(per_token.shape)}")

@@ -1,9 +1,9 @@
-"""What a forward pass may change in a model beside its parameters, and how it is restored.
+"""Restore the state, other than parameters, that a model changes in its forward pass.
 
 Modules keep caches, counters and copies of activations as attributes, exchange submodules, write into buffers, and set
 values in their configuration (BigBird sets its kind of attention by the length of its input). Every pass starts from
-the state in which the caller's model is, so that an example's outputs do not depend on which examples ran before it. At
-the end the model is in that state again.
+the state of the caller's model, so that an example's outputs do not depend on the examples that ran before it. At the
+end the model is in that state again.
 """
 
 from collections import deque
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Entries of a module that are not the user's attributes. Parameters, buffers and hooks are restored only at the end,
-# since torch.func.functional_call exchanges them during a pass.
+# Entries of a module's __dict__ that torch registers. Parameters, buffers and hooks are restored only at the end, since
+# torch.func.functional_call exchanges them during a pass.
 _HOOKS = {key for key in vars(nn.Module()) if "_hooks" in key}
 _REGISTERED = {"_parameters", "_buffers", "_modules", "training"} | _HOOKS
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -22,12 +22,12 @@ _CONTAINERS = (list, dict, set, deque)
 
 
 class OwnState:
-    """A model's attributes, submodules, configuration and buffers as they were when this was made.
+    """Copies of a model's attributes, submodules, configuration and buffers, to restore them later.
 
     Attributes:
-        changed: name of a plain value that passes have changed -> its value before and after.
+        changed: values before and after, by the name of each plain value that a pass has changed.
 
-    Memory: a copy of the buffers. Cost of a restoration: one look at each attribute of each module.
+    Memory: a copy of the buffers. A restoration compares each attribute of each module.
     """
 
     def __init__(self, model: nn.Module):
@@ -54,7 +54,7 @@ class OwnState:
                 self._remember(value, name, seen)
 
     def restore(self, *, finally_: bool = False) -> None:
-        """Restore what differs; at the end also what torch registers, and the values of buffers."""
+        """Restore attributes that differ; with ``finally_`` also parameters, hooks and the values of buffers."""
         for name, entries, before in self._early:
             self._put_back(name, entries, before)
         for late, container, before in self._contents:
@@ -87,7 +87,7 @@ class OwnState:
                 entries[key] = value
 
     def _remember(self, value: Any, name: str, seen: set[int]) -> None:
-        """Remember containers, and configurations: objects of nothing but plain values, containers and such objects."""
+        """Remember containers, and configuration objects, which hold plain values, containers and such objects only."""
         if id(value) in seen:
             return
         if isinstance(value, _CONTAINERS):
@@ -126,6 +126,6 @@ def _is_configuration(value: Any, depth: int = 0) -> bool:
 
 
 def parameter_hooks(model: nn.Module) -> Iterator[dict[int, Any]]:
-    """The tables of hooks on parameters' gradients, which serve training and must not change a derivative."""
+    """The tables of hooks on parameters' gradients; kernels clear them, since a hook may change a derivative."""
     for p in model.parameters():
         yield from filter(None, (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)))

@@ -1,4 +1,4 @@
-"""What is asked of a kernel: the model, the examples, the output, the layout, the memory."""
+"""The arguments of a computation of kernels: model, examples, output, layout and memory budget."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,15 +15,15 @@ from ntk.outputs import Output, summed_outputs
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments that every way of computing kernels takes; each means what it means in :func:`ntk.empirical_ntk`.
+    """The arguments common to all methods of computing kernels, as described in :func:`ntk.empirical_ntk`.
 
     Attributes:
         model: in evaluation mode.
         inputs: the rows.
         inputs2: the columns; None for the symmetric kernel.
-        requested: the output that the caller asks for; ``output`` is the one that is differentiated.
+        requested: the output as the caller gave it; ``output`` is the one that is differentiated.
         reduce: name of the layout.
-        memory_budget: in bytes; None for half of the memory that is free when it is asked for.
+        memory_budget: in bytes; None for half of the memory that is free at the time of use.
         progress: whether to show a progress bar.
 
     Raises:
@@ -44,7 +44,7 @@ class Request:
 
     @property
     def output(self) -> Output | None:
-        """What is differentiated: the sum of the outputs where the layout says so."""
+        """The function that is differentiated: the sum of the outputs if the layout says so."""
         return summed_outputs(self.requested) if self.layout.summed else self.requested
 
     def budget(self, device: torch.device) -> int | float:
@@ -57,12 +57,12 @@ class Request:
 
     @cached_property
     def rows(self) -> list[Group]:
-        """The examples of the rows, grouped."""
+        """The groups of the rows' examples."""
         return self._grouped(self.inputs)
 
     @cached_property
     def columns(self) -> list[Group]:
-        """The examples of the columns, grouped; none for the symmetric kernel."""
+        """The groups of the columns' examples; empty for the symmetric kernel."""
         return [] if self.inputs2 is None else self._grouped(self.inputs2)
 
     def _grouped(self, inputs: Inputs) -> list[Group]:

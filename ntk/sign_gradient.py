@@ -1,10 +1,10 @@
-"""Sign-gradient kernels of methods at their initialisation: how a step of sign descent moves other examples.
+"""Sign-gradient kernels of methods at their initialisation: the effect of a step of sign descent on other examples.
 
     K[i, j, a, b] = < d f_a(x_i)/d theta, sign(d f_b(x'_j)/d theta) >
 
 Adam's first steps, and all its steps while its averages follow the gradient, are close to sign descent (Malladi et al.
-2023, def. 3.4). The sign is taken of each entry of an example's whole gradient, so every feature must be formed, one
-parameter at a time, slice by slice. :func:`ntk.dynamics.sign_gradient_kernel` is the reference, from Jacobians.
+2023, def. 3.4). The sign applies to each entry of an example's whole gradient, so features are formed as whole tensors,
+one parameter at a time, slice by slice. :func:`ntk.dynamics.sign_gradient_kernel` is the reference, from Jacobians.
 """
 
 import math
@@ -34,7 +34,7 @@ def sign_gradient_kernels(
     memory_budget: int | float | None = None,
     progress: bool = False,
 ) -> dict[str, Float[Tensor, "n1 n2 c c"]]:
-    """The sign-gradient kernel of each method, with signs on the columns' side; it is not symmetric.
+    """The sign-gradient kernel of each method, with signs on the side of the columns; it is not symmetric.
 
     Args:
         model: the bare model, as in :func:`ntk.adapter_kernels`.
@@ -56,7 +56,10 @@ def sign_gradient_kernels(
     targets = method_kernels(model, methods)
     for name, weights in targets.weights.items():
         if weighed := [key for key, weight in weights.items() if weight != 1]:
-            raise ValueError(f"method {weighed[0]!r} weighs {name}: a sign has no weight, and no mean over draws")
+            raise ValueError(
+                f"method {weighed[0]!r} weighs {name} by {weights[weighed[0]]:.3g}: a sign has no weight, and no mean "
+                "over draws; take a method of single draws, such as ntk.adapters.LoRA(a='random')"
+            )
     request = Request(model, inputs, inputs2, output, None, memory_budget, progress)
     with evaluation(model, inputs, inputs2):
         kernels, uncaptured = structured.kernels(request, targets, signed=True)
@@ -80,8 +83,8 @@ def sign_gradient_regression(
 ) -> Float[Tensor, "m"]:
     """f(x) = f_0(x) + K(x, X) (K + ridge I)^-1 (y - f_0(X)) for a kernel of one output that is not symmetric.
 
-    A step of sign descent on example j alone, of size a_j, moves f(x) by a_j K(x, x_j); these are the sizes for which
-    such steps reach the targets. Least squares with asymmetric kernels: He et al. 2023. Float64.
+    A step of sign descent on example j alone, of size a_j, moves f(x) by a_j K(x, x_j); the sizes a are those with
+    which the steps reach the targets. Least squares with asymmetric kernels: He et al. 2023. Float64.
 
     Raises:
         ValueError: shapes that do not fit, a negative ridge.

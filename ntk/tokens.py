@@ -1,7 +1,7 @@
-"""The tokens of a batch in one list, without those whose gradients are all zero, and the example of each token.
+"""Lists of the tokens of a batch whose gradients are not zero, with the example of each token.
 
-Padding has no gradient, and in a classifier's last block most tokens have none. Zeros add nothing to any feature, so
-they are dropped where gradients arrive. Everything after that works on N tokens of n examples, in their order.
+Padding has gradient zero, and so have most tokens in a classifier's last block. Such tokens add nothing to a feature,
+so they are dropped as gradients arrive. All later steps work on N tokens of n examples, in the examples' order.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ class Tokens:
     Attributes:
         n: number of examples.
         owner: the example that each token belongs to, ascending.
-        positions: of these tokens among all of the batch's tokens; None if these are all tokens.
+        positions: indices of these tokens among all tokens of the batch; None if they are all tokens.
     """
 
     n: int
@@ -29,12 +29,12 @@ class Tokens:
 
     @cached_property
     def counts(self) -> list[int]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         return torch.bincount(self.owner, minlength=self.n).tolist()
 
     @cached_property
     def most(self) -> int:
-        """Tokens of the longest example, at least 1."""
+        """Number of tokens of the longest example, at least 1."""
         return max(1, *self.counts)
 
     @cached_property
@@ -44,12 +44,12 @@ class Tokens:
 
     @cached_property
     def slots(self) -> Int[Tensor, "N"]:
-        """The position of each token if every example is padded to the longest."""
+        """The index of each token after padding every example to the longest."""
         starts = torch.tensor([0, *self.counts[:-1]], device=self.owner.device).cumsum(0)
         return torch.arange(len(self.owner), device=self.owner.device) + (self.owner * self.most - starts[self.owner])
 
     def one_hot(self, like: Tensor) -> Float[Tensor, "n N"]:
-        """1 where a token belongs to an example."""
+        """Matrix with 1 where a token belongs to an example and 0 elsewhere."""
         held = self.__dict__.setdefault("_one_hot", {})
         key = (like.dtype, like.device)
         if key not in held:
@@ -58,7 +58,7 @@ class Tokens:
         return held[key]
 
     def pick(self, values: Shaped[Tensor, "... T d"]) -> Shaped[Tensor, "... N d"]:
-        """The values at these tokens, from the values at all tokens of the batch."""
+        """The values at these tokens, selected from values at all tokens of the batch."""
         return values if self.positions is None else values.index_select(-2, self.positions)
 
     def sums(self, values: Float[Tensor, "... N d"]) -> Float[Tensor, "... n d"]:
@@ -68,7 +68,7 @@ class Tokens:
         return self.one_hot(values) @ values
 
     def padded(self, values: Float[Tensor, "... N d"]) -> Float[Tensor, "... n most d"]:
-        """The values example by example, with zeros after the tokens of shorter examples."""
+        """The values by example, padded with zeros after the tokens of shorter examples."""
         if self.equal:
             return values.unflatten(-2, (self.n, -1))
         room = values.new_zeros(*values.shape[:-2], self.n * self.most, values.shape[-1])
@@ -84,9 +84,9 @@ def not_zero(g: Float[Tensor, "... d"]) -> Bool[Tensor, "T"]:
 
 
 class Packing:
-    """Finds the tokens that have a gradient.
+    """Makes the :class:`Tokens` of a batch from masks.
 
-    Equal patterns give the same object, and the inputs of one tensor are picked once.
+    Equal masks give the same object, and values at these tokens are picked once from each tensor.
     """
 
     def __init__(self, n: int):
@@ -96,7 +96,7 @@ class Packing:
         self._last: tuple[Tensor, Tokens, Tensor] | None = None
 
     def tokens(self, real: Bool[Tensor, "T"]) -> Tokens:
-        """The tokens that a mask of all T tokens marks."""
+        """The tokens at which a mask of all T tokens is true."""
         pattern = (len(real), real.cpu().numpy().tobytes())
         if pattern not in self._patterns:
             owner = torch.arange(self.n, device=real.device).repeat_interleave(len(real) // self.n)
@@ -106,7 +106,7 @@ class Packing:
         return self._patterns[pattern]
 
     def inputs(self, x: Float[Tensor, "T s"], tokens: Tokens) -> Float[Tensor, "N s"]:
-        """An operation's input at these tokens; query, key and value share theirs."""
+        """An operation's input at these tokens, kept for the next call, which often has the same input."""
         last = self._last
         if last is None or last[0].data_ptr() != x.data_ptr() or last[0].shape != x.shape or last[1] is not tokens:
             last = self._last = (x, tokens, tokens.pick(x))
@@ -114,14 +114,14 @@ class Packing:
 
 
 class Gradients:
-    """The gradients of all outputs of the network at one operation's output ``(n m, ...)``, as the rules need them."""
+    """The gradients of all network outputs at one operation's output ``(n m, ...)``, in the layouts that rules use."""
 
     def __init__(
         self, by_output: Mapping[int, Tensor], c: int, packing: Packing, real: Mapping[int, Tensor] | None = None
     ):
-        """From the gradients ``(n m, ...)`` that arrived, at least one, by the index of an output; the others are zero.
+        """Take the gradients ``(n m, ...)``, at least one, by the index of their output; the others are zero.
 
-        ``real`` says which tokens of an output's gradient are not zero, as far as that is known.
+        ``real`` holds masks of the tokens that are not zero, for the outputs for which they are known.
         """
         self._by_output, self._c, self._packing, self._real = by_output, c, packing, real or {}
         like = next(iter(by_output.values()))
@@ -130,7 +130,7 @@ class Gradients:
 
     @cached_property
     def whole(self) -> Float[Tensor, "n c m ..."]:
-        """All gradients, with the axes of the batch."""
+        """All gradients, zeros included, with the axes of the batch."""
         like = next(iter(self._by_output.values()))
         value = torch.zeros(self._c, *self.shape, dtype=self.dtype, device=like.device)
         for a, g in self._by_output.items():
@@ -145,7 +145,7 @@ class Gradients:
 
     @cached_property
     def packed(self) -> Float[Tensor, "c N r"]:
-        """All gradients at these tokens."""
+        """All gradients at ``tokens``."""
         like, positions = next(iter(self._by_output.values())), self.tokens.positions
         value = like.new_empty(self._c, len(self.tokens.owner), self.shape[-1], dtype=self.dtype)
         for a in range(self._c):
@@ -159,5 +159,5 @@ class Gradients:
         return value
 
     def inputs(self, x: Tensor) -> Float[Tensor, "N s"]:
-        """The operation's input or output ``(n m, ..., s)`` at these tokens."""
+        """The operation's input or output ``(n m, ..., s)`` at ``tokens``."""
         return self._packing.inputs(x.reshape(-1, x.shape[-1]), self.tokens)

@@ -1,7 +1,7 @@
-"""Parameter-efficient methods as the kernels of their parameters at initialisation.
+"""Parameter-efficient methods, for the kernels of their parameters at initialisation.
 
-:class:`Method` says what a method adds to one :class:`Layer`; :mod:`.weights`, :mod:`.scales` and :mod:`.low_rank` hold
-the methods.
+A :class:`Method` computes the features of its parameters at one :class:`Layer`; the methods are in :mod:`.weights`,
+:mod:`.scales` and :mod:`.low_rank`.
 """
 
 from ntk.adapters.low_rank import DoRA, LoHa, LoRA, VeRA, kaiming_uniform

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ntk.adapters.method import Found, Layer, LayerMethod, Modules, chosen, seed_of
 from ntk.features import Dense, Outer
 
-# Elements of the inputs that LoHa forms at a time; as many stay in the caches.
+# Number of elements of the inputs that LoHa forms at a time, which fit the processor's caches.
 _INPUTS = 1 << 19
 
 
@@ -24,7 +24,7 @@ class LoRA(LayerMethod):
     Attributes:
         rank: of the product.
         alpha: the product is multiplied by alpha / rank; by default alpha = rank.
-        modules: linear layers that carry one.
+        modules: linear layers that carry a product.
         a: matrices A ``(rank, s)`` by module name; "random" for peft's own initialisation, drawn from ``seed``;
             "expected" for the mean of the kernel over those draws.
         seed: of the random matrices, which do not depend on the other layers.
@@ -44,11 +44,11 @@ class LoRA(LayerMethod):
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by."""
+        """The factor alpha / rank of the product."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """For the mean over A, whose entries have variance 1 / (3 s), a multiple of the kernel of the weight itself."""
+        """For the mean over A, whose entries have variance 1 / (3 s), a factor of the layer's weight; otherwise 0."""
         if self.a != "expected" or layer is None or not chosen(self.modules, layer):
             return 0.0
         return self._of_weight(parameter.shape[0 if isinstance(module, Conv1D) else 1])
@@ -57,7 +57,7 @@ class LoRA(LayerMethod):
         return self.scale**2 * self.rank / (3 * width)
 
     def features(self, layer: Layer) -> Found:
-        """The matrix B, ``(r, rank)``; for the mean over A, a multiple of the weight unless :meth:`share` has that."""
+        """The feature of B, ``(r, rank)``; for the mean over A, of the weight, unless :meth:`share` counts it."""
         if layer.x is None:
             return
         assert isinstance(layer.feature, Outer)
@@ -80,7 +80,7 @@ class LoRA(LayerMethod):
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """LoRA on the direction of each weight, and the lengths m of its rows (Liu et al. 2024).
+    """LoRA on the direction of each weight, and trained lengths m of its rows (Liu et al. 2024).
 
     At B = 0, d f / d B is the same as for LoRA, since the norm is held constant in the gradient, and
     d f / d m_j = sum_t g_tj (W x_t)_j / |W_j|.
@@ -89,10 +89,12 @@ class DoRA(LoRA):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.a == "expected":
-            raise ValueError("DoRA has no mean over A here: its lengths do not depend on A; use LoRA for that part")
+            raise ValueError(
+                "DoRA takes no a='expected': use LoRA(a='expected') for the mean of its low-rank part over A"
+            )
 
     def features(self, layer: Layer) -> Found:
-        """LoRA's matrix and the lengths."""
+        """The features of LoRA's matrix and of the lengths."""
         if layer.x is None:
             return
         yield from super().features(layer)
@@ -105,7 +107,7 @@ class DoRA(LoRA):
 
 @dataclass(frozen=True)
 class VeRA(LayerMethod):
-    """Frozen random matrices A and B shared by all layers, vectors b = 0 and d trained (Kopiczko et al. 2024).
+    """Trained vectors b = 0 and d around frozen random matrices A, B that all layers share (Kopiczko et al. 2024).
 
         d f / d b_j = sum_t g_tj (B (d * A x_t))_j       (d f / d d = 0 at b = 0)
 
@@ -122,7 +124,7 @@ class VeRA(LayerMethod):
     modules: Modules = None
 
     def features(self, layer: Layer) -> Found:
-        """The vector b, of length r."""
+        """The feature of the vector b, of length r."""
         if layer.x is None:
             return
         r, s = layer.weight.shape
@@ -141,7 +143,7 @@ class LoHa(LayerMethod):
 
     Attributes:
         rank: of each product.
-        alpha: the whole is multiplied by alpha / rank; by default alpha = rank.
+        alpha: the elementwise product is multiplied by alpha / rank; by default alpha = rank.
         modules: linear layers that carry one.
         factors: (w1_a ``(r, rank)``, w1_b ``(rank, s)``, w2_a ``(r, rank)``) by module name; if None, peft's
             initialisation from ``seed``.
@@ -155,7 +157,7 @@ class LoHa(LayerMethod):
     seed: int = 0
 
     def features(self, layer: Layer) -> Found:
-        """The matrix w2_b, ``(rank, s)``."""
+        """The feature of the matrix w2_b, ``(rank, s)``."""
         if layer.x is None:
             return
         r, s = layer.weight.shape
@@ -181,6 +183,6 @@ class LoHa(LayerMethod):
 
 @lru_cache(maxsize=1024)
 def kaiming_uniform(shape: tuple[int, int], key: str) -> Tensor:
-    """Entries uniform in +-1 / sqrt(columns), as ``nn.Linear`` and peft draw them; the key is the seed."""
+    """A matrix of entries uniform in +-1 / sqrt(columns), as in ``nn.Linear`` and peft, seeded by ``key``."""
     generator = torch.Generator().manual_seed(seed_of(key))
     return torch.empty(shape).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])

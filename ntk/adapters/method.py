@@ -1,11 +1,11 @@
-"""Kernels of parameter-efficient methods at their initialisation, from the stream of the full kernel.
+"""The interface of parameter-efficient methods, whose kernels come from passes of the bare network.
 
-At its initialisation an adapter leaves the network's function as it is, so the tangent features of its parameters are
-made of what a pass of the bare network shows at each layer: a layer's inputs x_t, its outputs y_t (bias included) and
-the gradients g_t there, summed over tokens t. One forward and c backward passes serve every method at once.
+At its initialisation an adapter does not change the network's function, so the tangent features of its parameters
+follow from quantities of the bare network at each layer: the layer's inputs x_t, its outputs y_t (bias included) and
+the gradients g_t at the outputs, summed over tokens t. One forward and c backward passes serve all methods at once.
 
-A method is one class. Either it gives parameters of the network itself a weight (full fine-tuning, BitFit, norms), or
-it says for one layer what the features of its own parameters are. r is the width of a layer, s that of its input.
+A method is one class. It gives weights to parameters of the network itself (full fine-tuning, BitFit, norms), or it
+computes the features of its own parameters at one layer. r is the width of a layer, s that of its input.
 """
 
 import re
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ntk.features import Dense, Feature, Lookup, Outer
 
 Modules = str | Sequence[str] | Callable[[str], bool] | None
-"""Which layers, by a regular expression of the whole name, names or their last parts, or a predicate; None for all."""
+"""A choice of layers: a regular expression of the whole name, names or their last parts, a predicate; None for all."""
 
 Found = Iterator[tuple[str, torch.Size, Feature]]
 """The names of a method's own parameters at one layer, their shapes and their features."""
@@ -39,10 +39,11 @@ class Layer:
         x: ``(N, s)`` inputs; None for an embedding.
         y: ``(N, r)`` outputs.
         feature: of the weight; it holds the gradients at the outputs.
-        weighed: whether :meth:`Method.share` has been called for the weight with the layer's name.
-        at_inputs: ``(c, N, s)``, the gradients at the inputs by way of this layer, if they are not just g W.
-        read: ``(n, c, r)``, sum_k (df/dW_jk) W_jk + (df/db_j) b_j over what the model reads of the weight W and the
-            bias b without calling the layer; over the tokens of calls, g_tj y_tj sums to the same.
+        weighed: whether :meth:`Method.share` was called for the weight with the layer's name.
+        at_inputs: ``(c, N, s)``, the part of the gradients at the inputs that passes through this layer; None if it
+            is g W.
+        read: ``(n, c, r)``, sum_k (df/dW_jk) W_jk + (df/db_j) b_j, with gradients through uses of the weight W and the
+            bias b other than calls of the layer; None without such uses. For calls this sum is sum_t g_tj y_tj.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Layer:
 
     @cached_property
     def gy(self) -> Dense:
-        """sum_t g_tj y_tj."""
+        """The sum over tokens of g_tj y_tj, outputs times the gradients at them."""
         return self.over_tokens(self.g * self.y)
 
     @cached_property
@@ -81,14 +82,14 @@ class Method:
     """A parameter-efficient method at its initialisation."""
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """The weight with which the kernel of a parameter of the network enters; 0 where it is frozen.
+        """The factor of a network parameter's kernel in the method's kernel; 0 if the method freezes the parameter.
 
         Args:
             name: of the parameter.
             parameter: the parameter.
-            module: whose parameter it is.
-            layer: that module's name, if the parameter is the matrix of this module alone and adapters may stand
-                beside it.
+            module: the module that holds it.
+            layer: the module's name, if the parameter is the matrix of this module alone and the module may carry
+                adapters; else None.
         """
         return 0.0
 
@@ -102,22 +103,22 @@ class Method:
 
     @property
     def in_reads(self) -> bool:
-        """Whether these also act where the model reads a layer's weight without calling it; peft's act on calls."""
+        """Whether the features include uses of a layer's weight other than calls; peft's adapters act on calls only."""
         return False
 
 
 class LayerMethod(Method):
-    """A method with parameters of its own at the layers that its ``modules`` chooses."""
+    """A method with parameters of its own at the layers that its attribute ``modules`` chooses."""
 
     modules: Modules
 
     def adapts(self, module: str) -> bool:
-        """The chosen layers."""
+        """Whether ``modules`` chooses the layer."""
         return chosen(self.modules, module)
 
 
 def chosen(modules: Modules, name: str) -> bool:
-    """Whether a choice of layers includes a module, as peft reads ``target_modules``."""
+    """Whether a choice of layers includes a module, by peft's rules for ``target_modules``."""
     if modules is None:
         return True
     if callable(modules):
@@ -128,15 +129,15 @@ def chosen(modules: Modules, name: str) -> bool:
 
 
 def seed_of(key: str) -> int:
-    """A seed for random numbers from a key."""
+    """The seed of a random generator for a key."""
     return zlib.crc32(key.encode())
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that take adapters, by the names of their modules.
 
-    These are the linear layers and embeddings of the model's body. The head, which is whatever a Hugging Face model has
-    beside its body, takes none. Modules that share a weight count as separate layers.
+    These are the linear layers and embeddings of the model's body. The head, which is every module of a Hugging Face
+    model outside of its body, takes none. Modules that share a weight count as separate layers.
     """
     body = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
     inside = {id(module) for module in body.modules()}
@@ -148,9 +149,9 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_of(name: str, module: nn.Module, feature: Outer | Lookup, output: Tensor | None, *, weighed: bool) -> Layer:
-    """One layer as the methods see it, from a captured use of its weight whose call does nothing else.
+    """The :class:`Layer` of a module from a captured use of its weight, if the module's call does nothing else.
 
-    The feature is that of its weight. The output is that of the operation, ``(N, r)``; it is computed again if None.
+    ``feature`` is that of the weight. ``output`` is the operation's output ``(N, r)``; if None, it is computed again.
 
     Raises:
         NotImplementedError: the model has overwritten the output of an embedding.
@@ -165,7 +166,7 @@ def layer_of(name: str, module: nn.Module, feature: Outer | Lookup, output: Tens
 
 
 def matrix_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight, ``(r, s)`` of a linear layer and ``(rows, r)`` of an embedding, and bias; detached."""
+    """The detached weight, ``(r, s)`` of a linear layer or ``(rows, r)`` of an embedding, and the bias."""
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     weight = weight.detach().T if isinstance(module, Conv1D) else weight.detach()

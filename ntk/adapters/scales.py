@@ -8,11 +8,11 @@ from ntk.features import Dense
 
 @dataclass(frozen=True)
 class Propulsion(LayerMethod):
-    """A vector z on the outputs of layers, acting as z**degree, at z = 1 (Kowsher et al. 2024).
+    """A vector z that multiplies the outputs of a layer as z**degree, at z = 1 (Kowsher et al. 2024).
 
         d f / d z_j = degree * sum_t g_tj y_tj
 
-    Where a model reads a layer's weight and bias without calling the layer, they are multiplied by z**degree.
+    If a model uses a layer's weight and bias without calling the layer, they are multiplied by z**degree there.
 
     Attributes:
         degree: the exponent k; the kernel grows as k squared.
@@ -23,19 +23,19 @@ class Propulsion(LayerMethod):
     modules: Modules = None
 
     def features(self, layer: Layer) -> Found:
-        """One vector of length r."""
+        """The feature of z, a vector of length r."""
         value = layer.gy.value if layer.read is None else layer.gy.value + layer.read
         yield "z", layer.y.shape[-1:], Dense(self.degree * value)
 
     @property
     def in_reads(self) -> bool:
-        """True: it scales the weight that is read."""
+        """True, since z multiplies the weight there."""
         return True
 
 
 @dataclass(frozen=True)
 class IA3(Method):
-    """Vectors on the outputs of layers, or on the inputs of feed-forward ones, at 1 (Liu et al. 2022).
+    """Vectors of ones that multiply the outputs of layers, or the inputs of feed-forward layers (Liu et al. 2022).
 
     Attributes:
         modules: layers whose outputs are scaled.
@@ -46,11 +46,11 @@ class IA3(Method):
     feedforward: Modules = ()
 
     def adapts(self, module: str) -> bool:
-        """The chosen layers."""
+        """Whether ``modules`` or ``feedforward`` chooses the layer."""
         return chosen(self.modules, module) or chosen(self.feedforward, module)
 
     def features(self, layer: Layer) -> Found:
-        """One vector of length s or r."""
+        """The feature of the vector, of length s at feed-forward layers and r at others."""
         if layer.x is None:
             return
         if chosen(self.feedforward, layer.name):

@@ -1,4 +1,4 @@
-"""Methods that train weights of the network itself: all of them, biases, norms, or a random subset."""
+"""Methods that train parameters of the network itself: all, biases, norms, or a random subset."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +12,7 @@ from ntk.adapters.method import Found, Layer, LayerMethod, Method, Modules, seed
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Full fine-tuning."""
+    """Full fine-tuning: all parameters are trained."""
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
         """1 for every parameter."""
@@ -21,16 +21,19 @@ class Full(Method):
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """All biases, those of norms included (Ben Zaken, Goldberg and Ravfogel 2022)."""
+    """Training of all biases, those of norms included (Ben Zaken, Goldberg and Ravfogel 2022)."""
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """1 for parameters whose name ends in bias."""
+        """1 for parameters whose name ends in "bias"."""
         return float(name.endswith("bias"))
 
 
 @dataclass(frozen=True)
 class NormTuning(Method):
-    """Scales and shifts of all normalisation layers, found by the names of their classes (Zhao et al. 2024)."""
+    """Training of the scales and shifts of normalisation layers (Zhao et al. 2024).
+
+    They are the modules whose class has "norm" in its name.
+    """
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
         """1 for parameters of normalisation layers."""
@@ -52,13 +55,13 @@ class RandomSubset(LayerMethod):
     seed: int = 0
 
     def features(self, layer: Layer) -> Found:
-        """The chosen entries of the weight's feature."""
+        """The feature of the chosen entries of the weight."""
         if layer.x is None:
             return
         if layer.read is not None or layer.at_inputs is not None:
             raise NotImplementedError(
-                f"{layer.name} does more than multiply by its weight, or the model reads that weight itself, so that "
-                "its single entries have no kernel here: leave it out of modules, or take "
+                f"{layer.name} does more than multiply by its weight, or the model uses that weight itself; "
+                "the kernel of single entries is not known there: leave it out of modules, or take "
                 "ntk.random_subset_ntk(model, ...) of all weights"
             )
         places = subset(layer.weight.numel(), self.count, f"{self.seed}.{layer.name}").to(layer.g.device)
@@ -70,6 +73,6 @@ class RandomSubset(LayerMethod):
 
 @lru_cache(maxsize=1024)
 def subset(total: int, count: int, key: str) -> Tensor:
-    """``count`` of the numbers below ``total``, drawn without replacement, ascending; the key is the seed."""
+    """``count`` distinct random numbers below ``total``, ascending, seeded by ``key``."""
     drawn = np.random.default_rng(seed_of(key)).choice(total, min(count, total), replace=False)
     return torch.from_numpy(np.sort(drawn))

@@ -1,4 +1,4 @@
-"""Training as a kernel predicts it: regression, gradient flow, and the linearised model."""
+"""Predictions of training from a kernel: regression, gradient flow, and the linearised model."""
 
 from ntk.dynamics.linearized import Linearized, linearization_error, relative_drift
 from ntk.dynamics.regression import Spectrum, cross_entropy_flow, gradient_flow, kernel_regression, sign_gradient_kernel

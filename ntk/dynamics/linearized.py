@@ -1,4 +1,4 @@
-"""The linearised model, and how far training departs from it."""
+"""The linearised model, and measures of how far training departs from it."""
 
 import torch
 from jaxtyping import Float
@@ -11,18 +11,18 @@ from ntk.functional import ParameterChoice, evaluating, select_parameters
 
 
 class Linearized(nn.Module):
-    """The first-order expansion of a model about its present parameters, f(x; theta_0) + J(x) delta, to be trained.
+    """The trainable first-order expansion of a model about its present parameters, f(x; theta_0) + J(x) delta.
 
     Attributes:
         names: of the chosen parameters.
         delta: one trainable parameter for each name, in their order; all start at 0.
 
-    Cost: a forward pass by ``torch.func.jvp`` costs two. Training it by gradient descent follows its kernel exactly
-    (Lee et al. 2019, eq. 5).
+    Cost: a forward pass, by ``torch.func.jvp``, costs two of the model. Training it by gradient descent follows
+    its kernel exactly (Lee et al. 2019, eq. 5).
     """
 
     def __init__(self, model: nn.Module, params: ParameterChoice = "all"):
-        """Expand about the parameters as they are now; the model is used in evaluation mode, and not changed.
+        """Expand about the model's present parameters; the model runs in evaluation mode and is not changed.
 
         Args:
             model: any module; this module takes the same arguments.
@@ -37,7 +37,7 @@ class Linearized(nn.Module):
         self._start = {name: p.clone() for name, p in chosen.items()}
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """The linearised outputs: the model's tensor, or its ``logits``."""
+        """The linearised outputs, of the tensor that the model returns or of its ``logits``."""
 
         def outputs(chosen: dict[str, Tensor]) -> Tensor:
             # Clones, since a model may write into its inputs.
@@ -53,7 +53,7 @@ class Linearized(nn.Module):
 
 
 def relative_drift(now: Float[Tensor, "..."], start: Float[Tensor, "..."]) -> float:
-    """|A_t - A_0| / |A_0| (Frobenius), of kernels, Jacobians or parameters: small if training was lazy.
+    """|A_t - A_0| / |A_0| (Frobenius) of kernels, Jacobians or parameters, which is small if training was lazy.
 
     Raises:
         ValueError: shapes differ, or the start is 0.
@@ -62,19 +62,19 @@ def relative_drift(now: Float[Tensor, "..."], start: Float[Tensor, "..."]) -> fl
         raise ValueError(f"expected two tensors of one shape; got {tuple(now.shape)} and {tuple(start.shape)}")
     size = float(start.double().norm())
     if not size:
-        raise ValueError("drift relative to a start of 0 is not defined")
+        raise ValueError("the tensor at the start is 0, and drift relative to 0 is not defined")
     return float((now.double() - start.double()).norm()) / size
 
 
 def linearization_error(
     outputs: Float[Tensor, "n c"], linearized: Float[Tensor, "n c"], initial: Float[Tensor, "n c"]
 ) -> float:
-    """|f_t - f_t^lin| / |f_t - f_0|: the part of the outputs' movement that the linearised model does not explain.
+    """|f_t - f_t^lin| / |f_t - f_0|, the error of the linearised outputs relative to the movement of the outputs.
 
     Raises:
         ValueError: shapes differ, or the outputs did not move.
     """
     moved = float((outputs.double() - initial.double()).norm())
     if not moved:
-        raise ValueError("the outputs did not move: there is nothing to explain")
+        raise ValueError("the outputs did not move, and an error relative to no movement is not defined")
     return float((outputs.double() - linearized.double()).norm()) / moved

@@ -1,9 +1,9 @@
-"""Outputs that a kernel predicts during and after training: regression and gradient flow.
+"""Predictions, from a kernel, of the outputs during and after training: regression and gradient flow.
 
 While a network's tangent features do not change, its outputs follow df/dt = -K dL/df in training on a loss L(f) by
 gradient flow (Jacot, Gabriel and Hongler 2018; Lee et al. 2019, eq. 7). Outputs f and targets y are ``(n, c)``; kernels
 ``(n1, n2, c, c)``, or ``(n1, n2)`` for outputs that share one. Losses are sums over examples, (1/2) |f - y|^2 or the
-cross-entropy; with a mean over n examples instead, time runs n times slower. Everything is in float64.
+cross-entropy; for means over n examples, divide the times by n. All functions compute in float64.
 """
 
 import math
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from ntk.layout import Kernel, flatten
 
-# Eigenvalues of a symmetric kernel may be this far below zero, relative to the largest, by rounding of its entries.
+# By rounding of the entries of a kernel, eigenvalues may lie this far below zero, relative to the largest.
 NEGATIVE = 1e-6
-# A kernel with a relatively smaller eigenvalue is singular: the coefficients would consist of rounding errors.
+# A kernel counts as singular if its smallest eigenvalue, relative to the largest, is at most this: the coefficients
+# would consist of rounding errors.
 SINGULAR = 1e-13
 
 
 class Spectrum:
-    """Eigenvalues and eigenvectors of a training kernel, from which everything for squared loss follows.
+    """Eigenvalues and eigenvectors of a training kernel, which determine training on squared loss.
 
     Attributes:
         values: ``(rows,)``, ascending; values below ``rounding`` are set to 0.
@@ -55,10 +56,10 @@ class Spectrum:
         self.outputs = kernel.shape[2] if kernel.ndim == 4 else None
 
     def rows(self, f: Float[Tensor, "n c"]) -> Float[Tensor, "rows columns"]:
-        """Outputs as columns that the kernel's matrix multiplies.
+        """The outputs as columns that the kernel's matrix can multiply.
 
         Raises:
-            ValueError: they do not fit the kernel.
+            ValueError: the shape of the outputs does not fit the kernel.
         """
         f = f.double()
         n = len(self.values) if self.outputs is None else len(self.values) // self.outputs
@@ -122,13 +123,13 @@ def gradient_flow(
 ) -> Float[Tensor, "times m c"]:
     """Outputs at the given times on squared loss: f_t(X) = y + exp(-K t) (f_0 - y) (Lee et al. 2019, eq. 8, 9).
 
-    On new inputs f_t(x) = f_0(x) + K(x, X) K^-1 (I - exp(-K t)) (y - f_0). A singular kernel needs no inverse: nothing
-    moves along an eigenvector of eigenvalue 0, and K(x, X) is 0 on it. Eigenvalues within rounding of 0 are set to 0,
-    since time would amplify the rounding. Gradient descent at rate r reaches the times r, 2 r, ... as r goes to 0.
+    On new inputs f_t(x) = f_0(x) + K(x, X) K^-1 (I - exp(-K t)) (y - f_0). The kernel may be singular: along an
+    eigenvector of eigenvalue 0 nothing moves, and K(x, X) is 0 on it. Eigenvalues within rounding of 0 are set to 0,
+    since the rounding would grow with time. Gradient descent at rate r is at the times r, 2 r, ... as r goes to 0.
     Arguments as in :func:`kernel_regression`.
 
     Raises:
-        ValueError: as there, and for negative times.
+        ValueError: as :func:`kernel_regression`; negative times.
     """
     spectrum = Spectrum(kernel)
     f0, y = _start(targets, initial), targets.double()
@@ -162,11 +163,11 @@ def cross_entropy_flow(
     Args:
         labels: ``(n,)`` classes, or ``(n, c)`` probabilities.
         initial: f_0(X), with one column for each class.
-        tolerance: relative, of the integrator (LSODA, which copes with stiffness).
+        tolerance: relative tolerance of the integrator (LSODA, which handles stiff equations).
 
     Raises:
         ValueError: as :func:`gradient_flow`; labels that do not fit.
-        ArithmeticError: the integrator fails, with its reason.
+        ArithmeticError: the integrator fails; the message holds its reason.
     """
     spectrum = Spectrum(kernel)
     f0 = initial.double()
@@ -199,14 +200,14 @@ def cross_entropy_flow(
 def sign_gradient_kernel(
     jacobian: Float[Tensor, "n1 c p"], jacobian2: Float[Tensor, "n2 c p"] | None = None
 ) -> Float[Tensor, "n1 n2 c c"]:
-    """<grad f_a(x), sign(grad f_b(x'))>: how a step of sign descent on x' moves f(x) (Malladi et al. 2023, def. 3.4).
+    """<grad f_a(x), sign(grad f_b(x'))>, the effect on f(x) of sign descent on x' (Malladi et al. 2023, def. 3.4).
 
-    Adam's first steps are sign descent, so this kernel describes them and the tangent kernel does not. It is not
-    symmetric, and scaling the network does not change the direction of its columns.
+    Adam's first steps are sign descent, which this kernel describes instead of the tangent kernel. It is not
+    symmetric, and scaling the network only scales its columns.
 
     Args:
         jacobian: grad f of the rows, parameters flattened.
-        jacobian2: of the columns; the rows' Jacobian if None.
+        jacobian2: grad f of the columns; that of the rows if None.
     """
     other = jacobian if jacobian2 is None else jacobian2
     return torch.einsum("iap,jbp->ijab", jacobian, other.sign())

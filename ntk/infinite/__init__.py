@@ -1,4 +1,4 @@
-"""Infinitely wide networks: NNGP, NTK and Propulsion limits, and the gap between them.
+"""Infinitely wide networks: NNGP, NTK and Propulsion kernels, and the gap between the last two.
 
 Call :func:`mlp_kernels`. :mod:`ntk.infinite.activations` has the table of activations, :mod:`.closed_forms` and
 :mod:`.quadrature` the expectations, :mod:`.mlp` and :mod:`.residual` the recursions with their formulas, and

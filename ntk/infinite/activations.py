@@ -18,7 +18,7 @@ class Activation:
 
     Attributes:
         function: phi, on tensors of any shape.
-        derivative: phi' almost everywhere.
+        derivative: phi', which may be wrong at single points.
         moments: the closed forms of the three expectations, or None.
         complements: closed forms of 1 - kappa and 1 + kappa for kappa the correlation of phi(h) and phi(h'), or None.
         homogeneous: phi(s h) = s phi(h) for s > 0, hence h phi'(h) = phi(h).
@@ -82,7 +82,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-# torch's own functions of these names are recognised, so that their closed forms are used. Its `linear` is a product.
+# torch's functions of these names are recognised, so that closed forms are used. Torch's `linear` is a product.
 _TORCH: dict[object, str] = {
     getattr(place, name): name
     for place in (torch, torch.nn.functional, torch.special)
@@ -92,7 +92,7 @@ _TORCH: dict[object, str] = {
 
 
 def find(activation: str | Activation | Callable[[Tensor], Tensor]) -> Activation:
-    """An activation by its name, as it is, or from a differentiable elementwise function of tensors.
+    """The activation of a name or of a differentiable elementwise function; an :class:`Activation` is returned.
 
     Raises:
         ValueError: an unknown name; a function without a usable derivative, or with jumps.

@@ -1,4 +1,4 @@
-"""Closed forms of the three expectations, activation by activation: functions of :class:`~ntk.infinite.gaussian.Pairs`.
+"""Closed forms of the three expectations for each activation, as functions of :class:`~ntk.infinite.gaussian.Pairs`.
 
 Below (h, h') have variances q, q', covariance c, correlation rho and angle theta = arccos(rho).
 """
@@ -25,7 +25,7 @@ def linear_complements(pairs: Pairs) -> tuple[Tensor, Tensor]:
 class _FirstArcCosine(torch.autograd.Function):
     """s sin(theta) + (pi - theta) c for c = s cos(theta), whose differential is sin(theta) ds + (pi - theta) dc.
 
-    The terms in d theta cancel; each of them is infinite where theta is 0.
+    The terms in d theta cancel, but each is infinite at theta = 0, where autograd would give NaN.
     """
 
     generate_vmap_rule = True
@@ -54,7 +54,7 @@ class _EvenComplement(torch.autograd.Function):
 
     @staticmethod
     def forward(versine: Tensor, sine: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The value; sin(a) is given for its accuracy. The coangle of pi - a is a."""
+        """The value; sin(a) is an argument since it is known more accurately. The coangle of pi - a is a."""
         return versine - (2 / math.pi) * (sine - coangle(2 - versine, versine) * (1 - versine))
 
     @staticmethod

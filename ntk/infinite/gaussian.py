@@ -20,7 +20,7 @@ def root(x: Tensor) -> Tensor:
 
 
 def ratio(x: Tensor, y: Tensor) -> Tensor:
-    """x / y, and x where y is 0, so that the derivatives of values that are replaced later are not 0 / 0."""
+    """x / y, and x where y is 0, so that values that are replaced later have no derivative 0 / 0."""
     return x / torch.where(y == 0, torch.ones_like(y), y)
 
 
@@ -36,9 +36,9 @@ def coangle(minus: Tensor, plus: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pairs:
-    """(h, h') ~ N(0, [[q1, cov], [cov, q2]]) for many pairs at once; all fields broadcast together.
+    """Many pairs (h, h') ~ N(0, [[q1, cov], [cov, q2]]), in fields that broadcast together.
 
-    The correlation rho is held as ``minus`` = 1 - rho and ``plus`` = 1 + rho, each with its own relative accuracy: an
+    The correlation rho is stored as ``minus`` = 1 - rho and ``plus`` = 1 + rho, each with its own relative accuracy: an
     angle found by arccos(rho) loses half of the digits where rho is near 1 or -1, as it is in deep networks.
     Where a variance is 0 the correlation is set to 0; every output multiplies it by 0.
     """
@@ -71,7 +71,7 @@ class Pairs:
 
     @property
     def same(self) -> Tensor:
-        """Where h and h' are one variable up to rounding: rho = 1 and equal variances."""
+        """A mask of the pairs with h = h' up to rounding: rho = 1 and equal variances."""
         return (self.minus < 1e-28) & ((self.q1 - self.q2).abs() <= 1e-14 * self.q1)
 
 
@@ -126,7 +126,7 @@ def next_pairs(
     sigma_b: float,
     complements: tuple[Tensor, Tensor] | None,
 ) -> Pairs:
-    """The pairs of the next layer: covariance sigma_w^2 E[phi phi'] + sigma_b^2, correlation with its own accuracy.
+    """The pairs of the next layer, of covariance sigma_w^2 E[phi phi'] + sigma_b^2, with an accurate correlation.
 
     With a, a' the standard deviations of sigma_w phi(h) and sigma_w phi(h'), kappa their correlation, N^2 = a^2 +
     sigma_b^2 and N'^2 likewise,
@@ -152,7 +152,7 @@ def next_pairs(
 
 
 def sum_of_pairs(a: Pairs, b: Pairs) -> Pairs:
-    """The pairs of h + g for independent pairs of h and of g, the correlation with its own accuracy.
+    """The pairs of h + g for independent pairs of h and of g, with an accurate correlation.
 
     With s = sqrt(q_h q_h'), t = sqrt(q_g q_g') and N N' the root of the product of the sums' variances,
 
@@ -168,7 +168,7 @@ def sum_of_pairs(a: Pairs, b: Pairs) -> Pairs:
 
 
 def _without_variance(q1: Tensor, q2: Tensor, minus: Tensor, plus: Tensor) -> tuple[Tensor, Tensor]:
-    """rho = 0 by convention where a variance is 0; the formulas give 0 / 0 there."""
+    """1 - rho and 1 + rho with rho = 0 by convention where a variance is 0; the formulas give 0 / 0 there."""
     none = (q1 == 0) | (q2 == 0)
     return minus.masked_fill(none, 1.0), plus.masked_fill(none, 1.0)
 

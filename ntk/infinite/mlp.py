@@ -62,7 +62,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class MLPKernels:
-    """What :func:`mlp_kernels` returns; every kernel is ``(n1, n2)``, float64.
+    """The result of :func:`mlp_kernels`; every kernel is ``(n1, n2)``, float64.
 
     Attributes:
         nngp: covariance of the outputs at initialisation, Sigma^{L+1}.
@@ -95,14 +95,14 @@ class MLPKernels:
 
     @property
     def lora(self) -> Float[Tensor, "n1 n2"]:
-        """The limit of LoRA's kernel as its rank grows: that of the weights."""
+        """The limit of LoRA's kernel as its rank grows, ``ntk_weights``."""
         return self.ntk_weights
 
     def lora_variance(self, rank: int) -> Float[Tensor, "n1 n2"]:
         """Variance of LoRA's kernel over A, at infinite width: sum_l (D^l)^2 (S S' + (Sigma^l - sigma_b^2)^2) / r.
 
-        S and S' are Sigma^l - sigma_b^2 at (x, x) and (x', x'): the layer's inputs projected on r random directions,
-        Var = (|a|^2 |a'|^2 + (a.a')^2) / r (Malladi et al. 2023, sec. 5; exact here).
+        S and S' are Sigma^l - sigma_b^2 at (x, x) and (x', x'). The inner product of a layer's inputs a, a' projected
+        on r random directions has variance (|a|^2 |a'|^2 + (a.a')^2) / r (Malladi et al. 2023, sec. 5; exact here).
         """
         if rank < 1:
             raise ValueError(f"LoRA's rank must be at least 1; got {rank}")
@@ -218,10 +218,10 @@ def mlp_kernels(
 
 
 def first_layer(a: Tensor, b: Tensor, sw: float, sb: float, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Pairs]:
-    """sigma_w^2 x.x' / n_0 without the bias, for the pairs, the rows and the columns; and the pairs of h^1.
+    """sigma_w^2 x.x' / n_0 of the pairs, of the rows and of the columns, without the bias; and the pairs of h^1.
 
-    Correlations are those of inputs with the bias as one more coordinate, which are accurate. Covariances are the sum
-    of both terms, so that a bias which is large compared with the inputs is never subtracted again.
+    Correlations are computed with the bias as one more coordinate of the inputs, which is accurate. Covariances are
+    sums of both terms, so that subtracting a bias that is large compared with the inputs loses no digits.
     """
     rows = [sw / math.sqrt(x.shape[1]) * x for x in (a, b)]
     extended = [torch.cat([x, sb * torch.ones_like(x[:, :1])], dim=1) for x in rows]
@@ -235,9 +235,9 @@ def first_layer(a: Tensor, b: Tensor, sw: float, sb: float, *, symmetric: bool) 
 
 
 def _split(steps: list[tuple[Tensor, Tensor, Tensor]], sb: float, k2: float) -> Layers:
-    """The parts by layer l, from Sigma^l - sigma_b^2 and, of the layer below, D^{l-1} / D^l and E[h h' phi' phi'].
+    """The parts by layer l, from Sigma^l - sigma_b^2, and from D^{l-1} / D^l and E[h h' phi' phi'] of the layer below.
 
-    The first layer has no layer below, and the last layer is the readout.
+    The first layer has no layer below; the last is the readout.
     """
     shares, factors, multiplied = (torch.stack(parts) for parts in zip(*steps))
     after = [torch.ones_like(shares[0])]  # D^{L+1}, ..., D^1
@@ -274,7 +274,7 @@ def checked_inputs(x1: Tensor | np.ndarray, x2: Tensor | np.ndarray | None) -> t
 
 
 def check_numbers(depth: int, sigma_w: float, sigma_b: float, degree: float) -> None:
-    """Raise ValueError for numbers that describe no network."""
+    """Raise ValueError for a depth, standard deviation or degree that no network can have."""
     if depth < 0:
         raise ValueError(f"depth, the number of hidden layers, must be at least 0; got {depth}")
     if not (math.isfinite(sigma_w) and sigma_w > 0):

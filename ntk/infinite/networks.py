@@ -1,16 +1,16 @@
-"""Finite random networks in both parametrisations, which approach the limits of :mod:`ntk.infinite`.
+"""Finite random networks in two parametrisations, whose kernels approach the limits of :mod:`ntk.infinite`.
 
 A layer with n inputs computes
 
-| parametrisation | stored weights    | layer                                 | its kernel of W, beside the other's |
+| parametrisation | stored weights    | layer                                 | kernel of W                         |
 |-----------------|-------------------|---------------------------------------|-------------------------------------|
 | ``"ntk"``       | N(0, 1)           | (sigma_w / sqrt(n)) W a + sigma_b b   | K                                   |
 | ``"standard"``  | N(0, sigma_w^2/n) | W a + b, with b of variance sigma_b^2 | (n / sigma_w^2) K                   |
 
-One generator state gives the same function in both, so kernels of what is not a weight (Propulsion's multipliers) are
-equal. All parameters are drawn from the ``generator`` in order of construction; nothing else is random.
+One generator state gives the same function in both, so kernels of parameters that are not weights or biases, such as
+Propulsion's multipliers, are equal. Parameters are drawn from the ``generator`` in order of construction.
 
-A Propulsion multiplier z, z = 1 at first, is a plain parameter at the positions that a :class:`Recipe` names, where
+A Propulsion multiplier z, initially 1, is a parameter at the positions that a :class:`Recipe` names, where
 y = z^k * (layer's output). :func:`is_multiplier` selects the multipliers for :func:`ntk.empirical_ntk`.
 """
 
@@ -31,7 +31,7 @@ Position = str | int
 
 
 class Multiplier(nn.Module):
-    """y -> z^degree * y over the last axis; z of shape (n,) starts at 1."""
+    """Multiplies the last axis of y by z^degree; z of shape (n,) is initially 1."""
 
     def __init__(self, n: int, degree: int | float = 1, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ def is_multiplier(name: str, parameter: nn.Parameter) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the layers of one network are made: scales, parametrisation, multipliers, and the generator of the numbers.
+    """Settings of a random network: scales, parametrisation, multipliers, and the generator of its parameters.
 
     Attributes:
         generator: draws every parameter.
         sigma_w: standard deviation of the weights, in the sense of the table above.
-        sigma_b: of the biases; 0 for layers without bias.
+        sigma_b: standard deviation of the biases; 0 for layers without bias.
         parametrization: ``"ntk"`` or ``"standard"``.
         multipliers: the positions that get a Propulsion multiplier: ``"all"``, ``"hidden"`` (all but the input and
             readout), or a collection of the network's ``positions``.
@@ -85,7 +85,7 @@ class Recipe:
             )
 
     def chosen(self, positions: tuple[Position, ...]) -> frozenset[Position]:
-        """The multipliers' positions, checked against those of the network."""
+        """The positions of multipliers, after a check that the network has them."""
         if self.multipliers == "all":
             return frozenset(positions)
         if self.multipliers == "hidden":
@@ -100,12 +100,12 @@ class Recipe:
         return Multiplier(n, self.degree, self.dtype) if wanted else nn.Identity()
 
     def linear(self, n_in: int, n_out: int, multiplied: bool) -> "ScaledLinear":
-        """The next layer."""
+        """A new layer with parameters drawn from the generator."""
         return ScaledLinear(n_in, n_out, self, multiplied)
 
 
 class ScaledLinear(nn.Module):
-    """One linear layer in either parametrisation, with its multiplier: see the table of this module."""
+    """A linear layer in either parametrisation, with a multiplier or without; see the table of this module."""
 
     def __init__(self, n_in: int, n_out: int, recipe: Recipe, multiplied: bool) -> None:
         super().__init__()

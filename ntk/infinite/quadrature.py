@@ -1,4 +1,4 @@
-"""The three expectations for any differentiable activation: a Hermite series, and the plain rule of the plane.
+"""The three expectations for any differentiable activation: a Hermite series, and a plain rule on the plane.
 
 | name           | what                                                | cost                                        |
 |----------------|-----------------------------------------------------|---------------------------------------------|
@@ -7,8 +7,8 @@
 
 The series is the default for activations without closed form. The plain rule takes the few pairs for which the series
 does not converge: nearly parallel ones of activations that are steep or have a kink. Both rules have a panel boundary
-at 0, so that a kink there costs no accuracy (ELU, softsign), and both refine until two levels agree. If they never do,
-because of a kink or jump elsewhere (hardtanh at 1), they raise with the error that they reached.
+at 0, so that a kink there costs no accuracy (ELU, softsign), and both refine until two levels agree. If no two levels
+agree, because of a kink or jump elsewhere (hardtanh at 1), they raise an error that says the accuracy reached.
 """
 
 import math
@@ -54,7 +54,7 @@ def diagonal_moments(activation: Activation, q: Float[Tensor, "n"]) -> Moments:
 
 
 def series_moments(activation: Activation, pairs: Pairs) -> Moments:
-    """By Mehler's formula: with a_k(q) = E[f(sqrt(q) z) He_k(z)] / sqrt(k!),
+    """The expectations by Mehler's formula: with a_k(q) = E[f(sqrt(q) z) He_k(z)] / sqrt(k!),
 
         E[f(h) f(h')] = sum_k rho^k a_k(q) a_k(q')
 
@@ -82,7 +82,7 @@ def series_moments(activation: Activation, pairs: Pairs) -> Moments:
 
 
 def quadrature_moments(activation: Activation, pairs: Pairs) -> Moments:
-    """By :func:`plane_moments`, pair by pair."""
+    """The expectations by :func:`plane_moments`, pair by pair."""
     everywhere = torch.ones_like(pairs.cov, dtype=torch.bool)
     moments = plane_moments(activation, *_flat(pairs, everywhere))
     return Moments(*(values.reshape(pairs.cov.shape) for values in moments))
@@ -128,7 +128,7 @@ def _flat(pairs: Pairs, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _mehler(
     f: Function, q1: Tensor, q2: Tensor, own1: Tensor, own2: Tensor, rho: Tensor, skip: Tensor, level: int
 ) -> tuple[Tensor, Tensor]:
-    """The sums, and a mask of the pairs for which they have not converged."""
+    """The sums of Mehler's formula, and a mask of the pairs for which they have not converged."""
     size = (own1[:, None] * own2[None]).sqrt()
     terms = 32
     while True:

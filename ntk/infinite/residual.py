@@ -17,7 +17,7 @@ It follows that
 
     K_P,l / k^2 - K_F,l = sum_{m=l..L} c_m Cov(u u', phi'(h^m) phi'(h'^m))
 
-which docs/theory.md derives. The multilayer perceptron has the term m = l alone, and there the sum over layers
+which docs/theory.md derives. The multilayer perceptron has only the term m = l, and there the sum over layers
 telescopes to the next layer's weights; here it does not.
 """
 
@@ -38,7 +38,7 @@ from ntk.infinite.mlp import check_numbers, checked_inputs, first_layer
 
 @dataclass(frozen=True)
 class ResidualKernels:
-    """What :func:`residual_kernels` returns; the first axis of the split kernels is the layer, l = 1..L+1 or 1..L.
+    """The result of :func:`residual_kernels`; kernels by layer have the layers l = 1..L+1 or 1..L on the first axis.
 
     Attributes:
         nngp: covariance of the outputs.
