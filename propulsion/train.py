@@ -1,4 +1,4 @@
-"""Train a model on a task by any method: `python -m propulsion.train --task sst2 --method propulsion`.
+"""Train a model on a task with any method: `python -m propulsion.train --task sst2 --method propulsion`.
 
 Options have the names of `transformers.TrainingArguments`. The same command resumes a run that was killed at any
 moment, and ends with the same weights, bit for bit on a CPU. `accelerate launch -m propulsion.train ...` trains on
@@ -6,7 +6,7 @@ several devices. The output folder holds:
 
     run.json          the configuration, data and base model, with which a resumed run must agree
     rates.json        the measured learning rates and how they were chosen; a resumed run reads them
-    files.json        the files that the run wrote, by content: it removes no others
+    files.json        hashes of the files that the run wrote; it removes no other files
     checkpoint-N      a checkpoint, from which the run can be resumed
     model             the trained model or adapter, with its tokenizer; transformers or peft loads it
     predictions.json  one prediction for every validation row
@@ -57,13 +57,13 @@ class TrainResult:
         steps: Optimizer steps taken.
         trained_parameters: Number of parameters trained.
         learning_rates: Peak learning rate of every trained role (`propulsion.training.learning_rates`).
-        rate_reasons: How each rate was chosen, in words.
+        rate_reasons: How each rate was chosen, one sentence for each role.
         signs_of_failure: Signs that nothing was learnt, with the remedy; empty if there are none.
         history: The entries of the log.
-        seconds: Wall time of the last call.
+        seconds: Wall time of the call that finished the run.
         output_dir: The run's folder.
         pooling: Pooling of a classifier ("mean", "first", or transformers' own, "pooler"); None for other tasks.
-        extended_at: Steps after which the run was made longer; from each on, the schedule is that of the longer run.
+        extended_at: Steps after which the run was made longer; later steps follow the schedule of the longer run.
     """
 
     metrics: dict[str, float]
@@ -90,13 +90,13 @@ _FIXED = frozenset(
 
 
 def run(config: TrainConfig) -> TrainResult:
-    """Train as configured, from the last checkpoint where there is one, and evaluate.
+    """Train as configured, from the last checkpoint if there is one, and evaluate.
 
-    The result of a finished run is returned. With more steps or epochs, a run that is finished or was stopped is
-    continued from its last checkpoint, with the learning rates of the longer schedule.
+    If the run is finished, its stored result is returned. With more steps or epochs, a run that is finished or was
+    stopped continues from its last checkpoint, with the learning rates of the longer schedule.
 
     Raises:
-        UserError: Options, data or model cannot be used, the folder holds another run or something else, training
+        UserError: The options, data or model cannot be used, the folder holds another run or foreign files, training
             diverged, or the disk is full.
         Interrupted: The process was interrupted; the message says what is kept.
     """
@@ -112,7 +112,7 @@ def run(config: TrainConfig) -> TrainResult:
         config.task, data_dir=config.data_dir, n_train=config.max_train_samples, n_validation=config.max_eval_samples,
         seed=config.seed, streaming=config.streaming,
     )  # fmt: skip
-    # A model to be sharded may fit no single device.
+    # A model that is to be sharded may be too large for any single device.
     device = torch.device("cpu") if config.on_cpu or sharded else torch.device(str(state.device))
     kind = kind_of(task)
     model, tokenizer = load_model(
@@ -132,7 +132,7 @@ def run(config: TrainConfig) -> TrainResult:
         if state.is_main_process:
             print(
                 f"finished already at step {folder.finished['steps']}, nothing was trained: a larger --max-steps or "
-                "--num-train-epochs goes on, --overwrite-output-dir starts anew",
+                "--num-train-epochs trains it further, --overwrite-output-dir starts anew",
                 flush=True,
             )
         stored: dict[str, Any] = folder.finished | {"extended_at": folder.extended_at}
@@ -153,7 +153,7 @@ def run(config: TrainConfig) -> TrainResult:
         note = check_sharding(trainer, model) if sharded else None
         if note is not None and state.is_main_process:
             print(note, flush=True)
-        # The folder is unchanged so far, so that unusable options lose no earlier run.
+        # Nothing in the folder has been changed yet: options that cannot be used do not destroy an earlier run.
         state.wait_for_everyone()
         if state.is_main_process:
             run_folder.claim(output, same, folder)
@@ -181,7 +181,7 @@ def _carry_out(
         checkpoint = latest_checkpoint(output)
         if checkpoint is not None and main_process:
             longer = "; the learning rates from here on are those of the longer schedule" if folder.extended_at else ""
-            print(f"going on from {checkpoint}{longer}", flush=True)
+            print(f"resuming from {checkpoint}{longer}", flush=True)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.check_finite()
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
@@ -213,11 +213,11 @@ def _how_to_go_on(config: TrainConfig, output: Path) -> str:
     again = f"the same command{WITHOUT_OVERWRITE if config.overwrite_output_dir else ''}"
     if checkpoint is None:
         return f"{output} has no checkpoint yet (--save-steps {config.save_steps}): {again} starts from the first step"
-    return f"{checkpoint} is there: {again} goes on from it"
+    return f"{checkpoint} is complete: {again} resumes from it"
 
 
 def _streamed_rows(config: TrainConfig, state: PartialState) -> int:
-    """The largest number of streamed rows that training reads."""
+    """The largest number of streamed rows that training reads; 0 if epochs set the length of the run."""
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * state.num_processes
     return config.max_steps * batch + _SHUFFLED if config.max_steps > 0 else 0
 
@@ -240,7 +240,7 @@ def _adapted(config: TrainConfig, model: Any, task_type: str) -> Any:
 def _measured(
     config: TrainConfig, rates: Rates, stored: dict[str, RoleRate] | None, model: Any, encoded: Any, collator: Any
 ) -> Rates:
-    """The rates, with automatic ones from the run's folder, or measured now by one process for all."""
+    """The rates, of which the automatic ones are those stored in the folder, or are measured by the main process."""
     if stored is not None:
         return dataclasses.replace(rates, measured=stored)
     measured = [rates]
@@ -251,7 +251,7 @@ def _measured(
 
 
 def _losses(trainer: TaskTrainer) -> list[float]:
-    """The logged training losses, those before a resumption too; if none were logged, those of every step."""
+    """The training loss of every step if this call took all of them or none was logged; otherwise the logged ones."""
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return trainer.losses if len(trainer.losses) == trainer.state.global_step or not logged else logged
 
@@ -301,7 +301,7 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
 
 
 def main(config: TrainConfig) -> None:
-    """Run, and print the final table."""
+    """Run, and print a table of the result."""
     result = run(config)
     if PartialState().is_main_process:
         width = max(map(len, (*result.metrics, "trained parameters")))
@@ -311,11 +311,11 @@ def main(config: TrainConfig) -> None:
             print(f"{name:{width}}  {value:.4f}")
         if result.signs_of_failure:
             print("\nnothing seems to have been learnt: " + "; ".join(result.signs_of_failure))
-        print(f"\nmodel, checkpoints and result.json in {result.output_dir}")
+        print(f"\nmodel, checkpoints and result.json are in {result.output_dir}")
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """Options of the command line, over those of ``--preset NAME`` if it is given."""
+    """The configuration of a command line, whose options override those of its ``--preset NAME``, if any."""
     default = TrainConfig()
     if "--preset" in arguments:
         at = arguments.index("--preset")
@@ -333,7 +333,7 @@ _HELP = f"""{__doc__}
 
 
 def command() -> None:
-    """The command line."""
+    """Run the command line."""
     arguments = sys.argv[1:]
     if "--show-presets" in arguments:
         print("\n\n".join(describe(preset) for preset in PRESETS.values()))

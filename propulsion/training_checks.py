@@ -1,4 +1,4 @@
-"""Warnings at the first forward pass and the first optimizer steps, about settings that fail without an error."""
+"""Warnings, at the first forward pass and the first optimizer steps, of settings that fail without an error."""
 
 import warnings
 import weakref
@@ -14,7 +14,7 @@ from propulsion.layer import PropulsionLayer
 SCALE_NAME = "propulsion_z"
 SCALE_RATE = 2e-2
 """The fixed learning rate of scales at degree 1 (`propulsion.training.learning_rates`)."""
-# A relative change of an activation in one step, beyond which training is likely to diverge.
+# The relative change of an activation in one step above which training is likely to diverge.
 LARGEST_STEP = 0.25
 
 
@@ -25,12 +25,12 @@ def watch(model: nn.Module) -> None:
 
 
 def is_watched(model: nn.Module) -> bool:
-    """Whether a forward pass is still to be checked, which needs a call of the model itself."""
+    """Whether the model's next call in training mode is to be checked."""
     return _check_pass in model._forward_pre_hooks.values()
 
 
 def unwatched(model: nn.Module) -> nn.Module:
-    """Remove the check from a model, and return the model."""
+    """Remove the check of the next call from a model, and return the model."""
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _check_pass]:
         del model._forward_pre_hooks[key]
     return model
@@ -91,7 +91,7 @@ def _watch_steps(model: nn.Module, known: list[str]) -> None:
         model = watched()
         if model is None or (first is not None and first() is not optimizer):
             return
-        # Later steps are checked only if the rates are on the CPU, so that this waits for no accelerator.
+        # Reading rates on an accelerator would wait for it at every step, so such rates are checked once.
         if first is not None and (_rates_are_elsewhere(optimizer) or largest_rate(optimizer) <= judged):
             return
         scales = {id(p): name for name, p in model.named_parameters() if SCALE_NAME in name}
@@ -107,14 +107,14 @@ def _watch_steps(model: nn.Module, known: list[str]) -> None:
         first = weakref.ref(optimizer)
         judged = float("inf") if warn_of_traps(model, optimizer) else largest_rate(optimizer)
 
-    # The hook lives as long as the model: it cannot remove itself while hooks run.
+    # The hook cannot remove itself while hooks run, so it stays as long as the model does.
     weakref.finalize(model, register_optimizer_step_pre_hook(check).remove)
 
 
 def warn_of_traps(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Warn of settings that spoil the training of scales, and return whether there were any.
+    """Warn of settings that harm the training of scales, and return whether there were any.
 
-    These are weight decay on z, which pulls the scales to 0, and a learning rate (`largest_rate`) at which one step of
+    They are weight decay on z, which pulls the scales to 0, and a learning rate (`largest_rate`) at which one step of
     Adam or sign descent can move a scale z^k near 1 by more than `LARGEST_STEP`.
     """
     names = {id(p): name for name, p in model.named_parameters()}
@@ -144,7 +144,7 @@ def warn_of_traps(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def largest_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The largest learning rate of any group, now or later in the schedule, as far as the groups hold it."""
+    """The largest learning rate that any group holds: its current, initial or peak rate."""
     return max((_rate_of(group) for group in optimizer.param_groups), default=0.0)
 
 
@@ -154,9 +154,9 @@ def _rate_of(group: dict[str, Any]) -> float:
 
 
 class TrapWarnings(TrainerCallback):
-    """`warn_of_traps` before the first pass of `transformers.Trainer`: ``Trainer(..., callbacks=[TrapWarnings()])``.
+    """Calls `warn_of_traps` before the first forward pass: ``Trainer(..., callbacks=[TrapWarnings()])``.
 
-    Without it, they come at the first step (`watch`).
+    Without this callback, the warnings come at the first optimizer step (`watch`).
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -167,7 +167,7 @@ class TrapWarnings(TrainerCallback):
 
 
 def _degrees(model: nn.Module) -> dict[str, float]:
-    """The degree of every z, by its parameter's name."""
+    """The degree of every scale parameter z, by the parameter's name."""
     return {
         f"{name}.{SCALE_NAME}.{adapter}": float(degree)
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Training: options, learning rates, the loop, checkpoints, and the folder of a run."""
+"""Training: options, learning rates, the training loop, checkpoints, and the folder of a run."""
 
 from propulsion.training.config import TrainConfig, TrainingOptions
 from propulsion.training.fit import TrainingResult, apply_propulsion, evaluate, predict, train

@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: which there are, how one is read, and how one is removed."""
+"""Finding, reading and removing the checkpoints of a run on disk."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ STAGING, REMOVED = ".partial-checkpoint", ".removed-checkpoint"
 
 @contextlib.contextmanager
 def reading(checkpoint: Path | str | None) -> Iterator[None]:
-    """Raise `UserError` if a checkpoint cannot be read."""
+    """Turn an error of reading a checkpoint in the block into a `UserError` that names the checkpoint."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -27,8 +27,8 @@ def reading(checkpoint: Path | str | None) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError,
             SafetensorError) as error:  # fmt: skip
         raise UserError(
-            f"{checkpoint} is damaged ({first_line(error)}): remove it, and the same command goes on from the one "
-            "before, or starts anew"
+            f"{checkpoint} is damaged ({first_line(error)}): remove it, and the same command resumes from the "
+            "checkpoint before it, or starts anew"
         ) from error
 
 
@@ -40,24 +40,24 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def steps_of(checkpoint: Path | None) -> int:
-    """The number of steps after which a checkpoint was written; 0 without one."""
+    """The number of steps after which a checkpoint was written; 0 if there is no checkpoint."""
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if it has one."""
+    """The newest complete checkpoint of a run; None if there is none."""
     return next(reversed(checkpoints(folder)), None)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove checkpoints that a killed process has half written or half removed."""
+    """Remove the parts of checkpoints that a killed process was writing or removing."""
     for name in (STAGING, REMOVED):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint; the caller has made sure that the run wrote all of it."""
-    # It is renamed first, so that no incomplete checkpoint has the name of one.
+    # It is renamed first, so that no folder named checkpoint-N is ever incomplete.
     hidden = checkpoint.with_name(REMOVED)
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(checkpoint, hidden)

@@ -21,39 +21,39 @@ Strategy = Literal["no", "steps", "epoch"]
 
 
 def _formerly(name: str) -> Any:
-    """The name that an option had in the analyses, which command lines still take."""
+    """An earlier name of an option, which command lines still accept."""
     return tyro.conf.arg(aliases=[name])
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How a model is trained: AdamW with a warm-up and a schedule. Options of `transformers` have its names."""
+    """How a model is trained: by AdamW, with a warm-up and a schedule. Names are those of `TrainingArguments`."""
 
     max_steps: Annotated[int, _formerly("--steps")] = 200
     """Optimizer steps."""
     per_device_train_batch_size: Annotated[int, _formerly("--batch-size")] = 16
-    """Rows of a batch."""
+    """Number of rows in a batch."""
     learning_rate: RateChoice = "auto"
-    """Learning rate of what the method trains: a number; auto, measured on a few training batches
-    (propulsion.training.measured_rates); or None, the fixed rate of its role (propulsion.training.learning_rates)."""
+    """Learning rate of the method's parameters: a number; auto, measured on a few training batches
+    (propulsion.training.measured_rates); or None, a fixed rate by role (propulsion.training.learning_rates)."""
     head_learning_rate: RateChoice = "auto"
-    """Learning rate of the head, likewise."""
+    """Learning rate of the head: a number, auto or None, as for learning_rate."""
     rate_multiplier: float = 1.0
     """Factor on every learning rate that is not given as a number."""
     warmup_steps: Annotated[float, _formerly("--warmup-ratio")] = 0.06
-    """Steps over which the learning rate rises from 0; below 1, their share."""
+    """Steps over which the learning rate rises from 0; below 1, a share of all steps."""
     lr_scheduler_type: Annotated[str, _formerly("--schedule")] = "linear"
     """Schedule after the warm-up, such as linear, cosine or constant_with_warmup."""
     weight_decay: float = 0.01
-    """Weight decay of matrices; biases, norms and Propulsion's scales have none."""
+    """Weight decay of matrices; biases, norms and Propulsion's scales are not decayed."""
     max_grad_norm: float = 1.0
-    """Gradients longer than this, all parameters together, are shortened to it; 0 for no limit."""
+    """Largest norm of the gradient of all parameters, to which a larger one is scaled down; 0 for no limit."""
     train_sampling_strategy: Literal["random", "group_by_length"] = "random"
-    """Order of the rows: random, or group_by_length, random batches of rows of similar length, which saves padding."""
+    """Order of the rows: random, or group_by_length, which batches rows of similar length to save padding."""
     bf16: bool = False
-    """Train in mixed precision, bfloat16: faster where the processor multiplies such matrices, as recent ones do."""
+    """Train in bfloat16 mixed precision, which is faster on processors that multiply bfloat16 matrices."""
     max_length: int | None = None
-    """Cut inputs to this many tokens; without it, inputs that are too long for the model are an error."""
+    """Cut inputs to this many tokens; by default, inputs that are too long for the model are an error."""
     seed: int = 0
     """Seed of every random draw: the head, the rows drawn, the data order, dropout."""
 
@@ -61,7 +61,7 @@ class TrainingOptions:
         "max_steps": 1, "per_device_train_batch_size": 1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0,
         "seed": 0,
     }  # fmt: skip
-    """The least value of an option that has one."""
+    """The smallest allowed value of each option that has one."""
     POSITIVE: ClassVar[tuple[str, ...]] = ("rate_multiplier",)
     """Options that must be above 0 and finite."""
 
@@ -95,7 +95,7 @@ def check_reporting(report_to: Sequence[str]) -> None:
                 raise UserError(f"report_to {name} stands alone: give it, or names of reporters")
         elif name not in known:
             raise UserError(f"cannot report to {name!r}: choose none, all, {', '.join(known)}")
-        # Where transformers has no function of this name, the reporter's own callback raises.
+        # For a reporter without such a function in transformers, the reporter's own callback raises.
         elif not getattr(integration_utils, f"is_{name}_available", lambda: True)():
             raise UserError(f"cannot report to {name}: it is not installed here (pip install {name})")
 
@@ -105,7 +105,7 @@ _ORDERS = ("random", "group_by_length")
 
 
 def training_arguments(options: TrainingOptions, **values: Any) -> TrainingArguments:
-    """`transformers.TrainingArguments` with the options that have the same names there, and further values."""
+    """`transformers.TrainingArguments` with the options of the same name, and with further values by name."""
     names = {field.name for field in dataclasses.fields(TrainingArguments)} - {"learning_rate"}
     named = {name: value for name, value in vars(options).items() if name in names}
     arguments = TrainingArguments(**(named | {"data_seed": options.seed, "remove_unused_columns": False} | values))
@@ -116,19 +116,19 @@ def training_arguments(options: TrainingOptions, **values: Any) -> TrainingArgum
 
 @dataclass(frozen=True)
 class Subject:
-    """What is trained: a model by a method on a task."""
+    """Which model is trained, by which method, on which task."""
 
     task: str = "demo"
-    """Task; an unknown name lists them all."""
+    """Name of the task; an unknown name lists all of them."""
     data_dir: Path | None = None
-    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
+    """Folder of the task's files, or of several tasks' folders; by default rows come from the Hugging Face hub."""
     model: str | None = None
     """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
     pooling: Pooling = "auto"
-    """What a classifier reads: auto, what the checkpoint declares; mean or first, of the tokens' hidden states; or
-    pooler, what transformers' own classifier reads."""
+    """What a classifier's head reads: mean or first of the tokens' last hidden states; pooler, the input of
+    transformers' own classifier; or auto, the pooling that the checkpoint declares."""
     method: str = "propulsion"
-    """full, bitfit, head, none, or any peft method in lower case."""
+    """Method: propulsion, full, bitfit, head, none, or any method of peft in lower case."""
     method_options: tuple[str, ...] = ()
     """Fields of the method's peft configuration, each as NAME=VALUE, such as r=8 target_modules=query+value."""
     degree: float | None = None
@@ -140,7 +140,7 @@ class Subject:
     vector_pooling: str = "mean"
     """How several vectors are pooled: mean, max, min or l2."""
     adapter: Path | None = None
-    """Start from this saved adapter of the same base model, with the method and options that it was saved with."""
+    """Folder of a saved adapter of the same base model to start from, with its own method and options."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class TrainConfig(TrainingOptions, Subject):
     """One training run."""
 
     max_steps: int = -1
-    """Optimizer steps; -1 goes by epochs, 0 evaluates only."""
+    """Optimizer steps; -1 trains for num_train_epochs, 0 only evaluates."""
     output_dir: Path = Path("results/train")
     """Folder of the run."""
     overwrite_output_dir: bool = False
@@ -156,23 +156,23 @@ class TrainConfig(TrainingOptions, Subject):
     num_train_epochs: float = 3.0
     """Passes over the training rows."""
     per_device_eval_batch_size: int = 64
-    """Rows of a batch in evaluation."""
+    """Number of rows in a batch of evaluation."""
     gradient_accumulation_steps: int = 1
-    """Batches of an optimizer step."""
+    """Number of batches whose gradients are averaged for an optimizer step."""
     max_target_length: int = 64
-    """Cut summaries to this many tokens; generate no more."""
+    """Cut target summaries to this many tokens, and generate at most as many."""
     generation_max_length: int | None = None
-    """Generate no more tokens than this; by default max_target_length."""
+    """Largest number of tokens to generate; by default max_target_length."""
     generation_num_beams: int = 1
-    """Beams of the search for generated text; 1 is greedy."""
+    """Number of beams of the beam search for generated text; 1 is greedy decoding."""
     max_train_samples: int | None = None
-    """Training rows, drawn by the seed."""
+    """Number of training rows, drawn by the seed; by default all."""
     max_eval_samples: int | None = None
-    """Validation rows, drawn by the seed."""
+    """Number of validation rows, drawn by the seed; by default all."""
     streaming: bool = False
-    """Read training rows as they are needed, and keep none in memory; needs max_steps."""
+    """Read training rows as they are needed, without keeping all in memory; needs max_steps."""
     eval_strategy: Strategy = "no"
-    """When to evaluate before the end."""
+    """When to evaluate during training."""
     eval_steps: int = 500
     """Steps between evaluations."""
     save_strategy: Strategy = "steps"
@@ -182,13 +182,13 @@ class TrainConfig(TrainingOptions, Subject):
     save_total_limit: int | None = 2
     """Number of newest checkpoints to keep; the best is kept too."""
     load_best_model_at_end: bool = False
-    """End with the checkpoint of the best evaluation."""
+    """Take the checkpoint with the best evaluation as the final model."""
     metric_for_best_model: str | None = None
     """Metric that decides which checkpoint is best; by default the task's first."""
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without an improvement."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass, which needs less memory and more time."""
+    """Recompute activations in the backward pass, which needs less memory and more time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the pre-trained weights; Propulsion's scales are float32 over either."""
     torch_compile: bool = False
@@ -214,7 +214,7 @@ class TrainConfig(TrainingOptions, Subject):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.streaming and self.max_steps < 0:
-            raise UserError("streamed rows have no end that is known: give max_steps")
+            raise UserError("the number of streamed rows is not known: give max_steps")
         if "epoch" in (self.eval_strategy, self.save_strategy) and self.eval_strategy != self.save_strategy != "no":
             # A run resumed from a checkpoint would miss an evaluation between it and the next step.
             raise UserError("eval_strategy and save_strategy must be the same where one of them is epoch")
@@ -239,10 +239,11 @@ class TrainConfig(TrainingOptions, Subject):
         )  # fmt: skip
 
 
-# Fields that older records lack. They are recorded only if they differ from their defaults, so that older runs resume.
+# Fields that records of older versions lack. They are recorded only if they differ from their defaults, so that runs of
+# older versions can be resumed.
 _NEWER = ("generation_max_length", "generation_num_beams", "rate_multiplier", "train_sampling_strategy")
 
-# Fields that may differ when a run is resumed: they change no weights, or name what is recorded by its content.
+# Fields that may differ when a run is resumed: they do not change the weights, or name what is recorded by its content.
 _FREE = frozenset(
     {"output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "disable_tqdm", "logging_steps", "data_dir",
      "per_device_eval_batch_size", "model", "adapter"}
@@ -250,7 +251,7 @@ _FREE = frozenset(
 
 
 def identity(config: TrainConfig, data: TaskData, base: str, adapter: str | None) -> dict[str, Any]:
-    """What two runs must have in common for one to resume the other, as JSON has it.
+    """The configuration, rows and weights that two runs must have in common for one to resume the other, as JSON.
 
     `base` identifies the model's content (`propulsion.identity.model_content`), and `adapter` the weights of the
     adapter that it starts from; None without one.

@@ -1,4 +1,4 @@
-"""Evaluation of a run: every process predicts its share of the validation rows, and all get the metrics."""
+"""Evaluation of a run: each process predicts a share of the validation rows, and all of them get the metrics."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +15,10 @@ from propulsion.training.sharding import equal_share
 
 @dataclass
 class Evaluation:
-    """The task's metrics of a model, computed at every call.
+    """A callable that predicts the validation rows with a model and returns the task's metrics.
 
     Attributes:
-        predictions: Of the last call, one for each validation row.
+        predictions: Predictions of the last call, one for each validation row.
     """
 
     model: Any
@@ -45,6 +45,6 @@ class Evaluation:
         return kind.measure(task, predictions, columns_of(rows))
 
     def names(self) -> list[str]:
-        """Names of the metrics, without a call of the model."""
+        """Return the names of the metrics, without calling the model."""
         kind, rows = kind_of(self.data.task), columns_of(self.data.validation)
         return list(kind.measure(self.data.task, kind.trivial(self.data.task, rows), rows))

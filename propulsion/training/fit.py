@@ -26,14 +26,14 @@ from propulsion.training.trainer import TaskTrainer, isolated_randomness
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run did.
+    """The result of a training run.
 
     Attributes:
         losses: Loss of each step's batch, before the step.
         seconds: Wall time.
         trained_parameters: Number of parameters trained.
         learning_rates: Peak learning rate of each trained role (`propulsion.training.learning_rates`).
-        rate_reasons: How each rate was chosen, in words.
+        rate_reasons: How each rate was chosen, one sentence for each role.
     """
 
     losses: tuple[float, ...]
@@ -46,18 +46,18 @@ class TrainingResult:
 def apply_propulsion(
     model: PreTrainedModel, *, degree: float, positions: Sequence[str] = ("all",), train_head: bool = True
 ) -> PeftModel:
-    """Freeze a classifier and give it scale vectors to train, in place.
+    """Freeze a classifier and add trainable scale vectors to it, in place.
 
     Args:
         model: A classifier or regressor.
         degree: Exponent k of the scales.
         positions: Which layers carry a scale vector, as in `PropulsionConfig`.
-        train_head: Whether the head is trained too; otherwise it stays at its random start.
+        train_head: Whether the head is trained too; otherwise it keeps its random initial weights.
 
     Raises:
         UserError: If the degree or a position cannot be used on this model.
     """
-    # Given a task type, peft trains and saves the head with the adapter.
+    # With a task type, peft trains and saves the head along with the adapter.
     task_type = TaskType.SEQ_CLS if train_head else None
     try:
         config = PropulsionConfig(degree=degree, positions=list(positions), task_type=task_type)
@@ -75,10 +75,10 @@ def train(
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Train, in place, the parameters that require gradients. Writes no file.
+    """Train the parameters that require gradients, in place. Writes no file.
 
-    The same seed gives bit-equal weights on the CPU with the same number of threads. The model's mode and the global
-    random states are left as they were.
+    The same seed gives bit-equal weights on a CPU with the same number of threads. The model's mode and the global
+    random states are restored afterwards.
 
     Raises:
         UserError: If nothing is trainable, an example is too long, or the loss or a weight stops being finite.

@@ -1,6 +1,6 @@
-"""Which learning rate and weight decay each parameter trains with.
+"""The learning rate and weight decay of each parameter.
 
-By default the rate of each role is measured on the model and the rows that it trains
+By default the rate of each role is measured on the model and its training rows
 (`propulsion.training.measured_rates`). There is also a fixed rate for each role, independent of model and rows:
 
     weight   a pre-trained weight, trained directly        WEIGHT_RATE
@@ -9,9 +9,9 @@ By default the rate of each role is measured on the model and the rows that it t
     adapter  any other parameter that a method adds        ADAPTER_RATE
     head     the task's head, which starts at random       HEAD_RATE
 
-A step of AdamW has a size set by its learning rate, whatever the gradient's scale. A step of size r on z, near z = 1,
-moves the multiplier z**k by about k*r; dividing by the degree therefore makes SCALE_RATE the relative change of an
-activation per step, the same for every degree.
+The learning rate sets the size of a step of AdamW, whatever the scale of the gradient. A step of size r on z, near
+z = 1, moves the multiplier z**k by about k*r; dividing by the degree therefore makes SCALE_RATE the relative change of
+an activation per step, the same for every degree.
 
 Weight decay pulls towards 0. It applies to matrices, and not to biases and norms, as is customary, nor to z, whose
 neutral value is 1.
@@ -36,7 +36,7 @@ RateChoice = float | Literal["auto"] | None
 
 
 def is_rate(choice: RateChoice) -> bool:
-    """Whether a choice is valid: a number must be finite and above 0."""
+    """Whether a choice is valid: auto, None, or a finite number above 0."""
     return choice is None or choice == "auto" or (not isinstance(choice, str) and 0 < choice < float("inf"))
 
 
@@ -46,7 +46,7 @@ class RoleRate:
 
     Attributes:
         rate: The rate.
-        reason: How it was chosen, in words.
+        reason: A sentence on how it was chosen.
     """
 
     rate: float
@@ -58,7 +58,7 @@ class Rates:
     """How learning rates are chosen.
 
     Attributes:
-        body: Choice for weights, biases, scales and adapters; a number is not divided by the degree.
+        body: Choice for weights, biases, scales and adapters. A number is used as it is, not divided by the degree.
         head: Choice for the head.
         multiplier: Factor on the rates that are not given as numbers.
         measured: The rates for "auto", by role (`propulsion.training.measured_rates`).

@@ -1,7 +1,7 @@
-"""A list of the files that a program wrote into a folder, by content, so that it removes no others.
+"""A list, with hashes, of the files that a program wrote into a folder, so that the program removes no other files.
 
-The list is a file in the folder. A file is the program's own as long as it has the listed content: one that somebody
-else added, changed or linked is not, whatever its name.
+The list is a file in the folder. A file counts as the program's own while it has the listed content; a file that
+somebody else has added, changed or replaced by a link does not, whatever its name.
 """
 
 import hashlib
@@ -29,22 +29,22 @@ class Manifest:
         return self._read() is not None
 
     def others(self) -> list[str]:
-        """Names in the folder, sorted, without those of the list itself."""
+        """Names of everything in the folder except the list itself, sorted."""
         if not self.folder.is_dir():
             return []
         kept = (MANIFEST, beside(self.folder / MANIFEST).name)
         return sorted(path.name for path in self.folder.iterdir() if path.name not in kept)
 
     def start(self) -> None:
-        """Make the folder and a list without files."""
+        """Make the folder, with an empty list."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write({})
 
     def record(self, files: Mapping[str, Path]) -> None:
         """Add files to the list.
 
-        Call it before they get their final names: a process that is killed between the two then leaves an entry without
-        a file, and never a file without an entry.
+        Call it before they get their final names: a process killed in between then leaves an entry without a file,
+        and never a file without an entry.
 
         Args:
             files: Where each file is now, by its path within the folder.
@@ -52,14 +52,14 @@ class Manifest:
         self._write((self._read() or {}) | {name: _entry(path) for name, path in files.items()})
 
     def write_json(self, path: Path, content: Any) -> None:
-        """List and write a file of JSON; the caller has made sure that it replaces nobody else's."""
+        """List and write a JSON file; the caller has made sure that no foreign file is replaced."""
         data = json_text(content).encode()
         entry = {"bytes": len(data), "modified": None, "sha256": hashlib.sha256(data).hexdigest()}
         self._write((self._read() or {}) | {self._name(path): entry})
         write_json(path, content)
 
     def publish(self, written: Path, destination: Path) -> None:
-        """List the files below a folder that is complete, and rename it to its place, where nothing is."""
+        """List the files below a complete folder, and rename the folder to `destination`, which must not exist."""
         files = (path for path in written.rglob("*") if path.is_file())
         self.record({f"{self._name(destination)}/{path.relative_to(written).as_posix()}": path for path in files})
         publish(written, destination)
@@ -77,7 +77,7 @@ class Manifest:
         return [path for path, entry in paths if not _linked(self.folder, path) and _is(path, entry)]
 
     def remove(self, path: Path) -> None:
-        """Remove one of the program's own files, and the folders that are empty without it.
+        """Remove one of the program's own files, and the folders that this leaves empty.
 
         Raises:
             OSError: It cannot be removed.
@@ -126,7 +126,7 @@ def _below(path: Path) -> Iterator[Path]:
 
 
 def _linked(folder: Path, path: Path) -> bool:
-    """Whether a folder on the way to a path is a link."""
+    """Whether one of the folders between `folder` and the path is a link."""
     folders = path.relative_to(folder).parts
     return any(folder.joinpath(*folders[:i]).is_symlink() for i in range(1, len(folders)))
 
@@ -141,7 +141,7 @@ def _is(path: Path, entry: Mapping[str, Any] | None) -> bool:
         status = path.lstat()
         if entry is None or not stat.S_ISREG(status.st_mode) or status.st_size != entry["bytes"]:
             return False
-        # Checkpoints are large: a file with its old time of modification is not read again.
+        # Checkpoints are large: a file whose time of modification has not changed is not read again.
         return status.st_mtime_ns == entry["modified"] or _digest(path) == entry["sha256"]
     except OSError:
         return False

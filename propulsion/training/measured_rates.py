@@ -1,23 +1,23 @@
-"""Learning rates measured on the model and the rows that it trains, by the same rule for all methods.
+"""Learning rates measured on the model and its training rows, by the same rule for all methods.
 
-The best learning rates of methods differ by a factor of a thousand. But at its best rate, one step of Adam changes the
-loss of rows that it was not taken on, up or down, by about 1 % for every method. So the rate of each role
-(`propulsion.training.learning_rates`) is the one at which that change is the role's share (`SHARES`):
+The best learning rates of methods differ by a factor of a thousand. But for every method, one step of Adam at the best
+rate changes the loss of rows outside the step's batch, up or down, by about 1 %. So the rate of each role
+(`propulsion.training.learning_rates`) is the one at which that change equals the role's share (`SHARES`):
 
     mean over rows i and batches b of |l_i(theta - rate * Adam's step on b) - l_i(theta)|  =  share * mean of l_i(theta)
 
-If rows have one label each, the mean change of all rows' outputs is left out. Before training it is the larger part for
-many methods, which learn the mean label, or the most frequent class, in a few steps; a rate at which these steps were
-small would be too low afterwards.
+If rows have one label each, the mean change of all rows' outputs is subtracted first. At the start of training it is
+the larger part of the change for many methods, which learn the mean label, or the most frequent class, in a few steps;
+a rate at which these first steps are small would be too low afterwards.
 
 The change is measured by taking the step. Gradients alone do not suffice: the first-order change sum |dl_b/dtheta| of
 the loss of the step's own batch is dominated by the noise of a small batch, and so is that of another batch b',
-sum sign(dl_b/dtheta) dl_b'/dtheta. The former is the first guess. Degrees, scalings and ranks need no rule.
+sum sign(dl_b/dtheta) dl_b'/dtheta. The former is the first guess. Degrees, scalings and ranks need no special rule.
 
 If a method starts with a product that is zero (LoRA's B, VeRA's vectors), the first step says little about later ones,
 since the other factor has no gradient yet. Such tensors have a gradient of nearly zero at the start, and a larger one
-after one step. The change is then the larger of that by the first step and that by a step after `LOOK` others, each
-`STRIDE` times as long.
+after one step. The change is then the larger of two: that of the first step, and that of a step after `LOOK` others,
+each `STRIDE` times as long.
 """
 
 import itertools
@@ -39,27 +39,27 @@ from propulsion.training_checks import LARGEST_STEP
 
 SHARE = 0.01
 SHARES = {"head": 0.05, "weight": 0.03}
-"""The share by which one step changes the loss of another row, by role, and otherwise `SHARE`. It is larger for the
+"""The share by which one step changes the loss of another row, by role; `SHARE` for other roles. It is larger for the
 head, which starts near zero, and for a step of all weights, much of which is noise that later steps undo."""
 LOOK, STRIDE = 4, 4
 """Number of steps, and their length relative to others, before the second measurement of a method that starts with a
 product that is zero."""
 BATCHES, ROWS = 4, 8
-"""Number of batches to step on, and of further rows to measure on."""
+"""Number of batches to take steps on, and number of other rows to measure the change on."""
 
 _PASSES = 8  # Largest number of rates tried; most roles need one.
 _NEAR = 2.0  # A change within this factor of the share needs no further trial.
 _SILENT = 1e-4  # A gradient below this share of the largest of its role counts as zero.
 _LARGEST_JUMP = 30.0
-_FAR_BELOW, _RISE = 300.0, 6.0  # For products that are zero: where the search begins, and its largest factor upwards.
+_FAR_BELOW, _RISE = 300.0, 6.0  # For products that are zero: the search begins at guess / 300 and rises 6-fold at most.
 
 Batch = Mapping[str, Any]
 
 
 def choose_rows(count: int, batch_size: int, seed: int) -> tuple[list[list[int]], list[int]]:
-    """The training rows, of `count`, that rates are measured on: those of each batch to step on, and further ones.
+    """Draw, of `count` training rows, the rows of each batch to take steps on, and other rows to measure the change on.
 
-    With few training rows the batches are smaller, and with very few the further rows are in them.
+    With few training rows the batches are smaller, and with very few they contain the other rows too.
     """
     order = np.random.default_rng(seed).permutation(count).tolist()
     fresh = order[: min(ROWS, max(1, count // 2))]
@@ -71,7 +71,7 @@ def choose_rows(count: int, batch_size: int, seed: int) -> tuple[list[list[int]]
 def with_measured(
     model: nn.Module, rates: Rates, examples: Any, collator: Callable[[list[Any]], Any], *, batch_size: int, seed: int
 ) -> Rates:
-    """The rates, with automatic ones measured on some training rows, for a model that is ready to be trained.
+    """Return the rates, with the automatic ones measured on some training rows, for a model that is ready for training.
 
     The examples are encoded rows: a dataset, from which rows are drawn by the seed, or a stream, whose first rows are
     taken. The collator makes a batch of them.
@@ -92,14 +92,14 @@ def with_measured(
 
 
 def measured(model: nn.Module, rates: Rates, batches: Sequence[Batch], rows: Sequence[Batch]) -> dict[str, RoleRate]:
-    """Measure the automatic rates, by training batches with labels and further training rows, each a batch of one.
+    """Measure the automatic rates on training batches with labels and on other training rows, each a batch of one.
 
     The model, its mode, its gradients and the random states are restored afterwards. The same arguments give the same
     rates.
 
     Returns:
-        By role, the rate at which a step changes the loss of a row by the role's share; if that cannot be measured, the
-        fixed rate of the role.
+        By role, the rate at which a step changes the loss of a row by the role's share, or the fixed rate of the role
+        if that cannot be measured.
 
     Cost: about ten passes of a batch and thirty of single rows for each role, without dropout.
     """
@@ -116,7 +116,7 @@ def measured(model: nn.Module, rates: Rates, batches: Sequence[Batch], rows: Seq
 
 
 def _rate_of_role(probe: "_Probe", role: str, parameters: Mapping[str, nn.Parameter]) -> RoleRate:
-    """The rate at which the change is the role's share: a first guess, scaled until it is near.
+    """The rate at which the change equals the role's share, found by scaling a first guess until the change is near it.
 
     The change grows as a power of the rate: 1 for the first step, more if factors of a product grow together. The power
     is estimated from the last two rates tried.
@@ -182,7 +182,7 @@ class _Probe:
 
     @torch.no_grad()
     def _look(self) -> "_Look":
-        """Losses and outputs of every row for the current weights."""
+        """Losses and outputs of every row with the current weights."""
         results = [self._call(**row) for row in self._rows]
         losses = torch.stack([output.loss.double().cpu() for output in results])
         outputs = [getattr(output, "logits", None) for output in results]
@@ -247,13 +247,13 @@ class _Look:
     labels: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def losses_at(self, outputs: Tensor) -> Tensor:
-        """The losses, of a regression or a classification, for other outputs ``(n, c)``."""
+        """The losses of these rows, in a regression or a classification, with other outputs ``(n, c)``."""
         if outputs.shape[1] == 1:
             return (outputs[:, 0] - self.labels).square()
         return torch.nn.functional.cross_entropy(outputs, self.labels.long(), reduction="none")
 
     def change(self, after: "_Look") -> float:
-        """The mean absolute change of a row's loss by a step, without the step's mean change of all outputs."""
+        """The mean absolute change of a row's loss by a step, with the mean change of all rows' outputs subtracted."""
         if not self.outputs.numel() or not after.outputs.numel():
             return float((after.losses - self.losses).abs().mean())
         moved = after.outputs - self.outputs
@@ -262,7 +262,7 @@ class _Look:
 
 @torch.no_grad()
 def _task_loss(model: nn.Module, row: Batch) -> Any:
-    """The model to call for the task's loss: some adapters add a regularisation to it (AdaLoRA)."""
+    """The model whose loss is the task's alone: some adapters, such as AdaLoRA, add a regularisation term."""
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
         return model
     inner = model.get_base_model()
@@ -301,7 +301,7 @@ def _restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let parameters need no gradient in the block, which saves part of the backward pass."""
+    """Turn gradients of parameters off in the block, which saves part of the backward pass."""
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)

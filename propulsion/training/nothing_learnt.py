@@ -1,4 +1,4 @@
-"""Signs that a run has learnt nothing, one prediction for all rows or a loss that has not fallen, and the remedy."""
+"""Signs that a run has learnt nothing: one prediction for all rows, or a loss that has not fallen; and what to try."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +12,10 @@ _SPREAD = 0.02  # A regression's predictions count as one number below this shar
 
 
 def signs(task: Task, predictions: Sequence[Any], labels: Sequence[Any], losses: Sequence[float]) -> list[str]:
-    """The signs that nothing was learnt, one sentence each, with the remedy last; empty if there are none.
+    """Return the signs that nothing was learnt, one sentence each, with the remedy last; empty if there are none.
 
     Predictions and labels have one entry for every validation row; if all labels are the same, one prediction for all
-    rows is no sign. The training losses are in order, of every step, or means over equal numbers of steps.
+    rows is no sign. The training losses, in order, are of every step, or are means over equal numbers of steps.
     """
     findings = [text for text in (_one_prediction(task, predictions, labels), _no_fall(losses)) if text]
     return [*findings, _remedy(losses)] if findings else []
@@ -38,7 +38,7 @@ def _one_prediction(task: Task, predictions: Sequence[Any], labels: Sequence[Any
 
 
 def _values(items: Sequence[Any]) -> set[Any]:
-    """The different values of rows, or of the parts of rows, such as tags."""
+    """The distinct values of all rows, where a row that is a list, such as tags, counts by its items."""
     flat = [value for item in items for value in (item if isinstance(item, list | tuple) else [item])]
     return {v if isinstance(v, str) else repr(v) if isinstance(v, dict) else int(v) for v in flat}
 

@@ -1,10 +1,10 @@
 """The paper's experiments as options of `propulsion.train`, and where the paper and its notebooks disagree.
 
-The paper (Kowsher et al. 2024) gives degrees and models; learning rates, epochs and batches are in its public
-notebooks, for GLUE alone, all with AdamW and a cosine schedule with 500 steps of warm-up. What they do not give is left
-at the defaults of `propulsion.train`.
+The paper (Kowsher et al. 2024) gives degrees and models. Its public notebooks give learning rates, epochs and batches,
+for GLUE alone, all with AdamW and a cosine schedule with 500 steps of warm-up. Options that neither gives keep the
+defaults of `propulsion.train`.
 
-Two things differ on purpose: the head is trained, which in most notebooks stays at its random start; and biases are not
+Two things differ on purpose: the head is trained, which most notebooks leave at its random start; and biases are not
 trained, while the notebooks train those of replaced layers.
 """
 
@@ -19,7 +19,7 @@ from propulsion.errors import UserError
 
 @dataclass(frozen=True)
 class Preset:
-    """Options of one experiment.
+    """The options of one experiment of the paper.
 
     Attributes:
         name: Name on the command line.
@@ -34,7 +34,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class _Notebook:
-    """The options of a public notebook, and notes."""
+    """The options of a public notebook of the paper, and notes on it."""
 
     degree: float
     learning_rate: float

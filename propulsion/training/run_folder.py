@@ -1,4 +1,4 @@
-"""The folder of a training run: which run it holds, and how results are written into it."""
+"""The folder of a training run: finding out which run it holds, and writing results into it."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from propulsion.training.trainer import TaskTrainer
 
 RECORD, RATES, RESULT, PREDICTIONS, MODEL = "run.json", "rates.json", "result.json", "predictions.json", "model"
 LENGTHS = ("max_steps", "num_train_epochs")
-"""Fields of the length of a run, which is continued if they have become larger."""
+"""Fields that set the length of a run; with larger values a run is continued."""
 _EXTENDED = "extended_at"
 _ANOTHER = "name another --output-dir"
 _ANEW = f"{_ANOTHER}, or pass --overwrite-output-dir to start anew"
@@ -36,8 +36,8 @@ class FolderState:
     """What a folder holds when a run starts in it.
 
     Attributes:
-        finished: The run's result, if it is finished and there is nothing to do.
-        extended_at: Steps after which the run was made longer, in order; the last may be new.
+        finished: The run's stored result if the run is finished, otherwise None.
+        extended_at: Steps after which the run was made longer, in order; the last one may be by this call.
         replaces: Whether an earlier run is to be removed first.
     """
 
@@ -47,10 +47,10 @@ class FolderState:
 
 
 def check_folder(output: Path, *, overwrite: bool) -> None:
-    """Make sure that a folder is absent, empty, or a run's. Changes nothing.
+    """Make sure that a folder does not exist, is empty, or holds a run. Changes nothing.
 
     Raises:
-        UserError: It is a file, or holds something else.
+        UserError: It is a file, or holds other files.
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file, expected a folder: {_ANOTHER}")
@@ -63,14 +63,14 @@ def check_folder(output: Path, *, overwrite: bool) -> None:
             return
     shown = f"{names[0]}{'' if len(names) == 1 else f' and {len(names) - 1} more'}"
     what = "files that no run is known to have written" if RECORD in names else "something else"
-    raise UserError(f"{output} holds {what} ({shown}): {_ANOTHER}, which is empty or a run's")
+    raise UserError(f"{output} holds {what} ({shown}): {_ANOTHER}, which is empty or holds a run")
 
 
 def folder_state(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> FolderState:
-    """Compare what is in a folder, which `check_folder` has accepted, with a run. Changes nothing.
+    """Compare the run in a folder, which `check_folder` has accepted, with the run to be started. Changes nothing.
 
-    `identity` is what two runs must have in common for one to resume the other, as JSON has it. With `overwrite`, an
-    earlier run is to be removed, whatever its identity.
+    `identity` holds what two runs must have in common for one to resume the other (`config.identity`). With
+    `overwrite`, an earlier run is to be removed, whatever its identity.
 
     Raises:
         UserError: It holds another run.
@@ -93,7 +93,7 @@ def folder_state(output: Path, identity: Mapping[str, Any], *, overwrite: bool) 
 
 
 def claim(output: Path, identity: Mapping[str, Any], state: FolderState) -> None:
-    """Record this run in the folder, as a new run, in place of an earlier one, or as its continuation.
+    """Record this run in the folder: as a new run, in place of an earlier one, or as the continuation of one.
 
     Files that the earlier run did not write are kept.
 
@@ -110,7 +110,7 @@ def claim(output: Path, identity: Mapping[str, Any], state: FolderState) -> None
             _refuse_to_lose(manifest, [output / name for name in names if _is_a_runs(name)])
             _clear(manifest)
         elif names:
-            # These files will be replaced. Older checkpoints with foreign files in them are never removed.
+            # These files will be replaced. Checkpoints with foreign files in them are never removed later.
             _refuse_to_lose(manifest, [output / name for name in names if name in (MODEL, RESULT, PREDICTIONS)])
             clear_leftovers(output)
         if _read(output / RECORD, dict, _ANOTHER) != record:
@@ -121,7 +121,7 @@ def claim(output: Path, identity: Mapping[str, Any], state: FolderState) -> None
 
 
 def _is_a_runs(name: str) -> bool:
-    """Whether this is the name of a file or folder that runs read."""
+    """Whether a run reads a file or folder of this name."""
     return name in (RECORD, RATES, RESULT, PREDICTIONS, MODEL) or name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
@@ -135,7 +135,7 @@ def _refuse_to_lose(manifest: Manifest, paths: Sequence[Path]) -> None:
 
 
 def _clear(manifest: Manifest) -> None:
-    """Remove what a run wrote, its result first, so that the rest never looks like a finished run."""
+    """Remove what a run wrote; its result goes first, so that a half-removed run never looks finished."""
     folder = manifest.folder
     clear_leftovers(folder)
     for path in [folder / RESULT, folder / PREDICTIONS, *reversed(checkpoints(folder))]:
@@ -151,11 +151,11 @@ def _clear(manifest: Manifest) -> None:
 
 
 def _set_aside(manifest: Manifest, path: Path, step: int) -> None:
-    """Rename a file of the shorter run, to keep it."""
+    """Keep a result file of a shorter run under a name with its number of steps."""
     kept = path.with_name(f"{path.stem}-{step}{path.suffix}")
     if kept.exists():
         if manifest.not_own(kept):
-            raise UserError(f"{kept} is in the way of what the shorter run found: move it away")
+            raise UserError(f"{kept} is in the way of the shorter run's {path.name}, which is kept there: move it away")
         manifest.remove(kept)
     manifest.record({kept.name: path})
     os.rename(path, kept)
@@ -185,7 +185,7 @@ def _short(value: Any) -> str:
 
 
 def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> None:
-    """Write the trained model or adapter, whole or not at all, with its tokenizer and its base model's fingerprint.
+    """Write the trained model or adapter with its tokenizer and the fingerprint of its base model, all or nothing.
 
     Raises:
         UserError: It cannot be written.
@@ -212,7 +212,7 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
 
 
 def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) -> None:
-    """Write predictions and result; with its result, a run is finished.
+    """Write the predictions and then the result; a run that has its result is finished.
 
     Raises:
         UserError: It cannot be written.
@@ -227,7 +227,7 @@ def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) 
 
 
 def result_of(output: Path) -> dict[str, Any] | None:
-    """The result of a run; None if the run is not finished.
+    """The stored result of a run; None if the run is not finished.
 
     Raises:
         UserError: The file is damaged.

@@ -1,4 +1,4 @@
-"""Fully sharded training (FSDP), as accelerate's launcher asks for it by environment variables."""
+"""Fully sharded training (FSDP), which accelerate's launcher requests by environment variables."""
 
 import os
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ USE, VERSION, EFFICIENT = "ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_CPU_RAM_E
 
 
 def prepare_sharding() -> bool:
-    """Whether the run is to be sharded; if so, make every process load the weights.
+    """Return whether the run is to be sharded; if so, make every process load the weights.
 
-    By the launcher's default the first process alone has weights; but every process needs them, for the identity of the
-    model and for methods that read them.
+    By the launcher's default only the first process loads weights; but every process needs them, to identify the model
+    and for methods that read them.
 
     Raises:
-        UserError: Version 1 of FSDP, which flattens parameters, while learning rates go by parameter.
+        UserError: Version 1 of FSDP is requested. It flattens parameters, but learning rates differ by parameter.
     """
     if not parse_flag_from_env(USE):
         return False
@@ -30,10 +30,10 @@ def prepare_sharding() -> bool:
 
 
 def check_sharding(trainer: Trainer, model: nn.Module) -> str | None:
-    """What to tell the user before a run that is to be sharded; None if there is nothing to tell.
+    """Return a note for the user before a run that is to be sharded; None if there is nothing to say.
 
     Raises:
-        UserError: Trained parameters of several dtypes, which FSDP cannot gather together.
+        UserError: The trained parameters have several dtypes, which FSDP cannot gather together.
     """
     if not trainer.is_fsdp_enabled:
         return "accelerate shards over accelerators alone: here every process holds the whole model"
@@ -44,10 +44,10 @@ def check_sharding(trainer: Trainer, model: nn.Module) -> str | None:
 
 
 def equal_share(count: int, processes: int, index: int) -> Sequence[int]:
-    """The rows of one process: as many as of any other, with the last row repeated where the count does not divide.
+    """The rows of one process, equally many for each process: the last row is repeated if the count does not divide.
 
-    The processes of a sharded model wait for each other at every batch. All shares in order, cut to `count`, are the
-    rows in order.
+    Shares are equal since the processes of a sharded model wait for each other at every batch. All shares in order, cut
+    to `count`, are the rows in order.
 
     >>> [equal_share(5, 2, index) for index in range(2)]
     [[0, 1, 2], [3, 4, 4]]

@@ -1,7 +1,7 @@
-"""`transformers.Trainer` with learning rates by role, a stop at divergence, and checkpoints that are whole or absent.
+"""`transformers.Trainer` with learning rates by role, a stop at divergence, and checkpoints that are never incomplete.
 
 A checkpoint is written beside its destination and renamed when it is complete, so that `checkpoint-N` is complete even
-after a kill or on a full disk. Older checkpoints are removed after that; each is renamed before it is deleted.
+after a kill or on a full disk. Older checkpoints are removed afterwards; each is renamed before it is deleted.
 Evaluation does not change the random states, so that a resumed run draws the same numbers as one that was not stopped.
 """
 
@@ -67,8 +67,8 @@ class TaskTrainer(Trainer):
             **kwargs: As for `transformers.Trainer`.
         """
         super().__init__(*args, **kwargs)
-        # transformers assumes so for every forward with keyword arguments, and does not average over accumulated
-        # batches; but the models of classifiers and taggers ignore the argument.
+        # transformers assumes that every model whose forward takes keyword arguments divides by that number, and then
+        # does not average over accumulated batches; but classifiers and taggers ignore the argument.
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and loss_by_token
         self.losses: list[float] = []
         self._rates, self._score, self._on_loss, self._keep = rates, score, on_loss, keep
@@ -194,7 +194,7 @@ class TaskTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         started = super()._init_training_state(*args, **kwargs)
-        # The folder may have been moved since: find the best checkpoint by its step.
+        # The folder may have been moved since: the best checkpoint is found by its step.
         if self.state.best_global_step:
             best = self._best()
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
@@ -214,7 +214,7 @@ class TaskTrainer(Trainer):
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and isinstance(self.lr_scheduler, LambdaLR) and self.optimizer is not None:
-            # The checkpoint holds rates of its own schedule; a run that was made longer has another schedule.
+            # The checkpoint holds the rates of its run's schedule; a run that was made longer has another schedule.
             schedule = self.lr_scheduler
             factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
             for group, base, factor in zip(self.optimizer.param_groups, schedule.base_lrs, factors, strict=True):
@@ -238,7 +238,7 @@ class _RankUpdates(TrainerCallback):
 
 @contextlib.contextmanager
 def isolated_randomness() -> Iterator[None]:
-    """Restore the global random states afterwards, which training seeds for dropout and the data order."""
+    """Restore the global random states, which training seeds for dropout and the order of rows, after the block."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         try:

@@ -263,7 +263,7 @@ def test_a_longer_run_goes_on_from_the_last_checkpoint(config, tmp_path, schedul
     longer = dataclasses.replace(config, max_steps=8)
     found = run(longer)
     assert (first.steps, found.steps, found.extended_at) == (4, 8, (4,))
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     whole = dataclasses.replace(longer, output_dir=tmp_path / "whole")
     expected = run(whole)
     assert used[4:8] == used[8 + 4 :]  # Of the longer run from step 5 on, and of the whole one.
@@ -333,7 +333,7 @@ def test_an_interrupt_says_what_is_there(base_config, tmp_path, monkeypatch, cap
     if step == 1:
         assert "has no checkpoint yet (--save-steps 2)" in words
     else:
-        assert f"{config.output_dir / 'checkpoint-2'} is there: the same command" in words
+        assert f"{config.output_dir / 'checkpoint-2'} is complete: the same command" in words
     assert ("without --overwrite-output-dir" in words) == overwrite
     assert words.count("\n") == 1
     assert run(dataclasses.replace(config, overwrite_output_dir=False)).steps == 4
