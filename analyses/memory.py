@@ -10,8 +10,6 @@ model takes by itself: gradients, optimizer, activations.
 import json
 import pickle
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +18,7 @@ import tyro
 from transformers import TrainerCallback
 
 from analyses.core.analysis import Analysis, Findings, Output
+from analyses.core.child import run_python
 from analyses.core.errors import run_command
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.records import Block, Metric, Result, number, summary_of_blocks
@@ -99,7 +98,7 @@ def _summarised(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def _in_own_process(config: Config, method: str) -> dict[str, Any]:
     asked = pickle.dumps((config.run, config.task, method)).hex()
     program = "import sys; from analyses.memory import child; child(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", program, asked], capture_output=True, text=True, check=False)
+    done = run_python(["-c", program, asked], capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise UserError(f"method {method} failed: {last[0].removeprefix('error: ')}")

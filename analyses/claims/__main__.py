@@ -65,7 +65,8 @@ def main(config: Config) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
-    write(config, load_tree(root), root, root)
+    # A folder that holds another run, or a damaged one, is no evidence.
+    write(config, load_tree(root, [run.name for run in runs if run.name not in failed]), root, root)
     if failed:
         for name, message in failed.items():
             print(f"{name}: {message}; log in {root / plan.LOGS}", file=sys.stderr)

@@ -1,20 +1,20 @@
 """The command that computes a stored result again, from the configuration it carries."""
 
-import dataclasses
 import importlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from analyses.core.command_line import option
-from analyses.records import Result, plain
+from analyses.core.command_line import default_options, options_of, words
+from analyses.records import Result
 
 # Options that say where a run writes and how it is cut into calls, and not what is computed.
 _NOT_THE_EXPERIMENT = {"output_dir", "runs_dir", "overwrite", "max_runs", "partial", "child", "child_output"}
 
 # Options that name the folder of another result.
 _READ_RESULTS = {"comparison", "rates_from"}
+_PATHS = _READ_RESULTS | {"model", "models"}
 
 
 def arguments(result: Result, others: Mapping[str, str] | None = None) -> list[str]:
@@ -24,54 +24,54 @@ def arguments(result: Result, others: Mapping[str, str] | None = None) -> list[s
         result: The result.
         others: By the name of another result, its folder, which options that read that result then name.
     """
-    defaults = _default_options(result)
-    words = []
+    options = {}
     for name, value in stored_options(result).items():
-        if name in _NOT_THE_EXPERIMENT or value == defaults.get(name) or value == "":
+        if name in _NOT_THE_EXPERIMENT or value == "":
             continue
-        if name in _READ_RESULTS:
+        if name in _READ_RESULTS and value is not None:
             value = next((folder for other, folder in (others or {}).items() if value.endswith(f"/{other}")), value)
-        words += option(name, value)
-    return words
+        options[name] = value
+    return words(options, _default_options(result))
 
 
 def stored_options(result: Result) -> dict[str, Any]:
     """The options of a result by name; options that are newer than it have the values that it was computed with."""
-    stored = dict(_leaves(result.config))
+    stored = options_of(result.config)
     options = _default_options(result)
     # Before these options, every classifier was that of transformers, and every learning rate was fixed by its role.
     older = {"pooling": "pooler", "learning_rate": None, "head_learning_rate": None}
     return stored | {name: value for name, value in older.items() if name in options and name not in stored}
 
 
+def differing(result: Result, config: Any) -> dict[str, tuple[Any, Any]]:
+    """The options in which a result's configuration is not this one: by name, the result's value and this one's.
+
+    Options that say where a run writes do not count. Of an option that names a model or another result, only the last
+    part of its path counts, and of a degree that was left to the task nothing does.
+    """
+    stored = _default_options(result) | stored_options(result)
+    asked = {name: value for name, value in options_of(config).items() if name not in _NOT_THE_EXPERIMENT}
+    different = {}
+    for name, value in asked.items():
+        if _comparable(name, stored[name]) != _comparable(name, value) and not (name == "degree" and value is None):
+            different[name] = stored[name], value
+    return different
+
+
+def _comparable(name: str, value: Any) -> Any:
+    if name in _PATHS and value:
+        return [PurePosixPath(one).name for one in ([value] if isinstance(value, str) else value)]
+    return value
+
+
 def command(result: Result, output_dir: PurePosixPath | str, others: Mapping[str, str] | None = None) -> str:
     """The same as one line for a shell, writing to a folder."""
-    words = ["python", "-m", f"analyses.{result.analysis}", *arguments(result, others)]
-    return shlex.join([*words, "--output-dir", str(output_dir)])
+    line = ["python", "-m", f"analyses.{result.analysis}", *arguments(result, others)]
+    return shlex.join([*line, "--output-dir", str(output_dir)])
 
 
 def _default_options(result: Result) -> dict[str, Any]:
-    return dict(_leaves(_defaults(importlib.import_module(f"analyses.{result.analysis}").Config)))
-
-
-def _defaults(config: Any) -> dict[str, Any]:
-    """Defaults of a configuration, as they would be stored; an option without one has none."""
-    found = {}
-    for field in dataclasses.fields(config):
-        if field.default is not dataclasses.MISSING:
-            found[field.name] = plain(field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = plain(field.default_factory())
-    return found
-
-
-def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Options by name; those of nested configurations have no prefix on the command line."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value)
-        else:
-            yield name, value
+    return default_options(importlib.import_module(f"analyses.{result.analysis}").Config)
 
 
 NOTE = (

@@ -1,6 +1,6 @@
 """Judge the claims on a tree of result folders: one row of the ledger a claim."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -48,8 +48,12 @@ class Row:
         return next((e for outcome in order for e in self.evidence if e.outcome == outcome), None)
 
 
-def load_tree(root: Path) -> dict[str, Result]:
+def load_tree(root: Path, only: Collection[str] | None = None) -> dict[str, Result]:
     """Every result folder below a folder, by its path relative to it, as "kernel_distance/sst2".
+
+    Args:
+        root: The folder.
+        only: Names of the results to load, of those that are there; all by default.
 
     Raises:
         UserError: There is no such folder, none in it, a damaged one, or one in another analysis' place.
@@ -60,6 +64,8 @@ def load_tree(root: Path) -> dict[str, Result]:
         names = [folder.relative_to(root).as_posix() for folder in result_folders(root)]
     except RecordError as error:
         raise UserError(f"{error}: name the folder that holds theorem1, kernel_distance, ...") from error
+    if only is not None:
+        names = [name for name in names if name in only]
     names.sort(key=_tasks_in_order)
     results = {name: load_result(root / name) for name in names}
     for name, result in results.items():

@@ -1,25 +1,34 @@
 """The runs behind the ledger, in quick and in full size, and how each is carried out once in its own process."""
 
+import importlib
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from analyses.claims.claim import TRIED_RATES, Claim
+from analyses.claims.commands import differing
 from analyses.claims.judge import matching
-from analyses.records import RESULT_FILE
+from analyses.core.analysis import Output
+from analyses.core.child import run_python
+from analyses.core.command_line import configured, default_options, options_of, words
+from analyses.records import RESULT_FILE, RecordError, load_result
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 
 LOGS = "logs"
 MARK = "QUICK"
 """Name of the file that marks a folder of quick runs, so that no ledger mixes the two sizes."""
-ROOT = "{root}"
-"""Stands in arguments for the folder of all results."""
-
 Launch = Callable[[Sequence[str], Path], int]
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The folder of another run's result, as the value of an option that reads it."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -28,63 +37,82 @@ class Run:
 
     Attributes:
         name: Its result folder below the root; its first part is the analysis.
-        arguments: Its options.
-        after: Results that it reads.
+        options: Options by name, of those that differ from the analysis' defaults.
     """
 
     name: str
-    arguments: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Names of the runs whose results it reads."""
+        return tuple(value.name for value in self.options.values() if isinstance(value, Earlier))
+
+    def config(self, root: Path) -> Output:
+        """The configuration of its analysis, which writes below a folder.
+
+        Raises:
+            UserError: The analysis has no such option.
+        """
+        read = {name: root / value.name for name, value in self.options.items() if isinstance(value, Earlier)}
+        return configured(self._config, {**self.options, **read, "output_dir": root / self.name})
 
     def command(self, root: Path) -> list[str]:
-        """The words of its command line."""
-        options = [word.replace(ROOT, str(root)) for word in self.arguments]
-        return ["python", "-m", f"analyses.{self.name.split('/')[0]}", *options, "--output-dir", str(root / self.name)]
+        """The words of the command line of that configuration."""
+        options = options_of(self.config(root))
+        return ["python", "-m", f"analyses.{self._analysis}", *words(options, default_options(self._config))]
+
+    @property
+    def _analysis(self) -> str:
+        return self.name.split("/")[0]
+
+    @property
+    def _config(self) -> type[Output]:
+        return importlib.import_module(f"analyses.{self._analysis}").Config
 
 
-def words(options: str) -> tuple[str, ...]:
-    """Options as they are typed."""
-    return tuple(options.split())
+def run(name: str, /, **options: Any) -> Run:
+    """A run with these options."""
+    return Run(name, options)
 
 
-def rated(name: str, task: str, options: tuple[str, ...]) -> Run:
+def rated(name: str, task: str, /, **options: Any) -> Run:
     """A run at the learning rates that the comparison of methods chose on a task."""
-    comparison = f"method_comparison/{task}"
-    return Run(name, (*options, "--comparison", f"{ROOT}/{comparison}"), (comparison,))
+    return Run(name, options | {"comparison": Earlier(f"method_comparison/{task}")})
 
 
-_FEW_METHODS = "--methods full propulsion:positions=all propulsion:positions=attn lora head"
-_TINY = "--max-steps 6 --per-device-train-batch-size 8 --n-train 48 --n-validation 24 --max-length 32"
+Options = dict[str, Any]
+_SHORT: Options = {
+    "max_steps": 6, "per_device_train_batch_size": 8, "n_train": 48, "n_validation": 24, "max_length": 32,
+}  # fmt: skip
+_FEW_METHODS = ("full", "propulsion:positions=all", "propulsion:positions=attn", "lora", "head")
 
 
 def quick_plan() -> list[Run]:
     """The demonstration task, which needs neither data nor network, at sizes that show how all of it works."""
+    methods, seeds = _FEW_METHODS, (0, 1)
     return [
-        Run("parameter_count"),
-        Run("johnson_lindenstrauss", words("--draws 2000")),
-        Run("width_convergence", words("--widths 32 64 128 256 --draws 4 --activations linear relu gelu erf")),
-        Run("theorem1", words("--width 128 --n-in 128 --draws 2 --transformer-widths 16 32 --transformer-draws 2 "
-                              "--n-examples 8")),
-        Run("degree_scale", words("--widths 32 64 --depths 1 2 --draws 2 --n-examples 4")),
-        Run("complexity", words("--n 256 --m 256 --tokens 256 --repeats 5")),
-        Run("peft_kernels/demo", words("--n-examples 8 --seeds 0 1 --resamples 50 --null-draws 1 --top 4")),
-        Run("kernel_distance/demo", words("--n-examples 8 --max-steps 12 --per-device-train-batch-size 8 "
-                                          "--resamples 50 --null-draws 1")),
-        Run("memory", words("--methods full propulsion:positions=all lora --rounds 1 --max-steps 3 "
-                            "--per-device-train-batch-size 8 --n-train 24 --n-validation 8 --max-length 32")),
-        Run("method_comparison/demo", words(f"{_FEW_METHODS} --seeds 0 1 {_TINY} --tuning-steps 3 --rate-extensions 0 "
-                                            "--resamples 100")),
-        rated("convergence", "demo", words(f"{_FEW_METHODS} --seeds 0 1 --every 3 {_TINY}")),
-        rated("delta_weights", "demo",
-              words(f"--methods full propulsion:positions=all propulsion:positions=attn lora {_TINY}")),
-        Run("kernel_drift/demo", words(f"--n-examples 8 --n-jacobians 3 --seeds 0 1 --checkpoints 1 --resamples 50 "
-                                       f"--null-draws 1 --methods full propulsion:positions=all {_TINY}")),
-        Run("spectrum/demo", words("--n-examples 12 --seeds 0 1 --null-draws 20 "
-                                   "--methods full propulsion:positions=all lora")),
-        Run("linearized_prediction/demo", words("--sizes 16 --n-test 24 --seeds 0 1 --sign-limit 0 --again "
-                                                "--permutations 5 --methods full propulsion:positions=all "
-                                                "--max-steps 6 --per-device-train-batch-size 8 --max-length 32")),
-        *(Run(f"ablation/{factor}", words(f"--factor {factor} --seeds 0 1 {_TINY}"))
+        run("parameter_count"),
+        run("johnson_lindenstrauss", draws=2000),
+        run("width_convergence", widths=(32, 64, 128, 256), draws=4, activations=("linear", "relu", "gelu", "erf")),
+        run("theorem1", width=128, n_in=128, draws=2, transformer_widths=(16, 32), transformer_draws=2, n_examples=8),
+        run("degree_scale", widths=(32, 64), depths=(1, 2), draws=2, n_examples=4),
+        run("complexity", n=256, m=256, tokens=256, repeats=5),
+        run("peft_kernels/demo", n_examples=8, seeds=seeds, resamples=50, null_draws=1, top=4),
+        run("kernel_distance/demo", n_examples=8, max_steps=12, per_device_train_batch_size=8, resamples=50,
+            null_draws=1),
+        run("memory", methods=("full", "propulsion:positions=all", "lora"), rounds=1,
+            **_SHORT | {"max_steps": 3, "n_train": 24, "n_validation": 8}),
+        run("method_comparison/demo", methods=methods, seeds=seeds, tuning_steps=3, rate_extensions=0, resamples=100,
+            **_SHORT),
+        rated("convergence", "demo", methods=methods, seeds=seeds, every=3, **_SHORT),
+        rated("delta_weights", "demo", methods=methods[:4], **_SHORT),
+        run("kernel_drift/demo", n_examples=8, n_jacobians=3, seeds=seeds, checkpoints=(1.0,), resamples=50,
+            null_draws=1, methods=methods[:2], **_SHORT),
+        run("spectrum/demo", n_examples=12, seeds=seeds, null_draws=20, methods=(*methods[:2], "lora")),
+        run("linearized_prediction/demo", sizes=(16,), n_test=24, seeds=seeds, sign_limit=0, again=(),
+            permutations=5, methods=methods[:2], max_steps=6, per_device_train_batch_size=8, max_length=32),
+        *(run(f"ablation/{factor}", factor=factor, seeds=seeds, **_SHORT)
           for factor in ("degree_fixed_rate", "positions", "vectors", "init_value")),
     ]  # fmt: skip
 
@@ -100,108 +128,106 @@ def full_plan(
         language_model: Causal language model for what is generated; without it that is left out.
         gpu: Whether there is a GPU, for the runs that measure one.
     """
-    first = tasks[0]
-    every = () if data_dir is None else ("--data-dir", data_dir.as_posix())
-
-    def of(task: str) -> tuple[str, ...]:
-        return ("--task", task, *every)
-
-    models = () if language_model is None else ("--models", language_model.as_posix())
-    small = words("--max-steps 60 --n-train 960 --n-validation 400") + FIXED
+    first, tasks = tasks[0], tuple(tasks)
+    source = {"data_dir": data_dir}
+    on_first = source | {"task": first}
+    models = () if language_model is None else (language_model.as_posix(),)
+    small = FIXED | {"max_steps": 60, "n_train": 960, "n_validation": 400}
     # Scales on few layers learn nothing in runs so short, at the rate that suits scales on all.
-    longer = words("--max-steps 150 --n-train 2400 --n-validation 400 --rate-multiplier 2")
-    sizes = {"positions": longer + GROUPED + FIXED}
+    longer = {"max_steps": 150, "n_train": 2400, "n_validation": 400, "rate_multiplier": 2.0}
+    sizes = {"positions": longer | GROUPED | FIXED}
     plan = [
-        Run("parameter_count"),
-        Run("theorem1", of(first)),
-        Run("width_convergence"),
-        Run("johnson_lindenstrauss"),
-        Run("complexity"),
-        Run("degree_scale", ("--tasks", *tasks, *every, "--n-examples", "16", *models)),
-        Run("memory", of(first) + FIXED),
-        *(Run(f"peft_kernels/{task}", of(task) + words("--n-examples 128 --memory-budget-gb 5")) for task in tasks),
-        *(Run(f"kernel_distance/{task}", of(task) + words("--n-examples 128 --seeds 0 1 2 --memory-budget-gb 8")
-              + DISTANCES.get(task, DISTANCE) + FIXED) for task in tasks),
-        *(run for task in tasks for run in _comparisons(task, every)),
-        rated("convergence", first, of(first) + words("--max-steps 100 --every 20 --n-train 1600 --n-validation 300")
-              + GROUPED + FIXED),
-        rated("delta_weights", first, of(first) + words("--n-validation 400") + GROUPED + FIXED),
-        *(rated(f"kernel_drift/{task}", task, of(task) + words("--n-examples 128") + DRIFTS.get(task, DRIFT) + FIXED)
+        run("parameter_count"),
+        run("theorem1", **on_first),
+        run("width_convergence"),
+        run("johnson_lindenstrauss"),
+        run("complexity"),
+        run("degree_scale", tasks=tasks, n_examples=16, models=models, **source),
+        run("memory", **on_first, **FIXED),
+        *(run(f"peft_kernels/{task}", task=task, n_examples=128, memory_budget_gb=5.0, **source) for task in tasks),
+        *(run(f"kernel_distance/{task}", task=task, n_examples=128, seeds=(0, 1, 2), memory_budget_gb=8.0, **source,
+              **DISTANCES.get(task, DISTANCE), **FIXED) for task in tasks),
+        *(one for task in tasks for one in _comparisons(task, source)),
+        rated("convergence", first, max_steps=100, every=20, n_train=1600, n_validation=300, **on_first, **GROUPED,
+              **FIXED),
+        rated("delta_weights", first, n_validation=400, **on_first, **GROUPED, **FIXED),
+        *(rated(f"kernel_drift/{task}", task, task=task, n_examples=128, **source, **DRIFTS.get(task, DRIFT), **FIXED)
           for task in tasks),
-        *(Run(f"spectrum/{task}", of(task) + words("--n-examples 128")) for task in tasks),
-        *(rated(f"linearized_prediction/{task}", task,
-                of(task) + words("--sizes 32 128 512 --n-test 128 --again --max-steps 60") + FIXED)
+        *(run(f"spectrum/{task}", task=task, n_examples=128, **source) for task in tasks),
+        *(rated(f"linearized_prediction/{task}", task, task=task, sizes=(32, 128, 512), n_test=128, again=(),
+                max_steps=60, **source, **FIXED)
           for task in tasks if get_labelled_task(task).num_labels == 2),
-        Run("pooling", ("--tasks", "demo", first, *every)),
-        Run("default_rates", ("--tasks", *tasks, *every)),
-        *(Run(f"ablation/{factor}", (*of(first), "--factor", factor, *sizes.get(factor, small)))
+        run("pooling", tasks=("demo", first), **source),
+        run("default_rates", tasks=tasks, **source),
+        *(run(f"ablation/{factor}", factor=factor, **on_first, **sizes.get(factor, small))
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value", "layers")),
     ]  # fmt: skip
-    if language_model is not None:
-        data = () if data_dir is None else ("--data-dir", (data_dir / "sst2").as_posix())
-        size = words("--max-steps 30 --max-train-samples 240 --max-eval-samples 150")
-        plan.append(Run("instruction_tuning", (*data, "--model", language_model.as_posix(), *size)))
-        in_words = ("--model", language_model.as_posix(), "--head", "label_words")
+    for model in models:
+        of_words = {"task": "sst2", "model": model, "head": "label_words", **source}
         plan += [
-            Run("peft_kernels/sst2-label_words", of("sst2") + in_words + words("--n-examples 64 --memory-budget-gb 4")),
-            Run("linearized_prediction/sst2-label_words", of("sst2") + in_words + words(
-                "--sizes 32 --n-test 64 --seeds 0 --again --max-steps 20 --per-device-train-batch-size 8 "
-                "--sign-limit 32") + FIXED),
+            run("instruction_tuning", data_dir=data_dir and data_dir / "sst2", model=model, max_steps=30,
+                max_train_samples=240, max_eval_samples=150),
+            run("peft_kernels/sst2-label_words", n_examples=64, memory_budget_gb=4.0, **of_words),
+            run("linearized_prediction/sst2-label_words", sizes=(32,), n_test=64, seeds=(0,), again=(), max_steps=20,
+                per_device_train_batch_size=8, sign_limit=32, **of_words, **FIXED),
         ]  # fmt: skip
     if gpu:
         plan += [
-            Run("memory/gpu", of("rte") + words("--rounds 1 --per-device-train-batch-size 128 --max-length 128 "
-                                                "--device cuda") + FIXED),
-            rated("convergence/gpu", first, of(first) + words("--max-steps 600 --every 60 --n-train 9600 "
-                                                              "--n-validation 872 --device cuda") + GROUPED + FIXED),
+            run("memory/gpu", task="rte", rounds=1, per_device_train_batch_size=128, max_length=128, device="cuda",
+                **source, **FIXED),
+            rated("convergence/gpu", first, max_steps=600, every=60, n_train=9600, n_validation=872, device="cuda",
+                  **on_first, **GROUPED, **FIXED),
         ]  # fmt: skip
     return plan
 
 
-FIXED = words("--learning-rate None --head-learning-rate None")
+FIXED: Options = {"learning_rate": None, "head_learning_rate": None}
 """The rates of what is published: the fixed ones of each role, and what comparisons chose as multiples of them."""
-GROUPED = words("--train-sampling-strategy group_by_length")
-COMPARISONS = {
-    "sst2": words("--max-steps 150 --tuning-steps 150 --rate-extensions 4 --n-train 2400"),
-    "stsb": words("--max-steps 250 --tuning-steps 250 --rate-extensions 4 --n-train 2000 --n-validation 500 --bf16"),
-    "cola": words("--max-steps 800 --tuning-steps 400 --per-device-train-batch-size 32 --n-train 8551 "
-                  "--n-validation 1043 --bf16"),
-    "rte": words("--max-steps 700 --max-length 128 --n-train 2489 --n-validation 277 --bf16"),
+GROUPED: Options = {"train_sampling_strategy": "group_by_length"}
+BF16: Options = {"bf16": True}
+COMPARISONS: Mapping[str, Options] = {
+    "sst2": {"max_steps": 150, "tuning_steps": 150, "rate_extensions": 4, "n_train": 2400},
+    "stsb": {"max_steps": 250, "tuning_steps": 250, "rate_extensions": 4, "n_train": 2000, "n_validation": 500} | BF16,
+    "cola": {"max_steps": 800, "tuning_steps": 400, "per_device_train_batch_size": 32, "n_train": 8551,
+             "n_validation": 1043} | BF16,
+    "rte": {"max_steps": 700, "max_length": 128, "n_train": 2489, "n_validation": 277} | BF16,
 }  # fmt: skip
-COMPARISON = words("--max-steps 250 --tuning-steps 100 --n-train 2000 --n-validation 500")
-DISTANCES = {
+COMPARISON: Options = {"max_steps": 250, "tuning_steps": 100, "n_train": 2000, "n_validation": 500}
+DISTANCES: Mapping[str, Options] = {
     # In fewer steps, both models give one answer.
-    "cola": words("--max-steps 600 --per-device-train-batch-size 32 --bf16") + GROUPED,
-    "rte": words("--max-steps 200 --bf16") + GROUPED,
-    "stsb": words("--max-steps 200 --bf16"),
+    "cola": {"max_steps": 600, "per_device_train_batch_size": 32} | BF16 | GROUPED,
+    "rte": {"max_steps": 200} | BF16 | GROUPED,
+    "stsb": {"max_steps": 200} | BF16,
 }
 """How the two models of each task are trained whose kernels are compared; by default `DISTANCE`."""
-DISTANCE = words("--max-steps 200")
-DRIFTS = {
-    "stsb": words("--max-steps 250 --n-train 2000 --n-validation 500 --bf16"),
-    "cola": words("--max-steps 400 --per-device-train-batch-size 32 --n-train 8551 --n-validation 400 --bf16")
-            + GROUPED,
-    "rte": words("--max-steps 350 --lr-scheduler-type constant_with_warmup --n-train 2489 --bf16") + GROUPED,
+DISTANCE: Options = {"max_steps": 200}
+DRIFTS: Mapping[str, Options] = {
+    "stsb": {"max_steps": 250, "n_train": 2000, "n_validation": 500} | BF16,
+    "cola": {"max_steps": 400, "per_device_train_batch_size": 32, "n_train": 8551, "n_validation": 400} | BF16
+            | GROUPED,
+    "rte": {"max_steps": 350, "lr_scheduler_type": "constant_with_warmup", "n_train": 2489} | BF16 | GROUPED,
 }  # fmt: skip
 """How each task is trained while drift is measured, nearly as in its comparison; by default `DRIFT`."""
-DRIFT = words("--max-steps 100 --n-train 1600 --n-validation 400")
-RATES = {"rte": words("--max-steps 1000 --tuning-steps 1000 --max-length 128 --n-train 2489 --n-validation 277")}
+DRIFT: Options = {"max_steps": 100, "n_train": 1600, "n_validation": 400}
+RATES: Mapping[str, Options] = {
+    "rte": {"max_steps": 1000, "tuning_steps": 1000, "max_length": 128, "n_train": 2489, "n_validation": 277}
+}
 """Comparisons that try learning rates for that of the same task, which chooses by the score: what fits RTE's rows makes
 the held-out loss worse, so that by the loss the rate is chosen at which least is learnt."""
 
 
-def _comparisons(task: str, every: tuple[str, ...]) -> list[Run]:
+def _comparisons(task: str, source: Options) -> list[Run]:
     """Methods against each other on a task."""
     # On STS-B, where length tells the source, batches of similar lengths slow the learning down.
-    grouped = FIXED if task == "stsb" else GROUPED + FIXED
-    name, options = f"method_comparison/{task}", ("--tasks", task, *every)
-    own = (*options, *COMPARISONS.get(task, COMPARISON), *grouped)
+    shared = {"tasks": (task,), **source, **FIXED, **({} if task == "stsb" else GROUPED)}
+    name = f"method_comparison/{task}"
+    own = shared | COMPARISONS.get(task, COMPARISON)
     if task not in RATES:
         return [Run(name, own)]
-    rated = name + TRIED_RATES
+    tried = name + TRIED_RATES
     return [
-        Run(rated, (*options, *RATES[task], *grouped)),
-        Run(name, (*own, "--rates-from", f"{ROOT}/{rated}", "--chosen-by", "score"), (rated,)),
+        Run(tried, shared | RATES[task]),
+        Run(name, own | {"rates_from": Earlier(tried), "chosen_by": "score"}),
     ]
 
 
@@ -253,7 +279,9 @@ def carry_out(plan: Sequence[Run], root: Path, launch: Launch | None = None) -> 
     for place, run in enumerate(plan, 1):
         head = f"[{place:>{len(str(len(plan)))}}/{len(plan)}] {run.name}"
         if is_complete(root / run.name):
-            print(f"{head}: there already", flush=True)
+            if (message := _other(run, root)) is not None:
+                failed[run.name] = message
+            print(f"{head}: {message or 'there already'}", flush=True)
         elif waits := [name for name in run.after if name in failed]:
             failed[run.name] = f"waits for {', '.join(waits)}"
             print(f"{head}: {failed[run.name]}", flush=True)
@@ -272,11 +300,23 @@ def is_complete(folder: Path) -> bool:
     return (folder / RESULT_FILE).is_file()
 
 
+def _other(run: Run, root: Path) -> str | None:
+    """What sets the result in a run's folder apart from the run, in one line; None if it is of that run."""
+    folder = root / run.name
+    try:
+        different = differing(load_result(folder), run.config(root))
+    except RecordError as error:
+        return str(error)
+    if not different:
+        return None
+    options = ", ".join(f"{name} {found} instead of {asked}" for name, (found, asked) in different.items())
+    return f"{folder} holds a result of another run, with {options}: move it away or name another --output-dir"
+
+
 def in_own_process(command: Sequence[str], log: Path) -> int:
     """Run a command, its output in a file; its exit code, negative for the signal that killed it."""
     with log.open("w", encoding="utf-8") as output:
-        words = [sys.executable, *command[1:]]
-        return subprocess.run(words, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        return run_python(command[1:], stdout=output, stderr=subprocess.STDOUT).returncode
 
 
 def _run(run: Run, root: Path, launch: Launch) -> str | None:

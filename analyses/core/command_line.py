@@ -1,10 +1,79 @@
-"""Converts options of an analysis to the arguments of its command line."""
+"""Configurations and results as options of a command line, by which each can be computed again."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from analyses.records import plain
+from propulsion.errors import UserError
+
+C = TypeVar("C")
 
 
-def option(name: str, value: Any) -> list[str]:
-    """Arguments that set an option: its flag and value, the flag and each item of a list, or a switch for a bool."""
+def configured(config: type[C], options: Mapping[str, Any]) -> C:
+    """Return a configuration with its defaults but for some options, each named as on the command line.
+
+    An option of a configuration within, which has no prefix on the command line, has none here.
+
+    Raises:
+        UserError: There is no such option.
+    """
+    own = {field.name for field in dataclasses.fields(config)} & options.keys()  # pyright: ignore[reportArgumentType]
+    changed, left = _changed(config(**{name: options[name] for name in own}), options)
+    if left:
+        raise UserError(f"{config.__module__} has no option {', '.join(sorted(left))}")
+    return changed
+
+
+def options_of(config: Any) -> dict[str, Any]:
+    """Return the options of a configuration, or of one as a result stores it, by name and as JSON has them."""
+    return dict(leaves(config if isinstance(config, Mapping) else plain(dataclasses.asdict(config))))
+
+
+def default_options(config: type[Any]) -> dict[str, Any]:
+    """Return the defaults of a configuration's options by name; an option without a default is left out."""
+    found = {}
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = plain(field.default_factory())
+    return dict(leaves(found))
+
+
+def words(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Return the options that differ from their defaults as words of a command line."""
+    return [
+        word for name, value in options.items() if name not in defaults or value != defaults[name]
+        for word in _option(name, value)
+    ]  # fmt: skip
+
+
+def leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield each option by name; an option of a configuration within has no prefix."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value)
+        else:
+            yield name, value
+
+
+def _changed(config: Any, options: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """Return the configuration with these options, and those that it and the configurations in it do not have."""
+    found, left = {}, set(options)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name], unknown = _changed(value, options)
+            left &= unknown
+        elif field.name in options:
+            found[field.name] = options[field.name]
+            left.discard(field.name)
+    return dataclasses.replace(config, **found), left
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """Return a switch for a truth value; otherwise the option and a word for each item of its value."""
     flag = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return [flag if value else f"--no-{name.replace('_', '-')}"]

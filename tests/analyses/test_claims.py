@@ -6,7 +6,10 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -20,9 +23,11 @@ from analyses.claims import commands, report
 from analyses.claims import plan as runs
 from analyses.claims.judge import CLAIMS, load_tree
 from analyses.core.cells import Grid
+from analyses.core.command_line import configured, default_options, options_of
 from analyses.core.errors import MISTAKES
-from analyses.records import RESULT_FILE, plain
+from analyses.records import RESULT_FILE
 from figures.all import captions
+from propulsion.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 STORED = Path("docs/results")
@@ -72,8 +77,8 @@ def test_the_published_document_is_that_ledger(published):
 def test_the_command_of_a_published_result_gives_its_configuration(name, stored):
     result = stored[name]
     config = importlib.import_module(f"analyses.{result.analysis}").Config
-    again = dict(commands._leaves(plain(tyro.cli(config, args=commands.arguments(result)))))
-    kept = {k: v or None for k, v in commands._leaves(result.config) if k not in commands._NOT_THE_EXPERIMENT}
+    again = options_of(tyro.cli(config, args=commands.arguments(result)))
+    kept = {k: v or None for k, v in options_of(result.config).items() if k not in commands._NOT_THE_EXPERIMENT}
     assert {k: again[k] or None for k in kept} == kept
     words = shlex.split(commands.command(result, "again", {other: f"{STORED}/{other}" for other in NAMES}))
     assert words[-2:] == ["--output-dir", "again"]
@@ -101,12 +106,10 @@ def test_the_full_plan_is_what_is_published(stored):
     assert set(stored) == {run.name for run in plan}
     places = {"data_dir", "model", "models", "device", "comparison", "rates_from", "memory_budget_gb"}
     for run in plan:
-        words = run.command(Path("results"))
-        module = importlib.import_module(words[2])
-        planned = dict(commands._leaves(plain(tyro.cli(module.Config, args=words[3:]))))
+        config = run.config(Path("results"))
+        planned = options_of(config)
         # Options that came after a result was published were at their defaults.
-        found = dict(commands._leaves(commands._defaults(module.Config)))
-        found |= dict(commands._leaves(stored[run.name].config))
+        found = default_options(type(config)) | options_of(stored[run.name].config)
         for option in planned.keys() - commands._NOT_THE_EXPERIMENT - places:
             resolved = option == "degree" and planned[option] is None  # The task's, which the result names.
             assert resolved or planned[option] == found[option], (run.name, option)
@@ -230,8 +233,8 @@ def plan(monkeypatch):
 
     monkeypatch.setattr(ablation, "_train", score)
     return [
-        runs.Run("parameter_count", ("--models", "RoBERTa-base", "RoBERTa-large")),
-        runs.Run("ablation/init_value", runs.words("--factor init_value --seeds 0 1")),
+        runs.run("parameter_count", models=("RoBERTa-base", "RoBERTa-large")),
+        runs.run("ablation/init_value", factor="init_value", seeds=(0, 1)),
     ]
 
 
@@ -274,10 +277,57 @@ def test_a_killed_call_goes_on_and_gives_the_same_ledger(plan, tmp_path, monkeyp
     assert runs.carry_out(plan, killed, lambda *_: pytest.fail("everything is there")) == {}
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"models": ("RoBERTa-base",)}, "with models ['RoBERTa-base', 'RoBERTa-large'] instead of ['RoBERTa-base']"),
+        ({}, "with models ['RoBERTa-base', 'RoBERTa-large'] instead of"),
+    ],
+)
+def test_the_result_of_another_run_is_not_taken_for_this_one(options, words, plan, tmp_path, capsys):
+    runs.check_root(tmp_path, quick=False)
+    assert runs.carry_out(plan[:1], tmp_path, launch) == {}
+    other = [
+        runs.run("parameter_count", **options),
+        runs.run("convergence", comparison=runs.Earlier("parameter_count")),
+    ]
+    failed = runs.carry_out(other, tmp_path, lambda *_: pytest.fail("it would overwrite"))
+    assert words in failed["parameter_count"]
+    assert failed["convergence"] == "waits for parameter_count"
+    assert load_tree(tmp_path, ["convergence"]) == {}
+
+
+def test_a_damaged_result_is_not_taken_for_a_run(plan, tmp_path):
+    runs.check_root(tmp_path, quick=False)
+    assert runs.carry_out(plan[:1], tmp_path, launch) == {}
+    (tmp_path / "parameter_count" / RESULT_FILE).write_text("{}", encoding="utf-8")
+    assert "parameter_count" in runs.carry_out(plan[:1], tmp_path, launch)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with a parent that was killed")
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_a_child_ends_with_the_process_that_started_it(kill, tmp_path):
+    log = tmp_path / "child"
+    child = f"import os, time; open({str(log)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    parent = f"""
+from propulsion.errors import run_command
+from analyses.core.child import run_python
+run_command(lambda: run_python(["-c", {child!r}]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT)
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+    pid = int(log.read_text())
+    process.send_signal(kill)
+    assert process.wait() == (143 if kill == signal.SIGTERM else -kill)
+    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        time.sleep(0.05)
+
+
 def test_a_failed_run_is_one_line_and_what_needs_it_waits(tmp_path, capsys):
     plan = [
-        runs.Run("parameter_count", ("--models", "RoBERTa-tiny")),
-        runs.Run("convergence", (), ("parameter_count",)),
+        runs.run("parameter_count", models=("RoBERTa-tiny",)),
+        runs.run("convergence", comparison=runs.Earlier("parameter_count")),
     ]
     runs.check_root(tmp_path, quick=False)
     failed = runs.carry_out(plan, tmp_path)  # In a process of its own, as it is.
@@ -316,8 +366,14 @@ def test_every_command_of_a_plan_is_one_that_its_analysis_takes(plan):
     for place, run in enumerate(plan):
         command = run.command(Path("results"))
         config = tyro.cli(importlib.import_module(command[2]).Config, args=command[3:])
+        assert config == run.config(Path("results"))
         assert config.output_dir == Path("results") / run.name
         assert set(run.after) <= {earlier.name for earlier in plan[:place]}
+
+
+def test_an_option_that_an_analysis_lacks_is_refused():
+    with pytest.raises(UserError, match=r"analyses.ablation has no option max_step, width"):
+        configured(ablation.Config, {"max_step": 3, "width": 4, "factor": "degree"})
 
 
 def test_the_full_plan_makes_all_that_the_claims_need():
