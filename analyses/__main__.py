@@ -1,4 +1,4 @@
-"""The questions that can be asked, one a line: ``python -m analyses``."""
+"""List the analyses, one on each line: ``python -m analyses``."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ class Question:
     Attributes:
         name: Its module within `analyses`.
         words: The first sentence of its docstring.
-        cost: What its default configuration costs on two cores: the constant COST of the module.
+        cost: The time that its default configuration takes on two cores: the constant COST of the module.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Question:
 
 
 def questions() -> Iterator[Question]:
-    """Every module, and every package, that has a constant COST, read without importing them."""
+    """Yield every module and package that has a constant COST; they are parsed, not imported."""
     for source in sorted([*_FOLDER.glob("*.py"), *_FOLDER.glob("*/__init__.py")]):
         tree = ast.parse(source.read_text(encoding="utf-8"))
         for line in tree.body:
@@ -36,10 +36,10 @@ def questions() -> Iterator[Question]:
 
 
 def main() -> None:
-    """Print the name, the cost and the question of every analysis."""
+    """Print the name, the cost and the first sentence of every analysis."""
     found = sorted(questions(), key=lambda question: question.name)
     names, costs = (max(len(getattr(question, field)) for question in found) for field in ("name", "cost"))
-    print("python -m analyses.NAME --help; costs are those of the default configuration on two cores\n")
+    print("python -m analyses.NAME --help lists the options; times are for the default configuration on two cores\n")
     for question in found:
         print(f"{question.name:<{names}}  {question.cost:<{costs}}  {question.words}")
 

@@ -1,9 +1,10 @@
-"""What matters in Propulsion: one choice varied at a time, all else at its default.
+"""Which of Propulsion's choices matter? One choice is varied at a time, and all others keep their default.
 
     python -m analyses.ablation --task sst2 --data-dir glue --factor degree
 
-Degree is varied twice: with the learning rate divided by it, as `propulsion.training.learning_rates` does, and with one
-rate for all, as in the paper, where a degree is also a learning rate (for Adam, k times as large).
+The degree is varied in two ways: with the learning rate divided by the degree, as `propulsion.training.learning_rates`
+does, and with one learning rate for all degrees, as in the paper, where a degree k has the effect of a larger learning
+rate (k times as large, for Adam).
 """
 
 from collections.abc import Iterator
@@ -34,9 +35,9 @@ class Setting:
     """One value of a factor.
 
     Attributes:
-        label: What tables and figures call it.
+        label: Its name in tables and figures.
         options: Options of Propulsion.
-        learning_rate: Of the scales; by default the rule's.
+        learning_rate: Learning rate of the scales; None for the rate that the run's options give.
     """
 
     label: str
@@ -46,14 +47,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Config(TaskRuns, GridOutput):
-    """One choice in Propulsion varied, all else at its default."""
+    """Options of the analysis."""
 
     factor: Factor = "degree"
-    """What is varied."""
+    """Choice that is varied; degree_fixed_rate varies the degree at one learning rate."""
     reference_degree: float = 15.0
-    """Degree whose rate all have in degree_fixed_rate, and that of the other factors' runs."""
+    """Degree when another choice is varied; with degree_fixed_rate, the degree whose learning rate all runs have."""
     n_layers: int = 6
-    """Blocks of the model, for the factor layers."""
+    """Number of blocks of the model, for --factor layers."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
 
@@ -84,9 +85,9 @@ def _counts(n: int) -> list[int]:
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
-    """Compute what is missing and summarise.
+    """Compute the missing cells and summarise all; None if some are still missing.
 
-    A run that diverges is a result too: its score counts as undefined, and the table says so.
+    The score of a run that diverges counts as undefined, and the table says how many runs diverged.
     """
     data, chosen = config.run.load(config.task), settings_of(config)
     cells = runs.of(data, config.run.identity(data))
@@ -135,7 +136,7 @@ def _summarised(config: Config, data: TaskData, found: dict[str, list[dict[str, 
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One row a value of the factor."""
+    """One row for each value of the factor."""
     rows = []
     for row in result.tables["settings"]:
         score, loss = (result.metric(name, stage="trained", left=row["setting"]) for name in ("score", "last_loss"))

@@ -1,9 +1,9 @@
-"""What a method costs on one linear layer: formulas, beside counted parameters and measured time (the paper's Table 4).
+"""What does a method cost on one linear layer? Formulas, counted parameters and measured time (the paper's Table 4).
 
-The layer maps n features to m, for T tokens; r is a method's rank, p Propulsion's vectors. Cost is in multiply-adds of
-one forward and backward pass, the backward pass to the layer's input included, as in the middle of a network. What is
-measured is the time over that of the frozen layer: where the two ratios part, memory traffic and overhead, which no
-such formula counts, are what a method costs.
+The layer maps n features to m, for T tokens; r is a method's rank, p the number of Propulsion's vectors. The formulas
+count the multiply-adds of one forward and one backward pass, which includes the gradient of the layer's input, as in
+the middle of a network. The measured time is divided by that of the frozen layer. Where this ratio differs from that of
+the formulas, the difference is due to memory traffic and overhead, which the formulas do not count.
 
     python -m analyses.complexity
 """
@@ -32,22 +32,22 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Config(Output):
-    """Cost of every method on one linear layer."""
+    """Options of the analysis."""
 
     n: int = 768
-    """Features in."""
+    """Input features of the layer."""
     m: int = 768
-    """Features out."""
+    """Output features of the layer."""
     tokens: int = 2048
-    """Tokens of a batch."""
+    """Number of tokens in the batch."""
     rank: int = 8
     """Rank of the methods that have one."""
     vectors: int = 4
-    """Propulsion's vectors, where there are several."""
+    """Number of vectors of Propulsion with several vectors."""
     repeats: int = 15
-    """Timed passes of each method, in turn."""
+    """Timed passes of each method; the methods take turns."""
     device: str = "cpu"
-    """Torch device."""
+    """Torch device, such as cpu or cuda."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Cost:
     Attributes:
         parameters: Formula of the trained parameters.
         operations: Formula of the multiply-adds of a forward and backward pass.
-        options: peft's options of the method; None for what is not a peft method.
+        options: peft's options of the method; None if it is not a peft method.
     """
 
     parameters: str
@@ -79,7 +79,7 @@ COSTS = {
 
 
 def value_of(formula: str, config: Config) -> int:
-    """The value of a formula in m, n, r, p and T, letters side by side being factors.
+    """The value of a formula in m, n, r, p and T, where adjacent letters are multiplied.
 
     >>> value_of("2Tr(m + n)", Config(tokens=3, rank=4, m=5, n=6))
     264
@@ -91,9 +91,9 @@ def value_of(formula: str, config: Config) -> int:
 
 
 def build(name: str, config: Config) -> nn.Module:
-    """A layer that trains by a method."""
+    """A linear layer prepared for training by a method."""
     torch.manual_seed(0)
-    model: Any = nn.Sequential(OrderedDict(layer=nn.Linear(config.n, config.m)))  # A name that methods can target.
+    model: Any = nn.Sequential(OrderedDict(layer=nn.Linear(config.n, config.m)))  # Methods target the name "layer".
     options = COSTS[name].options
     if options is not None:
         method = name.partition(",")[0]
@@ -104,13 +104,13 @@ def build(name: str, config: Config) -> nn.Module:
 
 
 def find(config: Config) -> Findings:
-    """Count and time every method."""
+    """Count the parameters of every method and time its passes."""
     models = {name: build(name, config).to(config.device) for name in COSTS}
     x = torch.randn(config.tokens, config.n, device=config.device, requires_grad=True)
     g = torch.randn(config.tokens, config.m, device=config.device)
     seconds: dict[str, list[float]] = {name: [] for name in COSTS}
     for _ in range(WARM_UP + config.repeats):
-        for name, model in models.items():  # In turn, so that a busy machine slows all of them alike.
+        for name, model in models.items():  # Methods take turns, so that a busy machine slows all of them alike.
             clock = StepClock()
             clock.on_step_begin(None, None, None)
             model(x).backward(g)
@@ -140,7 +140,7 @@ def _row(name: str, config: Config, model: nn.Module, seconds: dict[str, list[fl
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One row a method."""
+    """One row for each method."""
     header = ["method", "trained", "by formula", "counted", "multiply-adds", "over frozen", "time over frozen"]
     yield header, [
         [row["method"], row["parameters_formula"], f"{row['parameters']:,}", f"{row['counted']:,}",

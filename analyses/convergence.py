@@ -1,9 +1,9 @@
-"""How fast each method learns: loss and validation score by optimizer step and by second (the paper's Figure 3).
+"""How fast does each method learn? Loss and validation score by optimizer step and by second (the paper's Figure 3).
 
     python -m analyses.convergence --task sst2 --data-dir glue --comparison results/method_comparison
 
-With ``--comparison`` each method has the learning rate that `analyses.method_comparison` chose for it; without, its
-default. A killed grid goes on where it was.
+With ``--comparison`` each method has the learning rate that `analyses.method_comparison` chose for it; without it, its
+default. The same command resumes an interrupted grid.
 """
 
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ from propulsion.training.trainer import isolated_randomness
 COST = "twenty minutes"
 
 SHARES = (0.9, 0.95)
-"""Of a method's own gain, from its first score to its best: how many steps until it is reached."""
+"""The shares of a method's gain, from its first score to its best, for which the steps to reach them are reported."""
 _STEPS = "steps to {:.0%} of its gain"
 
 
 @dataclass(frozen=True)
 class Config(RatedRuns, GridOutput):
-    """Learning curves, methods x seeds."""
+    """Options of the analysis."""
 
     methods: tuple[str, ...] = ComparisonConfig.methods
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
@@ -43,7 +43,7 @@ class Config(RatedRuns, GridOutput):
 
 
 class Curve(StepClock):
-    """Scores on the validation rows as training goes on; their own time is not counted."""
+    """Records scores on the validation rows during training; the clock stops while they are computed."""
 
     def __init__(self, config: RunConfig, data: TaskData, every: int) -> None:
         super().__init__()
@@ -52,11 +52,11 @@ class Curve(StepClock):
         self.points: list[dict[str, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The score before the first step."""
+        """Record the score before the first step."""
         self._measure(0, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock, and measure where it is time to."""
+        """Stop the clock, and record the score at every `every`-th step and at the last."""
         super().on_step_end(args, state, control)
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             self._measure(state.global_step, kwargs["model"])
@@ -68,7 +68,7 @@ class Curve(StepClock):
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
-    """Compute what is missing and summarise."""
+    """Compute the missing cells and summarise all; None if some are still missing."""
     methods = parse_methods(config.methods)
     factors, data = config.factors(methods), config.run.load(config.task)
 
@@ -115,7 +115,7 @@ def first_at(scores: np.ndarray, share: float) -> int:
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One row a method."""
+    """One row for each method."""
     names = list(dict.fromkeys(m.name for m in result.metrics))
     yield [result.dataset["name"], *names, "rate x", "trained"], [
         [row["method"], *(metric_cell(result.metric(name, stage="trained", left=row["method"])) for name in names),

@@ -1,14 +1,14 @@
-"""Does every method learn with no search for a learning rate, and how far from the best of a grid does it end?
+"""Does every method learn without a search for its learning rate, and how far from the best of a grid does it end?
 
-Every method trains at the automatic rates (`propulsion.training.measured_rates`), at the fixed ones that were the
-default before (`propulsion.training.learning_rates`), and at multiples of the automatic ones. It learns if its score on
-the validation rows is above that of the best single answer by its whole interval.
+Every method trains at the automatic rates (`propulsion.training.measured_rates`), at the fixed rates that were the
+default before (`propulsion.training.learning_rates`), and at multiples of the automatic rates. A method counts as
+learning if the whole interval of its score on the validation rows is above the score of the best single answer.
 
     python -m analyses.default_rates --data-dir glue --tasks sst2 stsb cola rte --output-dir results/default_rates
 
-A killed grid goes on where it was; ``--max-runs 10`` computes ten more cells. The automatic and the fixed rates come
-first, of all tasks, then the multiples, the nearest first; a result is written whatever is missing of the latter, and
-with ``--partial`` of what has both of the former.
+The same command resumes an interrupted grid; ``--max-runs 10`` computes ten more cells. The automatic and the fixed
+rates of all tasks are computed first, then the multiples in the order of ``--factors``. A result is written as soon as
+all automatic and fixed rates are complete; with ``--partial`` it has the tasks and methods for which both are complete.
 """
 
 import math
@@ -37,11 +37,11 @@ _KEPT = ("validation_loss", "learning_rates", "trained_parameters", "seconds_per
 
 @dataclass(frozen=True)
 class Config(GridOutput):
-    """Methods x tasks x learning rates, one seed."""
+    """Options of the analysis."""
 
     tasks: tuple[str, ...] = ("demo",)
     """Classification and regression tasks."""
-    # A factory, for the sake of the site, which takes words with a colon in a signature for a reference.
+    # A factory, since the documentation site reads words with a colon in a signature as a reference.
     methods: tuple[str, ...] = field(
         default_factory=lambda: (
             "full", "propulsion", "propulsion:positions=attn", "lora", "ia3", "bitfit", "ln_tuning", "head", "vera",
@@ -50,7 +50,7 @@ class Config(GridOutput):
     )  # fmt: skip
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
     factors: tuple[float, ...] = (3.0, 1 / 3, 9.0, 1 / 9, 27.0, 1 / 27)
-    """Multiples of the automatic rates, which with 1 are the grid; in the order in which they are computed."""
+    """Multiples of the automatic rates in the grid, besides 1, in the order in which they are computed."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(
         default_factory=lambda: RunConfig(
             n_train=2400, n_validation=300,
@@ -58,11 +58,11 @@ class Config(GridOutput):
                                     train_sampling_strategy="group_by_length"),
         )
     )  # fmt: skip
-    """What each run is; its learning rates are those of each cell, and all have its seed."""
+    """Options of every run; the learning rates are set by each cell."""
     resamples: int = 1000
     """Bootstrap resamples of the validation rows behind each interval."""
     partial: bool = False
-    """Write a result of the tasks and methods that have both automatic and fixed rates, though others have not."""
+    """Write a result although runs are missing, with the tasks and methods that have both automatic and fixed rates."""
 
     @property
     def seed(self) -> int:
@@ -75,9 +75,9 @@ class Cell:
     """One run.
 
     Attributes:
-        task: The task.
-        method: The method's text.
-        factor: On the automatic rates; None for the fixed ones.
+        task: Name of the task.
+        method: The method as in `Config.methods`.
+        factor: Multiple of the automatic rates; None for the fixed rates.
     """
 
     task: str
@@ -86,12 +86,12 @@ class Cell:
 
     @property
     def setting(self) -> str:
-        """What tables call its rates."""
+        """The name of its rates in tables."""
         return FIXED if self.factor is None else AUTO if self.factor == 1 else f"x {self.factor:.3g}"
 
 
 def cells_of(config: Config) -> Iterator[Cell]:
-    """All runs, in the order in which they are computed."""
+    """Yield all runs, in the order in which they are computed."""
     for task, method, factor in product(config.tasks, config.methods, (1.0, None)):
         yield Cell(task, method, factor)
     for factor, task, method in product(config.factors, config.tasks, config.methods):
@@ -99,7 +99,7 @@ def cells_of(config: Config) -> Iterator[Cell]:
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
-    """Compute what is missing and summarise; None if automatic or fixed rates are missing."""
+    """Compute the missing cells and summarise all; None if automatic or fixed rates are missing."""
     methods = parse_methods(config.methods)
     data = config.run.load_all(config.tasks)
     cells = {task: runs.of(rows, config.run.identity(rows)) for task, rows in data.items()}
@@ -152,7 +152,7 @@ def _row(config: Config, cell: Cell, data: TaskData, found: Mapping[str, Any]) -
 
 
 def _interval(data: TaskData, predictions: np.ndarray, resamples: int) -> tuple[float, float, float]:
-    """The headline score and its 95 % bootstrap interval over validation rows; 0 where it is undefined."""
+    """The task's first metric with its 95 % bootstrap interval over validation rows; undefined values count as 0."""
     labels, generator = np.asarray(data.validation["label"]), np.random.default_rng(0)
 
     def score(rows: np.ndarray) -> float:
@@ -180,7 +180,7 @@ def _summarised(config: Config, data: Mapping[str, TaskData], rows: Sequence[dic
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a task and method: at fixed and automatic rates, and the best of the grid as far as it is there."""
+    """One row for each task and method: scores at fixed and automatic rates, and the best of the computed grid."""
     found = []
     for task, text in dict.fromkeys((row["task"], row["method"]) for row in rows):
         own = {row["setting"]: row for row in rows if (row["task"], row["method"]) == (task, text)}
@@ -198,7 +198,7 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One table a task; a star marks what is above the best single answer by its whole interval."""
+    """One table for each task; a star marks scores whose whole interval is above the best single answer."""
     rows = result.tables["summary"]
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]

@@ -1,9 +1,10 @@
-"""How large is full fine-tuning's kernel beside Propulsion's, and which degree makes up for it?
+"""How much larger is full fine-tuning's kernel than Propulsion's, and at which degree are they equally large?
 
-At z = 1 Propulsion's kernel grows as k squared, so that k* = sqrt(tr K_F / tr K_P(1)) gives both one size. Measured
-over width and depth of random networks in standard parametrisation, over architectures at random weights, and on a
-pre-trained encoder, beside the degrees that the paper found best and what random weights would lead to expect: a
-layer's kernels differ by the variance of its weights' entries, so k* is about 1 / their standard deviation.
+At z = 1 Propulsion's kernel is proportional to k squared, so that at the degree k* = sqrt(tr K_F / tr K_P(1)) both
+kernels have the same trace. k* is measured for random networks of several widths and depths in standard
+parametrisation, for architectures with random weights, and for a pre-trained encoder. It is compared with the degrees
+that the paper found best, and with its value at random weights, where a layer's kernels differ by the variance of its
+weights' entries, so that k* is about 1 / their standard deviation.
 """
 
 import math
@@ -32,41 +33,41 @@ from propulsion.pretrained import Pooling, find_pooling, load_classifier
 
 COST = "a minute"
 
-# Accuracy over the degree peaks there in the paper's ablation (Kowsher, Prottasha and Bhat 2024, App. E).
+# In the paper's ablation (Kowsher, Prottasha and Bhat 2024, App. E) accuracy peaks at degrees in this range.
 PAPER_BEST = (25, 75)
 
 
 @dataclass(frozen=True)
 class Config(Output):
-    """tr K_F / tr K_P(1), and the degree k* that matches the kernels' sizes."""
+    """Options of the analysis."""
 
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Widths of the random networks."""
     depths: tuple[int, ...] = (1, 2, 4, 8)
     """Depths of the random networks."""
     draws: int = 5
-    """Networks of each size."""
+    """Random networks of each size."""
     n_examples: int = 32
-    """Examples."""
+    """Held-out sentences of each task for the pre-trained models."""
     tasks: tuple[str, ...] = ("demo",)
     """Tasks whose sentences the pre-trained models read."""
     models: tuple[str, ...] = ()
-    """Further pre-trained models beside the packaged encoder, by hub name or folder."""
+    """Pre-trained models besides the packaged encoder, by hub name or folder."""
     pooling: Pooling = "auto"
     """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
     data_dir: Path | None = None
     """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     seed: int = 0
-    """Of inputs, networks and heads."""
+    """Seed of the inputs, networks and heads."""
 
 
 def mlp_rows(config: Config) -> Iterator[dict[str, Any]]:
-    """Random ReLU networks: the width at the first depth but one, the depth at the middle width."""
+    """Yield rows of random ReLU networks: every width at the second depth, and every depth at the middle width."""
     x = torch.randn(8, 32, generator=torch.Generator().manual_seed(config.seed), dtype=torch.float64)
     middle = sorted(config.widths)[len(config.widths) // 2]
     sizes = [(w, sorted(config.depths)[min(1, len(config.depths) - 1)]) for w in config.widths]
     for width, depth in dict.fromkeys([*sizes, *((middle, d) for d in config.depths)]):
-        traces = np.zeros((2, config.draws))  # Of full fine-tuning, and of the multipliers.
+        traces = np.zeros((2, config.draws))  # Row 0 is for full fine-tuning, row 1 for the scales.
         for draw in range(config.draws):
             recipe = Recipe(
                 generator=torch.Generator().manual_seed(1000 * config.seed + draw), sigma_w=2**0.5,
@@ -81,7 +82,7 @@ def mlp_rows(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _limit(x: Tensor, width: int, depth: int) -> float:
-    """k* from the infinite-width kernels: a layer's K_F is n_in / sigma_w^2 times theirs here."""
+    """k* from the infinite-width kernels; standard parametrisation multiplies a layer's K_F by n_in / sigma_w^2."""
     kernels = mlp_kernels(x, depth=depth, activation="relu", sigma_w=2**0.5, sigma_b=0)
     assert kernels.layers is not None
     sizes = [x.shape[1], *[width] * depth]
@@ -90,7 +91,7 @@ def _limit(x: Tensor, width: int, depth: int) -> float:
 
 
 def architectures(width: int) -> dict[str, Any]:
-    """Classifiers of one width and four layers, at random weights as transformers initialises them."""
+    """Configurations of classifiers of one width and four layers, by the name of the architecture."""
     common = {"vocab_size": 1000, "pad_token_id": 0, "num_labels": 2}
     sizes: dict[str, Any] = common | {
         "hidden_size": width, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 4 * width,
@@ -107,7 +108,7 @@ def architectures(width: int) -> dict[str, Any]:
 
 
 def architecture_rows(config: Config) -> Iterator[dict[str, Any]]:
-    """Random tokens through random classifiers of growing width."""
+    """Yield rows of random classifiers of growing width, on random tokens."""
     generator = torch.Generator().manual_seed(config.seed)
     ids = torch.randint(5, 1000, (min(config.n_examples, 8), 16), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -121,7 +122,7 @@ def architecture_rows(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def pretrained_rows(config: Config) -> Iterator[dict[str, Any]]:
-    """The packaged encoder, and further models, on the sentences of every task."""
+    """Yield rows of the packaged encoder, and of further models, on the sentences of every task."""
     check_folders(config.tasks, config.data_dir)
     for name, task in ((name, task) for name in (None, *config.models) for task in config.tasks):
         data = load_task_data(task, data_dir=config.data_dir, seed=config.seed)
@@ -137,7 +138,7 @@ def pretrained_rows(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _weight_scale(model: Any) -> float:
-    """1 / the root mean square of the entries of the body's matrices: k* if they were random, as in docs/theory.md."""
+    """1 / the root mean square of the entries of the backbone's matrices: k* if they were random (docs/theory.md)."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and is_backbone(model, name)]
     return math.sqrt(sum(p.numel() for p in matrices) / sum(float(p.detach().square().sum()) for p in matrices))
 
@@ -154,7 +155,7 @@ def _row(
     kind: str, model: str, full: np.ndarray, propulsion: np.ndarray, config: Config, *, width: int, depth: int,
     expected: float, paper: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """k* with its 95 % bootstrap interval over what was averaged: networks drawn, or examples."""
+    """A row of k* with its 95 % bootstrap interval over the n entries of `full`: networks drawn, or examples."""
     rng = np.random.default_rng(config.seed)
     picks = rng.integers(0, len(full), size=(1000, len(full)))
     low, high = np.quantile(np.sqrt(full[picks].sum(1) / propulsion[picks].sum(1)), [0.025, 0.975])
@@ -195,7 +196,7 @@ def find(config: Config) -> Findings:
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One row a model."""
+    """One row for each model."""
     yield ["model", "width", "depth", "tr K_F / tr K_P(1)", "k*", "k* expected", "paper's degree"], [
         [f"{r['kind']}: {r['model']}", str(r["width"]), str(r["depth"]), number(r["ratio"]),
          interval(r["matching_degree"], r["low"], r["high"]), number(r["expected"]), number(r["paper_degree"])]

@@ -1,8 +1,8 @@
-"""What each method changes: rank and size of its change of every weight after training (the paper's Table 6).
+"""How does each method change the weights? Rank and size of the change of every weight (the paper's Table 6).
 
-Delta W is the merged weight less the pre-trained one, which is what the method amounts to once merged. Propulsion's is
-W * (z^k - 1), row by row: of full rank wherever W is, though it has one number a row. For Propulsion, how far z moved
-from 1 stands beside it.
+Delta W is the merged weight after training minus the pre-trained weight. Propulsion multiplies row j of W by z_j^k, so
+that its delta W is W * (z^k - 1), row by row, which has full rank wherever W has, unless an entry of z is 1. For
+Propulsion the quantiles of z and z^k are reported too.
 
     python -m analyses.delta_weights --task sst2 --data-dir glue --comparison results/method_comparison
 """
@@ -39,19 +39,19 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Config(RatedRuns, Output):
-    """Rank and size of every method's change of the weights."""
+    """Options of the analysis."""
 
     methods: tuple[str, ...] = (
         "full", "propulsion:positions=all", "propulsion:positions=attn", "propulsion:vectors=4", "lora", "ia3", "loha",
         "bitfit",
     )  # fmt: skip
-    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE; those that can be merged."""
+    """Methods that can be merged, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    """What each run is; its seed is that of all."""
+    """Options of every run."""
 
     @property
     def seed(self) -> int:
-        """The one seed of the runs; a second option of that name would be refused."""
+        """The one seed of the runs; a property, since two options named seed would be refused."""
         return self.run.training.seed
 
 
@@ -59,7 +59,7 @@ def singular_value_measures(delta: Float[Tensor, "a b"], weight: Float[Tensor, "
     """Size and rank of a change of a weight.
 
     The rank counts singular values above eps * max(a, b) times the weight's own largest; the effective rank is exp of
-    the entropy of the squared singular values' shares. A change of nothing has rank 0.
+    the entropy of the squared singular values' shares. A change of zero has rank 0.
     """
     values = torch.linalg.svdvals(delta.double())
     energy = values**2
@@ -67,7 +67,7 @@ def singular_value_measures(delta: Float[Tensor, "a b"], weight: Float[Tensor, "
     full = min(delta.shape)
     if total == 0:
         return dict.fromkeys(MEASURES, 0.0)
-    # Merged weights are float32, so their difference carries that rounding of W, not of itself.
+    # Merged weights are float32, so the rounding error of their difference is relative to W, not to the difference.
     floor = max(delta.shape) * torch.finfo(torch.float32).eps * float(torch.linalg.matrix_norm(weight.double(), 2))
     shares = energy[energy > 0] / total
     return {
@@ -79,9 +79,9 @@ def singular_value_measures(delta: Float[Tensor, "a b"], weight: Float[Tensor, "
 
 
 def delta_weights(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """By name, the measures of every matrix of linear layers that a trained model changed.
+    """Measures of every linear layer's matrix that training changed, by the layer's name.
 
-    The model is merged, in place, if it is a `PeftModel`.
+    A `PeftModel` is merged, in place.
     """
     merged: Any = model.merge_and_unload() if isinstance(model, PeftModel) else model
     found = {}
@@ -93,7 +93,7 @@ def delta_weights(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, dic
 
 
 def scales(model: nn.Module) -> dict[str, np.ndarray]:
-    """z and z^k of all of a Propulsion model's layers, together; empty for any other model."""
+    """z and z^k of a Propulsion model, each concatenated over its layers; empty for any other model."""
     z, powers = [], []
     for layer in adapted_layers(model):
         for adapter, value in getattr(layer, SCALE_NAME).items():
@@ -105,7 +105,7 @@ def scales(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def find(config: Config) -> Findings:
-    """Train every method once and measure what changed.
+    """Train every method once and measure the change of the weights.
 
     Raises:
         UserError: A method cannot be merged.
@@ -141,7 +141,7 @@ def find(config: Config) -> Findings:
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """Median over layers and [lowest, highest] of every measure; then where z went."""
+    """Median over layers and [lowest, highest] of every measure; then the quantiles of z and z^k."""
     metric = result.dataset["metric"]
     rows = []
     for row in result.tables["methods"]:

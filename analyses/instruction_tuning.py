@@ -1,10 +1,11 @@
-"""A language model tuned by instruction and evaluated by what it generates, beside its untuned self.
+"""How well does each method tune a language model on instructions, judged by the text that it generates?
 
     python -m analyses.instruction_tuning --data-dir glue/sst2 --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-Every method is one run of `propulsion.train`, with the same rows in the same order, in a folder of its own: a killed
-one goes on from its last checkpoint. A model in a GGUF file is dequantised first. Two baselines stand beside the
-methods: always saying the commonest answer of the validation rows, and choosing at random where there are choices.
+Every method is one run of `propulsion.train` in its own folder, with the same rows in the same order; an interrupted
+run resumes from its last checkpoint. A model in a GGUF file is dequantised first. The methods are compared with the
+untuned model and with two baselines: always giving the commonest answer of the validation rows, and, for tasks with
+choices, choosing at random.
 """
 
 from collections import Counter
@@ -39,7 +40,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Output):
-    """Methods on one instruction task, by generation."""
+    """Options of the analysis."""
 
     model: str
     """Hub name, folder or GGUF file of a language model."""
@@ -52,25 +53,25 @@ class Config(Output):
     max_steps: int = 60
     """Optimizer steps."""
     per_device_train_batch_size: int = 8
-    """Rows of a batch."""
+    """Training rows in a batch."""
     max_train_samples: int = 480
     """Training rows, drawn by the seed."""
     max_eval_samples: int = 200
     """Validation rows, drawn by the seed."""
     max_length: int = 128
-    """Cut prompts to this many tokens, at their beginning."""
+    """Keep only this many tokens of a prompt, the last ones."""
     learning_rate: float | Literal["auto"] | None = "auto"
-    """Learning rate of what every method trains: auto, measured; None, fixed (propulsion.training)."""
+    """Learning rate of every method's parameters: a number; auto, measured; or None, the method's fixed rate."""
     seed: int = 0
     """Seed of every random draw."""
     runs_dir: Path | None = None
-    """Folder of the runs; by default the result folder's name with -runs."""
+    """Folder of the training runs; by default the result folder's name followed by -runs."""
 
 
 def _check(config: Config) -> None:
     task = get_task(config.task)
     if task.kind != "instruction":
-        raise UserError(f"task {task.name} is no instruction: choose sst2_instruction, boolq, gsm8k or their like")
+        raise UserError(f"task {task.name} is not an instruction task: choose one such as sst2_instruction or gsm8k")
 
 
 def find(config: Config) -> Findings:
@@ -108,7 +109,7 @@ def find(config: Config) -> Findings:
 
 
 def baselines(exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:
-    """Accuracy of the rows' commonest answer, and of a choice at random; chance is None where there are no choices."""
+    """Accuracy of the rows' commonest answer, and of a random choice, which is None if a row has no choices."""
     answers = Counter(extract(exchange.answer, exchange.choices) for exchange in exchanges)
     answer, count = answers.most_common(1)[0]
     shares = [1 / len(exchange.choices) for exchange in exchanges if exchange.choices]
@@ -136,7 +137,7 @@ def _accuracies(rows: Sequence[dict[str, Any]], n: int) -> list[Metric]:
 
 
 def _differences(right: dict[str, np.ndarray]) -> list[Metric]:
-    """Of every method from the untuned model, row by row."""
+    """Differences of every method's accuracy from the untuned model's, paired by row."""
     return [
         Metric("accuracy", *paired_interval(values, right[UNTUNED]), "", "difference", text, UNTUNED)
         for text, values in right.items()
@@ -178,7 +179,7 @@ def _row(result: TrainResult) -> dict[str, Any]:
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One row a method, then the baselines."""
+    """One row for each method, then the baselines."""
     rows = []
     for row in result.tables["methods"]:
         accuracy = result.metric("accuracy", stage="trained", left=row["method"])

@@ -1,8 +1,8 @@
-"""Is an inner product kept by a random projection, as the paper's Theorem 1 has it, and how sharp is its bound?
+"""Does a random projection preserve inner products, as the paper's Theorem 1 says, and how sharp is its bound?
 
-For unit x, x' with x.x' = rho and Gaussian W of d rows, S = (W x).(W x') / d is drawn many times for every d and rho,
-and set beside the bound Pr[|S - rho| >= eps] <= 4 exp(-(eps^2 - eps^3) d / 4), the exact probability, and the exact
-variance (1 + rho^2) / d (`ntk.bounds`).
+For unit x, x' with x.x' = rho and Gaussian W of d rows, S = (W x).(W x') / d is drawn many times for every d and rho.
+The draws are compared with the bound Pr[|S - rho| >= eps] <= 4 exp(-(eps^2 - eps^3) d / 4), with the exact probability,
+and with the exact variance (1 + rho^2) / d (`ntk.bounds`).
 """
 
 import math
@@ -20,13 +20,13 @@ from propulsion.errors import UserError
 
 COST = "half a minute"
 
-# The exact tail is accurate down to here.
+# Below this value the exact tail probability is not accurate.
 SMALLEST = 1e-40
 
 
 @dataclass(frozen=True)
 class Config(Output):
-    """The tail of a random projection: drawn, bounded, and exact."""
+    """Options of the analysis."""
 
     dimensions: tuple[int, ...] = (4, 16, 64, 128, 256, 512, 1024, 4096)
     """Dimensions d: the width of Theorem 1, or the rank of LoRA."""
@@ -37,13 +37,13 @@ class Config(Output):
     draws: int = 20_000
     """Draws of each projection."""
     confidence: float = 0.999
-    """Of every interval."""
+    """Confidence level of every interval."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
 
 
 def find(config: Config) -> Findings:
-    """Draw, and compare."""
+    """Draw projections, and compare them with the bound and the exact values."""
     generator = torch.Generator().manual_seed(config.seed)
     cells, variances = [], []
     for d in config.dimensions:
@@ -59,7 +59,7 @@ def find(config: Config) -> Findings:
                     "d": d, "rho": rho, "epsilon": epsilon, "probability": found.probability, "lower": found.lower,
                     "upper": found.upper, "bound": tail_bound(d, epsilon), "exact": tail(d, epsilon, rho),
                 })  # fmt: skip
-    # How sharp the bound is, where it says something and the exact probability is a number that floats hold.
+    # Bound over exact probability, where the bound is below 1 and the exact probability is accurate.
     sharpness = [c["bound"] / c["exact"] for c in cells if c["bound"] < 1 and c["exact"] > SMALLEST]
     counts = {
         "cells": len(cells),
@@ -80,7 +80,7 @@ def find(config: Config) -> Findings:
 
 
 def _curves(config: Config) -> list[dict[str, float]]:
-    """Bound and exact tail over every size of dimension, at the largest rho below 1."""
+    """Bound and exact tail at 80 dimensions between the smallest and the largest, for the largest rho below 1."""
     rho = max([r for r in config.rhos if r < 1], default=config.rhos[0])
     dimensions = sorted({round(d) for d in np.geomspace(min(config.dimensions), max(config.dimensions), 80)})
     return [
@@ -90,7 +90,7 @@ def _curves(config: Config) -> list[dict[str, float]]:
 
 
 def _variance_row(d: int, rho: float, S: np.ndarray, confidence: float) -> dict[str, float]:
-    """The sample variance about the known mean, with the normal interval of a mean of squares."""
+    """The sample variance around the known mean rho, with the normal interval of a mean of squares."""
     squares = (S - rho) ** 2
     half = float(norm.ppf((1 + confidence) / 2)) * squares.std(ddof=1) / math.sqrt(len(S))
     found = float(squares.mean())
@@ -111,7 +111,7 @@ def _check(config: Config) -> None:
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """The counts, and the tail at one error by dimension."""
+    """The tail by dimension, for the middle rho and eps; then in how many cells bounds and intervals are exceeded."""
     rho, epsilon = (sorted(result.config[name])[len(result.config[name]) // 2] for name in ("rhos", "epsilons"))
     chosen = [c for c in result.tables["tail"] if (c["rho"], c["epsilon"]) == (rho, epsilon)]
     yield f"rho = {rho:g}, eps = {epsilon:g}"

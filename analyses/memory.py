@@ -1,8 +1,8 @@
-"""Memory and time of training by each method, each measured in a process of its own (the paper's Figure 4).
+"""How much memory and time does training take with each method? Each has its own process (the paper's Figure 4).
 
-Peak memory is that of the whole process on a CPU, and what was allocated on an accelerator. It depends on the batch,
-not on how long training goes on, so a few steps tell it. "over the model" is the peak less what the loaded, adapted
-model takes by itself: gradients, optimizer, activations.
+Peak memory is that of the whole process on a CPU, and the allocated memory on an accelerator. It depends on the batch
+and not on the number of steps, so a few steps are enough. "over the model" is the peak minus the memory when the model
+is loaded and adapted: gradients, optimizer state and activations.
 
     python -m analyses.memory --task sst2 --data-dir glue
 """
@@ -35,23 +35,23 @@ _MEGABYTE = 2**20
 
 @dataclass(frozen=True)
 class Config(TaskRuns, Output):
-    """Peak memory and time of a step, a fresh process for each method and round."""
+    """Options of the analysis."""
 
     methods: tuple[str, ...] = ComparisonConfig.methods
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
     rounds: int = 3
-    """Processes of each method, in turn."""
+    """Processes for each method; the methods take turns, and medians over rounds are reported."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(
         default_factory=lambda: RunConfig(
             n_train=400, n_validation=50,
             training=TrainingOptions(max_steps=12, per_device_train_batch_size=32, max_length=64),
         )
     )  # fmt: skip
-    """What each run is."""
+    """Options of every run."""
 
 
 class _Before(TrainerCallback):
-    """Memory when the model is loaded and adapted, before the first step."""
+    """Records the memory when the model is loaded and adapted, before the first step."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -68,7 +68,7 @@ def find(config: Config) -> Findings:
     Raises:
         UserError: A method cannot be measured.
     """
-    config.run.load(config.task)  # Mistakes in the data are said once, before any process starts.
+    config.run.load(config.task)  # So that a mistake in the data is reported once, before any process starts.
     found: dict[str, list[dict[str, Any]]] = {text: [] for text in config.methods}
     for _ in range(config.rounds):
         for text in config.methods:
@@ -106,7 +106,7 @@ def _in_own_process(config: Config, method: str) -> dict[str, Any]:
 
 
 def child(asked: str) -> None:
-    """Measure one method in this process, and print the measurements in the last line, as JSON.
+    """Measure one method in this process, and print the measurements as JSON in the last line.
 
     Args:
         asked: The pickled `RunConfig`, task and method, in hexadecimal digits.
@@ -124,7 +124,7 @@ def child(asked: str) -> None:
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One row a method."""
+    """One row for each method."""
     yield ["method", "peak MB", "over the model, MB", "s/step", "trained"], [
         [row["method"], number(row["peak_bytes"] / _MEGABYTE), number(row["over_model_bytes"] / _MEGABYTE),
          number(row["seconds_per_step"]), f"{row['trained_parameters']:,}"]

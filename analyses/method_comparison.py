@@ -1,15 +1,16 @@
-"""Methods of fine-tuning against each other: tasks x methods x seeds, each method at its own best learning rate.
+"""Which method trains best? Methods of fine-tuning on several tasks and seeds, each at its own best learning rate.
 
 All methods train the same pre-trained model with the same head on the same rows in the same order. The learning rate of
-a method on a task is its default (`propulsion.training.learning_rates`) times a factor, chosen on a part of the
-training rows held out from it: three factors first, then further ones as long as the best is the smallest or the
-largest, up to a limit that is the same for all. It is chosen by the held-out loss, since a score such as accuracy ties
-where little is learnt, and would choose by noise; or by the score, where whatever fits its rows makes the held-out loss
-worse than that of no answer, and the loss would choose what learns nothing. The validation rows play no part in it.
+a method on a task is its default (`propulsion.training.learning_rates`) times a factor. Trial runs choose the factor by
+a part of the training rows that they do not train on: three factors first, then further ones as long as the best is the
+smallest or the largest, up to a limit that is the same for all methods. By default the lowest held-out loss decides,
+since scores such as accuracy tie where little is learnt, and noise would decide. ``--chosen-by score`` is for tasks on
+which every method that fits its training rows raises the held-out loss, so that the loss would choose a rate at which
+nothing is learnt. The validation rows are not used for this choice.
 
     python -m analyses.method_comparison --data-dir glue --tasks sst2 rte cola stsb --output-dir results/comparison
 
-A killed grid goes on where it was; ``--max-runs 10`` computes ten more cells and stops.
+The same command resumes an interrupted grid; ``--max-runs 10`` computes ten more cells and stops.
 """
 
 import math
@@ -34,39 +35,39 @@ from propulsion.methods import Method, parse_methods
 COST = "an hour"
 
 REFERENCE = "full"
-FACTOR = 3.0  # Between neighbouring learning rates.
+FACTOR = 3.0  # Ratio of neighbouring learning rates.
 
 
 @dataclass(frozen=True)
 class Config(GridOutput):
-    """Methods x tasks x seeds."""
+    """Options of the analysis."""
 
     tasks: tuple[str, ...] = ("demo",)
     """Classification and regression tasks."""
     methods: tuple[str, ...] = (
         "full", "propulsion:positions=all", "propulsion:positions=attn", "lora", "ia3", "bitfit", "head",
     )  # fmt: skip
-    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE; "full" is what the others are compared with."""
+    """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE; the others are compared with "full"."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of head, data order, dropout and of what methods draw themselves."""
+    """Seeds of the head, the data order, dropout and the methods' own random draws."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    """What each run is."""
+    """Options of every run."""
     rates_from: Path | None = None
-    """Take the learning rates that an earlier result chose for the same methods, on its first task, and try none."""
+    """Earlier result of this analysis: use the learning rates it chose on its first task, and try no others."""
     chosen_by: Literal["loss", "score"] = "loss"
-    """What held-out rows choose a learning rate by; with rates_from and "score", among those that result tried."""
+    """Measure on held-out rows that chooses the learning rate; with rates_from, "score" chooses among its trials."""
     tuning_steps: int = 50
-    """Optimizer steps of the runs that learning rates are chosen by, the same for all methods."""
+    """Optimizer steps of the trial runs that choose learning rates, the same for all methods."""
     rate_extensions: int = 3
-    """How many learning rates beyond the first three may be tried, where the best is at the edge."""
+    """Learning rates that may be tried beyond the first three, as long as the best is at the edge."""
     resamples: int = 500
     """Bootstrap resamples behind each interval."""
     partial: bool = False
-    """Write a result of the tasks that are complete for one seed at least, though cells are missing."""
+    """Write a result although runs are missing, with the tasks that are complete for at least one seed."""
 
 
 class Trial(NamedTuple):
-    """A learning rate on the held-out training rows: loss, and first metric; None where it diverged or is undefined."""
+    """Loss and first metric of a trial run on the held-out training rows; None if it diverged or is undefined."""
 
     loss: float | None
     score: float | None
@@ -74,7 +75,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The complete cells of one task: by method, its tuning and its runs."""
+    """The complete cells of one task: for each method its chosen factor, its trials and its runs."""
 
     task: str
     labels: np.ndarray
@@ -84,7 +85,7 @@ class Comparison:
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
-    """Compute what is missing and summarise the tasks that are complete for one seed at least."""
+    """Compute the missing cells and summarise the tasks that are complete for at least one seed."""
     methods = parse_methods(config.methods)
     compared, sources = [], {}
     for task, data in config.run.load_all(config.tasks).items():
@@ -101,7 +102,7 @@ def _check(config: Config) -> None:
 
 
 def _task(config: Config, cells: Cells, data: TaskData, methods: dict[str, Method]) -> list[Comparison]:
-    """Tune, then train every method once a seed; empty if a cell of the first seed is missing."""
+    """Tune every method, then train it for each seed; empty if a cell of the first seed is missing."""
     name = data.task.name
     factors, tried = _chosen(config, cells, data, methods)
     if factors.keys() != methods.keys():
@@ -125,7 +126,7 @@ def _task(config: Config, cells: Cells, data: TaskData, methods: dict[str, Metho
 def _chosen(
     config: Config, cells: Cells, data: TaskData, methods: dict[str, Method]
 ) -> tuple[dict[str, float], dict[str, dict[float, Trial]]]:
-    """Factor of every method whose tuning is complete, and what was tried."""
+    """The factor of every method whose trials are complete, and the trials of every method by factor."""
     if config.rates_from is None:
         tried = {text: _tune(config, cells, data, text, method) for text, method in methods.items()}
     elif config.chosen_by == "loss":
@@ -136,15 +137,15 @@ def _chosen(
 
 
 def tried_rates(comparison: Path) -> dict[str, dict[float, Trial]]:
-    """What an earlier result tried on its first task: held-out rows of every method by its factor on its default rate.
+    """Trials of an earlier result on its first task, by method and by factor on the method's default rate.
 
     Raises:
-        UserError: The folder holds no such result, or one that took its rates from another.
+        UserError: The folder holds no such result, or the result took its rates from another.
     """
     result = load_result(comparison, analysis="method_comparison")
     rows = result.tables["tuning"]
     if not rows:
-        raise UserError(f"{comparison} tried no learning rates itself: name the result it took them from")
+        raise UserError(f"{comparison} tried no learning rates itself: name the result that it took them from")
     common = result.config["run"]["training"].get("rate_multiplier", 1.0)
     tried: dict[str, dict[float, Trial]] = {}
     for row in rows:
@@ -154,7 +155,7 @@ def tried_rates(comparison: Path) -> dict[str, dict[float, Trial]]:
 
 
 def _tune(config: Config, cells: Cells, data: TaskData, text: str, method: Method) -> dict[float, Trial]:
-    """Held-out training rows by factor; empty if a cell is missing."""
+    """Trials of one method by factor; empty if a cell is missing."""
     part = tuning_split(data)
     shorter = replace(config.run, training=replace(config.run.training, max_steps=config.tuning_steps))
 
@@ -184,7 +185,7 @@ def _tune(config: Config, cells: Cells, data: TaskData, text: str, method: Metho
 def best_factor(tried: dict[float, Trial], chosen_by: str) -> float:
     """The factor of the lowest held-out loss, or of the highest score and then the lowest loss.
 
-    A run that diverged, or whose score is undefined, is worse than any other.
+    A run that diverged, or whose score is undefined, ranks below all others.
     """
 
     def badness(factor: float) -> tuple[float, ...]:
@@ -242,7 +243,7 @@ def score_intervals(found: Comparison, resamples: int) -> list[Metric]:
     """Mean over seeds of every method's metrics, and its difference from the reference, with 95 % intervals.
 
     Each bootstrap resample draws seeds and validation rows with replacement, the same ones for every method, so that
-    differences are paired. With three seeds the part of the interval that is due to seeds is rough.
+    differences are paired. With only three seeds the variation between seeds is estimated roughly.
     """
     generator = np.random.default_rng(0)
     n, n_seeds = len(found.labels), len(next(iter(found.runs.values())))
@@ -254,7 +255,7 @@ def score_intervals(found: Comparison, resamples: int) -> list[Metric]:
         each = [scores(found.task, predictions[text][seed][rows], found.labels[rows]) for seed in seeds]
         return {name: float(np.mean([score[name] for score in each])) for name in each[0]}
 
-    # By method and metric: the value, then that of every resample.
+    # For each method: its metrics on all rows, then on every resample.
     values = {text: [means(text, *draw) for draw in (every, *draws)] for text in predictions}
     metrics = []
     for text, each in values.items():
@@ -268,7 +269,7 @@ def score_intervals(found: Comparison, resamples: int) -> list[Metric]:
 
 
 def _metric(name: str, stage: str, text: str, right: str, values: np.ndarray) -> Metric:
-    """A metric from its value and those of the resamples behind it."""
+    """A metric from its value, which comes first, and the values of the resamples."""
     finite = values[1:][np.isfinite(values[1:])]
     low, high = np.quantile(finite, [0.025, 0.975]) if finite.size else (np.nan, np.nan)
     return Metric(name, float(values[0]), float(low), float(high), "", stage, text, right)
@@ -276,7 +277,7 @@ def _metric(name: str, stage: str, text: str, right: str, values: np.ndarray) ->
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One table a task: score, difference from full fine-tuning, parameters, learning rates, time, memory."""
+    """One table for each task: score, difference from full fine-tuning, parameters, learning rates, time, memory."""
     for task in dict.fromkeys(row["task"] for row in result.tables["summary"]):
         names = list(dict.fromkeys(m.name for m in result.metrics if m.stage == task))
         header = [task, *names, f"{names[0]} - {REFERENCE}", "trained", "rate x", "s/step", "peak MB", "last loss"]
@@ -284,7 +285,7 @@ def summary(result: Result) -> Iterator[Block]:
 
 
 def trials(result: Result) -> str:
-    """One table a task, in Markdown: held-out loss and score of every factor that was tried, the chosen one in bold."""
+    """Markdown tables of every task's trials: held-out loss and score of every factor, the chosen one in bold."""
     blocks = []
     for task in dict.fromkeys(row["task"] for row in result.tables["tuning"]):
         tried = {(row["method"], row["factor"]): row for row in result.tables["tuning"] if row["task"] == task}

@@ -1,11 +1,11 @@
-"""How many parameters Propulsion trains in the paper's models, counted from their architectures alone.
+"""How many parameters does Propulsion train in the paper's models? They are counted from the architectures alone.
 
-No weight is loaded: models are built on torch's meta device from their published sizes. "every Linear and Embedding" is
-what the paper's code replaces by default, heads included, dead ones included; "all" is this project's position "all"
-without a trained head, which leaves out modules that the model neither calls nor reads.
+No weight is loaded: models are built on torch's meta device from their published sizes. "every Linear and Embedding"
+counts the modules that the paper's code replaces by default, including heads and modules that are never used; "all" is
+this project's position "all" without a trained head, which leaves out modules that the model neither calls nor reads.
 
-The paper's abstract sets "355.3 million" beside "0.086 million" (Kowsher et al. 2024). The first is all of
-RoBERTa-large, the second is Propulsion on RoBERTa-base: two models.
+The paper's abstract compares "355.3 million" with "0.086 million" (Kowsher et al. 2024). The first is all of
+RoBERTa-large, the second is Propulsion on RoBERTa-base, a different model.
 
     python -m analyses.parameter_count
 """
@@ -76,14 +76,14 @@ COUNTS = {
 
 @dataclass(frozen=True)
 class Config(Output):
-    """Trained parameters of Propulsion in the paper's models."""
+    """Options of the analysis."""
 
     models: tuple[str, ...] = tuple(MODELS)
-    """Models by name."""
+    """Names of the models."""
 
 
 def counts(model: nn.Module) -> dict[str, int]:
-    """Scales of one vector a layer, by choice of layers, and all parameters of the model, shared ones once."""
+    """Number of scales for each choice of layers, with one vector per layer, and of the model's distinct parameters."""
     sizes = {name: size for name, module in model.named_modules() if (size := width(module)) is not None}
     linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     in_blocks = {name for name in linears if any(part.isdigit() for part in name.split("."))}
@@ -98,7 +98,7 @@ def counts(model: nn.Module) -> dict[str, int]:
 
 
 def width(module: nn.Module) -> int | None:
-    """Features that a layer puts out: the length of its z; None for what is neither linear nor an embedding."""
+    """Output features of a layer, the length of its z; None if it is neither linear nor an embedding."""
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, Conv1D):
@@ -107,7 +107,7 @@ def width(module: nn.Module) -> int | None:
 
 
 def find(config: Config) -> Findings:
-    """Count."""
+    """Count the parameters of every model."""
     rows: list[dict[str, Any]] = []
     for name in config.models:
         with torch.device("meta"):
@@ -129,7 +129,7 @@ def _check(config: Config) -> None:
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One row a model."""
+    """One row for each model."""
     rows = [[row["model"], *(f"{row[count]:,}" for count in COUNTS)] for row in result.tables["counts"]]
     yield ["model", *COUNTS.values()], rows
 

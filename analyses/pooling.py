@@ -1,11 +1,12 @@
-"""What a classifier reads changes what it learns and its kernel: poolings of one encoder, side by side.
+"""How does the pooling of an encoder change what a classifier learns, and its kernel?
 
-For every task and pooling: the score of each method at one set of learning rates, and the share of every kind of layer
-in the trace of full fine-tuning's kernel at initialisation, the head left out, in standard parametrisation.
+For every task and pooling this computes the score of each method at the same learning rates, and the share of every
+kind of layer in the trace of full fine-tuning's kernel at initialisation, without the head, in standard
+parametrisation.
 
     python -m analyses.pooling --tasks demo sst2 --data-dir glue --output-dir results/pooling
 
-One cell a run: a killed grid goes on where it was.
+The same command resumes an interrupted grid.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ COST = "five minutes"
 
 @dataclass(frozen=True)
 class Config(GridOutput):
-    """Poolings x methods x tasks x seeds."""
+    """Options of the analysis."""
 
     tasks: tuple[str, ...] = ("demo",)
     """Classification and regression tasks."""
@@ -43,13 +44,13 @@ class Config(GridOutput):
     methods: tuple[str, ...] = ("full", "propulsion:positions=all", "lora", "head")
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of head, data order, dropout and of what methods draw themselves."""
+    """Seeds of the head, the data order, dropout and the methods' own random draws."""
     n_examples: int = 32
-    """Held-out examples of the kernels."""
+    """Held-out examples that the kernels are computed on."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(
         default_factory=lambda: RunConfig(training=TrainingOptions(max_steps=150, max_length=96))
     )
-    """What each run is."""
+    """Options of every run."""
 
 
 def _check(config: Config) -> None:
@@ -62,7 +63,7 @@ def _check(config: Config) -> None:
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
-    """Train every method and compute every kernel, or read them from their cells."""
+    """Train every method and compute every kernel, or read them from their stored cells; None if some are missing."""
     methods = parse_methods(config.methods)
     data = config.run.load_all(config.tasks)
     scores, shares = [], []
@@ -91,7 +92,7 @@ def find(config: Config, runs: Runs) -> Findings | None:
 
 
 def _mean(rows: list[dict[str, Any]], like: dict[str, Any]) -> Metric:
-    """The mean score over seeds of one task, pooling and method."""
+    """The mean score over seeds for the task, pooling and method of the row `like`."""
     same = [row["score"] for row in rows if all(row[key] == like[key] for key in ("task", "pooling", "method"))]
     label = f"{like['task']}, {like['pooling']}, {like['method']}"
     return Metric("score", float(np.mean(same)), None, None, "", "trained", label, "")
@@ -107,7 +108,7 @@ def _trained(config: Config, data: TaskData, *, pooling: Pooling, method: Any, s
 
 
 def _kernel(config: Config, data: TaskData, *, pooling: Pooling, seed: int) -> dict[str, Any]:
-    """Shares of the places of a model in the trace of the kernel of its backbone, and of Propulsion's."""
+    """Shares of each kind of layer and block in the traces of the backbone's kernel and of Propulsion's."""
     model, tokenizer = replace(config.run, pooling=pooling).start(data, seed=seed)
     length, device = config.run.training.max_length, config.run.device
     inputs, _ = held_out(data, tokenizer, config.n_examples, seed, max_length=length, device=device)

@@ -1,10 +1,10 @@
-"""Published tables: every marked block of a README is written anew from the stored result that it names.
+"""Write the tables of published results: every marked block of a README, from the stored result that it names.
 
     python -m analyses.readme docs/results
 
 A block begins with a line ``<!-- table: FOLDER -->`` and ends with a line ``<!-- end -->``. FOLDER is a result folder,
-relative to the README (``.`` for its own folder). ``<!-- table: FOLDER, trials -->`` is the table of the learning rates
-that a comparison of methods tried. A result folder that no block names is listed, and nothing is written for it.
+relative to the README (``.`` is the README's own folder). ``<!-- table: FOLDER, trials -->`` gives the table of the
+learning rates that a comparison of methods tried. Result folders that no block names are printed.
 """
 
 import importlib
@@ -28,17 +28,17 @@ _BLOCK = re.compile(rf"^{_START} ([^\n]+?)(, trials)? -->\n.*?^{_END}$", re.DOTA
 
 @dataclass(frozen=True)
 class Config:
-    """The tables of stored results, into the marked blocks of READMEs."""
+    """Options of the command."""
 
     root: tyro.conf.Positional[Path]
-    """Folder with READMEs and result folders, at any depth."""
+    """Folder that contains READMEs and result folders, at any depth."""
 
 
 def tables(result: Result, *, trials: bool = False) -> str:
-    """The tables of a result in Markdown, or, of a comparison of methods, of the learning rates that it tried.
+    """The tables of a result in Markdown; with `trials`, the table of the learning rates that a comparison tried.
 
     Raises:
-        RecordError: There is no such analysis, or the result tried no learning rates.
+        RecordError: The result's analysis does not exist, or the result tried no learning rates.
     """
     if result.analysis not in {module.name for module in pkgutil.iter_modules(analyses.__path__)}:
         raise RecordError(f"there is no analysis {result.analysis!r}")
@@ -51,13 +51,13 @@ def tables(result: Result, *, trials: bool = False) -> str:
 
 
 def named(page: Path) -> Iterator[Path]:
-    """The result folders that the blocks of a README name."""
+    """Yield the result folders that the blocks of a README name."""
     for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
         yield (page.parent / block[1]).resolve()
 
 
 def rewritten(page: Path) -> str:
-    """The text of a README with the tables of the stored results in its blocks.
+    """The text of a README with its blocks filled from the stored results.
 
     Raises:
         RecordError: A block has no end, or its result cannot be read.
@@ -77,7 +77,7 @@ def rewritten(page: Path) -> str:
 
 
 def main(config: Config) -> None:
-    """Write the blocks of every README anew; list the results that stand in none.
+    """Write the blocks of every README, and print the result folders that no block names.
 
     Raises:
         RecordError: There is no result, or a block cannot be written.

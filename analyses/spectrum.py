@@ -1,14 +1,15 @@
-"""The spectra of methods' tangent kernels: what each can learn, of these labels, and how fast.
+"""What can each method learn, and how fast, according to the spectrum of its tangent kernel?
 
-At initialisation, for full fine-tuning, Propulsion and its rivals on the same examples: how fast the eigenvalues decay;
-the effective dimension tr K (K + ridge)^-1; how much of the labels lies in the leading eigenvectors, against labels
-permuted; and, since gradient flow learns along an eigenvector at a speed proportional to its eigenvalue, how long the
-labels take to be learnt at a learning rate that makes all kernels' traces equal.
+At initialisation, for full fine-tuning, Propulsion and other methods on the same examples, this measures how fast the
+eigenvalues decay; the effective dimension tr K (K + ridge)^-1; how much of the labels lies in the leading eigenvectors,
+compared with permuted labels; and how long gradient flow takes to learn the labels, at learning rates that make the
+traces of all kernels equal. (Gradient flow learns along an eigenvector at a speed proportional to its eigenvalue.)
 
     python -m analyses.spectrum --task sst2 --data-dir glue/sst2 --output-dir results/spectrum/sst2
 
-Kernels are of the backbone; the head, new and trained by every method, has a row of its own. Two classes are one
-output, the difference of the logits; more than two are traced. Seeds draw the examples, the head and LoRA's A.
+Kernels are of the backbone; the head, which is new and trained by every method, has its own row. For two classes the
+output is the difference of the logits; for more, kernels are traced over the outputs. Seeds draw the examples, the head
+and LoRA's A.
 """
 
 import math
@@ -38,9 +39,9 @@ COST = "a minute"
 
 STAGE = STAGES[0]
 SHARES = (0.5, 0.9)
-"""Of the labels' energy: how long it takes to be learnt."""
+"""Shares of the labels' energy for which the time to learn them is reported."""
 MEASURED = "steps to 90% of its gain"
-"""What `analyses.convergence` measured that learning times are held against."""
+"""Metric of `analyses.convergence` with which predicted learning times are compared."""
 RIDGES = np.logspace(-5, 2, 36)
 """Ridges, relative to the mean eigenvalue."""
 TIMES = np.logspace(-2, 4, 61)
@@ -51,7 +52,7 @@ _UNIT = "1 / mean eigenvalue"
 
 @dataclass(frozen=True)
 class Config(KernelOptions, Output):
-    """Spectra of methods' kernels."""
+    """Options of the analysis."""
 
     task: str = "demo"
     """Classification or regression task."""
@@ -62,21 +63,21 @@ class Config(KernelOptions, Output):
     n_examples: int = 24
     """Held-out examples."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of examples, head and random matrices."""
+    """Seeds of the examples, the head and random matrices."""
     null_draws: int = 100
-    """Permutations of the labels behind each null."""
+    """Permutations of the labels, for comparison."""
     convergence: Path | None = None
-    """Result of analyses.convergence whose measured speeds the predicted ones are held against."""
+    """Result folder of analyses.convergence whose measured speeds are compared with the predicted ones."""
 
 
 @dataclass(frozen=True)
 class Spectral:
-    """One kernel's spectrum and the labels in it.
+    """One kernel's spectrum, and the labels' energy along its eigenvectors.
 
     Attributes:
-        values: ``(n,)`` eigenvalues, the largest first, of mean 1.
-        energies: ``(n,)`` share of the centred labels' square along each eigenvector; they sum to 1.
-        nulls: ``(draws, n)`` the same of permuted labels.
+        values: ``(n,)`` eigenvalues, the largest first, scaled to mean 1.
+        energies: ``(n,)`` share of the centred labels' squared norm along each eigenvector; they sum to 1.
+        nulls: ``(draws, n)`` the same for permuted labels.
     """
 
     values: np.ndarray
@@ -85,10 +86,10 @@ class Spectral:
 
 
 def label_vectors(labels: np.ndarray, *, regression: bool) -> np.ndarray:
-    """Centred labels ``(n, columns)`` of square 1: values, or indicators of the classes.
+    """Centred labels ``(n, columns)`` of norm 1: values, or indicators of the classes.
 
     Raises:
-        UserError: all labels are the same.
+        UserError: All labels are the same.
     """
     y = labels[:, None].astype(float) if regression else (labels[:, None] == np.unique(labels)).astype(float)
     y -= y.mean(axis=0)
@@ -99,7 +100,7 @@ def label_vectors(labels: np.ndarray, *, regression: bool) -> np.ndarray:
 
 
 def decompose(kernel: torch.Tensor, y: np.ndarray, *, draws: int, seed: int) -> Spectral:
-    """Eigenvalues of a kernel ``(n, n)`` and the labels' energies, in order and permuted."""
+    """Eigenvalues of a kernel ``(n, n)``, and the energies of the labels and of permuted labels."""
     K = kernel.double().cpu()
     values, vectors = torch.linalg.eigh((K + K.T) / 2)
     values, vectors = values.flip(0).clamp(min=0).numpy(), vectors.flip(1).numpy()
@@ -119,7 +120,7 @@ def learnt(values: np.ndarray, energies: np.ndarray, times: np.ndarray) -> np.nd
 
 
 def time_to_learn(values: np.ndarray, energies: np.ndarray, share: float) -> float:
-    """When `learnt` reaches a share; infinity where the kernel's null space holds too much."""
+    """Time at which `learnt` reaches a share; infinity if too much of the labels lies in the kernel's null space."""
     if energies[values > len(values) * np.finfo(float).eps * values.max()].sum() <= share:
         return math.inf
     low, high = 0.0, 1.0
@@ -135,7 +136,7 @@ def time_to_learn(values: np.ndarray, energies: np.ndarray, share: float) -> flo
 
 
 def find(config: Config) -> Findings:
-    """Decompose every method's kernel for every seed."""
+    """Decompose every method's kernel for every seed, and summarise over seeds."""
     started = time.time()
     methods = parse_methods(config.methods)
     steps = _measured(config)
@@ -166,7 +167,7 @@ def find(config: Config) -> Findings:
 def _kernels(
     config: Config, methods: dict[str, Method], data: TaskData, seed: int
 ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-    """Kernels ``(n, n)``, and the labels.
+    """Kernels ``(n, n)`` by name, and the labels ``(n,)``.
 
     The kernels are those of each method's own parameters, of the head, and of both together as "METHOD + head".
     """
@@ -182,7 +183,7 @@ def _kernels(
 
 
 def _curves(each: Sequence[Spectral]) -> dict[str, np.ndarray]:
-    """One row a seed of every curve, and the null's mean and 95 % over draws and seeds."""
+    """Curves with one row for each seed; null_alignment has the mean and 95 % quantiles over draws and seeds."""
     nulls = np.concatenate([s.nulls.cumsum(axis=1) for s in each])
     return {
         "eigenvalues": np.stack([s.values / s.values.sum() for s in each]),
@@ -194,11 +195,11 @@ def _curves(each: Sequence[Spectral]) -> dict[str, np.ndarray]:
 
 
 def _metrics(name: str, each: Sequence[Spectral]) -> list[Metric]:
-    """Means over seeds with Student's intervals; of a null the seeds' means over its draws."""
+    """Means over seeds with Student's intervals; a seed's null is the mean over its draws, for times the median."""
     k = min(_LEADING, len(each[0].values))
 
     def metric(quantity: str, values: Sequence[float], right: str = "", unit: str = "") -> Metric:
-        # Not-a-number where a seed's value is not finite.
+        # Not a number if the value of a seed is not finite.
         bounds = mean_interval(values) if np.isfinite(values).all() else (math.nan, math.nan, math.nan)
         return Metric(quantity, *bounds, unit, STAGE, name, right)
 
@@ -230,20 +231,20 @@ def _entropy_rank(values: np.ndarray) -> float:
 
 
 def _measured(config: Config) -> dict[str, float]:
-    """Measured steps by method; none without a result of analyses.convergence."""
+    """Measured steps by method; empty if no result of analyses.convergence is given."""
     if config.convergence is None:
         return {}
     measured = load_result(config.convergence, analysis="convergence")
     steps = {m.left: m.value for m in measured.metrics if m.name == MEASURED and m.left in config.methods}
     if len(steps) < 3:
-        raise UserError(f"{config.convergence} shares {len(steps)} methods with these: three are needed")
+        raise UserError(f"{config.convergence} has {len(steps)} of these methods: at least three are needed")
     return steps
 
 
 def against_measured(metrics: Sequence[Metric], steps: Mapping[str, float]) -> list[Metric]:
     """Spearman's correlation over methods of predicted times and measured steps, with p-value and number of methods.
 
-    A time that is not finite leaves its method out; with fewer than three methods the correlation is not-a-number.
+    Methods whose time is not finite are left out; with fewer than three methods the correlation is not a number.
     """
     found = []
     for share in SHARES if steps else ():
@@ -268,7 +269,7 @@ def against_measured(metrics: Sequence[Metric], steps: Mapping[str, float]) -> l
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One row a method, and the rank correlations with measured speeds where there are any."""
+    """One row for each method, and the rank correlations with measured speeds if there are any."""
     ranked = [m for m in result.metrics if m.name.startswith("rank correlation")]
     others = [m for m in result.metrics if m not in ranked]
     kernels = list(dict.fromkeys(m.left for m in others))
@@ -277,7 +278,7 @@ def summary(result: Result) -> Iterator[Block]:
     def cell(left: str, name: str, right: str) -> str:
         return metric_cell(result.metric(name, stage=STAGE, left=left, right=right))
 
-    # Quantities down and kernels across would be wider still: three quantities a table.
+    # Three quantities in each table, since all quantities, or all kernels, side by side would be too wide.
     for i in range(0, len(quantities), 3):
         shown = quantities[i : i + 3]
         header = [result.dataset["name"], *(f"{name}{', ' if right else ''}{right}" for name, right in shown)]

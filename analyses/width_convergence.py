@@ -1,9 +1,9 @@
 """Do the kernels of finite networks reach their limits, how fast, and does the gap between them close?
 
-Random multilayer perceptrons of growing width, for every activation and in both parametrisations, against
-`ntk.infinite.mlp_kernels`. The error of both kernels should fall as 1/sqrt(width). Their gap over the hidden layers,
-K_P / k^2 - K_F of the layers that carry a multiplier, should stand still but for linear networks, while its fluctuation
-from one network to the next falls. In standard parametrisation the kernel of full fine-tuning grows with the width, and
+The kernels of random multilayer perceptrons of growing width, for every activation and in both parametrisations, are
+compared with `ntk.infinite.mlp_kernels`. The error of both kernels should fall as 1/sqrt(width). Their gap over the
+hidden layers, K_P / k^2 - K_F of the layers that have scales, should not close except for linear networks, while its
+fluctuation between networks falls. In standard parametrisation the kernel of full fine-tuning grows with the width, and
 Propulsion's is the same as in NTK parametrisation.
 """
 
@@ -26,18 +26,18 @@ COST = "half a minute"
 
 @dataclass(frozen=True)
 class Config(Output):
-    """Kernels of finite networks against their infinite-width limits."""
+    """Options of the analysis."""
 
     activations: tuple[str, ...] = tuple(ACTIVATIONS)
-    """Activations, of those that ntk.infinite knows."""
+    """Activations, by their names in ntk.infinite."""
     widths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
     """Widths of the hidden layers."""
     depth: int = 2
-    """Hidden layers."""
+    """Number of hidden layers."""
     draws: int = 12
-    """Networks of the largest width; narrower ones get more in proportion, up to eight times as many."""
+    """Networks of the largest width; smaller widths have proportionally more, up to eight times as many."""
     inputs: int = 4
-    """Random inputs, of 5 coordinates."""
+    """Number of random inputs, of 5 coordinates each."""
     degree: int = 1
     """Propulsion's degree."""
     sigma_w: float = 1.4
@@ -45,13 +45,13 @@ class Config(Output):
     sigma_b: float = 0.3
     """Standard deviation of the biases."""
     confidence: float = 0.95
-    """Of the slopes' intervals, by bootstrap over networks."""
+    """Confidence level of the slopes' intervals, by bootstrap over networks."""
     seed: int = 0
-    """Of the inputs, networks and resamples."""
+    """Seed of the inputs, networks and resamples."""
 
 
 def find(config: Config) -> Findings:
-    """Draw networks, compare their kernels with the limits, fit the slopes."""
+    """Draw networks, compare their kernels with the limits, and fit the slopes of the errors."""
     generator = torch.Generator().manual_seed(config.seed)
     x = torch.randn(config.inputs, 5, generator=generator, dtype=torch.float64)
     rows, metrics = [], []
@@ -84,7 +84,7 @@ def find(config: Config) -> Findings:
 
 
 def _kernels(x: Tensor, width: int, activation: str, parametrization: str, config: Config) -> Tensor:
-    """Kernels of full fine-tuning, of Propulsion, and of full fine-tuning of the hidden layers, (draws, 3, n, n)."""
+    """Kernels ``(draws, 3, n, n)`` of full fine-tuning, Propulsion, and full fine-tuning of the hidden layers."""
     found = []
     for draw in range(config.draws * min(8, max(1, max(config.widths) // width))):
         recipe = Recipe(
@@ -103,7 +103,7 @@ def _kernels(x: Tensor, width: int, activation: str, parametrization: str, confi
 
 
 def _layer_kernels(network: MLP, x: Tensor) -> dict[str, Tensor]:
-    """`ntk.layer_kernels` of a network of one output, from the plain Jacobian: much faster for many small networks."""
+    """`ntk.layer_kernels` of a network of one output, from the plain Jacobian; much faster for many small networks."""
     parameters = dict(network.named_parameters())
     rows = [torch.autograd.grad(f, list(parameters.values()), retain_graph=True) for f in network(x)[:, 0]]
     jacobians = (torch.stack([g.flatten() for g in gradients]) for gradients in zip(*rows, strict=True))
@@ -111,7 +111,7 @@ def _layer_kernels(network: MLP, x: Tensor) -> dict[str, Tensor]:
 
 
 def _errors(found: Tensor, full: Tensor, propulsion: Tensor) -> dict[str, np.ndarray]:
-    """Relative distance (Frobenius) of each network's kernels from the limits."""
+    """Relative distance (Frobenius) of each network's kernels from the limits, ``(draws,)`` for each kernel."""
     return {
         name: ((found[:, i] - limit).flatten(1).norm(dim=1) / limit.norm()).numpy()
         for i, (name, limit) in enumerate((("full", full), ("propulsion", propulsion)))
@@ -136,7 +136,7 @@ def _row(activation, parametrization, width, found, errors, limit, degree) -> di
 
 
 def _slope(widths: tuple[int, ...], errors: list[np.ndarray], config: Config) -> tuple[float, float, float]:
-    """Slope of log error over log width, with its bootstrap interval over the networks of each width."""
+    """Slope of log error over log width, with its bootstrap interval over networks: (slope, low, high)."""
     rng = np.random.default_rng(config.seed)
 
     def fit(pick: Callable[[np.ndarray], np.ndarray]) -> float:
@@ -161,7 +161,7 @@ def _check(config: Config) -> None:
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """Slopes, and the gap at the largest width, by activation."""
+    """One row for each activation: the slopes, the gap at the largest width and the gap of the limits."""
     rows = []
     widest = max(result.config["widths"])
     for row in result.tables["widths"]:

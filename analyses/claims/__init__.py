@@ -1,16 +1,16 @@
-"""The paper on trial: run what its claims are judged by, or load it, and write the ledger of verdicts.
+"""Which claims of the paper hold? Run or load the analyses that test them, and write a ledger of verdicts.
 
     python -m analyses.claims --quick
     python -m analyses.claims --data-dir glue --output-dir results/claims
     python -m analyses.claims --load docs/results --output-dir docs/claims
 
-The first needs no data and no network and takes a few minutes: the demonstration task, at sizes that show how all of it
-works. The second is the whole trial. It takes hours, and goes on where it was when it is called again: what is complete
-is not computed twice. The third judges results that are there, and runs nothing.
+The first command shows how the ledger works: it runs the demonstration task at small sizes, in a few minutes, without
+data or network. The second runs all analyses, which takes hours; the same command resumes it and computes no complete
+result again. The third judges existing results and runs nothing.
 
-Every verdict follows from stored numbers by a threshold and a rule that the ledger states. It is printed and written as
-claims.md, ledger.json and report.html, a page that needs nothing beside it. The exit code is 1 if a run failed; the
-claims that wait for it have no result yet.
+Every verdict follows from stored numbers by a threshold and a rule that the ledger states. The ledger is printed and
+written as claims.md, ledger.json and report.html, one page that needs no other file. If a run failed, the exit code is
+1, and the claims that need its result have no result yet.
 """
 
 COST = "hours; with --quick, a few minutes"

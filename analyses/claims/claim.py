@@ -1,4 +1,4 @@
-"""What a claim, the evidence on it and its verdict are, and the rules that turn the one into the other."""
+"""Claims, evidence and verdicts, and the rules by which evidence becomes a verdict."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from analyses.records import Metric, Result, interval
 
 
 class Outcome(StrEnum):
-    """What one number says about a claim."""
+    """What one number implies for a claim."""
 
     MET = "met"
     PARTLY = "met in part"
@@ -19,7 +19,7 @@ class Outcome(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What all numbers together say about a claim."""
+    """What all numbers together imply for a claim."""
 
     HOLDS = "holds"
     CONDITIONS = "holds with conditions"
@@ -30,7 +30,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number with its interval, and what it is the number of."""
+    """A number with its interval, and a label that says what was measured."""
 
     label: str
     value: float
@@ -44,34 +44,34 @@ class Quantity:
 
     @property
     def lower(self) -> float:
-        """Lower end; the value itself for a number without an interval."""
+        """Lower end of the interval; the value itself if there is no interval."""
         return self.value if self.low is None else self.low
 
     @property
     def upper(self) -> float:
-        """Upper end; the value itself for a number without an interval."""
+        """Upper end of the interval; the value itself if there is no interval."""
         return self.value if self.high is None else self.high
 
     @property
     def has_interval(self) -> bool:
-        """Whether it comes with a (finite) interval."""
+        """True if both ends of the interval are known and finite."""
         return self.low is not None and self.high is not None and math.isfinite(self.low) and math.isfinite(self.high)
 
 
 def quantity(label: str, metric: Metric) -> Quantity:
-    """A stored metric under a label of the ledger's own."""
+    """A stored metric with the label that the ledger gives it."""
     return Quantity(label, metric.value, metric.low, metric.high)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One number that bears on a claim.
+    """One number that is evidence for or against a claim.
 
     Attributes:
         found: The number.
-        outcome: What it says.
-        null: What it is compared with: a null model, a rival, or its value without any effect.
-        detail: Further numbers of the same run, in words.
+        outcome: Whether it meets the claim's threshold.
+        null: The baseline: the number of a null model, of another method, or its value without any effect.
+        detail: A note with further numbers of the same run.
     """
 
     found: Quantity
@@ -82,7 +82,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Rule:
-    """How several pieces of evidence become one verdict."""
+    """How the outcomes of several numbers become one verdict."""
 
     words: str
     combine: Callable[[Sequence[Outcome]], Verdict]
@@ -100,12 +100,12 @@ class Claim:
         key: Its name on the command line.
         title: Its name in tables.
         where: Its place in the paper.
-        measure: What the numbers are.
-        threshold: When one number meets the claim, in words.
-        rule: How the verdict follows from all of them.
-        needs: Result folders it is judged by; "*" stands for any task, "|" separates what can stand in for each other.
-        judge: From the results that `needs` and `also` name to the evidence.
-        also: Further folders, looked at where they exist.
+        measure: A description of the numbers.
+        threshold: A description of when one number meets the claim.
+        rule: How the verdict follows from the outcomes of all numbers.
+        needs: Result folders that it is judged by; "*" stands for any task, and "|" separates alternatives.
+        judge: Function from the results that `needs` and `also` name to the evidence.
+        also: Further result folders that are used if they exist.
     """
 
     key: str
@@ -120,12 +120,12 @@ class Claim:
 
     @property
     def words(self) -> str:
-        """The claim in our words: the docstring of its judge."""
+        """The claim in our own words, which are the docstring of `judge`."""
         return " ".join((self.judge.__doc__ or "").split())
 
 
 def claim(key: str, title: str, **entry: Any) -> Callable[[Judge], Claim]:
-    """Make a judge into the claim that it judges, with what `Claim` says of it."""
+    """Decorator that turns a judge into a `Claim`; `entry` has the other fields of `Claim`."""
     return lambda judge: Claim(key, title, judge=judge, **entry)
 
 
@@ -154,7 +154,7 @@ SOMEWHERE = Rule(
 
 
 def at_most(found: Quantity, limit: float) -> Outcome:
-    """Whether a number lies at or below a limit with its whole interval, above with its whole interval, or across."""
+    """Met if the whole interval of a number is at or below a limit, not met if it is above, otherwise undecided."""
     if not math.isfinite(found.value):
         return Outcome.OPEN
     if found.upper <= limit:
@@ -163,7 +163,7 @@ def at_most(found: Quantity, limit: float) -> Outcome:
 
 
 def at_least(found: Quantity, limit: float) -> Outcome:
-    """The same for a number that should lie at or above a limit."""
+    """Met if the whole interval of a number is at or above a limit, not met if it is below, otherwise undecided."""
     if not math.isfinite(found.value):
         return Outcome.OPEN
     if found.lower >= limit:
@@ -172,14 +172,14 @@ def at_least(found: Quantity, limit: float) -> Outcome:
 
 
 def above(found: Quantity, other: Quantity) -> Outcome:
-    """Whether a number lies above another, interval against interval; undecided where they overlap."""
+    """Met if the interval of a number is above that of another, not met if it is below; undecided if they overlap."""
     if found.lower > other.upper:
         return Outcome.MET
     return Outcome.UNMET if found.upper < other.lower else Outcome.OPEN
 
 
 def all_of(*outcomes: Outcome) -> Outcome:
-    """Several tests of one number: not met if one is not, undecided if one is."""
+    """The outcome of several tests of one number: not met if any is not met, else undecided if any is undecided."""
     for outcome in (Outcome.UNMET, Outcome.OPEN, Outcome.PARTLY):
         if outcome in outcomes:
             return outcome
@@ -187,11 +187,11 @@ def all_of(*outcomes: Outcome) -> Outcome:
 
 
 TRIED_RATES = "-rates"
-"""Ends the name of a comparison of methods whose learning rates another of the same task chooses from, and which is no
-evidence beside it."""
+"""Suffix of a comparison of methods that only tried learning rates for another one of the same task; it is no further
+evidence if that one exists."""
 
 
 def by_task(results: Results, analysis: str) -> dict[str, Result]:
-    """The results of an analysis that has a folder a task, by the name of that folder."""
+    """The results of an analysis that has one folder for each task, by the name of that folder."""
     prefix = f"{analysis}/"
     return {name.removeprefix(prefix): result for name, result in results.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The ledger as one HTML file that needs nothing beside it: no script, no network, figures inside."""
+"""The ledger of claims as one HTML file with embedded figures; it needs no script, network or other file."""
 
 import base64
 import io
@@ -25,8 +25,8 @@ from analyses.claims.report import (
 )
 
 THEOREM = ("theorem1-literal", "theorem1-corrected", "theorem1-scale")
-"""Claims of the first screen."""
-_DPI = 300  # Of the stored figures; a CSS inch has 96 pixels.
+"""Claims at the top of the page."""
+_DPI = 300  # Resolution of the stored figures; a CSS inch has 96 pixels.
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Picture:
     Attributes:
         name: Its result folder and file, as "theorem1/theorem1".
         data: Its PNG, in base64.
-        width: In pixels of the page, at its printed size.
-        height: In pixels of the page.
-        caption: What it shows and what its bars and bands are.
+        width: Width in pixels of the page, at the printed size.
+        height: Height in pixels of the page.
+        caption: What the figure shows and what its bars and bands are.
     """
 
     name: str
@@ -54,7 +54,7 @@ def pictures(root: Path, folders: Iterable[str], captions: Mapping[str, str]) ->
     Args:
         root: The folder of all results.
         folders: The result folders below it.
-        captions: By a figure's file name without suffix.
+        captions: Captions by the figure's file name without suffix.
     """
     found = []
     for folder in folders:
@@ -65,7 +65,7 @@ def pictures(root: Path, folders: Iterable[str], captions: Mapping[str, str]) ->
 
 
 def page(content: Mapping[str, Any], figures: list[Picture]) -> str:
-    """The report."""
+    """The HTML text of the report."""
     rows = {row["key"]: row for row in content["rows"]}
     of_folder: dict[str, list[Picture]] = {}
     for figure in figures:
@@ -87,7 +87,7 @@ def page(content: Mapping[str, Any], figures: list[Picture]) -> str:
 
 
 def _reduced(path: Path) -> tuple[str, int, int]:
-    """A PNG in 256 colours, a third of its size and the same to the eye; and its size on the page."""
+    """A PNG reduced to 256 colours, which looks the same at a third of the size, in base64; its width and height."""
     with Image.open(path) as image:
         reduced = io.BytesIO()
         colours = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)

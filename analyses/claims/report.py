@@ -1,4 +1,4 @@
-"""The ledger as one plain structure, and that structure as a terminal table, as Markdown and as JSON."""
+"""The ledger of claims as plain values, and as a terminal table, Markdown and JSON."""
 
 import json
 import os
@@ -13,29 +13,29 @@ from analyses.records import RESULT_FILE, Result, format_table, plain
 
 WIDTH = 100
 AGAIN = "results"
-"""Where the commands of the ledger write."""
+"""Folder that the commands of the ledger write to."""
 SYMBOLS = dict(zip(Verdict, "✓◐✗?…", strict=True))
-UNDECIDED = "no number is decided: each interval reaches across the threshold, or a single seed gives none"
+UNDECIDED = "no number is decided: its interval contains the threshold, or a single seed gives no interval"
 HOW_TO_READ = (
-    "Every verdict is computed from stored results by the rule that is printed with it. A number comes with its "
-    "interval in brackets (95 %, of the analysis that made it) and with a baseline: the same number of a null model, "
-    "of a rival method, or by chance. It meets a threshold if its whole interval does, misses it if its "
-    "whole interval does, and is undecided otherwise. Claims are put in our words."
+    "Every verdict is computed from stored results by the rule that is printed with it. A number has its 95 % interval "
+    "in brackets, and a baseline: the same number for a null model, for another method, or by chance. A number meets a "
+    "threshold if its whole interval does, misses it if its whole interval does, and is undecided otherwise. The "
+    "claims are in our own words."
 )
 QUICK = (
-    "Made by --quick: the demonstration task, few steps and few examples. The verdicts show how the ledger works, not "
-    "what the paper's claims are worth."
+    "Made by --quick, on the demonstration task with few steps and few examples. These verdicts show how the ledger "
+    "works; they say nothing about the paper's claims."
 )
 
 
 def ledger(rows: Sequence[Row], results: Mapping[str, Result], root: str, *, quick: bool = False) -> dict[str, Any]:
-    """All that the ledger says, as plain values.
+    """The content of the ledger as plain values.
 
     Args:
-        rows: The claims judged.
-        results: The results they were judged by.
+        rows: The judged claims.
+        results: The results that they were judged by.
         root: The folder of those results, as commands should name it.
-        quick: Whether they were made by a quick run.
+        quick: True if the results were made with ``--quick``.
     """
     counts = {verdict.value: sum(row.verdict == verdict for row in rows) for verdict in Verdict}
     return {
@@ -88,23 +88,23 @@ def _source(name: str, results: Mapping[str, Result], root: str) -> dict[str, An
 
 
 def to_json(content: Mapping[str, Any]) -> str:
-    """As `ledger.json`."""
+    """The text of `ledger.json`."""
     return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def counts_in_words(content: Mapping[str, Any]) -> str:
-    """How many claims got which verdict."""
+    """The number of claims with each verdict, as text."""
     return ", ".join(f"{n} {verdict}" for verdict, n in content["counts"].items() if n)
 
 
 def note_in_words(content: Mapping[str, Any]) -> str:
-    """What must be said of results that were computed through an untrained pooler; "" if none were."""
+    """The note on results that were computed through an untrained pooler; "" if there are none."""
     marked = any(source["through_pooler"] for source in content["sources"].values())
     return f"Results of MiniLM-L6: {NOTE[0].lower()}{NOTE[1:]}" if marked else ""
 
 
 def number_in_words(row: Mapping[str, Any]) -> str:
-    """The number that stands for a row's verdict, and what it is of."""
+    """The number that a row shows for its verdict, with its label; without a number, the reason."""
     found = row["number"]
     if found is None:
         return f"waits for {', '.join(row['waits_for'])}" if row["waits_for"] else row["reason"] or "-"
@@ -112,13 +112,13 @@ def number_in_words(row: Mapping[str, Any]) -> str:
 
 
 def met_in_words(row: Mapping[str, Any]) -> str:
-    """How many of a row's numbers meet the threshold."""
+    """How many of a row's numbers meet the threshold, as text."""
     met = sum(e["outcome"] == Outcome.MET for e in row["evidence"])
     return f"{met}/{len(row['evidence'])}" if row["evidence"] else ""
 
 
 def verdict_in_words(row: Mapping[str, Any]) -> str:
-    """Symbol and verdict."""
+    """The symbol and the name of a row's verdict."""
     return f"{SYMBOLS[Verdict(row['verdict'])]} {row['verdict']}"
 
 
@@ -138,11 +138,11 @@ def _cut(words: str, width: int) -> str:
 
 
 def markdown(content: Mapping[str, Any], root: Path, folder: Path) -> str:
-    """The whole ledger as a document of its own in a folder, with links to the results below `root`."""
+    """The ledger as a Markdown document for `folder`, with links to the results below `root`."""
     link = os.path.relpath(root.resolve(), folder.resolve()).replace(os.sep, "/")
     made = f"python -m analyses.claims --load {content['root']} --output-dir {as_given(folder)}"
     blocks = [
-        "# The paper on trial",
+        "# Claims of the paper and their verdicts",
         f"{HOW_TO_READ} Symbols: {', '.join(f'{s} {v}' for v, s in SYMBOLS.items())}.",
         *(f"**{note}**" for note in (QUICK if content["quick"] else "", note_in_words(content)) if note),
         f"Made by\n\n```sh\n{made}\n```",
@@ -156,8 +156,8 @@ def markdown(content: Mapping[str, Any], root: Path, folder: Path) -> str:
         ),
         *(_section(row) for row in content["rows"]),
         "## Results",
-        f"Each command computes its result again, in a new folder below `{AGAIN}/`. What it reads of other results is "
-        f"read from `{content['root']}`, so the commands can be run in any order.",
+        f"Each command computes its result again, in a new folder below `{AGAIN}/`. Where a command needs another "
+        f"result, it reads it from `{content['root']}`, so the commands can be run in any order.",
         *(_run(name, source, link) for name, source in content["sources"].items()),
     ]  # fmt: skip
     return "\n\n".join(blocks) + "\n"
@@ -189,13 +189,13 @@ def _run(name: str, source: Mapping[str, Any], link: str) -> str:
 
 
 def null_in_words(evidence: Mapping[str, Any]) -> str:
-    """The baseline of a number."""
+    """The baseline of a number, as text."""
     null = evidence["null"]
     return "" if null is None else f"{null['label']}: {null['text']}"
 
 
 def commit_in_words(source: Mapping[str, Any]) -> str:
-    """The commit that made a result, and its seed."""
+    """The commit that made a result and its seed, as text."""
     if source["commit"] is None:
         return f"no commit known, seed {source['seed']}"
     changed = " with uncommitted changes" if source["dirty"] else ""
@@ -203,7 +203,7 @@ def commit_in_words(source: Mapping[str, Any]) -> str:
 
 
 def anchor(title: str) -> str:
-    """The fragment that Markdown renderers give a heading."""
+    """The link target that Markdown renderers give a heading."""
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
     return kept.replace(" ", "-")
 
@@ -213,5 +213,5 @@ def _cell(words: str) -> str:
 
 
 def as_given(folder: Path) -> str:
-    """A folder as a document names it, which says nothing of the machine."""
+    """A folder's path for a document; of an absolute path only the name, so that it does not depend on the machine."""
     return folder.name if folder.is_absolute() else folder.as_posix()

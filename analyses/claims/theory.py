@@ -1,4 +1,4 @@
-"""The paper's theory on trial: Theorem 1, its two properties, Figures 6 and 7."""
+"""The paper's claims on theory, each with its judge: Theorem 1, its two properties, Figures 6 and 7."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,24 +25,24 @@ from propulsion.errors import UserError
 CLOSE = 0.1
 """Relative distance up to which two kernels, Jacobians or outputs count as nearly equal."""
 ALIGNED = 0.9
-"""Centred alignment (CKA) from which two kernels count as pointing the same way."""
+"""Centred alignment (CKA) from which two kernels count as equal up to a factor."""
 EXACT = 1e-12
-"""Relative distance of two closed forms that is rounding."""
+"""Relative distance up to which two closed forms differ only by rounding."""
 MISSES = 0.01
-"""Share of cells above a bound that the confidence of their intervals would excuse."""
+"""Share of cells that may exceed a bound by chance, at the confidence level of their intervals."""
 SLOPES = (-0.6, -0.4)
 """Slopes of log error over log width that count as 1/sqrt(width)."""
 FACTOR = 1.5
 """Two degrees within this factor count as the same."""
 
 AGREEING = 0.9
-"""Share of held-out examples from which two predictors count as one."""
+"""Share of held-out examples with the same prediction from which two predictors count as equal."""
 AGREE = (
-    f"at least {AGREEING:g} with its whole interval and above what independent errors would give; "
-    "in part if only the latter, undecided if only the former"
+    f"at least {AGREEING:g} with its whole interval, and above the agreement expected for independent errors; "
+    "in part if only the second holds, undecided if only the first holds"
 )
 DEGREE = 15.0
-"""Where the paper gives a task no degree: its code's default."""
+"""The degree of tasks for which the paper gives none: the default of its code."""
 
 INITIAL, TRAINED = STAGES
 HOMOGENEOUS = ("linear", "relu", "leaky_relu")
@@ -51,7 +51,7 @@ COVERED = ("linear", "ReLU", "ReLU, biases trained")
 DROPPED = ("ReLU, not on the input", "GELU", "erf", "residual ReLU")
 PRETRAINED = "MiniLM-L6, pre-trained"
 NOTHING = Quantity("a kernel of zeros", 1.0)
-# The null models of chance: a Gaussian sketch of the full gradient is no rival by chance, it knows the gradient.
+# The null models that agree only by chance. A Gaussian sketch is not one of them, since it is made of the gradient.
 CHANCE = ("random subset", "Propulsion, examples permuted")
 
 
@@ -80,21 +80,22 @@ def theorem1_literal(results: Results) -> Iterator[Evidence]:
 @claim(
     "theorem1-corrected", "Theorem 1, corrected",
     where="Our correction of Sec. 3 (docs/theory.md, Theorem 5)",
-    measure="‖K_F − K_P / k²‖ / ‖K_F‖ between closed forms, of the weights; slopes of log error over log width",
+    measure="‖K_F − K_P / k²‖ / ‖K_F‖ between closed forms, with K_F over the weights alone; slopes of log error over "
+            "log width",
     threshold=(
-        f"closed forms at most {EXACT:g} apart where the conditions hold, and more than {1000 * EXACT:g} where one is "
-        f"dropped (else in part); slopes that overlap {SLOPES[0]:g} to {SLOPES[1]:g} (else in part)"
+        f"closed forms at most {EXACT:g} apart where the conditions hold, and more than {1000 * EXACT:g} apart where "
+        f"one does not (else in part); slopes whose interval overlaps {SLOPES[0]:g} to {SLOPES[1]:g} (else in part)"
     ),
     rule=EVERYWHERE, needs=("theorem1", "width_convergence"),
 )  # fmt: skip
 def theorem1_corrected(results: Results) -> Iterator[Evidence]:
-    """Positively homogeneous activations, a scale on the input and on every hidden layer, infinite width:
-    Propulsion's kernel is k² times that of full fine-tuning's weights.
+    """With positively homogeneous activations and scales on the input and on every hidden layer, at infinite width,
+    Propulsion's kernel is k² times the kernel of full fine-tuning of the weights.
 
     The errors of finite networks fall as 1/sqrt(width).
     """
     cases, widths = _cases(results["theorem1"]), results["width_convergence"]
-    least = Quantity("nearest case without a condition", min(cases[name]["corrected"] for name in DROPPED))
+    least = Quantity("closest case that lacks a condition", min(cases[name]["corrected"] for name in DROPPED))
     for name in COVERED:
         q = Quantity(f"limit, {name}", cases[name]["corrected"])
         yield Evidence(q, at_most(q, EXACT), least)
@@ -109,16 +110,16 @@ def theorem1_corrected(results: Results) -> Iterator[Evidence]:
 
 @claim(
     "theorem1-scale", "Theorem 1, up to scale",
-    where="What Sec. 3 can mean in standard parametrisation",
+    where="Our reading of Sec. 3 in standard parametrisation",
     measure="CKA of K_F and K_P at initialisation",
     threshold=(
-        f"at least {ALIGNED:g} and above the best null model of chance (a random subset of as many weights, permuted "
-        f"examples), interval against interval; in part if only above the null model; not met if at or below it"
+        f"at least {ALIGNED:g}, with an interval above that of the best null model (a random subset of as many "
+        f"weights, or permuted examples); in part if only above the null model; not met if at or below it"
     ),
     rule=SOMEWHERE, needs=("kernel_distance/*",),
 )  # fmt: skip
 def theorem1_up_to_scale(results: Results) -> Iterator[Evidence]:
-    """At initialisation the two kernels of a pre-trained model are one up to a factor."""
+    """At initialisation the two kernels of a pre-trained model are equal up to a factor."""
     for task, result in by_task(results, "kernel_distance").items():
         yield _aligned(result, task, INITIAL)
 
@@ -126,12 +127,12 @@ def theorem1_up_to_scale(results: Results) -> Iterator[Evidence]:
 @claim(
     "wide-limit", "The gap closes with the width",
     where="Sec. 3, Theorem 1 (large width d)",
-    measure="‖K_P / k² − K_F‖ / ‖K_F‖ of the layers that carry a scale, in the limit, by activation",
+    measure="‖K_P / k² − K_F‖ / ‖K_F‖ of the layers that have scales, in the limit, by activation",
     threshold=f"at most {CLOSE:g}",
     rule=SOMEWHERE, needs=("width_convergence",),
 )  # fmt: skip
 def wide_gap(results: Results) -> Iterator[Evidence]:
-    """As networks get wide, the difference of the two kernels vanishes."""
+    """The difference of the two kernels vanishes as the width of networks grows."""
     rows = [row for row in results["width_convergence"].tables["widths"] if row["parametrization"] == "ntk"]
     widest = max(row["width"] for row in rows)
     for row in (row for row in rows if row["width"] == widest):
@@ -142,17 +143,18 @@ def wide_gap(results: Results) -> Iterator[Evidence]:
 @claim(
     "jl-bound", "Johnson-Lindenstrauss bound",
     where="Sec. 3, Theorem 1 (the bound)",
-    measure="share of cells (dimension, error, angle) whose drawn probability exceeds the bound, interval and all",
+    measure="share of cells (dimension, error, angle) in which the whole interval of the drawn probability exceeds "
+            "the bound",
     threshold=f"at most {MISSES:g}",
     rule=EVERYWHERE, needs=("johnson_lindenstrauss",),
 )  # fmt: skip
 def jl_bound(results: Results) -> Iterator[Evidence]:
-    """One random layer keeps inner products with the stated probability."""
+    """One random layer preserves inner products with the stated probability."""
     counts = {m.name: m.value for m in results["johnson_lindenstrauss"].metrics}
     share = Quantity("share of cells above the bound", counts["cells_above_bound"] / counts["cells"])
-    exact = Quantity("share beside the exact tail", counts["cells_beside_exact_tail"] / counts["cells"])
+    exact = Quantity("share that misses the exact tail", counts["cells_beside_exact_tail"] / counts["cells"])
     times = counts["median_bound_over_exact"]
-    sharp = f"where it says something, the bound is {times:,.0f} times the exact tail (median)"
+    sharp = f"where it is below 1, the bound is {times:,.0f} times the exact tail (median)"
     yield Evidence(share, at_most(share, MISSES), exact, sharp)
 
 
@@ -162,12 +164,12 @@ def jl_bound(results: Results) -> Iterator[Evidence]:
 @claim(
     "linearisation", "Linearisation",
     where="App. A, first property",
-    measure="distance of the trained outputs from the linearised ones, relative to how far training moved them",
+    measure="distance of the trained outputs from the linearised ones, relative to the change of the outputs",
     threshold=f"at most {CLOSE:g}, with its whole interval",
     rule=SOMEWHERE, needs=("kernel_drift/*",),
 )  # fmt: skip
 def linearisation(results: Results) -> Iterator[Evidence]:
-    """Fine-tuned networks stay on their first-order expansion around the pre-trained weights."""
+    """The outputs of fine-tuned networks equal their first-order expansion around the pre-trained weights."""
     yield from _per_method(results, "linearisation_error")
 
 
@@ -179,7 +181,7 @@ def linearisation(results: Results) -> Iterator[Evidence]:
     rule=SOMEWHERE, needs=("kernel_drift/*|kernel_distance/*",), also=("kernel_drift/*", "kernel_distance/*"),
 )  # fmt: skip
 def fixed_features(results: Results) -> Iterator[Evidence]:
-    """Gradients stay what they were at initialisation, and so do the kernels."""
+    """Fine-tuning does not change the gradients, and so not the kernels."""
     yield from _per_method(results, "relative_kernel_drift")
     names = {FULL: "full", ADAPTER: "propulsion"}
     for task, result in by_task(results, "kernel_distance").items():
@@ -195,11 +197,11 @@ def fixed_features(results: Results) -> Iterator[Evidence]:
     "figure6", "Figure 6: trained kernels agree",
     where="App. B, Figure 6",
     measure="‖K_F − K_P‖ / ‖K_F‖ of the trained models",
-    threshold=f"at most {CLOSE:g}; in part if the CKA is at least {ALIGNED:g} and above the best null model of chance",
+    threshold=f"at most {CLOSE:g}; in part if the CKA is at least {ALIGNED:g} and above that of the best null model",
     rule=SOMEWHERE, needs=("kernel_distance/*",),
 )  # fmt: skip
 def figure6(results: Results) -> Iterator[Evidence]:
-    """The kernels of a fully fine-tuned model and of a Propulsion model differ minimally."""
+    """The kernels of a fully fine-tuned model and of a model trained by Propulsion are nearly equal."""
     for task, result in by_task(results, "kernel_distance").items():
         aligned = _aligned(result, "CKA", TRAINED)
         assert aligned.null is not None
@@ -210,7 +212,7 @@ def figure6(results: Results) -> Iterator[Evidence]:
 
 
 @claim(
-    "figure7", "Figure 7: Jacobians stay",
+    "figure7", "Figure 7: Jacobians do not change",
     where="App. C, Figure 7",
     measure="‖J_t − J_0‖ / ‖J_0‖ after training",
     threshold=f"at most {CLOSE:g}, with its whole interval where it has one",
@@ -224,13 +226,13 @@ def figure7(results: Results) -> Iterator[Evidence]:
 @claim(
     "kernel-predicts", "The kernel predicts training",
     where="Sec. 3 and App. A (the NTK regime), our test",
-    measure="share of held-out examples on which network and gradient flow under its kernel agree, largest training "
-            "set",
+    measure="share of held-out examples for which the network and gradient flow with its kernel predict the same "
+            "class, at the largest training set",
     threshold=AGREE,
     rule=SOMEWHERE, needs=("linearized_prediction/*",),
 )  # fmt: skip
 def kernel_predicts(results: Results) -> Iterator[Evidence]:
-    """A fine-tuned network predicts what its kernel at initialisation says it will."""
+    """A fine-tuned network makes the predictions of its kernel at initialisation."""
     for task, result in by_task(results, "linearized_prediction").items():
         for method in dict.fromkeys(m.left for m in result.metrics if m.name == "prediction_agreement"):
             if (name := method.split(":")[0]) in ("full", "propulsion"):
@@ -239,14 +241,14 @@ def kernel_predicts(results: Results) -> Iterator[Evidence]:
 
 @claim(
     "same-predictions", "Both kernels predict the same",
-    where="Sec. 3, what Theorem 1 is for, our test",
-    measure="share of held-out examples on which regression under K_F and under K_P, or the two trained networks, "
-            "agree",
+    where="Sec. 3, the purpose of Theorem 1, our test",
+    measure="share of held-out examples for which regression with K_F and with K_P, or the two trained networks, "
+            "predict the same class",
     threshold=AGREE,
     rule=SOMEWHERE, needs=("linearized_prediction/*",),
 )  # fmt: skip
 def same_predictions(results: Results) -> Iterator[Evidence]:
-    """Since the kernels agree, Propulsion predicts what full fine-tuning predicts."""
+    """Since the kernels agree, Propulsion makes the same predictions as full fine-tuning."""
     for task, result in by_task(results, "linearized_prediction").items():
         for name, words in (("kernel_agreement", "kernels"), ("trained_agreement", "networks")):
             rights = [m.right for m in result.metrics if m.name == name and m.right.startswith("propulsion")]
@@ -265,7 +267,7 @@ def same_predictions(results: Results) -> Iterator[Evidence]:
     rule=SOMEWHERE, needs=("degree_scale",),
 )  # fmt: skip
 def degree_matches_sizes(results: Results) -> Iterator[Evidence]:
-    """The degrees that train best are those at which the two kernels have one size, k* = sqrt(tr K_F / tr K_P(1))."""
+    """The degrees that train best give both kernels the same trace: k* = sqrt(tr K_F / tr K_P(1))."""
     for row in results["degree_scale"].tables["ratios"]:
         if row["kind"] == "pre-trained":
             degree = row["paper_degree"] or DEGREE
@@ -278,7 +280,7 @@ def degree_matches_sizes(results: Results) -> Iterator[Evidence]:
 
 
 def _close(found: Quantity, null: Quantity | None = None, detail: str = "") -> Evidence:
-    """Whether a relative distance is that of two that are nearly equal."""
+    """Evidence that is met if a relative distance is at most `CLOSE`."""
     return Evidence(found, at_most(found, CLOSE), null, detail)
 
 
@@ -292,12 +294,12 @@ def _cases(result: Result) -> dict[str, dict]:
 
 
 def _aligned(result: Result, label: str, stage: str) -> Evidence:
-    """CKA of the two kernels beside the best null model of chance."""
+    """Evidence on the CKA of the two kernels, with the best null model of `CHANCE` as baseline."""
     found = quantity(label, _of_both(result, "cka", stage))
     nulls = [quantity(m.right, m) for m in result.metrics if (m.name, m.stage, m.left) == ("cka", stage, FULL)
              and m.right.startswith(CHANCE)]  # fmt: skip
     if not nulls:
-        raise UserError("the result holds no null model of chance")
+        raise UserError("the result holds no null model that agrees only by chance")
     null = max(nulls, key=lambda q: q.value)
     if above(found, null) == Outcome.MET:
         outcome = Outcome.MET if found.lower >= ALIGNED else Outcome.PARTLY
@@ -307,7 +309,7 @@ def _aligned(result: Result, label: str, stage: str) -> Evidence:
 
 
 def _per_method(results: Results, name: str) -> Iterator[Evidence]:
-    """A metric of training, of full fine-tuning and of Propulsion, the paper's two, beside its null models' least."""
+    """Evidence on a metric of full fine-tuning and of Propulsion after training, with the lowest null as baseline."""
     for task, result in by_task(results, "kernel_drift").items():
         trained = [m for m in result.metrics if m.stage == TRAINED]
         for m in trained:
@@ -318,14 +320,14 @@ def _per_method(results: Results, name: str) -> Iterator[Evidence]:
 
 
 def _agreement(result: Result, label: str, name: str, left: str, right: str) -> Evidence:
-    """Agreement of two predictors at the largest training set, beside that of independent errors."""
+    """Evidence on the agreement of two predictors at the largest training set; the baseline is independent errors."""
     sizes = [row["size"] for row in result.tables["sizes"]]
     stage = f"n={max(sizes)}"
     q = quantity(f"{label}, {stage}", result.metric(name, stage=stage, left=left, right=right))
     chance = name.replace("prediction_", "").replace("agreement", "independent_errors_agreement")
     null = quantity("independent errors", result.metric(chance, stage=stage, left=left, right=right))
     met, apart = at_least(q, AGREEING), above(q, null) == Outcome.MET
-    # Two that give one answer throughout agree perfectly, as independent errors would: that says nothing.
+    # Two predictors that always give one class agree as often as independent errors would, which is no evidence.
     if not q.has_interval or (met == Outcome.MET and not apart):
         return Evidence(q, Outcome.OPEN, null)
     return Evidence(q, Outcome.PARTLY if apart and met != Outcome.MET else met, null)

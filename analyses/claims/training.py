@@ -1,4 +1,4 @@
-"""The paper's claims about training on trial: parameters, cost, speed, scores, and each choice in Propulsion."""
+"""The paper's claims on training, each with its judge: parameters, cost, speed, scores, and Propulsion's choices."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -26,17 +26,17 @@ from propulsion.errors import UserError
 ALL, ATTN = "propulsion:positions=all", "propulsion:positions=attn"
 PAPER_TOTAL, PAPER_TRAINED = 355.3e6, 0.086e6
 ROUNDING = 0.005
-"""Relative difference of a count from the paper's rounded one."""
+"""Relative difference up to which a count agrees with the paper's rounded one."""
 NEARLY = 1.5
-"""Factor within which a count is the paper's in part."""
+"""Factor from the paper's count within which a count meets the claim in part."""
 TIMES_FEWER = 10.0
 POINT = 0.01
-"""One point of accuracy or correlation: what does not matter."""
+"""One point of accuracy or correlation, the largest difference that counts as none."""
 SAVING = 1.25
 """Memory of another method over Propulsion's: half of what the paper reports, 26 GB over 17.2 GB."""
 Z_RANGE = (0.98, 1.02)
 FULL_RANK = 0.9
-"""Share of a matrix's rank from which a change of it counts as full."""
+"""Share of the full rank from which the change of a matrix counts as one of full rank."""
 PEAK = "25"
 
 
@@ -46,7 +46,7 @@ PEAK = "25"
 @claim(
     "parameter-pair", "355.3M parameters to 0.086M",
     where="Abstract",
-    measure="parameters that Propulsion trains on the model of 355.3 million, by the paper's own choice of layers",
+    measure="parameters that Propulsion trains in the model of 355.3 million, with the paper's choice of layers",
     threshold=f"0.086 million within {ROUNDING:.1%}; in part within a factor of {NEARLY:g}",
     rule=EVERYWHERE, needs=("parameter_count",),
 )  # fmt: skip
@@ -69,7 +69,7 @@ def parameter_pair(results: Results) -> Iterator[Evidence]:
 @claim(
     "fewer-than-lora", "Ten times fewer than LoRA",
     where="Abstract and Sec. 1",
-    measure="parameters of LoRA / parameters of Propulsion, heads aside",
+    measure="parameters of LoRA / parameters of Propulsion, without heads",
     threshold=f"at least {TIMES_FEWER:g}",
     rule=SOMEWHERE, needs=("complexity",), also=("method_comparison/*",),
 )  # fmt: skip
@@ -86,18 +86,18 @@ def fewer_than_lora(results: Results) -> Iterator[Evidence]:
             for name in (ALL, ATTN) if name in trained and "lora" in trained
         ]  # fmt: skip
     for q in ratios:
-        yield Evidence(q, at_least(q, TIMES_FEWER), Quantity("as many", 1.0))
+        yield Evidence(q, at_least(q, TIMES_FEWER), Quantity("the same number", 1.0))
 
 
 @claim(
     "table4", "Table 4: least space and time",
     where="Sec. 5, Table 4",
-    measure="counted parameters, and time over the frozen layer's, of a forward and backward pass",
-    threshold="no more than the best other adapter, and parameters as by the formulas",
+    measure="counted parameters, and time of a forward and backward pass relative to the frozen layer's",
+    threshold="no more than for the best other adapter; counted parameters equal those of the formulas",
     rule=SOMEWHERE, needs=("complexity",),
 )  # fmt: skip
 def table4(results: Results) -> Iterator[Evidence]:
-    """Per layer Propulsion needs fewest parameters and least time of the adapters."""
+    """Of all adapters, Propulsion needs the fewest parameters and the least time for a layer."""
     rows = {row["method"]: row for row in results["complexity"].tables["methods"]}
     rivals = [row for name, row in rows.items() if name not in ("frozen", "full") and "propulsion" not in name]
     own = rows["propulsion"]
@@ -113,12 +113,12 @@ def table4(results: Results) -> Iterator[Evidence]:
 @claim(
     "memory", "Figure 4: least memory",
     where="Sec. 5, Figure 4",
-    measure="peak memory of another adapter / Propulsion's, medians over rounds [lowest, highest]",
-    threshold=f"at least {SAVING:g}, half of the saving claimed; in part above 1, all rounds",
+    measure="peak memory of another adapter / peak memory of Propulsion, medians over rounds [lowest, highest]",
+    threshold=f"at least {SAVING:g}, half of the claimed saving; in part if above 1 in all rounds",
     rule=SOMEWHERE, needs=("memory",),
 )  # fmt: skip
 def memory(results: Results) -> Iterator[Evidence]:
-    """Training takes a third less memory than other adapters (17.2 GB against 26 GB and more)."""
+    """Training takes a third less memory than with other adapters (17.2 GB against 26 GB and more)."""
     peaks: dict[str, list[float]] = {}
     for run in results["memory"].tables["runs"]:
         peaks.setdefault(run["method"], []).append(run["peak_bytes"])
@@ -127,14 +127,14 @@ def memory(results: Results) -> Iterator[Evidence]:
         ratio = np.array(peaks[name]) / np.array(own)
         q = Quantity(name, float(np.median(peaks[name]) / np.median(own)), float(ratio.min()), float(ratio.max()))
         outcome = Outcome.PARTLY if 1 < q.lower < SAVING else at_least(q, SAVING)
-        yield Evidence(q, outcome, Quantity("as much", 1.0))
+        yield Evidence(q, outcome, Quantity("the same memory", 1.0))
 
 
 @claim(
     "convergence", "Figure 3: fastest to converge",
     where="Sec. 5, Figure 3",
     measure="score averaged over the steps, of the better of All and Attn",
-    threshold="above each other adapter's, interval against interval (several seeds)",
+    threshold="an interval above that of each other adapter (over several seeds)",
     rule=EVERYWHERE, needs=("convergence",),
 )  # fmt: skip
 def convergence(results: Results) -> Iterator[Evidence]:
@@ -149,9 +149,9 @@ def convergence(results: Results) -> Iterator[Evidence]:
 @claim(
     "on-par", "On par with full fine-tuning",
     where="Sec. 4, GLUE",
-    measure="score of Propulsion (All) less that of full fine-tuning, paired",
-    threshold=f"at least -{POINT:g} with its whole interval, where full fine-tuning is above the head alone (else "
-              "undecided)",
+    measure="score of Propulsion (All) minus that of full fine-tuning, paired",
+    threshold=f"at least -{POINT:g} with its whole interval; undecided where full fine-tuning is not above the head "
+              "alone",
     rule=SOMEWHERE, needs=("method_comparison/*",),
 )  # fmt: skip
 def on_par(results: Results) -> Iterator[Evidence]:
@@ -170,12 +170,12 @@ def on_par(results: Results) -> Iterator[Evidence]:
 @claim(
     "best-adapter", "Better than other adapters",
     where="Sec. 4",
-    measure="score less that of full fine-tuning, of the better of All and Attn",
-    threshold="above each other adapter's, interval against interval",
+    measure="score of the better of All and Attn, minus that of full fine-tuning",
+    threshold="an interval above that of each other adapter",
     rule=EVERYWHERE, needs=("method_comparison/*",),
 )  # fmt: skip
 def best_adapter(results: Results) -> Iterator[Evidence]:
-    """Propulsion scores above the other parameter-efficient methods."""
+    """Propulsion scores higher than the other parameter-efficient methods."""
     for task, result, metric in _compared(results):
         own = [m for m in result.metrics if (m.name, m.stage) == (metric, f"{task}, difference")]
         yield from _best_of_ours({m.left: quantity(m.left, m) for m in own}, f"{task}, ")
@@ -184,12 +184,12 @@ def best_adapter(results: Results) -> Iterator[Evidence]:
 @claim(
     "large-models", "The same on 7B to 13B models",
     where="Sec. 4, reasoning tasks",
-    measure="accuracy by generation after tuning",
-    threshold="above the untuned model's, interval against interval, on one of these models (undecided on any other)",
+    measure="accuracy of generated answers after tuning",
+    threshold="an interval above that of the untuned model, on one of these models (undecided on any other)",
     rule=EVERYWHERE, needs=("instruction_tuning",),
 )  # fmt: skip
 def large_models(results: Results) -> Iterator[Evidence]:
-    """Propulsion tunes BLOOMz-7B, GPT-J-6B, LLaMA-7B and -13B as well."""
+    """Propulsion also tunes BLOOMz-7B, GPT-J-6B, LLaMA-7B and LLaMA-13B."""
     result = results["instruction_tuning"]
     scores = {m.left: quantity(m.left, m) for m in result.metrics if (m.name, m.stage) == ("accuracy", "trained")}
     name, untuned = result.model["name"], scores["none"]
@@ -205,7 +205,7 @@ def large_models(results: Results) -> Iterator[Evidence]:
 @claim(
     "degree", "Degree: a peak at about 25",
     where="App. E, degree ablation",
-    measure=f"score at degree {PEAK} less that at the lowest and at the highest degree, paired by seed",
+    measure=f"score at degree {PEAK} minus that at the lowest and at the highest degree, paired by seed",
     threshold=(
         f"above 0 with its whole interval; not met if below {POINT:g} with its whole interval; runs that diverged "
         "score 0"
@@ -221,7 +221,7 @@ def degree_optimum(results: Results) -> Iterator[Evidence]:
         scores = _settings(results[name])
         ends = sorted((label for label in scores if label != PEAK), key=float)
         for end in (ends[0], ends[-1]):
-            q = _difference(f"{PEAK} less {end}, {rate}", scores[PEAK], scores[end])
+            q = _difference(f"{PEAK} minus {end}, {rate}", scores[PEAK], scores[end])
             outcome = Outcome.OPEN if not q.has_interval else Outcome.MET if q.lower > 0 else at_least(q, POINT)
             yield Evidence(q, outcome, Quantity("no peak", 0.0))
 
@@ -229,19 +229,19 @@ def degree_optimum(results: Results) -> Iterator[Evidence]:
 @claim(
     "positions", "All positions are best",
     where="App. E, positions",
-    measure="score of All less that of each other choice, paired by seed",
+    measure="score of All minus that of each other choice, paired by seed",
     threshold=(
         "above 0 with its whole interval; not met if below 0 with its whole interval; undecided for a choice that is "
-        f"not {POINT:g} above one answer given throughout"
+        f"not {POINT:g} above the score of always giving the same answer"
     ),
     rule=EVERYWHERE, needs=("ablation/positions",),
 )  # fmt: skip
 def position_order(results: Results) -> Iterator[Evidence]:
-    """Scales on all layers beat scales on some."""
+    """Scales on all layers score higher than scales on some layers."""
     result = results["ablation/positions"]
     chance = float(result.dataset.get("chance", -math.inf))
     scores = _settings(result)
-    # A choice that still gives one answer throughout has had too few steps, which is no order of what choices can do.
+    # A choice that still gives one answer for all rows had too few steps: its score does not show what it can reach.
     for label, e in zip((label for label in scores if label != "all"), _best(scores, "all"), strict=True):
         learnt = np.mean(scores[label]) > chance + POINT
         yield e if learnt else replace(e, outcome=Outcome.OPEN, detail="has not learnt")
@@ -250,12 +250,12 @@ def position_order(results: Results) -> Iterator[Evidence]:
 @claim(
     "pooling", "Average pooling is best",
     where="App. F",
-    measure="score of average pooling less that of each other pooling of as many, paired by seed",
+    measure="score of average pooling minus that of each other pooling of as many vectors, paired by seed",
     threshold="above 0 with its whole interval; not met if below 0 with its whole interval",
     rule=EVERYWHERE, needs=("ablation/vectors",),
 )  # fmt: skip
 def pooling(results: Results) -> Iterator[Evidence]:
-    """Of several scales a layer, those pooled by their average do best."""
+    """With several scale vectors in a layer, pooling them by their average scores highest."""
     scores = _settings(results["ablation/vectors"])
     for count in dict.fromkeys(label.split()[0] for label in scores if " " in label):
         yield from _best({label: s for label, s in scores.items() if label.startswith(f"{count} ")}, f"{count} mean")
@@ -264,12 +264,12 @@ def pooling(results: Results) -> Iterator[Evidence]:
 @claim(
     "initial-value", "Starting at 1 is best",
     where="App. E, initialisation",
-    measure="score of starting at 1 less that of each other start, paired by seed",
+    measure="score of starting at 1 minus that of each other start, paired by seed",
     threshold="above 0 with its whole interval; not met if below 0 with its whole interval",
     rule=EVERYWHERE, needs=("ablation/init_value",),
 )  # fmt: skip
 def init_value(results: Results) -> Iterator[Evidence]:
-    """Scales that start at 1 do best."""
+    """Scales that start at 1 score highest."""
     yield from _best(_settings(results["ablation/init_value"]), "1")
 
 
@@ -277,7 +277,7 @@ def init_value(results: Results) -> Iterator[Evidence]:
     "z-range", "Trained scales stay in 0.98-1.02",
     where="App. E",
     measure="trained scales z of all layers",
-    threshold=f"all within {Z_RANGE[0]:g} to {Z_RANGE[1]:g}; in part if the central 90 % are",
+    threshold=f"all within {Z_RANGE[0]:g} to {Z_RANGE[1]:g}; in part if the central 90 % are within that range",
     rule=SOMEWHERE, needs=("delta_weights",),
 )  # fmt: skip
 def z_range(results: Results) -> Iterator[Evidence]:
@@ -296,11 +296,11 @@ def z_range(results: Results) -> Iterator[Evidence]:
     "table6", "Table 6: a full-rank change",
     where="Table 6",
     measure="rank of the change / full rank, median over matrices [lowest, highest]",
-    threshold=f"at least {FULL_RANK:g} in every matrix; in part in the median one",
+    threshold=f"at least {FULL_RANK:g} for every matrix; in part if only for the median",
     rule=SOMEWHERE, needs=("delta_weights",),
 )  # fmt: skip
 def delta_rank(results: Results) -> Iterator[Evidence]:
-    """Propulsion's change of a matrix is that of its rows' sizes, W ∘ Z, not of low rank."""
+    """Propulsion changes a matrix by scaling its rows, W ∘ Z, and this change is not of low rank."""
     found = {m.left: quantity(m.left, m) for m in results["delta_weights"].metrics if m.name == "rank_share"}
     lora = next((q for name, q in found.items() if name.startswith("lora")), None)
     for q in (q for name, q in found.items() if name in (ALL, ATTN)):
@@ -312,19 +312,19 @@ def delta_rank(results: Results) -> Iterator[Evidence]:
 
 
 def peft_methods(methods: Iterable[str]) -> list[str]:
-    """The parameter-efficient rivals among methods: neither Propulsion, nor full fine-tuning, nor the head alone."""
+    """The other parameter-efficient methods: all except Propulsion, full fine-tuning and the head alone."""
     return [name for name in methods if name not in ("full", "head") and not name.startswith("propulsion")]
 
 
 def _compared(results: Results) -> Iterator[tuple[str, Result, str]]:
-    """Task, result and headline metric of every comparison."""
+    """Yield the task, the result and the first metric of every comparison of methods."""
     for result in by_task(results, "method_comparison").values():
         for task in dict.fromkeys(row["task"] for row in result.tables["summary"]):
             yield task, result, next(m.name for m in result.metrics if m.stage == task)
 
 
 def _best_of_ours(found: dict[str, Quantity], prefix: str = "") -> Iterator[Evidence]:
-    """Whether the better of the paper's two variants, which gives its claims their best chance, is above each rival."""
+    """Evidence on the better of the paper's two variants, the one that favours the claim, against each rival."""
     variants = [q for name, q in found.items() if name in (ALL, ATTN)]
     if not variants:
         raise UserError(f"the result holds neither {ALL} nor {ATTN}")
@@ -335,7 +335,7 @@ def _best_of_ours(found: dict[str, Quantity], prefix: str = "") -> Iterator[Evid
 
 
 def _settings(result: Result) -> dict[str, list[float]]:
-    """Scores of every seed, by setting; 0 for a run that diverged."""
+    """Scores of all seeds by setting; 0 for a run that diverged."""
     return {row["setting"]: [score or 0.0 for score in row["scores"]] for row in result.tables["settings"]}
 
 
@@ -346,9 +346,9 @@ def _difference(label: str, own: list[float], other: list[float]) -> Quantity:
 
 
 def _best(scores: dict[str, list[float]], own: str) -> Iterator[Evidence]:
-    """Whether a setting scores above each other, beyond the interval of their difference."""
+    """Evidence that a setting scores above each other one, from the intervals of the paired differences."""
     for other in scores:
         if other == own:
             continue
-        q, nothing = _difference(f"{own} less {other}", scores[own], scores[other]), Quantity("no difference", 0.0)
+        q, nothing = _difference(f"{own} minus {other}", scores[own], scores[other]), Quantity("no difference", 0.0)
         yield Evidence(q, above(q, nothing) if q.has_interval else Outcome.OPEN, nothing)

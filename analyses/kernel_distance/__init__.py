@@ -1,14 +1,14 @@
-"""Does Propulsion's tangent kernel equal full fine-tuning's? The paper's Appendix B, measured.
+"""Does Propulsion's tangent kernel equal full fine-tuning's? This measures the claim of the paper's Appendix B.
 
-From the same pre-trained weights and the same random head, one copy is trained fully and one by Propulsion (with its
-head). On held-out examples the kernels of both are computed before and after training, compared whole and by layer,
-and set beside null models. Kernels are traced over the outputs, in standard parametrisation, in the model's own unit
-(squared output per squared parameter).
+Two copies of a model start from the same pre-trained weights and the same random head. One is trained fully, the other
+by Propulsion (with its head). The kernels of both are computed on held-out examples, before and after training,
+compared as a whole and by layer, and compared with null models. Kernels are traced over the outputs, in standard
+parametrisation, and not normalised (squared output per squared parameter).
 
     python -m analyses.kernel_distance --task sst2 --data-dir DIR --output-dir results/sst2
 
-With ``--seeds 0 1 2`` each seed has its own rows, head, order and null models; numbers are means over seeds, and a
-killed run goes on with the seed it was at.
+With ``--seeds 0 1 2`` each seed has its own rows, head, order and null models, numbers are means over seeds, and the
+same command resumes an interrupted run at the first unfinished seed.
 """
 
 from analyses.kernel_distance.analysis import ANALYSIS, Config, run

@@ -1,4 +1,4 @@
-"""Both kernels, before and after training, over seeds: the configuration, its measurement and its result."""
+"""The configuration, measurements and result of the analysis: both kernels, before and after training, over seeds."""
 
 import math
 import statistics
@@ -37,24 +37,24 @@ LABELS = "labels"
 
 @dataclass(frozen=True)
 class Config(KernelOptions, GridOutput):
-    """Full fine-tuning's kernel beside Propulsion's, at initialisation and after training."""
+    """Options of the analysis."""
 
     task: str = "demo"
     """Task: demo (embedded, no network), or sst2, rte, cola, stsb, mrpc, qqp, mnli, qnli."""
     n_examples: int = 24
     """Held-out examples that the kernels are computed on."""
     n_train: int | None = None
-    """Training examples, drawn by the seed; all of them by default."""
+    """Number of training examples, drawn by the seed; all of them by default."""
     n_validation: int | None = None
-    """Held-out examples for the task scores, the kernels' among them; all of them by default."""
+    """Number of held-out examples for the task scores, including those of the kernels; all of them by default."""
     degree: float | None = None
     """Propulsion's degree k; by default the paper's for the task."""
     positions: tuple[str, ...] = ("all",)
-    """Which layers carry a scale vector: all, attn, mlp, embedding, query, key, value, attention_output."""
+    """Layers that have a scale vector: all, attn, mlp, embedding, query, key, value, attention_output."""
     training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=lambda: TrainingOptions(max_steps=60))
     """How both copies are trained."""
     seeds: tuple[int, ...] = ()
-    """Seeds of repetitions of all of it; by default the one of --seed."""
+    """Seeds with which the whole measurement is repeated; by default only the one of --seed."""
     null_draws: int = 3
     """Draws of each random null model, in each seed."""
     resamples: int = 200
@@ -68,13 +68,13 @@ class Config(KernelOptions, GridOutput):
         return self.training.seed
 
     def of_seed(self, seed: int) -> "Config":
-        """The same with one seed alone."""
+        """The configuration with only this seed."""
         return replace(self, seeds=(), training=replace(self.training, seed=seed))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What one run works on: two copies of one pre-trained model, the data, and the held-out batch."""
+    """The inputs of one run: two copies of one pre-trained model, the data, and the held-out batch."""
 
     config: Config
     data: TaskData
@@ -87,7 +87,7 @@ class Setting:
 
     @property
     def number_of_scales(self) -> int:
-        """m, the number of scalar entries of all z."""
+        """The number of entries of all scale vectors z together."""
         return sum(p.numel() for name, p in self.adapted.named_parameters() if is_scale(name))
 
 
@@ -95,7 +95,7 @@ def prepare(config: Config) -> Setting:
     """Load the data and two copies of the model, with the same head; adapt one of them by Propulsion.
 
     Raises:
-        UserError: unusable data, model or options.
+        UserError: The data, the model or an option cannot be used.
     """
     get_labelled_task(config.task)
     data = load_task_data(
@@ -107,7 +107,7 @@ def prepare(config: Config) -> Setting:
     )
     degree = data.task.degree if config.degree is None else config.degree
     full, tokenizer = config.start(data, seed=config.seed)
-    # Everything is tokenized now, so that an example too long is reported before anything is computed.
+    # All rows are tokenized now, so that one that is too long is reported before anything is computed.
     for split in (data.train, data.validation):
         tokenize(split, tokenizer, data.task, config.training.max_length)
     inputs, labels = held_out(
@@ -119,12 +119,15 @@ def prepare(config: Config) -> Setting:
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
-    """Measure both kernels, train both copies, measure again, for every seed; everything random follows the seeds."""
+    """Measure both kernels, train both copies and measure again, for every seed; None if a seed is still missing.
+
+    All random draws depend on the seeds alone.
+    """
     seeds = seeds_of(config)
     if len(seeds) == 1:
         found = [_measure(config.of_seed(seeds[0]))]
     else:
-        # The rows of each seed are drawn from all of the task's.
+        # Each seed draws its rows from all of the task's rows.
         data = load_task_data(config.task, data_dir=config.data_dir)
         cells = runs.of(data, config.identity(data))
         each = [cells.cell(f"seed {seed}", lambda seed: _measure(config.of_seed(seed)), seed=seed) for seed in seeds]
@@ -198,11 +201,11 @@ def _measure(config: Config) -> dict[str, Any]:
 
 
 def _metrics(comparison: SeedComparison, nulls: dict[str, int], degree: float) -> list[Metric]:
-    """Pairs, single kernels and null models at one stage; k* at z = 1, where it is defined."""
+    """Metrics of pairs, single kernels and null models at one stage; before training also k*, defined at z = 1."""
     metrics = [metric for left, right in PAIRS for metric in comparison.pair(left, right)]
     metrics += [metric for name in KERNELS for metric in comparison.single(name)]
     if comparison.stage == STAGES[0]:
-        # At z = 1, K_P(k) = k^2 K_P(1), and k* is over degree 1.
+        # At z = 1, K_P(k) = k^2 K_P(1), and k* is defined by K_P(1).
         def k_star(full: Tensor, adapter: Tensor) -> float:
             return degree * ntk.matching_degree(full, adapter)
 
@@ -211,7 +214,7 @@ def _metrics(comparison: SeedComparison, nulls: dict[str, int], degree: float) -
 
 
 def _drift(stages: Sequence[Sequence[Mapping[str, Tensor]]]) -> list[dict[str, Any]]:
-    """How far training moved each kernel from itself: the paper's fixed features, as one number a kernel."""
+    """One row for each kernel: its distance from itself before training, 0 if features stay fixed as the paper says."""
 
     def mean(function: Callable[[Tensor, Tensor], float], name: str) -> float:
         return statistics.mean(function(before[name], after[name]) for before, after in zip(*stages, strict=True))
@@ -228,7 +231,7 @@ def _drift(stages: Sequence[Sequence[Mapping[str, Tensor]]]) -> list[dict[str, A
 
 
 def _mean_scores(each: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The scores of every model, as means over seeds; not-a-number where one is undefined."""
+    """The scores of every model as means over seeds; not a number if a seed's score is undefined."""
 
     def mean(rows: Sequence[dict[str, Any]], name: str) -> float:
         return statistics.mean(math.nan if row[name] is None else row[name] for row in rows)
@@ -240,7 +243,7 @@ def _mean_scores(each: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _at_stage(arrays: Mapping[str, np.ndarray], stage: str) -> dict[str, Tensor]:
-    """The traced kernels and null models of one stage by their names, in double precision."""
+    """The traced kernels and null models of one stage by their names, in float64."""
     return {
         name.removeprefix(f"{stage}."): torch.from_numpy(array).double()
         for name, array in arrays.items()

@@ -1,4 +1,4 @@
-"""The kernels of one model by the sets of parameters that an analysis tells apart."""
+"""The kernels of one model over the sets of parameters that the analysis compares."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import ntk
 from analyses.subjects.parameters import is_backbone, is_scale
 from propulsion.errors import UserError
 
-# The names say what each kernel covers, so that none with the head is taken for one without it.
+# The names say which parameters a kernel covers, so that kernels with and without the head are not confused.
 PAIRS = (("full_backbone", "propulsion_z"), ("full_all", "propulsion_z_head"), ("full_all", "propulsion_z"))
 FULL, ADAPTER = PAIRS[0]
 KERNELS = tuple(dict.fromkeys(name for pair in PAIRS for name in pair))
@@ -49,14 +49,14 @@ PARTS: dict[str, dict[str, tuple[str, Callable[[Any, str], bool]]]] = {
         "propulsion_z_head": ("the scale vectors z and the trained head", lambda model, name: True),
     },
 }
-"""The kernels of full fine-tuning, of "all" parameters, and of Propulsion, of the "trainable" ones: in words, and which
-parameters each covers."""
+"""The kernels of full fine-tuning, over "all" parameters, and of Propulsion, over the "trainable" ones: by name, a
+description and a function that says whether a kernel covers a parameter."""
 
 
 def model_kernels(
     model: Any, inputs: dict[str, Tensor], params: Literal["all", "trainable"], memory_budget: float | None
 ) -> ModelKernels:
-    """The kernels of `PARTS`, from one pass over these parameters; a kernel is the sum of its parameters'."""
+    """The kernels of `PARTS` as sums of their parameters' kernels, which one pass computes."""
     layers = ntk.layer_kernels(model, inputs, params=params, memory_budget=memory_budget, progress=True)
     layers = {name: kernel.cpu() for name, kernel in layers.items()}
     sizes = {name: p.numel() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""A result of `analyses.kernel_distance` as tables, for the terminal and for documents."""
+"""The tables of a result of `analyses.kernel_distance`, for the terminal and for documents."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ _READABLE = {
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """The result as tables: each pair and each kernel at both stages, null models, scores, coverage."""
+    """Tables of each pair and each kernel at both stages, of null models, scores and coverage."""
 
     def at_both(name: str, left: str, right: str = "") -> list[str]:
         return [metric_cell(result.find(name, stage=stage, left=left, right=right)) for stage in STAGES]

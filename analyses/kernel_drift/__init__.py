@@ -1,20 +1,21 @@
-"""Do features stay fixed, and networks linear, while they are fine-tuned? The paper's Appendix C, measured.
+"""Do features stay fixed, and networks linear, while they are fine-tuned? This measures the paper's Appendix C.
 
-From the same pre-trained weights, head, rows and order of rows, a network is trained fully, by Propulsion and by LoRA,
-the head always with them. Before the first step and at chosen ones, on held-out examples:
+A network is trained fully, by Propulsion and by LoRA, each time together with its head, from the same pre-trained
+weights and head, on the same rows in the same order. Before the first step and after chosen steps, on held-out
+examples, these are compared:
 
-- the tangent kernel of what the method trains in the backbone, against the same at the start;
-- the Jacobian of the same parameters on a few of the examples, against the start's, by layer and entry by entry;
-- the outputs, against those of the network linearised about the start in all that was trained, head included;
-- the kernels of the methods against each other.
+- the tangent kernel of the parameters that the method trains in the backbone, with its initial value;
+- the Jacobian of the same parameters on a few of the examples, with its initial value, by layer and entry by entry;
+- the outputs, with those of the network linearised at its initial parameters in all trained ones, including the head;
+- the kernels of the methods, with each other.
 
-Kernels are traced over the outputs. They move with the head as well, which every gradient passes. Beside each number
-stands the same number between unrelated things: permuted examples, another example, another seed's head.
+Kernels are traced over the outputs. They also change with the head, since every gradient passes through it. Each number
+is compared with the same number for a null: permuted examples, another example, or another seed's head.
 
     python -m analyses.kernel_drift --task sst2 --data-dir glue --n-examples 128 --comparison results/method_comparison
 
-With ``--comparison`` each method has the learning rate that `analyses.method_comparison` chose for it; without, its
-default. A killed grid goes on where it was; ``--max-runs 1`` computes one more cell and stops.
+With ``--comparison`` each method has the learning rate that `analyses.method_comparison` chose for it; without it, its
+default. The same command resumes an interrupted grid; ``--max-runs 1`` computes one more cell and stops.
 """
 
 from analyses.kernel_drift.analysis import ANALYSIS, Config, run

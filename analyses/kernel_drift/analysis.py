@@ -1,4 +1,4 @@
-"""Probes along training, over methods and seeds: the configuration, its cells and its result."""
+"""The configuration, cells and result of the analysis: measurements during training, over methods and seeds."""
 
 import time
 from dataclasses import dataclass
@@ -26,22 +26,22 @@ from propulsion.training import evaluate
 
 @dataclass(frozen=True)
 class Config(RatedRuns, GridOutput):
-    """Kernels and Jacobians along training, methods x seeds."""
+    """Options of the analysis."""
 
     methods: tuple[str, ...] = ("full", "propulsion:positions=all", "lora")
     """Methods, each NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of head, data order, dropout and of what methods draw themselves."""
+    """Seeds of the head, the data order, dropout and the methods' own random draws."""
     checkpoints: tuple[float, ...] = (0.1, 0.3, 1.0)
-    """Shares of the steps after which to measure; before the first step and after the last are always measured."""
+    """Shares of the steps after which to measure, besides before the first step and after the last."""
     n_examples: int = 24
     """Held-out examples that kernels and outputs are computed on, the same for all runs."""
     n_jacobians: int = 8
-    """How many of them, the first, have their Jacobians compared."""
+    """Number of these examples, the first ones, on which Jacobians are compared."""
     block: str = "value"
-    """Module whose last occurrence gives the gradients that are shown entry by entry."""
+    """Name of the module whose last occurrence in the network has its gradients shown entry by entry."""
     width: int = 48
-    """How many of its entries are shown."""
+    """Number of entries of that module's gradients that are shown."""
     null_draws: int = 3
     """Draws of each random null model."""
     resamples: int = 200
@@ -51,13 +51,13 @@ class Config(RatedRuns, GridOutput):
 
     @property
     def steps(self) -> list[int]:
-        """Steps after which to measure: 0, those of the checkpoints, the last."""
+        """Steps after which to measure: 0, those of the checkpoints, and the last."""
         last = self.run.training.max_steps
         return sorted({0, last} | {max(1, round(share * last)) for share in self.checkpoints})
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
-    """Compute the cells that are missing, and summarise."""
+    """Compute the missing cells and summarise all; None if some are still missing."""
     methods = parse_methods(config.methods)
     factors = factors_of(methods, config.comparison, config.task)
     data = config.run.load(config.task)
@@ -74,7 +74,7 @@ def _cell(
     config: Config, data: TaskData, inputs: dict[str, Tensor], tokenizer: Any, *, method: Method, seed: int,
     factor: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train once, measuring on the way."""
+    """Train once, and measure at the chosen steps."""
     started = time.time()
 
     def score(model: Any) -> float:
@@ -114,7 +114,7 @@ def _summarised(config: Config, data: TaskData, labels: np.ndarray, cells: Cells
         kept = ("own_parameters", "trained_parameters", "rate_factor", "block", "places")
         methods.append({"method": text, "seeds": len(runs)} | {name: runs[0][name] for name in kept})
         norms = [jacobian_norms(run, -1) for run in runs]
-        # An example and place that the start's Jacobian does not reach has no relative movement.
+        # Where the initial Jacobian of an example is zero in some layers, the relative change is undefined.
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = [np.sqrt(n["moved"].numpy() / n["start"].numpy()).T for n in norms]
         arrays[f"jacobian_drift.{text}"] = np.mean(relative, axis=0)

@@ -1,7 +1,7 @@
-"""How far kernels, Jacobians and outputs moved, from what the probe kept: values with both intervals.
+"""How far kernels, Jacobians and outputs changed, from the arrays that `Probe` kept: values with intervals.
 
-Every quantity is computed in each run and averaged over the seeds. Two intervals stand beside it: Student's over the
-seeds, and a bootstrap's over the held-out examples, the same resamples for all seeds, with the runs as they are.
+Every quantity is computed in each run and averaged over the seeds. It has two intervals: Student's over the seeds, and
+a bootstrap's over the held-out examples, with the same resamples for all seeds and without resampling seeds.
 """
 
 import math
@@ -38,7 +38,7 @@ DRIFTS: dict[str, Callable[[Tensor, Tensor], float]] = {
 """Metrics of a method's kernel at a checkpoint against its kernel at initialisation."""
 
 JACOBIANS = {"relative_jacobian_drift": "moved", "relative_jacobian_drift_same_head": "moved_same_head"}
-"""Relative movements of the Jacobian from that at the start: by name, the field of `JacobianDrift` with the square."""
+"""Relative changes of the Jacobian since the start, with the field of `JacobianDrift` that holds the squared norm."""
 
 PAIRS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "cka": ntk.cka,
@@ -53,8 +53,8 @@ class Estimate:
     """A quantity of one method or pair at one step.
 
     Attributes:
-        by_seed: its value in each run.
-        examples: its bootstrap interval over examples; not-a-number where none was taken.
+        by_seed: Its value in each run.
+        examples: Its bootstrap interval over examples; not a number if none was computed.
     """
 
     by_seed: tuple[float, ...]
@@ -67,22 +67,22 @@ class Estimate:
 
     @property
     def seeds(self) -> Ends:
-        """Student's interval over the seeds; not-a-number for a single one."""
+        """Student's interval over the seeds; not a number for a single seed."""
         return mean_interval(self.by_seed)[1:]
 
     @property
     def ends(self) -> Ends:
-        """The interval over seeds; of a single run, that over examples."""
+        """The interval over seeds, or over examples if there is a single run."""
         return self.seeds if len(self.by_seed) > 1 else self.examples
 
     def row(self) -> dict[str, Any]:
-        """As a row of a table."""
+        """The estimate as a row of a table."""
         both = {"seeds": self.seeds, "examples": self.examples}
         ends = {f"{name}_{end}": v for name, found in both.items() for end, v in zip(("low", "high"), found)}
         return {"value": self.value, **ends, "by_seed": list(self.by_seed)}
 
     def metric(self, name: str, stage: str, left: str, right: str = "") -> Metric:
-        """As a metric of a result."""
+        """The estimate as a metric of a result."""
         return Metric(name, self.value, *self.ends, "", stage, left, right)
 
 
@@ -92,7 +92,7 @@ class Estimate:
 def of_kernels(
     metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Tensor, Tensor]], resamples: int = 0
 ) -> Estimate:
-    """A metric of two kernels ``(n, n)`` in each run."""
+    """Estimate of a metric of two kernels ``(n, n)`` in each run; `resamples` add an interval over examples."""
 
     def mean(*flat: Tensor) -> float:
         return float(np.mean([metric(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)]))
@@ -104,7 +104,7 @@ def of_kernels(
 
 
 def of_rows(metric: Callable[..., float], runs: Sequence[tuple[Tensor, ...]], resamples: int = 0) -> Estimate:
-    """A metric of tensors with one row an example, in each run; its bootstrap draws rows."""
+    """Estimate of a metric of tensors with one row for each example, in each run; the bootstrap draws rows."""
     found = Estimate(tuple(_or_nan(metric, *rows) for rows in runs))
     n, generator = len(runs[0][0]), np.random.default_rng(0)
     drawn = []
@@ -113,28 +113,28 @@ def of_rows(metric: Callable[..., float], runs: Sequence[tuple[Tensor, ...]], re
         drawn.append(np.mean([_or_nan(metric, *(t[index] for t in rows)) for rows in runs]))
     if not np.isfinite(drawn).any():
         return found
-    # Percentiles are taken about the mean of the resamples, as in `analyses.core.intervals`.
+    # The ends are the value plus the quantiles' distances from the resamples' mean, as in `analyses.core.intervals`.
     low, high = np.nanquantile(drawn, [0.025, 0.975]) - np.nanmean(drawn)
     return replace(found, examples=(found.value + float(low), found.value + float(high)))
 
 
 def relative_norm(moved: Tensor, start: Tensor) -> float:
-    """sqrt(sum of the first / sum of the second), of squared norms ``(m, ...)`` of differences and of starts."""
+    """sqrt(sum of `moved` / sum of `start`), both squared norms ``(m, ...)``: of changes, and of initial values."""
     return float((moved.sum() / start.sum()).sqrt())
 
 
 def same_prediction(outputs: Tensor, linearized: Tensor, _: Tensor) -> float:
-    """Share of examples on which network and linearisation choose the same class."""
+    """Share of examples for which network and linearisation choose the same class."""
     return float((outputs.argmax(1) == linearized.argmax(1)).double().mean())
 
 
 def linear_share(outputs: Tensor, linearized: Tensor, initial: Tensor) -> float:
-    """Size of the linearised movement against the true one, |f_lin - f_0| / |f_t - f_0|."""
+    """Norm of the linearised change of the outputs relative to the true change, |f_lin - f_0| / |f_t - f_0|."""
     return float((linearized - initial).norm() / (outputs - initial).norm())
 
 
 def _or_nan(metric: Callable[..., float], *arguments: Tensor) -> float:
-    """The metric; NaN where it is undefined, as of outputs that did not move or of a constant kernel."""
+    """The metric; NaN where it is undefined, for example if outputs did not change or a kernel is constant."""
     try:
         return metric(*arguments)
     except (ntk.UndefinedMetricError, ValueError) as error:
@@ -143,11 +143,11 @@ def _or_nan(metric: Callable[..., float], *arguments: Tensor) -> float:
         raise
 
 
-# --- of a method ----------------------------------------------------------------------------------------------------
+# --- one method -----------------------------------------------------------------------------------------------------
 
 
 def method_estimates(cells: Sequence[Cell], place: int, resamples: int) -> Iterator[tuple[str, Estimate]]:
-    """Every quantity of one method at the checkpoint of index `place`, by name."""
+    """Yield every quantity of one method at the checkpoint of index `place`, by name."""
     for name, metric in DRIFTS.items():
         yield name, of_kernels(metric, _now_and_start(cells, place), resamples)
     if place == 0:
@@ -167,9 +167,9 @@ def method_estimates(cells: Sequence[Cell], place: int, resamples: int) -> Itera
 
 
 def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, Estimate]]:
-    """The same quantities after training, of unrelated kernels, Jacobians or outputs: (name, with what, value).
+    """Yield the same quantities after training for unrelated kernels, Jacobians or outputs: (name, null, value).
 
-    Pairs of seeds share runs, so that the interval over them is approximate.
+    Pairs of seeds share runs, so that intervals over pairs are approximate.
     """
     finals = _now_and_start(cells, -1)
     for name, metric in list(DRIFTS.items())[:3]:
@@ -179,7 +179,7 @@ def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, 
             others = list(pairwise([*starts, starts[0]])) if len(cells) > 2 else [(starts[0], starts[1])]
             yield f"null_{name}", OTHER_HEAD, of_kernels(metric, others)
     norms = [jacobian_norms(cell, -1) for cell in cells]
-    # Relative to the Jacobian that it is compared with: the previous example's.
+    # Changes are relative to the norm of the Jacobian that is compared with, that of the previous example.
     shifted = [(n["shifted"], n["start"].roll(1, 0)) for n in norms]
     yield "null_relative_jacobian_drift", OTHER_EXAMPLE, of_rows(relative_norm, shifted)
     wrong = [
@@ -190,7 +190,7 @@ def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, 
 
 
 def averaged(metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Tensor, Tensor]], draws: int) -> Estimate:
-    """A metric with the examples of the first kernel permuted, in each run its mean over the draws."""
+    """A metric with the examples of the first kernel permuted; the value of a run is the mean over the draws."""
     orders = [order(len(runs[0][0]), draw) for draw in range(draws)]
     values = (float(np.mean([_or_nan(metric, now[p][:, p], start) for p in orders])) for now, start in runs)
     return Estimate(tuple(values))
@@ -201,11 +201,11 @@ def order(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
-# --- of two methods -------------------------------------------------------------------------------------------------
+# --- two methods ----------------------------------------------------------------------------------------------------
 
 
 def pair_estimates(cells: Cells, place: int, resamples: int) -> Iterator[tuple[str, str, str, Estimate]]:
-    """Every metric of every two methods' kernels at one checkpoint: (name, left, right, value)."""
+    """Yield every metric of every two methods' kernels at one checkpoint: (name, left, right, value)."""
     for left, right in combinations(cells, 2):
         runs = _kernels_of(cells, left, right, place)
         for name, metric in PAIRS.items():
@@ -213,7 +213,7 @@ def pair_estimates(cells: Cells, place: int, resamples: int) -> Iterator[tuple[s
 
 
 def pair_nulls(cells: Cells, place: int, draws: int) -> Iterator[tuple[str, str, str, Estimate]]:
-    """The same metrics with the examples of the right kernel permuted."""
+    """Yield the same metrics with the examples of the right kernel permuted."""
     for left, right in combinations(cells, 2):
         runs = [(b, a) for a, b in _kernels_of(cells, left, right, place)]
         for name, metric in PAIRS.items():
@@ -230,7 +230,7 @@ def _kernels_of(cells: Cells, left: str, right: str, place: int) -> list[tuple[T
 
 
 def tensor(cell: Cell, name: str) -> Tensor:
-    """An array of a cell."""
+    """An array of a cell as a tensor."""
     return torch.from_numpy(np.asarray(cell["arrays"][name]))
 
 
@@ -240,18 +240,18 @@ def _now_and_start(cells: Sequence[Cell], place: int) -> list[tuple[Tensor, Tens
 
 
 def movement(cell: Cell, place: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs ``(n, c)`` at a checkpoint, those of the linearisation, and those at the start."""
+    """Outputs ``(n, c)`` at a checkpoint, those of the linearised network there, and those at the start."""
     return tensor(cell, "outputs")[place], tensor(cell, "linearized")[place], tensor(cell, "outputs")[0]
 
 
 def jacobian_norms(cell: Cell, place: int) -> dict[str, Tensor]:
-    """Squared norms ``(m, places)`` at a checkpoint that is not the start, by the fields of `JacobianDrift`."""
+    """Squared norms ``(m, places)`` at a checkpoint other than the start, by the fields of `JacobianDrift`."""
     index = place - 1 if place > 0 else place
     return {name: tensor(cell, name)[index].double().T for name in ("moved", "moved_same_head", "start", "shifted")}
 
 
 def stage_metrics(cells: Cells, resamples: int, draws: int) -> list[Metric]:
-    """The metrics of a result: every quantity and its null, before training and after."""
+    """The metrics of a result: every quantity before and after training, with its nulls."""
     metrics = []
     for stage, place in zip(STAGES, (0, len(next(iter(cells.values()))[0]["points"]) - 1)):
         for text, runs in cells.items():

@@ -1,9 +1,9 @@
-"""A training callback that measures, at chosen steps, how far a network has moved from its start.
+"""A training callback that measures, at chosen steps, how far a network has changed since the start.
 
-At each of them: the tangent kernel of what the method trains in the backbone, on held-out examples; the network's
-outputs there and those of its linearisation about the start; the Jacobian on the first few of these examples against
-the start's. Jacobians are taken one example at a time, at the start's parameters and at the present ones, so that no
-more than four of them are held, whatever the number of parameters.
+It measures on held-out examples: the tangent kernel of the parameters that the method trains in the backbone; the
+outputs of the network and of its linearisation at the initial parameters; and, on the first few examples, the distance
+of the Jacobian from the initial one. Jacobians are computed one example at a time, at the initial and at the present
+parameters, so that at most four are in memory at once.
 """
 
 import re
@@ -31,15 +31,15 @@ from propulsion.training.trainer import isolated_randomness
 
 Values = dict[str, Tensor]
 
-# What a batch costs beside its tokens, in tokens.
+# The fixed cost of a batch, expressed as a number of tokens, by which lengths are grouped.
 _OVERHEAD = 48
 
 
 def own_parameters(model: Any) -> list[str]:
-    """Names of what a method trains in the backbone: all that it trains but the head, which every method trains.
+    """Names of the parameters that a method trains in the backbone, which are all except the head.
 
     Raises:
-        UserError: It trains nothing there.
+        UserError: The method trains nothing in the backbone.
     """
     wrapped = isinstance(model, PeftModel)
     own = [name for name, p in model.named_parameters() if p.requires_grad
@@ -50,7 +50,7 @@ def own_parameters(model: Any) -> list[str]:
 
 
 def depth_of(name: str) -> str:
-    """Where in the network a parameter is, by its name.
+    """The part of the network that a parameter is in, by its name.
 
     >>> depth_of("bert.encoder.layer.11.output.dense.weight"), depth_of("bert.embeddings.LayerNorm.bias")
     ('layer 11', 'embeddings')
@@ -71,13 +71,13 @@ def traced_kernel(
 
 
 def trained_values(model: nn.Module) -> Values:
-    """Copies of all trained parameters, the head among them."""
+    """Copies of all trained parameters, including the head, by name."""
     return {name: p.clone() for name, p in select_parameters(model, "trainable").items()}
 
 
 @contextmanager
 def parameters_at(model: nn.Module, values: Values) -> Iterator[None]:
-    """Give some parameters of the model other values, and their own back on leaving. Copies nothing."""
+    """Give some parameters of the model other values within the context. No tensor is copied."""
     swapped = [(p, p.data, values[name]) for name, p in model.named_parameters() if name in values]
     try:
         for p, _, other in swapped:
@@ -89,19 +89,19 @@ def parameters_at(model: nn.Module, values: Values) -> Iterator[None]:
 
 
 def relative_movement(model: nn.Module, start: Values, names: Sequence[str]) -> float:
-    """|theta_t - theta_0| / |theta_0| of the named parameters together."""
+    """|theta_t - theta_0| / |theta_0|, where theta is all named parameters together."""
     now = select_parameters(model, "trainable")
     moved = sum(float((now[name] - start[name]).square().sum()) for name in names)
     return (moved / sum(float(start[name].square().sum()) for name in names)) ** 0.5
 
 
 def batched_outputs(model: nn.Module, inputs: Mapping[str, Tensor], function: Callable[..., Tensor]) -> Tensor:
-    """Outputs ``(n, c)`` of a function called as the model is, in evaluation mode; similar lengths run together."""
+    """Outputs ``(n, c)`` of a function that is called like the model, in evaluation mode; batches have like lengths."""
     padding = padding_token(model)
     groups = group_examples(inputs)
     groups = groups if padding is None else pad_together(groups, padding, overhead=_OVERHEAD)
     found: dict[int, Tensor] = {}
-    # Forward-mode derivatives exist for the plain formula of attention alone.
+    # Only the plain implementation of attention has forward-mode derivatives.
     with evaluation(model), sdpa_kernel(SDPBackend.MATH):
         for group in groups:
             values = function(**group.batched, **group.constant).detach().cpu()
@@ -114,12 +114,12 @@ def batched_outputs(model: nn.Module, inputs: Mapping[str, Tensor], function: Ca
 
 @dataclass(frozen=True)
 class Block:
-    """A few entries of the Jacobian, to be shown one by one: those of one parameter tensor, flattened, from the first.
+    """A few entries of the Jacobian to be shown one by one: the first entries of one parameter tensor, flattened.
 
     Attributes:
-        parameter: its name.
-        size: how many numbers it holds.
-        width: how many of them are taken.
+        parameter: Name of the parameter tensor.
+        size: Number of entries of the tensor.
+        width: Number of entries that are shown.
     """
 
     parameter: str
@@ -128,10 +128,9 @@ class Block:
 
     @classmethod
     def choose(cls, model: nn.Module, names: Sequence[str], module: str, width: int) -> "Block":
-        """The smallest tensor in the last module of that name.
+        """The smallest tensor in the last module of that name; the last named parameter if no module has that name.
 
-        Of equal ones the last: of LoRA's two B, since the gradient of A is 0 as long as B is. Where none of the
-        parameters lies in such a module, the last of them all.
+        Of several smallest tensors the last is taken: for LoRA that is B, since the gradient of A is 0 while B is 0.
         """
         inside = [name for name in names if f".{module}." in name] or [names[-1]]
         stem = inside[-1].partition(f".{module}.")[0]
@@ -141,7 +140,7 @@ class Block:
         return cls(parameter, sizes[parameter], min(width, sizes[parameter]))
 
     def of(self, jacobian: Jacobian) -> Tensor:
-        """The block's entries ``(width,)``: derivatives of one example's last output."""
+        """The block's entries ``(width,)`` of a Jacobian of one example: derivatives of its last output."""
         return jacobian[self.parameter][0, -1].flatten()[: self.width].cpu()
 
     def __str__(self) -> str:
@@ -154,11 +153,11 @@ class JacobianDrift:
 
     Attributes:
         moved: ``(places, m)``, |J_t(i) - J_0(i)|^2.
-        moved_same_head: ``(places, m)``, the same with the head as it was at the start: what the backbone did.
+        moved_same_head: ``(places, m)``, the same with the initial head: the part that is due to the backbone.
         start: ``(places, m)``, |J_0(i)|^2.
-        shifted: ``(places, m)``, |J_t(i) - J_0(i - 1)|^2, of different examples (0 - 1 is the last): the null.
-        block_start: ``(m, width)``.
-        block_now: ``(m, width)``.
+        shifted: ``(places, m)``, |J_t(i) - J_0(i - 1)|^2, for comparison (example 0 is compared with the last).
+        block_start: ``(m, width)``, the block's entries of J_0.
+        block_now: ``(m, width)``, the block's entries of J_t.
     """
 
     moved: Tensor
@@ -172,21 +171,21 @@ class JacobianDrift:
 def jacobian_drift(
     model: nn.Module, inputs: Mapping[str, Tensor], start: Values, names: Sequence[str], block: Block
 ) -> JacobianDrift:
-    """How far the Jacobians of the named parameters are from those at the start.
+    """Squared distances of the Jacobians of the named parameters from those at the start.
 
-    Cost: three Jacobians an example, and one; memory: four.
+    Cost: three Jacobians for each example, and one more; at most four are in memory.
     """
     head = {name: value for name, value in start.items() if name not in names}
     examples, chosen = one_by_one(group_examples(inputs)), frozenset(names)
     jacobian = jacobian_function(model, None)
 
     def at(values: Values, example: Group) -> Jacobian:
-        """The Jacobian where some parameters have other values, the others their present ones."""
+        """The Jacobian with some parameters at the given values, and all others at their present ones."""
         with parameters_at(model, values), evaluation(model):
             return jacobian(select_parameters(model, lambda name, p: name in chosen), [example])[1]
 
     def squared(one: Jacobian, other: Jacobian | None = None) -> Tensor:
-        """By place, |difference|^2, or |one|^2."""
+        """|one - other|^2, or |one|^2 without `other`, by place."""
         found = torch.zeros(len(places), dtype=torch.float64)
         for name, row in rows.items():
             found[row] += float((one[name] if other is None else one[name] - other[name]).square().sum())
@@ -212,33 +211,33 @@ def jacobian_drift(
 
 
 class Probe(TrainerCallback):
-    """Measures before the first step and after chosen ones; training gives the same as without it.
+    """Measures before the first step and after chosen steps, without changing the training.
 
     Attributes:
-        points: one row a checkpoint: `step`, `score`, `parameter_drift` and `head_drift`; the last has no score.
-        block: the Jacobian's entries that are kept.
-        seconds: wall time of measuring.
+        points: One row for each checkpoint: `step`, `score`, `parameter_drift` and `head_drift`; the last has no score.
+        block: The entries of the Jacobian that are kept.
+        seconds: Wall time of the measurements.
     """
 
     def __init__(
         self, steps: Sequence[int], inputs: Mapping[str, Tensor], *, n_jacobians: int, module: str, width: int,
         score: Callable[[Any], float], memory_budget: float | None = None,
     ) -> None:  # fmt: skip
-        """Prepare.
+        """Create the callback.
 
         Args:
-            steps: Optimizer steps after which to measure; 0 is always measured.
-            inputs: Held-out examples, of which the first `n_jacobians` have their Jacobians compared.
-            n_jacobians: How many.
-            module: Name of the modules of which the last gives the Jacobian's entries that are kept.
-            width: How many entries.
-            score: Evaluates a model; not asked after the last step, since whoever trains evaluates then.
+            steps: Optimizer steps after which to measure; step 0 is always measured.
+            inputs: Held-out examples.
+            n_jacobians: Number of examples, the first ones, on which Jacobians are compared.
+            module: Name of modules; entries of the Jacobian are kept for the last of these.
+            width: Number of these entries.
+            score: Evaluates a model; not called after the last step, since the training run evaluates then.
             memory_budget: Bytes for kernels, as in `ntk.empirical_ntk`.
         """
         self._steps, self._inputs, self._score = frozenset(steps), dict(inputs), score
         self._few = {name: value[:n_jacobians] for name, value in inputs.items()}
         self._module, self._width, self._budget = module, width, memory_budget
-        # Set as training begins.
+        # These are set when training begins.
         self._start: Values
         self._linearized: Linearized
         self._own: list[str]
@@ -248,7 +247,7 @@ class Probe(TrainerCallback):
         self._found: dict[str, list[Tensor]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the parameters at the start, and measure there."""
+        """Keep the initial parameters, and measure before the first step."""
         model = kwargs["model"]
         self._own, self._start = own_parameters(model), trained_values(model)
         self.block = Block.choose(model, self._own, self._module, self._width)
@@ -264,20 +263,20 @@ class Probe(TrainerCallback):
 
     @property
     def places(self) -> list[str]:
-        """Where in the network the rows of Jacobian norms are."""
+        """The parts of the network that the rows of Jacobian norms belong to."""
         return list(dict.fromkeys(depth_of(name) for name in self._own))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was measured, by checkpoint.
+        """The measured arrays of all T checkpoints, by name.
 
-        `kernels` ``(T, n, n)``; `outputs` and `linearized` ``(T, n, c)``; and, the start aside, the fields of
-        `JacobianDrift`, ``(T - 1, ...)``.
+        `kernels` ``(T, n, n)``; `outputs` and `linearized` ``(T, n, c)``; and the fields of `JacobianDrift`
+        ``(T - 1, ...)``, which are not measured before the first step.
         """
         return {name: torch.stack(values).numpy().astype(np.float32) for name, values in self._found.items()}
 
     @property
     def own_size(self) -> int:
-        """Number of parameters that the kernel is of."""
+        """Number of parameters that the kernel covers."""
         return sum(self._start[name].numel() for name in self._own)
 
     def _measure(self, step: int, model: Any, *, last: bool = False) -> None:
@@ -287,7 +286,7 @@ class Probe(TrainerCallback):
             outputs = batched_outputs(model, self._inputs, lambda **inputs: model(**inputs).logits)
             self._keep(kernels=traced_kernel(model, self._inputs, self._own, self._budget), outputs=outputs)
             if step == 0:
-                # The linearisation is exact at the start, and the Jacobians are the start's: nothing to compute.
+                # At the start the linearisation is exact and the Jacobian has not changed.
                 self._keep(linearized=outputs)
             else:
                 self._keep(linearized=batched_outputs(model, self._inputs, self._at(model)))
@@ -301,7 +300,7 @@ class Probe(TrainerCallback):
         self.seconds += time.time() - started
 
     def _at(self, model: nn.Module) -> Linearized:
-        """The linearisation, moved as far as the parameters have moved."""
+        """The linearisation, evaluated at the present change of the parameters."""
         now = select_parameters(model, "trainable")
         with torch.no_grad():
             for name, delta in zip(self._linearized.names, self._linearized.delta, strict=True):

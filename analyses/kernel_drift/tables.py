@@ -1,4 +1,4 @@
-"""How lazy is each method? The tables of a kernel_drift result, for the terminal and for Markdown."""
+"""The tables of a result of `analyses.kernel_drift`, for the terminal and for documents."""
 
 import math
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from analyses.kernel_drift.measures import PAIRS, PERMUTED
 from analyses.records import STAGES, Block, Metric, Result, metric_cell, number, summary_of_blocks
 
 LAZY = 0.1
-"""Training is called lazy where a relative drift is below this: a tenth of the size at the start."""
+"""Training counts as lazy if a relative drift is below this: a tenth of the initial norm."""
 
 _COLUMNS = {
     "kernel drift": "relative_kernel_drift",
@@ -26,7 +26,7 @@ _NULLED = {column: _COLUMNS[column] for column in ("kernel drift", "alignment", 
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """Four tables: each method at the end, its nulls, the way there, and the methods against each other."""
+    """Four tables: each method after training, its nulls, its checkpoints, and the methods against each other."""
     for table in (_methods, _nulls, _checkpoints, _pairs):
         header, rows = table(result)
         if rows:
@@ -35,7 +35,7 @@ def summary(result: Result) -> Iterator[Block]:
 
 
 def is_lazy(metric: Metric) -> str:
-    """Whether a drift is below `LAZY`: yes, no, or open where its interval holds both.
+    """Whether a drift is below `LAZY`: yes, no, or open if its interval contains `LAZY`.
 
     >>> is_lazy(Metric("relative_jacobian_drift", 0.3, 0.2, 0.4, "", "trained", "full", ""))
     'no'
@@ -62,7 +62,7 @@ def _nulls(result: Result) -> tuple[list[str], list[list[str]]]:
         for right in dict.fromkeys(m.right for m in result.metrics if m.left == text and m.name in names):
             found = [result.find(name, stage=STAGES[1], left=text, right=right) for name in names]
             rows.append([f"{text}, {right}", *(metric_cell(metric) if metric else "" for metric in found)])
-    return ["the same between the unrelated", *_NULLED], rows
+    return ["null models, trained", *_NULLED], rows
 
 
 def _checkpoints(result: Result) -> tuple[list[str], list[list[str]]]:
@@ -95,8 +95,8 @@ def _notes(result: Result) -> str:
     intervals = f"Student's over {seeds} seeds" if seeds > 1 else f"bootstrap over {examples} examples"
     return (
         f"Intervals: 95 %, {intervals}; Jacobians on {result.config['n_jacobians']} examples. Drifts are relative to "
-        f"the start's size. Yes: the whole interval is below {LAZY}; no: above; open: it holds {LAZY}. The error of "
-        "the linearisation is relative to the outputs' movement: 1 is that of not moving."
+        f"the initial norm. Yes: the whole interval is below {LAZY}; no: above; open: it contains {LAZY}. The error of "
+        "the linearisation is relative to the outputs' change: 1 is the error of predicting no change."
     )
 
 

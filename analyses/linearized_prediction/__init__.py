@@ -1,19 +1,21 @@
-"""Does the kernel predict what training gives? Kernel predictions against networks trained by the same methods.
+"""Does the kernel at initialisation predict the outcome of training?
 
-For each training-set size and seed, on the same held-out rows: what regression and gradient flow under a method's
-tangent kernel at initialisation predict, and regression under its sign-gradient kernel (for Adam; Malladi et al. 2023),
-against the network that the method really trains. Scores, agreement of the predicted classes beside what chance and
-independent errors would give, correlation of the logits with the initial ones subtracted; whether the methods' kernels
-regress to the same labels, and whether their networks agree. Nulls: the kernel of last hidden states, the head alone,
-the majority class, the untrained network, permuted labels; and, as what could at best be reached, a network trained
-again with another data order.
+For each training-set size and seed, networks trained by several methods are compared on the same held-out rows with the
+predictions of kernels: regression and gradient flow with the method's tangent kernel at initialisation, and regression
+with its sign-gradient kernel (for Adam; Malladi et al. 2023). Measured are scores; the share of rows with the same
+predicted class, compared with the shares expected by chance and for independent errors; and the correlation of the
+logits' changes. The same is measured between the kernels of different methods, and between their networks. For
+comparison there are predictions of other kinds (the kernel of the last hidden states, the head alone, the majority
+class, the untrained network, permuted labels), and, as the best agreement to expect, a network trained again with
+another data order.
 
     python -m analyses.linearized_prediction --task sst2 --data-dir glue --sizes 32 128 512 --n-test 128 \\
         --comparison results/method_comparison/sst2 --output-dir results/linearized_prediction/sst2
 
-Tasks of two classes. Kernels are of one output, the difference of the two logits: cross-entropy depends on nothing
-else, so that gradient flow on it is exactly that of this output. A head is random, or the label words of a language
-model (--head label_words), which has no head to train. A killed run goes on where it was.
+Tasks must have two classes. Kernels are of one output, the difference of the two logits: cross-entropy depends on
+nothing else, so that gradient flow on it is exactly that of this output. The head is random; with ``--head
+label_words`` a language model answers in label words and has no head to train. The same command resumes an interrupted
+run.
 """
 
 from analyses.linearized_prediction.analysis import ANALYSIS, Config, run

@@ -1,4 +1,4 @@
-"""Predictions beside trained networks, over sizes, methods and seeds: the cells and the result."""
+"""The cells and the result of the analysis: predictions and trained networks, over sizes, methods and seeds."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -27,7 +27,7 @@ from propulsion.identity import model_content
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
-    """Compute the cells that are missing, and summarise."""
+    """Compute the missing cells and summarise all; None if some are still missing."""
     setting = setting_of(config)
     cells = runs.of(setting.data, model_content(*setting.load(0)))
     outcomes = [outcome for seed in config.seeds for outcome in _outcomes(setting, cells, seed)]
@@ -35,7 +35,7 @@ def find(config: Config, runs: Runs) -> Findings | None:
 
 
 def _outcomes(setting: Setting, shared: Cells, seed: int) -> list[Outcome]:
-    """One outcome a size; none where a cell is missing."""
+    """One outcome for each size; empty if a cell of this seed is missing."""
     config = setting.config
     small = tuple(size for size in config.sizes if size <= config.sign_limit)
     which = {"methods": setting.methods, "seed": seed}
@@ -115,7 +115,7 @@ def _summarised(setting: Setting, outcomes: list[Outcome]) -> Findings:
 
 
 def _coverage(setting: Setting) -> dict[str, str]:
-    """Which parameters each kernel covers, and what was left out, in words."""
+    """A description, for each predictor, of the parameters that it covers, or the reason why it was left out."""
     config = setting.config
     headed = not config.readout.in_words
     body = (

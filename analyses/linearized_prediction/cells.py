@@ -1,4 +1,4 @@
-"""The cells of `analyses.linearized_prediction`: what kernels predict, and the networks that are really trained."""
+"""The cells of `analyses.linearized_prediction`: predictions of kernels, and trained networks."""
 
 import time
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.methods import Method
 from propulsion.training import predict
 
-_ANOTHER_ORDER = 1000  # Added to the seed of a network trained again.
+_ANOTHER_ORDER = 1000  # Added to the seed when a network is trained again.
 
 
 @dataclass(frozen=True)
 class Start:
-    """The model before training, on the training rows of one seed and the held-out rows behind them."""
+    """The model before training, its inputs (training rows of one seed, then held-out rows), and its outputs `f0`."""
 
     model: Any
     inputs: dict[str, Tensor]
@@ -43,7 +43,7 @@ class Start:
 
 
 def start_of(setting: Setting, methods: Mapping[str, Method], size: int, seed: int) -> Start:
-    """The model before training, its tangents by every method, and its outputs on all rows."""
+    """Load the model before training, with the tangents of every method and its outputs on all rows."""
     config, data, length = setting.config, setting.data, setting.config.training.max_length
     model, tokenizer = setting.load(seed)
     rows = concatenate_datasets([setting.rows(size, seed), data.validation])
@@ -54,7 +54,7 @@ def start_of(setting: Setting, methods: Mapping[str, Method], size: int, seed: i
 
 
 def _rows(kernel: Tensor, size: int, largest: int) -> Tensor:
-    """The kernel ``(rows, rows)`` of the first training rows and all new ones, out of that of the largest set."""
+    """The kernel ``(rows, rows)`` of the first `size` training rows and all new rows, from that of the largest set."""
     keep = torch.tensor([*range(size), *range(largest, len(kernel))])
     return kernel[keep][:, keep]
 
@@ -62,7 +62,7 @@ def _rows(kernel: Tensor, size: int, largest: int) -> Tensor:
 def kernel_cell(
     setting: Setting, *, methods: Mapping[str, Method], sizes: tuple[int, ...], seed: int
 ) -> dict[str, Any]:
-    """Tangent kernels, computed once over all rows, and what they predict at every size."""
+    """Compute tangent kernels once over all rows, and their predictions at every size."""
     started, config = time.time(), setting.config
     largest = max(sizes)
     start = start_of(setting, methods, largest, seed)
@@ -110,7 +110,7 @@ def _entry(size: int, predictor: str, method: str, f: Tensor, strength: float) -
 
 
 def sign_cell(setting: Setting, *, methods: Mapping[str, Method], sizes: tuple[int, ...], seed: int) -> dict[str, Any]:
-    """Sign-gradient kernels of all that is trained, each parameter at its own learning rate, as Adam's steps have."""
+    """Compute predictions of the sign-gradient kernels of all trained parameters, weighted by their learning rates."""
     started, config, largest = time.time(), setting.config, max(sizes)
     start = start_of(setting, methods, largest, seed)
     with memory_budget(config.memory_budget_gb, "--sign-limit, --n-test") as budget:
@@ -134,7 +134,7 @@ def sign_cell(setting: Setting, *, methods: Mapping[str, Method], sizes: tuple[i
 def training_cell(
     setting: Setting, *, method: Method, factor: float, size: int, seed: int, again: bool
 ) -> dict[str, Any]:
-    """The network that a method trains on the training rows, from the same start as the kernels'."""
+    """Train a network by a method on the training rows, from the model that the kernels are of."""
     config = setting.config
     run_config = RunConfig(training=config.training, device=config.device)
     data = replace(setting.data, train=setting.rows(size, seed))

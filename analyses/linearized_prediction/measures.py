@@ -1,4 +1,4 @@
-"""What is measured of the predictions and of the trained networks: scores, agreement and correlation of logits."""
+"""Metrics of the predictions and of the trained networks: scores, agreement and correlation of logits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ WITH_HEAD, SIGN = "kernel regression + head", "sign kernel regression"
 HIDDEN, HEAD, MAJORITY, START = "hidden states", "head", "majority class", "untrained network"
 PERMUTED, AGAIN = "permuted labels", "trained again"
 PREDICTORS = {REGRESSION: "kernel", FLOW: "flow", WITH_HEAD: "kernel + head", SIGN: "sign kernel"}
-"""Predictors under a method's own kernel, and what their scores are filed under."""
+"""Predictors that use a method's own kernel, with the name that their scores have in a result."""
 _NULL_KERNELS = (HIDDEN, HEAD)
 _OTHER = "logit_correlation", "logit_correlation_within_classes"
 
@@ -23,15 +23,15 @@ class Outcome:
     """Outputs (differences of two logits) on the m held-out rows, of one size and seed.
 
     Attributes:
-        size: of the training set.
-        seed: of the training rows, the head and the runs.
+        size: Size of the training set.
+        seed: Seed of the training rows, the head and the runs.
         labels: ``(m,)``, 0 or 1.
-        f0: ``(m,)``, before training.
-        kernel: (predictor, method or null kernel) -> ``(m,)``.
-        strengths: the ridge or time chosen for each.
-        permuted: ``(draws, m)``, regression onto permuted training labels under the first method's kernel.
-        trained: method -> ``(m,)``, of its network.
-        again: method -> ``(m,)``, of a network trained with another data order.
+        f0: ``(m,)``, outputs before training.
+        kernel: (predictor, method or null kernel) -> ``(m,)``, predictions.
+        strengths: (predictor, method or null kernel) -> the chosen ridge or time.
+        permuted: ``(draws, m)``, regression onto permuted training labels with the first method's kernel.
+        trained: method -> ``(m,)``, outputs of its trained network.
+        again: method -> ``(m,)``, outputs of a network trained with another data order.
         losses: method -> mean training loss of the last steps.
     """
 
@@ -47,7 +47,7 @@ class Outcome:
     losses: dict[str, float]
 
 
-Key = tuple[str, str, str]  # name of a metric, left, right
+Key = tuple[str, str, str]  # The name, left and right of a metric.
 
 
 def measures(outcome: Outcome, methods: Sequence[str], task: str) -> dict[Key, float]:
@@ -74,7 +74,7 @@ def _alike(o: Outcome, prefix: str, left: str, right: str, f: np.ndarray, g: np.
 
 
 def _predictions(o: Outcome, methods: Sequence[str]) -> Iterator[tuple[Key, float]]:
-    """Each trained network against its own kernel's predictions, other kernels', and nulls."""
+    """Yield metrics of each trained network against predictions of its own kernel, of other kernels, and of nulls."""
     for method, f in o.trained.items():
         rivals = {p: g for (p, name), g in o.kernel.items() if name == method and p in PREDICTORS}
         rivals |= {name: g for (p, name), g in o.kernel.items() if p == REGRESSION and name in _NULL_KERNELS}
@@ -93,7 +93,7 @@ def _predictions(o: Outcome, methods: Sequence[str]) -> Iterator[tuple[Key, floa
 
 
 def _between(o: Outcome, methods: Sequence[str]) -> Iterator[tuple[Key, float]]:
-    """Networks, and kernels' predictions, of the first method against those of the others."""
+    """Yield metrics of the first method's network and predictions against those of the other methods and of nulls."""
     first = methods[0]
     for other in methods[1:]:
         if o.trained:

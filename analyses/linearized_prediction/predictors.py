@@ -1,8 +1,8 @@
-"""What kernels predict on new rows: regression and gradient flow, each with one strength chosen on the training rows.
+"""Predictions of kernels on new rows: regression and gradient flow, each with a strength chosen on the training rows.
 
-Kernels are of one output and ``(n + m, n + m)``: n training rows, then m new ones. The strength (the ridge, or the time
-at which the flow stops) is the one of a grid whose predictions of left-out folds of the training rows have the smallest
-squared error; the new rows' labels play no part in it.
+Kernels are of one output and ``(n + m, n + m)``: n training rows, then m new ones. The strength is the ridge, or the
+time at which the flow stops. It is chosen from a grid by the squared error of the predictions on left-out folds of the
+training rows; the labels of new rows are not used.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ Predictor = Callable[[Tensor, Tensor, Tensor], dict[float, Tensor]]
 
 
 def regression(kernel: Tensor, residual: Tensor, cross: Tensor) -> dict[float, Tensor]:
-    """Kernel ridge regression, as :func:`ntk.dynamics.kernel_regression`, for all ridges from one decomposition."""
+    """Kernel ridge regression, like :func:`ntk.dynamics.kernel_regression`, at all ridges from one decomposition."""
     spectrum = Spectrum(kernel)
     mean = float(spectrum.values.mean())
     return {ridge: cross @ spectrum.apply(1 / (spectrum.values + ridge * mean), residual) for ridge in RIDGES}
@@ -40,7 +40,7 @@ def flow(kernel: Tensor, residual: Tensor, cross: Tensor) -> dict[float, Tensor]
 
 
 def sign_regression(kernel: Tensor, residual: Tensor, cross: Tensor) -> dict[float, Tensor]:
-    """:func:`ntk.sign_gradient_regression`, for a sign-gradient kernel."""
+    """:func:`ntk.sign_gradient_regression` of a sign-gradient kernel, at all ridges."""
     mean = float(kernel.diagonal().mean())
     start, start_of_new = (torch.zeros(n, dtype=torch.float64) for n in (len(kernel), len(cross)))
 
@@ -55,14 +55,14 @@ def predict(
     predictor: Predictor, kernel: Float[Tensor, "rows rows"], y: Float[Tensor, "n"], f0: Float[Tensor, "rows"], *,
     seed: int,
 ) -> tuple[Float[Tensor, "m"], float]:  # fmt: skip
-    """Outputs on the rows behind the n training rows, and the strength that was chosen on those.
+    """Predicted outputs ``(m,)`` on the new rows, and the strength that was chosen on the training rows.
 
     Args:
-        predictor: one of this module.
-        kernel: n training rows first.
-        y: targets of the training rows.
-        f0: initial outputs of all rows.
-        seed: of the folds.
+        predictor: `regression`, `flow` or `sign_regression`.
+        kernel: Kernel of the n training rows, then the m new rows.
+        y: Targets of the training rows.
+        f0: Initial outputs of all rows.
+        seed: Seed of the folds.
     """
     n = len(y)
     K, residual, f0 = kernel.double(), (y - f0[:n]).double()[:, None], f0.double()
@@ -81,7 +81,7 @@ def permuted_predictions(
     kernel: Float[Tensor, "rows rows"], y: Float[Tensor, "n"], f0: Float[Tensor, "rows"], ridge: float, *, draws: int,
     seed: int,
 ) -> Float[Tensor, "draws m"]:  # fmt: skip
-    """Regression onto training labels in random order, at a given ridge: what the kernel predicts of no labels."""
+    """Predictions of regression onto training labels in random order, at a given ridge, for comparison."""
     n, generator = len(y), torch.Generator().manual_seed(seed)
     K, f0 = kernel.double(), f0.double()
     targets = torch.stack([y[torch.randperm(n, generator=generator)] for _ in range(draws)], dim=1).double()
@@ -89,7 +89,7 @@ def permuted_predictions(
 
 
 def folds(n: int, seed: int) -> list[list[int]]:
-    """Row numbers in random parts of nearly equal size, four or as many as there are rows."""
+    """Row numbers in random parts of nearly equal size: `FOLDS` parts, or n if n is smaller."""
     order = np.random.default_rng(seed).permutation(n)
     return [sorted(part.tolist()) for part in np.array_split(order, min(FOLDS, n))]
 
@@ -98,18 +98,19 @@ def folds(n: int, seed: int) -> list[list[int]]:
 
 
 def classes(f: np.ndarray) -> np.ndarray:
-    """The class, 0 or 1, that the difference of two logits says."""
+    """The class, 0 or 1, from the difference of two logits."""
     return (np.asarray(f) > 0).astype(int)
 
 
 def alikeness(f: np.ndarray, g: np.ndarray, labels: np.ndarray, f0: np.ndarray) -> Mapping[str, float]:
-    """How alike two outputs ``(m,)`` are, and what would be so by chance.
+    """How similar two outputs ``(m,)`` are, and how similar unrelated outputs would be.
 
     Returns:
-        `agreement`, the share of rows given the same class; `chance_agreement`, expected if the classes were
-        independent at these rates; `independent_errors_agreement`, expected if they were independent given the label,
-        which is what two unrelated classifiers as accurate as these reach; `logit_correlation`, Pearson's, f_0
-        subtracted; `logit_correlation_within_classes`, the same once each class's mean is taken out.
+        `agreement`, the share of rows with the same predicted class; `chance_agreement`, its expectation if predicted
+        classes were independent with the same frequencies; `independent_errors_agreement`, its expectation if they were
+        independent given the label, as for two unrelated classifiers of these accuracies; `logit_correlation`,
+        Pearson's correlation of f - f_0 and g - f_0; `logit_correlation_within_classes`, the same after the mean of
+        each class is subtracted.
     """  # fmt: skip
     a, b = classes(f), classes(g)
     weights = [(np.mean(labels == c), a[labels == c], b[labels == c]) for c in np.unique(labels)]

@@ -1,4 +1,4 @@
-"""A result of `analyses.linearized_prediction` as tables, for the terminal and for documents."""
+"""The tables of a result of `analyses.linearized_prediction`, for the terminal and for documents."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from analyses.records import Block, Result, metric_cell, summary_of_blocks
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """Scores; agreement and correlation of networks with their kernels' predictions; methods with each other."""
+    """Tables of scores, of networks against their kernels' predictions, and of methods against each other."""
     sizes = [row["size"] for row in result.tables["sizes"]]
     found = {(m.name, m.left, m.right, m.stage): m for m in result.metrics}
 

@@ -1,17 +1,18 @@
-"""The kernels of parameter-efficient methods beside full fine-tuning's, on one pre-trained model and task.
+"""How close is the kernel of each parameter-efficient method to that of full fine-tuning?
 
-At initialisation, the head left out: how close each method's kernel is to that of the whole backbone (direction, size,
-top eigenspaces, alignment with the labels), what null models reach, what is left of the agreement once the mean
-activation is taken out of every linear layer's input (`analyses.peft_kernels.mean_split`), and which layers carry it
+For one pre-trained model and task, at initialisation and without the head, each method's kernel is compared with that
+of the whole backbone: direction, size, leading eigenspaces and alignment with the labels. Null models are compared with
+it too. Two further tables show how much of the agreement remains when the mean activation is subtracted from every
+linear layer's input (`analyses.peft_kernels.mean_split`), and which layers it comes from
 (`analyses.peft_kernels.layers`). Kernels are traced over the outputs, in standard parametrisation.
 
-Each seed draws its own examples, head, random matrices and null models. Numbers are means over seeds; intervals are a
-hierarchical bootstrap over seeds and, within each, examples (`analyses.core.intervals.seed_interval`).
+Each seed draws its own examples, head, random matrices and null models. Numbers are means over seeds; intervals are by
+a hierarchical bootstrap over seeds and, within each seed, examples (`analyses.core.intervals.seed_interval`).
 
     python -m analyses.peft_kernels --task sst2 --data-dir DIR --seeds 0 1 2 --output-dir results/peft_kernels
 
-One cell a seed: a killed run goes on where it was. With ``--head label_words`` a causal language model is asked for a
-word instead of given a head:
+The same command resumes an interrupted run at the first unfinished seed. With ``--head label_words`` a causal language
+model answers in words instead of through a new head:
 
     python -m analyses.peft_kernels --task sst2 --data-dir DIR --model FILE.gguf --head label_words
 """

@@ -1,4 +1,4 @@
-"""The kernels of all methods over seeds: the configuration, its measurement and its result."""
+"""The configuration, measurements and result of the analysis: kernels of all methods, over seeds."""
 
 import time
 from dataclasses import asdict, dataclass, field
@@ -47,22 +47,22 @@ STAGE = STAGES[0]
 
 @dataclass(frozen=True)
 class Config(DataOptions, GridOutput):
-    """Kernels of parameter-efficient methods beside full fine-tuning's."""
+    """Options of the analysis."""
 
     task: str = "demo"
     """Task: demo (embedded, no network), or sst2, rte, cola, stsb, mrpc, qqp, mnli, qnli."""
     model: str | None = None
     """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
     readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)
-    """What is differentiated: the outputs of a classifier's new head; of label words, their difference."""
+    """The differentiated outputs: those of a classifier's new head, or the difference of two label words' logits."""
     n_examples: int = 24
     """Held-out examples that the kernels of each seed are computed on."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each of its own examples, head, random matrices and null models."""
+    """Seeds, each with its own examples, head, random matrices and null models."""
     methods: tyro.conf.OmitArgPrefixes[MethodChoice] = field(default_factory=MethodChoice)
-    """Which methods."""
+    """Methods whose kernels are computed."""
     top: int = 8
-    """How many leading eigenvectors the overlap of eigenspaces compares."""
+    """Number of leading eigenvectors that the overlap of eigenspaces compares."""
     null_draws: int = 3
     """Draws of each random null model, in each seed."""
     resamples: int = 200
@@ -74,12 +74,12 @@ class Config(DataOptions, GridOutput):
 
     @property
     def model_name(self) -> str:
-        """The model without the place where it is."""
+        """The model's name without its folder."""
         return self.readout.name_of(self.model)
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
-    """Measure the kernels of every seed once, or take them from their cells, and compare them."""
+    """Compute the kernels of every seed, or read them from their stored cells, and compare them; None if some lack."""
     data = config.readout.rows(load_task_data(config.task, data_dir=config.data_dir))
     model = config.readout.load(config.model, num_labels=data.task.num_labels, seed=0)
     cells = runs.of(data, model_content(*model))
@@ -112,7 +112,7 @@ def find(config: Config, runs: Runs) -> Findings | None:
         config={"model": config.model and config.model_name},
         metrics=metrics,
         tables=tables,
-        # Of the first seed alone, and of its methods, their split and labels: the cells have all.
+        # Only the kernels and labels of the first seed are stored in the result; the cells keep those of all seeds.
         arrays={LABELS: first["arrays"][LABELS]}
         | {f"{STAGE}.{name}": first["arrays"][name] for name in (*names, *first["parts"])},
         model=first["model"],
@@ -177,7 +177,7 @@ def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
 
 
 def _with_labels(arrays: dict[str, np.ndarray], *, regression: bool) -> dict[str, Tensor]:
-    """The kernels of one seed in double precision, that of the labels among them."""
+    """The kernels of one seed in float64, together with the kernel of the labels."""
     kernels = {name: torch.from_numpy(array).double() for name, array in arrays.items() if name != LABELS}
     return kernels | {LABELS: label_kernel(arrays[LABELS], regression=regression)}
 

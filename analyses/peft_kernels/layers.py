@@ -1,7 +1,7 @@
-"""Which layers' kernels carry the agreement of full fine-tuning and Propulsion: block by block, kind by kind.
+"""Agreement of the kernels of full fine-tuning and Propulsion by block and kind of layer.
 
-Both kernels are sums over layers, K_F of the kernels of all weights (and of biases and norms), K_P of those of the
-vectors z on every layer. Each place in the network, a kind of layer in a block, has its own two terms.
+Both kernels are sums over layers: K_F of the kernels of all weights (and of biases and norms), K_P of the kernels of
+the vectors z of every layer. Each place in the network, a kind of layer in a block, has a term in both sums.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from analyses.subjects.parameters import SelectedParameters, is_backbone
 from ntk.adapters import Method, Propulsion, layers_of
 from propulsion.positions import resolve
 
-# Kinds of layers in a block, in the order in which they act; the rest of the network has no block.
+# Kinds of layers in a block, in the order in which they run; layers of other kinds are in no block.
 KINDS = ("query", "key", "value", "attention", "attention output", "MLP up", "MLP down")
 EMBEDDING, POOLER, OTHER, VECTORS = "embedding", "pooler", "other", "biases and norms"
 _POSITIONS = {"query": "query", "key": "key", "value": "value", "attention output": "attention_output"}
@@ -28,10 +28,10 @@ class Place:
     """Layers of one kind in one block.
 
     Attributes:
-        kind: one of `KINDS`; or `EMBEDDING`, `POOLER`, `OTHER` or `VECTORS`, which have no block.
-        block: its number; None outside of blocks.
-        modules: names of the layers; none for `VECTORS`.
-        parameters: names of the parameters that full fine-tuning trains there.
+        kind: One of `KINDS`; or `EMBEDDING`, `POOLER`, `OTHER` or `VECTORS`, which have no block.
+        block: Number of the block; None outside of blocks.
+        modules: Names of the layers; empty for `VECTORS`.
+        parameters: Names of the parameters that full fine-tuning trains there.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Place:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Place":
-        """A place from its fields, as a file has them."""
+        """A place from its fields, as a stored cell has them."""
         return cls(row["kind"], row["block"], tuple(row["modules"]), tuple(row["parameters"]))
 
     @property
@@ -56,11 +56,11 @@ def label_of(kind: str, block: int | None) -> str:
 
 
 def places_of(model: Any) -> list[Place]:
-    """Every place of a model's body, by block and kind; together they have all of the body's parameters once.
+    """Every place of a model's backbone, by block and kind; each parameter of the backbone is in one place.
 
-    Of a block's MLP layers the last counts as "MLP down" and those before it, gates included, as "MLP up". "attention"
-    is a layer that makes query, key and value at once. A table tied to the readout counts as an embedding, with both of
-    its uses.
+    Of a block's MLP layers the last counts as "MLP down" and those before it, including gates, as "MLP up". "attention"
+    is a layer that computes query, key and value at once. An embedding that is tied to the readout counts as an
+    embedding, with both of its uses.
     """
     kinds = _kinds(model)
     found: dict[tuple[int | None, str], tuple[list[str], list[str]]] = {}
@@ -70,7 +70,7 @@ def places_of(model: Any) -> list[Place]:
         block = _block(module) if kind in KINDS else None
         modules, weights = found.setdefault((block, kind), ([], []))
         modules.append(module)
-        weight = names.pop(id(layer._parameters.get("weight")), None)  # of layers that share one, the first has it
+        weight = names.pop(id(layer._parameters.get("weight")), None)  # A shared weight belongs to its first layer.
         weights.extend([] if weight is None else [weight])
     counted = {name for _, weights in found.values() for name in weights}
     rest = [name for name, _ in model.named_parameters() if is_backbone(model, name) and name not in counted]
@@ -83,7 +83,7 @@ def places_of(model: Any) -> list[Place]:
 
 
 def place_methods(places: Sequence[Place]) -> dict[str, Method]:
-    """Full fine-tuning and Propulsion of each place, by "full: LABEL" and "Propulsion: LABEL"."""
+    """Full fine-tuning and Propulsion of each place, with the names "full: LABEL" and "Propulsion: LABEL"."""
     methods: dict[str, Method] = {}
     for place in places:
         own = frozenset(place.parameters)
@@ -94,17 +94,17 @@ def place_methods(places: Sequence[Place]) -> dict[str, Method]:
 
 
 def agreement(places: Sequence[Place], comparison: SeedComparison) -> list[dict[str, Any]]:
-    """One row a place: means over seeds, and the 95 % intervals of the CKAs.
+    """One row for each place: means over seeds, and the 95 % intervals of the CKAs.
 
     | column | |
     |---|---|
-    | kind, block, layers | the place, and of how many layers it is made |
-    | cka | CKA of its own two kernels |
-    | propulsion_cka | CKA of its K_P with the whole K_F |
-    | full_cka | CKA of its K_F with the whole K_F |
-    | full_share, propulsion_share | its share of tr K_F and of tr K_P |
+    | kind, block, layers | the place, and the number of its layers |
+    | cka | CKA of the place's two kernels |
+    | propulsion_cka | CKA of the place's K_P with the whole K_F |
+    | full_cka | CKA of the place's K_F with the whole K_F |
+    | full_share, propulsion_share | the place's share of tr K_F and of tr K_P |
 
-    Each CKA has its interval in columns with ``_low`` and ``_high``. What a place lacks is None.
+    Each CKA has its interval in columns with ``_low`` and ``_high``. A value that a place does not have is None.
     """
     rows = []
     for place in places:
@@ -122,7 +122,7 @@ def agreement(places: Sequence[Place], comparison: SeedComparison) -> list[dict[
 
 
 def _kinds(model: Any) -> Mapping[str, str]:
-    """The kind of each layer that a position of the model's family names."""
+    """The kind of each layer at one of the positions that the model's family names."""
     kinds: dict[str, str] = {name: kind for kind, p in _POSITIONS.items() for name in _at(model, p)}
     kinds |= {name: "attention" for name in _at(model, "attn") if name not in kinds}
     kinds |= {name: EMBEDDING for name in _at(model, "embedding")}
@@ -135,7 +135,7 @@ def _kinds(model: Any) -> Mapping[str, str]:
 
 
 def _at(model: nn.Module, position: str) -> set[str]:
-    """Layers at a position, none where the family has none of its own."""
+    """Layers at a position; empty if the model has no such position."""
     try:
         return resolve(model, position)
     except ValueError:

@@ -1,16 +1,16 @@
-"""Kernels split into what the mean activation gives and the rest: why tangent kernels of different methods align.
+"""Kernels split into the part of the mean activation and the residual, to see why kernels of different methods align.
 
-A layer's input is split into its mean over all real tokens and examples and the rest, x_t = m + r_t, and so its output
-y_t = (W m + b) + W r_t. With the gradients g_t at the output and gamma = sum_t g_t, the features split alike:
+A layer's input is split into its mean over all real tokens and examples and a residual, x_t = m + r_t, which splits the
+output too: y_t = (W m + b) + W r_t. With the gradients g_t at the output and gamma = sum_t g_t, the features split into
 
 | method     | common            | residual                     |
 |------------|-------------------|------------------------------|
 | full       | gamma m^T         | sum_t g_t r_t^T              |
 | Propulsion | gamma * (W m + b) | sum_t g_t * (W r_t)          |
-| BitFit     | gamma             | nothing: a bias sees only 1  |
+| BitFit     | gamma             | 0: a bias multiplies 1       |
 
-A kernel is the sum of the common one, the residual one and cross terms, so that shares of its trace need not add to 1.
-Linear layers of the body only. The methods here join those of `ntk.adapters`.
+A kernel is the sum of the common part, the residual part and cross terms, so that shares of its trace need not add to
+1. Only linear layers of the backbone are split. The classes here are methods like those of `ntk.adapters`.
 """
 
 from collections.abc import Mapping
@@ -30,9 +30,9 @@ PARTS: tuple[Part, ...] = ("whole", "common", "residual")
 
 
 def mean_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """The mean input ``(s,)`` of every linear layer of the body, by module name, over all real tokens and examples.
+    """The mean input ``(s,)`` of every linear layer of the backbone, by module name, over all real tokens and examples.
 
-    Float64, one forward pass an example, so that no padding takes part.
+    Means are in float64. Each example has its own forward pass, without padding.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -60,18 +60,18 @@ def mean_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class LinearMethod(Method):
-    """A method on the linear layers, or a part of its features.
+    """A method on the linear layers with all of its features, or with one part of them.
 
     Attributes:
-        means: of :func:`mean_inputs`.
-        part: which part.
+        means: Mean inputs of the layers, from :func:`mean_inputs`.
+        part: Part of the features.
     """
 
     means: Mapping[str, Tensor] = field(repr=False)
     part: Part = "whole"
 
     def adapts(self, module: str) -> bool:
-        """Layers with a mean."""
+        """True for layers that have a mean input."""
         return module in self.means
 
 
@@ -79,11 +79,11 @@ class SplitWeights(LinearMethod):
     """Full fine-tuning of the weights."""
 
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """Whole, the weights of the network themselves where they are the layer's alone."""
+        """1 for a layer's own weight if `part` is "whole", so that its kernel is that of the parameter; otherwise 0."""
         return float(self.part == "whole" and layer in self.means)
 
     def features(self, layer: Layer) -> Found:
-        """The weight, ``(r, s)``; for the common part |m| gamma, which has the same kernel as gamma m^T."""
+        """Features of the weight ``(r, s)``; for the common part |m| gamma, which has the same kernel as gamma m^T."""
         assert isinstance(layer.feature, Outer)
         assert layer.x is not None
         mean = self.means[layer.name].to(layer.g)
@@ -99,7 +99,7 @@ class SplitPropulsion(LinearMethod):
     """Propulsion of degree 1 on the layers' outputs."""
 
     def features(self, layer: Layer) -> Found:
-        """The vector z, of length r."""
+        """Features of the vector z, of length r."""
         mean = layer.weight.to(layer.g) @ self.means[layer.name].to(layer.g)
         if layer.bias is not None:
             mean = mean + layer.bias.to(layer.g)
@@ -108,18 +108,18 @@ class SplitPropulsion(LinearMethod):
 
 
 class LinearBiases(LinearMethod):
-    """BitFit: whole and common part at once, since a bias has no residual.
+    """BitFit; the whole and the common part are equal, since a bias has no residual part.
 
-    Layers without a bias take part as if they had one.
+    Layers without a bias are treated as if they had one.
     """
 
     def features(self, layer: Layer) -> Found:
-        """The bias, of length r."""
+        """Features of the bias, of length r."""
         yield "b", layer.y.shape[-1:], layer.over_tokens(layer.g)
 
 
 def split_methods(means: Mapping[str, Tensor]) -> dict[str, Method]:
-    """The methods whose kernels are compared whole and split, by "NAME, PART"."""
+    """The methods whose whole and split kernels are compared, with the names "NAME, PART"."""
     methods: dict[str, Method] = {}
     for part in PARTS:
         methods[f"full, {part}"] = SplitWeights(means, part)

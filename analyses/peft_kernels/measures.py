@@ -15,18 +15,18 @@ from analyses.peft_kernels.methods import FULL, REFERENCE, with_degree
 from analyses.records import Metric
 
 LABELS = "labels"
-# The metrics of a pair that an overview of many methods shows.
+# The metrics of a pair of kernels that the tables of many methods show.
 _METRICS = ("alignment", "cka", "trace_ratio")
 
 
 def label_kernel(labels: np.ndarray, *, regression: bool) -> Tensor:
-    """The kernel of the labels: whether two classes are equal, or the product of two values."""
+    """The kernel ``(n, n)`` of the labels: 1 for equal classes and 0 for others, or the product of two values."""
     y = torch.from_numpy(labels).double()
     return y[:, None] * y if regression else (y[:, None] == y).double()
 
 
 def method_metrics(comparison: SeedComparison, names: Sequence[str], top: int) -> list[Metric]:
-    """Every method alone, against the labels, and against full fine-tuning."""
+    """Metrics of every method's kernel alone, against the labels, and against full fine-tuning."""
     metrics = []
     overlap = partial(ntk.eigenspace_overlap, rank=top)
     for name in names:
@@ -42,7 +42,7 @@ def method_metrics(comparison: SeedComparison, names: Sequence[str], top: int) -
 
 
 def split_metrics(comparison: SeedComparison) -> list[Metric]:
-    """How well Propulsion and BitFit follow full fine-tuning of the same layers, and the parts' shares of the trace."""
+    """Metrics of Propulsion and BitFit against full fine-tuning of the same layers, and the parts' trace shares."""
     metrics = []
     for part in PARTS:
         for other in (f"Propulsion, {part}", "BitFit"):
@@ -55,7 +55,7 @@ def split_metrics(comparison: SeedComparison) -> list[Metric]:
 
 
 def split_table(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-    """Shares of the trace of the common and the residual part, which cross terms complete to 1."""
+    """Shares of the trace of the common part, the residual part and the cross terms, which sum to 1."""
     table = []
     for name in ("full", "Propulsion"):
         shares = {m.left.rpartition(", ")[2]: m for m in metrics
@@ -68,7 +68,7 @@ def split_table(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
 
 
 def degree_table(comparison: SeedComparison, degrees: Sequence[float]) -> list[dict[str, Any]]:
-    """Whether a degree k changes anything but the size: tr K(k) / tr K(1), and ||K(k) - k^2 K(1)|| / ||k^2 K(1)||."""
+    """One row for each degree k: tr K(k) / tr K(1), and ||K(k) - k^2 K(1)|| / ||k^2 K(1)||, 0 if only sizes differ."""
     rows = []
     for k in degrees:
         name = with_degree(k)
@@ -79,7 +79,7 @@ def degree_table(comparison: SeedComparison, degrees: Sequence[float]) -> list[d
 
 
 def angle_table(comparison: SeedComparison, names: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """Principal angles between each method's leading eigenspace and full fine-tuning's in degrees, means over seeds."""
+    """Principal angles in degrees between the leading eigenspaces of each method and full fine-tuning, seed means."""
     rows = []
     for name in names:
         try:
@@ -92,7 +92,7 @@ def angle_table(comparison: SeedComparison, names: Sequence[str], top: int) -> l
 
 
 def map_tables(comparison: SeedComparison, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """CKA of every two methods, its mean over seeds; and the methods as points, near one another where it is high.
+    """Mean CKA over seeds of every two methods, and a map: points for methods, closer for a higher CKA.
 
     Methods with an undefined CKA have no point.
     """
@@ -113,12 +113,12 @@ def classical_scaling(similarity: np.ndarray, dimensions: int = 2) -> tuple[np.n
     """Coordinates ``(m, dimensions)`` of m objects from their similarities, and the share of variance of each axis.
 
     A CKA is the cosine between two centred kernels, so that d^2 = 2 (1 - CKA) is the squared distance of the two at
-    unit length, and classical scaling (Torgerson 1952) is exact: the principal components of the kernels themselves,
-    B = -H D^2 H / 2 = H S H with H = I - 1 1^T / m. Signs are fixed: the largest coordinate of an axis is positive.
+    unit length. Classical scaling (Torgerson 1952) then gives the principal components of the kernels,
+    B = -H D^2 H / 2 = H S H with H = I - 1 1^T / m. The sign of an axis makes its largest coordinate positive.
 
     Args:
         similarity: ``(m, m)``, symmetric, 1 on the diagonal, finite.
-        dimensions: of the map; axes beyond the rank of B are zero.
+        dimensions: Number of axes; those beyond the rank of B are zero.
     """
     S = np.asarray(similarity, dtype=float)
     B = S - S.mean(0) - S.mean(1, keepdims=True) + S.mean()

@@ -17,23 +17,23 @@ FULL, REFERENCE = "full fine-tuning", "Propulsion"
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """Which methods, beside full fine-tuning, Propulsion on every layer, BitFit and norm tuning."""
+    """Methods compared besides full fine-tuning, Propulsion on every layer, BitFit and norm tuning."""
 
     positions: tuple[str, ...] = ("attn", "mlp", "embedding", "query", "key", "value", "attention_output")
-    """Propulsion on these layers alone, beside Propulsion on all; positions that a model lacks are an error."""
+    """Positions, for each of which there is Propulsion on these layers alone; the model must have them."""
     ia3_positions: tuple[str, ...] = ("key", "value")
-    """Layers whose outputs (IA)³ scales; none leaves it out."""
+    """Layers whose outputs (IA)³ scales; without any, (IA)³ is left out."""
     degrees: tuple[float, ...] = (15.0, 55.0)
-    """Degrees of Propulsion beside 1, to show that they change the size of the kernel alone."""
+    """Degrees of Propulsion besides 1, to show that the degree changes only the size of the kernel."""
     ranks: tuple[int, ...] = (1, 8, 64)
-    """Ranks of LoRA; LoHa and DoRA take the middle one."""
+    """Ranks of LoRA; LoHa and DoRA have the middle one."""
     vera_rank: int = 256
     """Rank of VeRA's shared matrices."""
     subset: int = 384
     """Weights of each layer that the random subset trains."""
 
     def check(self) -> None:
-        """Raise UserError on numbers out of range."""
+        """Raise UserError if a number is out of range."""
         for name in ("vera_rank", "subset"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -44,15 +44,15 @@ class MethodChoice:
 
 
 def with_degree(degree: float) -> str:
-    """The name of Propulsion on every layer with a degree."""
+    """The name of Propulsion of this degree on every layer."""
     return f"{REFERENCE}, degree {degree:g}"
 
 
 def methods_of(model: Any, choice: MethodChoice, seed: int) -> tuple[dict[str, Method], dict[str, str]]:
-    """Every method by its name, full fine-tuning first, and why those that are missing were left out.
+    """Every method by its name, full fine-tuning first; and, by name, the reasons why others are left out.
 
     Raises:
-        UserError: the model has no layer at a position.
+        UserError: The model has no layer at a position.
     """
     linear: dict[str, Any] = {n: m for n, m in layers_of(model).items() if not isinstance(m, nn.Embedding)}
 
@@ -89,7 +89,7 @@ def methods_of(model: Any, choice: MethodChoice, seed: int) -> tuple[dict[str, M
 
 
 def _trains(model: nn.Module, method: Method) -> bool:
-    """Whether a method trains anything in a model."""
+    """True if a method trains a parameter of the model."""
     if any(method.adapts(name) for name in layers_of(model)):
         return True
     return any(

@@ -1,4 +1,4 @@
-"""A result of `analyses.peft_kernels` as tables, for the terminal and for documents."""
+"""The tables of a result of `analyses.peft_kernels`, for the terminal and for documents."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from analyses.records import STAGES, Block, Result, interval, metric_cell, numbe
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """Methods against full fine-tuning, null models, the split by the mean activation, degrees, and layers."""
+    """Tables of methods and null models against full fine-tuning, of the mean split, of degrees, and of layers."""
     names = [row["method"] for row in result.tables["methods"]]
     full = names[0]
 

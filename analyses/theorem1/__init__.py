@@ -1,9 +1,10 @@
-"""Theorem 1 of the paper as it is written, as it is right, and where it fails: side by side.
+"""Where does the paper's Theorem 1 hold as written, where does its correction hold, and where do both fail?
 
-The claim is K_F ≈ K_P. Cases with a limit are compared in the limit; the others on finite networks of random weights,
-and on a pre-trained encoder. Each kernel of Propulsion, of degree 1 at z = 1, is set against full fine-tuning of all
-parameters (the claim), against full fine-tuning of the weights (the corrected theorem), and against the claim up to the
-best single scale. A second table does it position by position of transformers, each layer against its own weights.
+The claim is K_F ≈ K_P. Networks with a known infinite-width limit are compared in the limit, others at finite width
+with random weights; one network is a pre-trained encoder. The kernel of Propulsion, of degree 1 at z = 1, is compared
+with the kernel of full fine-tuning of all parameters (the claim), with that of the weights alone (the corrected
+theorem), and with that of all parameters up to the best single factor. A second table compares each position of a
+layer in transformers with the kernel of the position's own weights.
 """
 
 from analyses.theorem1.analysis import ANALYSIS, Config, run

@@ -1,4 +1,4 @@
-"""The command."""
+"""The command ``python -m analyses.theorem1``."""
 
 from analyses.theorem1 import ANALYSIS, __doc__
 

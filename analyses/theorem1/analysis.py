@@ -1,4 +1,4 @@
-"""The cases of Theorem 1, what is found in each, and the command of the analysis."""
+"""The cases of Theorem 1, their kernels and distances, and the command of the analysis."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,22 +22,22 @@ from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_pooling, load_classifier
 
-Kernels = tuple[Tensor, Tensor, Tensor]  # full fine-tuning, its weights, Propulsion
+Kernels = tuple[Tensor, Tensor, Tensor]  # Full fine-tuning of all parameters, of the weights, and Propulsion.
 MEASURES = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
 
 
 @dataclass(frozen=True)
 class Config(Output):
-    """Theorem 1, literal and corrected."""
+    """Options of the analysis."""
 
     inputs: int = 6
-    """Random inputs of the random networks."""
+    """Number of random inputs of the random networks."""
     n_in: int = 512
-    """Coordinates of an input; the input position settles as they grow."""
+    """Coordinates of an input; the kernel of scales on the input is close to its mean if there are many."""
     width: int = 512
     """Width of the finite networks."""
     depth: int = 3
-    """Hidden layers, or blocks."""
+    """Number of hidden layers, or of transformer blocks."""
     draws: int = 4
     """Finite networks of each kind, whose kernels are averaged."""
     transformer_widths: tuple[int, ...] = (32, 64, 128, 256)
@@ -49,15 +49,15 @@ class Config(Output):
     pooling: Pooling = "auto"
     """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
     task: str = "demo"
-    """Task they are from."""
+    """Task that the encoder's sentences are from."""
     data_dir: Path | None = None
     """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     seed: int = 0
-    """Of inputs, networks and the head."""
+    """Seed of the inputs, the networks and the head."""
 
 
 def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
-    """Name, where it is compared, and its kernels, of every case."""
+    """Yield every case: its name, the column "compared" of the table, and a function that computes its kernels."""
     generator = torch.Generator().manual_seed(config.seed)
     x = torch.randn(config.inputs, config.n_in, generator=generator, dtype=torch.float64)
 
@@ -101,7 +101,7 @@ def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
 
 
 def positions(config: Config) -> Iterator[dict[str, Any]]:
-    """Rows of random transformers of growing width, and of the pre-trained encoder, position by position."""
+    """Yield one row for each position of random transformers of growing width, and of the pre-trained encoder."""
     for width in config.transformer_widths:
         found = transformer_kernels(
             width, depth=2, draws=config.transformer_draws, x=tokens_of(config), seed=config.seed
@@ -118,7 +118,7 @@ def tokens_of(config: Config) -> Tensor:
 
 
 class Headless(Transformer):
-    """A transformer whose readout is given, as a pre-trained model's head is left out of the comparison."""
+    """A transformer with a frozen readout, since the pre-trained model's head is left out of the comparison too."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -126,7 +126,7 @@ class Headless(Transformer):
 
 
 def _recipe(config: Config, draw: int, without: tuple[str, ...]) -> Recipe:
-    """NTK parametrisation, a multiplier everywhere but at some positions."""
+    """NTK parametrisation with scales at every position except those in `without`."""
 
     class Everywhere(Recipe):
         def chosen(self, positions):
@@ -168,7 +168,7 @@ def _check(config: Config) -> None:
 
 
 def find(config: Config) -> Findings:
-    """Compute every case."""
+    """Compute the kernels and distances of every case."""
     rows, arrays = [], {}
     for name, where, compute in cases(config):
         print(f"{name} ...", flush=True)
@@ -196,7 +196,7 @@ def find(config: Config) -> Findings:
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One row a case, and one a position of transformers."""
+    """One row for each case, then one for each position of transformers."""
     header = ["case", "compared", "|K_F - K_P| / |K_F|", "of the weights", "best scale", "CKA", "tr K_F / tr K_P"]
     yield header, [[r["case"], r["compared"], *(number(r[k]) for k in MEASURES)] for r in result.tables["cases"]]
     yield "best scale, each position against its own weights"

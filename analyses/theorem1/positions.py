@@ -1,7 +1,8 @@
-"""Theorem 1 by the position of a layer in a transformer: each layer's multiplier against its own weights.
+"""Theorem 1 by the position of a layer in a transformer: the kernel of its scales against that of its own weights.
 
-docs/theory.md says that at random weights the two kernels agree, up to a width's fluctuation, wherever a layer's
-outputs meet no elementwise nonlinearity before the next random matrix: everywhere but before the feed-forward block's.
+docs/theory.md (Theorem 10) says that at random weights the two kernels agree, up to fluctuations that fall with the
+width, for layers whose outputs enter no elementwise nonlinearity before the next random matrix: for all layers except
+the one before the nonlinearity of the feed-forward block.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from analyses.subjects.parameters import SelectedParameters
 from ntk.adapters import Method, Propulsion, chosen
 from ntk.infinite.networks import Recipe, Transformer
 
-# Positions of ntk.infinite.networks.Transformer, and the modules of a BERT encoder that stand there.
+# Positions of ntk.infinite.networks.Transformer, with a pattern for the modules of a BERT encoder at that position.
 POSITIONS = {
     "embedding": r".*embeddings\.word_embeddings",
     "query": r".*\.self\.query",
@@ -37,7 +38,7 @@ def weights_of(modules: str) -> SelectedParameters:
 def transformer_kernels(
     width: int, *, depth: int, draws: int, x: Tensor, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Kernels of the weights and of the multipliers of each position, summed over blocks, averaged over networks."""
+    """Kernels of the weights and of the scales by position, summed over blocks and averaged over networks."""
     weights: dict[str, Tensor] = {}
     multipliers: dict[str, Tensor] = {}
     for draw in range(draws):
@@ -54,7 +55,7 @@ def transformer_kernels(
 
 
 def encoder_kernels(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same of a BERT encoder, in one pass."""
+    """Kernels of the weights and of the scales of a BERT encoder by position, from one pass."""
     methods: dict[str, Method] = {}
     for position, modules in POSITIONS.items():
         methods |= {f"weights {position}": weights_of(modules), f"multipliers {position}": Propulsion(modules=modules)}
@@ -64,14 +65,14 @@ def encoder_kernels(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Te
 
 
 def rows_of(network: str, weights: dict[str, Tensor], multipliers: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
-    """One row a position."""
+    """Yield one row for each position."""
     for position in POSITIONS:
         own = distances(weights[position], multipliers[position])
         yield {"network": network, "position": position} | own
 
 
 def distances(full: Tensor, propulsion: Tensor) -> dict[str, float]:
-    """How two kernels ``(n, n)`` differ, as claimed and but for a scale, by the names of the table's columns."""
+    """Distances of two kernels ``(n, n)``, as they are and after the best single factor, by the table's columns."""
     return {
         "literal": ntk.kernel_distance(full, propulsion),
         "best_scale": ntk.kernel_distance(full, propulsion, scaled=True),

@@ -386,5 +386,5 @@ def test_instructions_are_tuned_and_generated(tiny_decoder, tmp_path):
     assert [row["accuracy"] for row in result.tables["baselines"]] == [commonest, 0.5]
     paired = result.metric("accuracy", stage="difference", left="propulsion:degree=3", right="none")
     assert paired.value == rows["propulsion:degree=3"]["accuracy"] - rows["none"]["accuracy"]
-    with pytest.raises(UserError, match="task sst2 is no instruction"):
+    with pytest.raises(UserError, match="task sst2 is not an instruction task"):
         instruction_tuning.run(replace(config, task="sst2"))
