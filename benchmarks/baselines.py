@@ -1,4 +1,4 @@
-"""What the kernels are timed against: Jacobian contraction by torch.func, and the bare passes of the model."""
+"""Baselines for the kernels' timings: contraction of torch.func's Jacobians, and the model's passes alone."""
 
 from time import perf_counter
 
@@ -8,13 +8,12 @@ from torch.func import functional_call, jacrev, vmap
 
 
 def torch_func_ntk(model: nn.Module, batch: dict[str, Tensor], rows: int) -> tuple[Tensor, float]:
-    """The kernel by the recipe of PyTorch's own tutorial, on the padded batch, in tiles of `rows` examples.
+    """The kernel as in PyTorch's own tutorial, on the padded batch, in tiles of `rows` examples.
 
-    vmap cannot trace the mask code of Hugging Face models, so it gets a prepared additive 4-D mask.
+    vmap cannot trace the mask code of Hugging Face models, so the model gets a prepared additive 4-D mask.
 
     Returns:
-        The kernel (n, n, c, c), and the seconds spent on Jacobians that a machine with room for all would not compute
-        again.
+        The kernel (n, n, c, c), and the seconds spent on computing Jacobians again because memory did not hold all.
     """
     parameters = dict(model.named_parameters())
     ids, dtype = batch["input_ids"], next(iter(parameters.values())).dtype
@@ -46,7 +45,7 @@ def torch_func_ntk(model: nn.Module, batch: dict[str, Tensor], rows: int) -> tup
 
 
 def bare_passes(model: nn.Module, batch: dict[str, Tensor]) -> None:
-    """One forward and c backward passes to every parameter, all examples together."""
+    """Run one forward pass and c backward passes to every parameter, with all examples in one batch."""
     parameters = list(model.parameters())
     outputs = model(**batch).logits.sum(dim=0)
     for a in range(len(outputs)):

@@ -1,4 +1,4 @@
-"""The jobs that are measured, as data: a model, a batch, and what is computed on it."""
+"""The measured jobs as data: a model, a batch, and the computations that are timed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from propulsion.data import load_task_data, tokenize
 from propulsion.pretrained import load_classifier
 
 GIGABYTE = 2**30
-TOKENS = 32  # SST-2 sentences are padded, and if need be cut, to this many.
-TILE = 32  # Examples whose torch.func Jacobians are held at a time.
+TOKENS = 32  # SST-2 sentences are padded or cut to this many tokens.
+TILE = 32  # Number of examples whose torch.func Jacobians are in memory at a time.
 
 WIDEST = 4096  # Layers of the benchmarked models have at most this many inputs and outputs.
 
 
 def random_matrix(rows: int, columns: int, seed: int) -> Tensor:
-    """A frozen random projection, as VeRA shares among layers."""
+    """A frozen random projection that VeRA's layers share."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
 
 
@@ -44,7 +44,7 @@ ADAPTERS = {
 
 @dataclass(frozen=True)
 class Target:
-    """What one measure should take: at most ``ratio`` times another's time, and ``peak`` bytes."""
+    """The target of a measure: at most ``ratio`` times the time of the measure ``against``, and ``peak`` bytes."""
 
     measure: str
     against: str
@@ -57,15 +57,15 @@ class Job:
     """A model on a batch.
 
     Attributes:
-        title: what the table calls it.
-        load: number of examples, data folder, device -> model and batch.
-        examples: number of examples.
-        measures: what is timed.
-        targets: what is to be reached.
-        memory_budget: bytes for the kernel's features, beside the model; None for the library's default.
-        repeats: timed runs in each process after the first.
-        rounds: processes of each measure, in turn.
-        agree_on: examples on which kernels are compared with torch.func's before anything is timed.
+        title: Its name in the table.
+        load: Function from number of examples, data folder and device to the model and the batch.
+        examples: Number of examples.
+        measures: Names of the computations that are timed.
+        targets: Targets for their time and memory.
+        memory_budget: Bytes for the kernel's features, without the model; None for the library's default.
+        repeats: Timed calls in each process after the first.
+        rounds: Processes for each measure; the measures take turns.
+        agree_on: Examples on which kernels are compared with torch.func's before anything is timed.
     """
 
     title: str

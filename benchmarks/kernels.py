@@ -1,8 +1,8 @@
-"""Cost of exact kernels, as ratios measured in one run: `python -m benchmarks.kernels`.
+"""Measure the cost of exact kernels, as ratios within one run: `python -m benchmarks.kernels`.
 
-For every job, kernels are first compared with those of torch.func, and nothing is timed if they differ. Then each
-measure runs in fresh processes, in turn. Results go to `docs/benchmarks/`, one JSON file a job and a table of all;
-`notes.md` there is written by hand.
+For every job, kernels are first compared with those of torch.func, and nothing is timed if they differ. Then the
+measures take turns, each in a fresh process. Results are written to `docs/benchmarks/`: one JSON file for each job, and
+a table of all jobs. `notes.md` there is written by hand.
 """
 
 import json
@@ -22,27 +22,27 @@ from propulsion.errors import UserError, run_command
 
 BASELINES = ("bare", "torch.func")
 AGREE = 1e-10  # Relative error in float64, as in the tests.
-AGREE_FLOAT32 = 1e-4  # Of the float32 kernels that are timed.
+AGREE_FLOAT32 = 1e-4  # Relative error of the float32 kernels, which are the timed ones.
 
 
 @dataclass(frozen=True)
 class Config:
-    """Measure the cost of exact kernels."""
+    """Options of the command."""
 
     jobs: list[str] = field(default_factory=lambda: ["minilm-32", "minilm-128", "minilm-1024", "roberta-large-64"])
-    """Any of minilm-32, minilm-128, minilm-1024, roberta-large-64, roberta-large-256."""
+    """Jobs to measure: any of minilm-32, minilm-128, minilm-1024, roberta-large-64, roberta-large-256."""
     data_dir: Path | None = None
-    """Folder with SST-2's train.jsonl and validation.jsonl; by default from the Hugging Face hub."""
+    """Folder with SST-2's train.jsonl and validation.jsonl; without it, the Hugging Face hub."""
     device: str = "cpu"
-    """Where models run."""
+    """Torch device, such as cpu or cuda."""
     output_dir: Path = Path("docs/benchmarks")
-    """Where results go."""
+    """Folder of the results."""
     keep_timings: bool = False
-    """Renew the agreement and the profiles in stored results, and time nothing."""
+    """Keep the stored timings, and renew only the agreement with torch.func and the profiles."""
 
 
 def main(config: Config) -> None:
-    """Measure every job, and write the table of all results that are there."""
+    """Measure every job, and write the table of all stored results."""
     for name in config.jobs:
         if name not in JOBS:
             raise UserError(f"no job {name!r}; there are {', '.join(JOBS)}")
@@ -54,7 +54,7 @@ def main(config: Config) -> None:
             result = json.loads(file.read_text(encoding="utf-8")) | errors
         else:
             result = measure_job(name, JOBS[name], config) | errors
-            write(file, result)  # What took longest is not lost with a process that is killed.
+            write(file, result)  # So that the timings are not lost if the process is killed while it profiles.
         result["profiles"] = profiles(name, config)
         write(file, result)
         print(format_table(HEADER, list(rows(result))), flush=True)
@@ -62,7 +62,7 @@ def main(config: Config) -> None:
 
 
 def agreement(name: str, config: Config) -> dict[str, float]:
-    """Relative errors of a job's kernels; ends the command if they are too large."""
+    """Relative errors of a job's kernels; the command exits if they are too large."""
     errors = child(name, JOBS[name].measures[0], config, "--agreement")
     print(f"{JOBS[name].title}: agreement {errors}", flush=True)
     if not all(error <= (AGREE_FLOAT32 if "float32" in key else AGREE) for key, error in errors.items()):
@@ -71,13 +71,13 @@ def agreement(name: str, config: Config) -> dict[str, float]:
 
 
 def profiles(name: str, config: Config) -> dict[str, dict[str, float]]:
-    """Where the time of our own measures goes."""
+    """Profiles of this project's own measures: the share of time of each operation."""
     own = [measure for measure in JOBS[name].measures if measure not in BASELINES]
     return {measure: child(name, measure, config, "--profile") for measure in own}
 
 
 def measure_job(name: str, job: Job, config: Config) -> dict[str, Any]:
-    """All rounds of all measures."""
+    """Run all rounds of all measures of a job."""
     found: dict[str, list[dict]] = {measure: [] for measure in job.measures}
     for _ in range(job.rounds):
         for measure in job.measures:
@@ -88,18 +88,18 @@ def measure_job(name: str, job: Job, config: Config) -> dict[str, Any]:
 
 
 def write(file: Path, result: dict[str, Any]) -> None:
-    """A job's file."""
+    """Write the JSON file of a job."""
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def title(result: dict[str, Any]) -> str:
-    """What tables call a job, with the accelerator if it ran on one."""
+    """The name of a job in tables, with the accelerator if it ran on one."""
     accelerator = result["environment"]["accelerator"]
     return result["title"] + ("" if result["device"] == "cpu" else f", {accelerator}")
 
 
 def child(name: str, measure: str, config: Config, *flags: str) -> dict[str, Any]:
-    """One measurement in a process of its own."""
+    """Run one measurement in its own process."""
     data = ["--data-dir", str(config.data_dir)] if config.data_dir else []
     return in_own_process("measure", "--job", name, "--measure", measure, *flags, "--device", config.device, *data)
 
@@ -108,7 +108,7 @@ HEADER = ("job and measure", "first call, s", "later calls, s", "peak, GB", "ove
 
 
 def rows(result: dict[str, Any]) -> Iterator[list[str]]:
-    """One row a measure; ratios are medians over the rounds, of later calls."""
+    """Yield one row for each measure; ratios are of later calls, medians over rounds."""
     measures = result["measures"]
     yield [f"**{title(result)}**", *[""] * (len(HEADER) - 1)]
     for name, runs in measures.items():
@@ -119,14 +119,14 @@ def rows(result: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def ratio(measures: dict[str, list[dict]], left: str, right: str, key: str = "seconds") -> float | None:
-    """Median over the rounds of one measure's time over another's; None where one was not measured."""
+    """Median over rounds of one measure's time divided by another's; None if one was not measured."""
     if left not in measures or right not in measures:
         return None
     return statistics.median(a[key] / b[key] for a, b in zip(measures[left], measures[right], strict=True))
 
 
 def targets(result: dict[str, Any]) -> Iterator[list[str]]:
-    """What was to be reached, and what was."""
+    """Yield one row for each target, with what was measured and whether the target is reached."""
     measures = result["measures"]
     for target in JOBS[result["job"]].targets:
         found = {key: ratio(measures, target.measure, target.against, key) for key in ("first_seconds", "seconds")}
@@ -142,7 +142,7 @@ def targets(result: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def write_tables(folder: Path) -> None:
-    """`README.md` in the folder, from its JSON files alone."""
+    """Write `README.md` in the folder from the JSON files there."""
     files = [file for file in sorted(folder.glob("*.json")) if file.stem.removesuffix("-cuda") in JOBS]
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     results.sort(key=lambda r: (r["device"], list(JOBS).index(r["job"])))
@@ -161,7 +161,7 @@ def write_tables(folder: Path) -> None:
 
 
 def ran(run: dict[str, Any]) -> str:
-    """What one process counted, in words."""
+    """The counts of one process as text."""
     if "ran" not in run:
         return "measured before this was counted"
     return "; ".join(
@@ -171,7 +171,7 @@ def ran(run: dict[str, Any]) -> str:
 
 
 def unused(results: list[dict[str, Any]]) -> list[str] | None:
-    """Rules and contractions that no measured call went by; None if one of them was not counted."""
+    """Rules and contractions that no measured call used; None if a measurement did not count them."""
     own = [runs[-1].get("ran") for r in results for name, runs in r["measures"].items() if name not in BASELINES]
     if not all(own):
         return None
@@ -181,7 +181,7 @@ def unused(results: list[dict[str, Any]]) -> list[str] | None:
 
 
 def shares(profile: dict[str, float]) -> str:
-    """The larger ones, in words."""
+    """The larger shares of a profile as text."""
     return ", ".join(f"{key.removeprefix('aten::')} {share:.0%}" for key, share in profile.items() if share > 0.03)
 
 

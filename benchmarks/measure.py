@@ -1,4 +1,4 @@
-"""One measurement in a process of its own, so that its peak memory is its own; prints one line of JSON."""
+"""Run one measurement in this process, so that the peak memory is that of the measurement; print one line of JSON."""
 
 import copy
 import json
@@ -25,32 +25,32 @@ from ntk.counts import by_kind, counting
 from propulsion.training import apply_propulsion
 
 Batch = dict[str, Tensor]
-PROFILED = 16  # Examples in a profile.
+PROFILED = 16  # Number of examples in a profile.
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What to measure."""
+    """Options of the command."""
 
     job: str
     measure: str
     data_dir: Path | None = None
     device: str = "cpu"
     agreement: bool = False
-    """Compare with torch.func on a few examples in float64, and time nothing."""
+    """Only compare with torch.func on a few examples in float64."""
     profile: bool = False
-    """Say which operations the time goes to, and time nothing."""
+    """Only measure the share of time of each operation."""
 
 
 def main(config: Measurement) -> None:
-    """Measure and print."""
+    """Run the measurement and print it as JSON."""
     job = JOBS[config.job]
     model, batch = job.load(job.examples, config.data_dir, config.device)
     if config.agreement:
         print(json.dumps(agreement(model, first(batch, job.agree_on), job)))
         return
     compute = measures(model, job)[config.measure]
-    compute(first(batch, 2))  # Threads and libraries start up.
+    compute(first(batch, 2))  # So that threads and libraries have started before the timing.
     if config.profile:
         found = profile(lambda: compute(first(batch, PROFILED)))
     else:
@@ -60,7 +60,7 @@ def main(config: Measurement) -> None:
 
 
 def measures(model: torch.nn.Module, job: Job) -> dict[str, Callable]:
-    """Everything that can be timed on a batch, by name."""
+    """The computations that can be timed on a batch, by name."""
     budget = job.memory_budget
 
     def methods(some: dict[str, Method]) -> Callable:
@@ -76,10 +76,10 @@ def measures(model: torch.nn.Module, job: Job) -> dict[str, Callable]:
 
 
 def timing(compute: Callable, repeats: int) -> dict[str, Any]:
-    """Seconds of the first call, which finds no memory to reuse, and the median of the calls after it; peak memory.
+    """Seconds of the first call, which has no memory to reuse; the median of later calls; and peak memory.
 
-    Seconds that a machine with room for all Jacobians would not need are taken off. `ran` is what the last call did, as
-    `ntk.counts` counts it; nothing, for what is not ours.
+    The seconds that `torch_func_ntk` spends on computing Jacobians again are subtracted. `ran` has the counts of
+    `ntk.counts` for the last call, which are empty for baselines.
     """
     seconds: list[float] = []
     ran: dict[str, dict[str, int]] = {}
@@ -98,7 +98,7 @@ def timing(compute: Callable, repeats: int) -> dict[str, Any]:
 
 
 def profile(compute: Callable, most: int = 12) -> dict[str, float]:
-    """Share of the time in each kind of operation, the largest first."""
+    """Share of the time spent in each kind of operation, the largest first."""
     on_gpu = torch.cuda.is_available()
     with torch.profiler.profile() as found:
         compute()
@@ -111,8 +111,8 @@ def profile(compute: Callable, most: int = 12) -> dict[str, float]:
 def agreement(model: torch.nn.Module, batch: Batch, job: Job) -> dict[str, float]:
     """Relative errors (Frobenius) in float64: full fine-tuning against torch.func, Propulsion against a peft model.
 
-    The other methods' kernels are compared with the gradients of peft's own layers in the tests. "in float32" is how
-    far the kernel that is timed is from the one in float64.
+    Tests compare the other methods' kernels with the gradients of peft's own layers. "in float32" is the error of the
+    float32 kernel, which is the timed one.
     """
     rounded = measures(model, job)["full"](batch).double()
     model = model.double()
@@ -148,10 +148,10 @@ def peak() -> int:
 
 
 def in_own_process(module: str, *words: str) -> dict[str, Any]:
-    """What a command of this package prints in its last line, as JSON.
+    """Run a command of this package and return the JSON in the last line that it prints.
 
     Raises:
-        SystemExit: It failed.
+        SystemExit: The command failed.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -161,14 +161,14 @@ def in_own_process(module: str, *words: str) -> dict[str, Any]:
 
 
 def write_document(path: Path, template: str, **parts: Any) -> None:
-    """Write a page from a template of this folder."""
+    """Write a page from a template in this file's folder."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, trim_blocks=True, undefined=jinja2.StrictUndefined)
     path.write_text(pages.get_template(template).render(parts).rstrip() + "\n", encoding="utf-8")
 
 
 def synchronize() -> None:
-    """Wait for the accelerator."""
+    """Wait until the accelerator has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

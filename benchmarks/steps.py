@@ -1,8 +1,8 @@
-"""Cost of a training step, by method: `python -m benchmarks.steps`.
+"""Measure the cost of a training step, by method: `python -m benchmarks.steps`.
 
-All methods adapt the same linear layers. Memory is that of a process for each method; times are taken in one process,
-a step of each method in turn, and ratios are those of one turn. Results go to `docs/benchmarks/steps.{json,md}`, where
-a model that is measured anew replaces its earlier result.
+All methods adapt the same linear layers. Memory is measured in one process for each method. Times are measured in one
+process, where the methods take turns and ratios are taken within a turn. Results are written to
+`docs/benchmarks/steps.{json,md}`, where a new measurement of a model replaces the earlier one.
 """
 
 import json
@@ -38,9 +38,9 @@ class Model:
     """A classifier and a batch for it.
 
     Attributes:
-        title: what the table calls it.
-        load: it, from a device.
-        targets: the linear layers that every method adapts, as a regular expression.
+        title: Its name in the table.
+        load: Function from a device to the model.
+        targets: Regular expression for the linear layers that every method adapts.
         shape: (examples, tokens) of the batch, without padding.
     """
 
@@ -84,7 +84,7 @@ MODELS = {
 
 
 def bitfit(model: Any, targets: str) -> Any:
-    """Biases of the layers; added where there are none, as LLaMA-style models have none."""
+    """The model with only the layers' biases trained; layers without one, as in LLaMA-style models, get a zero bias."""
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and re.fullmatch(targets, name):
@@ -106,20 +106,20 @@ METHODS: dict[str, Callable[[Any, str], Any]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Measure the cost of training steps."""
+    """Options of the command."""
 
     models: list[str] = field(default_factory=lambda: ["minilm", "llama-135m"])
-    """Any of minilm, llama-135m and, for a GPU, llama-1b."""
+    """Models to measure: any of minilm, llama-135m and, for a GPU, llama-1b."""
     turns: int = 12
-    """Steps of each method that are timed."""
+    """Timed steps of each method."""
     times: bool = True
-    """Time steps; else memory alone is measured."""
+    """Time steps; otherwise only memory is measured."""
     device: str = "cpu"
-    """Where models run."""
+    """Torch device, such as cpu or cuda."""
     output_dir: Path = Path("docs/benchmarks")
-    """Where results go."""
+    """Folder of the results."""
     child: str | None = None
-    """Measure the memory of one method, or "times" of all, in this process, and print one line of JSON."""
+    """Measure the memory of this method, or with "times" the times of all, here, and print one line of JSON."""
 
 
 def main(config: Config) -> None:
@@ -150,13 +150,13 @@ def main(config: Config) -> None:
 
 
 def child(model: str, what: str, config: Config) -> dict[str, Any]:
-    """One measurement in a process of its own."""
+    """Run one measurement in its own process."""
     turns = str(config.turns)
     return in_own_process("steps", "--models", model, "--child", what, "--device", config.device, "--turns", turns)
 
 
 def training(spec: Model, method: str, device: str) -> tuple[nn.Module, dict[str, Tensor], Callable[[], None]]:
-    """A model, a batch, and what takes a step."""
+    """A model, a batch, and a function that takes one training step."""
     model = METHODS[method](spec.load(device), spec.targets).train()
     torch.manual_seed(0)
     ids = torch.randint(5, 1000, spec.shape, device=device)
@@ -174,7 +174,7 @@ def training(spec: Model, method: str, device: str) -> tuple[nn.Module, dict[str
 
 
 def seconds(spec: Model, config: Config) -> dict[str, list[float]]:
-    """Seconds of a step, by method, for every turn; each turn begins with another method."""
+    """Seconds of a step for every turn, by method; each turn begins with another method."""
     steps = {method: training(spec, method, config.device)[2] for method in METHODS}
     found: dict[str, list[float]] = {method: [] for method in METHODS}
     order = list(METHODS)
@@ -187,7 +187,7 @@ def seconds(spec: Model, config: Config) -> dict[str, list[float]]:
 
 
 def memory(spec: Model, method: str, device: str) -> dict[str, int]:
-    """Trained parameters, bytes kept for the backward pass, peak bytes."""
+    """Number of trained parameters, bytes that autograd keeps for the backward pass, and peak bytes."""
     model, batch, step = training(spec, method, device)
     for _ in range(2):
         step()
@@ -197,7 +197,7 @@ def memory(spec: Model, method: str, device: str) -> dict[str, int]:
 
 
 def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes of the distinct tensors that autograd holds at the end of a forward pass, parameters and batch aside."""
+    """Bytes of the distinct tensors that autograd keeps after a forward pass, without parameters and the batch."""
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *batch.values())}
     sizes: dict[int, int] = {}
 
@@ -213,7 +213,7 @@ def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 
 def time_cells(found: dict[str, list[float]], method: str) -> tuple[str, str]:
-    """Median of a step, and median and quartiles of its ratio to the baseline's; dashes where nothing was timed."""
+    """Median time of a step, and median and quartiles of its ratio to the baseline's; dashes if not timed."""
     if not found:
         return "-", "-"
     ratios = [a / b for a, b in zip(found[method], found[BASELINE], strict=True)]
@@ -226,7 +226,7 @@ HEADER = ("model and method", "parameters", "step, s", "over (IA)3", "kept, MB",
 
 
 def rows(model: str, found: dict[str, Any]) -> list[list[str]]:
-    """One row a method."""
+    """One row for each method."""
     lines = [[f"**{MODELS[model].title}**", *[""] * (len(HEADER) - 1)]]
     for method, of_method in found["memory"].items():
         lines.append([
