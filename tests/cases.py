@@ -72,7 +72,7 @@ FAMILIES: dict[str, Callable[[], hf.PreTrainedConfig]] = {
         bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
     ),
 }  # fmt: skip
-# Those that the reference is tested on.
+# Families that the slow reference is tested on.
 CONFIGS = {family: FAMILIES[family] for family in ("bert", "roberta", "gpt2", "llama")}
 # Families whose classifier reads out at the end-of-text token.
 READ_AT_END = ("t5", "bart")
@@ -81,7 +81,7 @@ READ_AT_END = ("t5", "bart")
 def classifier(family: str, attention: str = "eager") -> nn.Module:
     """A float64 classifier whose every parameter is random, biases and norms included, in training mode."""
     torch.manual_seed(0)
-    # The other implementations of a mixture of experts know no float64.
+    # Other implementations of mixtures of experts do not support float64.
     options = {"experts_implementation": "eager"} if family == "mixtral" else {}
     model = hf.AutoModelForSequenceClassification.from_config(
         FAMILIES[family](), attn_implementation=attention, **options
@@ -95,7 +95,7 @@ def tied_gpt2() -> nn.Module:
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """Moves every parameter off its initial value, so that no term of a kernel vanishes by initialisation."""
+    """Change every parameter from its initial value, so that no term of a kernel is zero by initialisation."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -119,7 +119,7 @@ def batch(
 
 
 def batch_for(family: str, lengths: tuple[int, ...] = (7, 3, 5, 7), **kwargs) -> dict[str, Tensor]:
-    """A batch whose examples end as the family's classifier needs."""
+    """A batch whose examples end with the token that the family's classifier reads."""
     inputs = batch(lengths, **kwargs)
     if family in READ_AT_END:
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
@@ -139,7 +139,7 @@ def autograd_kernel(
     output: Callable | None = None,
     params: Callable[[str, nn.Parameter], bool] = lambda name, p: True,
 ) -> Tensor:
-    """The oracle: one example and one output at a time, by ``torch.autograd.grad``, on the batch as it is padded."""
+    """Reference kernel by ``torch.autograd.grad``, one example and one output at a time, on the padded batch."""
     chosen = [p for name, p in model.named_parameters() if params(name, p)]
     mode, required = model.training, [p.requires_grad for p in chosen]
     model.eval()

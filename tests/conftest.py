@@ -1,4 +1,4 @@
-"""Shared by all tests: helpers on the path, one thread per worker, and no look at the network."""
+"""Shared by all tests: helpers on the import path, one thread for each worker, and no network."""
 
 import gc
 import os
@@ -12,12 +12,12 @@ from typecheck import check_shapes_where_there_are_any
 
 check_shapes_where_there_are_any()
 
-# Workers run side by side on few cores: threads of their own would only contend. It also fixes summation order.
+# Workers share few cores, so more threads would only slow them down. One thread also fixes the order of sums.
 torch.set_num_threads(1)
 
 
 def pytest_collection_finish():
-    """What is imported stays: transformers collects garbage at every training, which walks all that is not frozen."""
+    """Freeze imported objects: transformers collects garbage at every training, which would go through all of them."""
     gc.freeze()
 
 
@@ -41,7 +41,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tokenized rows go to a folder of the test run."""
+    """Tokenized rows are cached in a folder of the test run."""
     from datasets import config as datasets_config
 
     patch = pytest.MonkeyPatch()
@@ -52,7 +52,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_models(tiny_model, tmp_path_factory):
-    """By peft's name of a task, the folder of a tiny random model for it, without a head; no dropout anywhere."""
+    """Folders of tiny random models without a head and without dropout, by peft's name of the task."""
     import transformers as hf
 
     tokenizer = hf.AutoTokenizer.from_pretrained(tiny_model)

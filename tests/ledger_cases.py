@@ -1,4 +1,4 @@
-"""Planted results for every claim of the ledger: folders that hold just what its rule reads, by chosen numbers."""
+"""Planted results for every claim of the ledger, with chosen values for the numbers that its judge reads."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ Folders = dict[str, Result]
 
 
 def planted(analysis: str, metrics: list[Metric] | None = None, **parts: Any) -> Result:
-    """A result of nothing but what is given."""
+    """A result with only the given content."""
     empty: dict[str, Any] = {"config": {}, "tables": {}, "arrays": {}, "model": {}, "dataset": {}, "environment": {},
                              "seconds": {}, "coverage": {}, "seed": 0}  # fmt: skip
     return Result(analysis=analysis, metrics=metrics or [], **(empty | parts))
@@ -66,7 +66,7 @@ def cases(
     *, pretrained: float = 0.05, limit: float = 1e-16, biases: float = 1e-16, biases_literal: float = 0.05,
     dropped: float = 0.2, dropped_literal: float = 0.05,
 ) -> Folders:  # fmt: skip
-    """Literal and corrected distances by case; what is dropped breaks the corrected theorem unless said otherwise."""
+    """Literal and corrected distances by case; cases that lack a condition violate the corrected theorem by default."""
     numbers = {"linear": (limit, limit), "ReLU": (limit, limit), "ReLU, biases trained": (biases_literal, biases)}
     numbers |= {name: (dropped_literal, dropped) for name in DROPPED}
     rows = [{"case": n, "compared": "limit", "literal": a, "corrected": b} for n, (a, b) in numbers.items()]

@@ -14,23 +14,23 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 def square(x: Tensor) -> Tensor:
-    """(n, 2, 2), well conditioned."""
+    """Matrices (n, 2, 2) of good condition, from x."""
     return x.reshape(-1, 2, 2).tanh() + 2 * torch.eye(2, dtype=x.dtype)
 
 
 def definite(x: Tensor, p: Tensor) -> Tensor:
-    """(n, 2, 2), symmetric and positive."""
+    """Symmetric positive definite matrices (n, 2, 2), from x."""
     A = square(x) + p
     return A @ A.mT + torch.eye(2, dtype=x.dtype)
 
 
 def ids(x: Tensor, count: int) -> Tensor:
-    """(n, 4) numbers of rows, from the values."""
+    """Row numbers (n, 4), from the values of x."""
     return (x.detach().abs() * 7).long() % count
 
 
 def unit(x: Tensor) -> Tensor:
-    """Between 0 and 1."""
+    """Values between 0 and 1, from x."""
     return x.sigmoid()
 
 
@@ -164,7 +164,7 @@ OPERATIONS: dict[str, tuple[tuple[int, ...], Operation]] = {
     ),
     "pixel_shuffle": ((4,), lambda x, p: F.pixel_shuffle((x * p)[:, :, None, None], 2)),
     "pad": ((4,), lambda x, p: F.pad((x * p)[:, None], (1, 2), mode="reflect")),
-    # places and orders
+    # indexing and reordering
     "embedding": ((5, 3), lambda x, p: F.embedding(ids(x, 5), p)),
     "embedding, padding": ((5, 3), lambda x, p: F.embedding(ids(x, 5), p, padding_idx=1)),
     "embedding, scaled": ((5, 3), lambda x, p: F.embedding(ids(x, 5), p, scale_grad_by_freq=True)),
@@ -317,7 +317,7 @@ OPERATIONS: dict[str, tuple[tuple[int, ...], Operation]] = {
     "polar": ((4,), lambda x, p: torch.polar(x.abs() + 1, x * p).real),
     "stft, data": ((4,), lambda x, p: torch.stft(x * p, 4, 2, center=False, return_complex=True).abs()),
     "dct by products": ((4, 4), lambda x, p: torch.fft.fft(x, dim=1).real @ p),
-    # written by hand
+    # custom derivatives
     "double where": ((4,), lambda x, p: torch.where(x * p > 0, torch.log1p((x * p).abs()), x)),
     "loop over it": ((3,), lambda x, p: sum(w * x**k for k, w in enumerate(p, 1))),
     "branch by value": ((4,), lambda x, p: x * p if bool((x > 0).all()) else x - p),

@@ -1,4 +1,4 @@
-"""On a GPU as on a processor: kernels, scale vectors, training and analyses; skipped where there is none."""
+"""Kernels, scale vectors, training and analyses give the same on a GPU as on a CPU; skipped without a GPU."""
 
 import copy
 import dataclasses
@@ -30,9 +30,9 @@ from propulsion.training import TrainingOptions
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 EXACT = 1e-10
-# Orders of summation differ, and here alone: matrix products of float32 must not be rounded to TF32.
+# Only the order of sums may differ: float32 matrix products must not be rounded to TF32.
 FLOAT32 = 1e-4
-# What a processor and a GPU make of a float64 model that computes its softmax, norms or rotary angles in float32.
+# Tolerance for float64 models that compute their softmax, norms or rotary angles in float32.
 ROUNDED = 1e-5
 FLOAT64 = ("bert", "roberta", "gpt2", "distilbert", "electra", "albert", "deberta-v2", "bart")
 """Families that compute in float64 throughout."""
@@ -47,7 +47,7 @@ def moved(inputs):
 
 
 def across(family):
-    """How near the results of two devices are."""
+    """The relative difference of two devices' results."""
     return EXACT if family in FLOAT64 else ROUNDED
 
 
@@ -69,7 +69,7 @@ def test_kernels_of_all_methods(family):
     methods = {**every, "LoRA": ntk.adapters.LoRA(rank=2), "DoRA": ntk.adapters.DoRA(rank=2, seed=1),
                "Propulsion, k = 15": ntk.adapters.Propulsion(degree=15), "BitFit": ntk.adapters.BitFit(),
                "subset": ntk.adapters.RandomSubset(count=16)}  # fmt: skip
-    if family == "llama":  # It has no biases.
+    if family == "llama":  # This model has no biases.
         del methods["BitFit"]
     expected = ntk.adapter_kernels(model, inputs, methods)
     found = ntk.adapter_kernels(model.cuda(), moved(inputs), methods)
@@ -105,7 +105,7 @@ def test_outputs_gradients_and_merging(family, lean):
         gradients = [p.grad.cpu() for p in twin.parameters() if p.grad is not None]
         merged = twin.merge_and_unload()(**{name: value.to(on) for name, value in inputs.items()}).logits
         found.append([logits.cpu(), merged.cpu(), *gradients])
-    rtol = 10 * across(family)  # Of single entries here, and not of a norm.
+    rtol = 10 * across(family)  # This is the error of single entries, not of a norm.
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=0.1 * rtol)
 
@@ -130,7 +130,7 @@ def test_scales_stay_float32_over_narrow_weights(dtype):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_as_on_a_processor(tiny_model, method, bf16):
-    """A few steps from the same start; dropout draws other numbers there, so the first loss alone is compared."""
+    """A few steps from the same start; since dropout draws other numbers on a GPU, only the first loss is compared."""
     data = load_task_data("demo", n_train=16, n_validation=8)
     training = TrainingOptions(max_steps=6, per_device_train_batch_size=4, max_length=32, learning_rate=1e-3, bf16=bf16)
     runs = [
@@ -155,7 +155,7 @@ def config(tiny_model, tmp_path):
 
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """An exception that no code catches."""
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(config, bf16, monkeypatch):
 
     def kill(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 2:  # The second checkpoint is whole, but not in its place.
+        if len(calls) == 2:  # The second checkpoint is complete, but not renamed yet.
             raise Killed
         return rename(*args, **kwargs)
 
@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(config, bf16, monkeypatch):
     assert (config.output_dir / "checkpoint-4").is_dir()
     train_run(config)
     found, expected = (load_file(c.output_dir / "model" / "adapter_model.safetensors") for c in (config, whole))
-    for name, value in expected.items():  # Sums on a GPU may be of another order each time.
+    for name, value in expected.items():  # Sums on a GPU may have another order each time.
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
 
 
@@ -200,7 +200,7 @@ def numbers(result):
 
 
 def compare(module, config, rel):
-    """A whole analysis on both; whatever its kernels say must be the same."""
+    """Run an analysis on both devices, and compare all results of its kernels."""
     results = [module.run(dataclasses.replace(config, device=device)) for device in ("cpu", "cuda")]
     expected, found = map(numbers, results)
     assert expected.keys() == found.keys()
@@ -247,4 +247,4 @@ def test_memory_is_the_accelerators(tiny_model):
     result = measure_memory(MemoryConfig(methods=("full", "bitfit"), rounds=1, run=run))
     full, bitfit = result.tables["methods"]
     assert full["over_model_bytes"] > bitfit["over_model_bytes"] > 0
-    assert full["peak_bytes"] < 200e6  # The process itself takes more.
+    assert full["peak_bytes"] < 200e6  # The memory of the whole process would be larger.

@@ -1,4 +1,4 @@
-"""What the documentation site is made of, without building it: that is a step of .ci/run."""
+"""The parts of the documentation site; .ci/run builds the site itself."""
 
 import importlib
 import sys

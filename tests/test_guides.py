@@ -1,6 +1,6 @@
-"""The guides' code runs: the blocks of one page in order, in one namespace, with the packaged encoder.
+"""The guides' code runs: the blocks of a page in order, in one namespace, with the packaged encoder.
 
-Only what would come from the hub is a tiny random model in its place.
+Tiny random models replace those from the hub.
 """
 
 import re
@@ -25,7 +25,7 @@ def blocks(page: Path) -> list[str]:
 
 @pytest.fixture
 def no_hub(monkeypatch, tiny_models):
-    """Names of the hub stand for tiny models."""
+    """Replace models of the hub by tiny ones."""
     load = pretrained.load_model
 
     def load_model(model=None, *, task_type, **options):
@@ -36,7 +36,7 @@ def no_hub(monkeypatch, tiny_models):
 
 @pytest.fixture(autouse=True)
 def tables():
-    """A guide may add to tables; other tests must not see that."""
+    """A guide may add entries to tables; they are removed afterwards, so that other tests do not see them."""
     with ExitStack() as stack:
         for table in (RULES, ACTIVATIONS, TASKS):
             stack.enter_context(patch.dict(table))

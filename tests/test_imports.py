@@ -1,4 +1,4 @@
-"""Imports run one way, without a circle, so that every room can be read and tested by what lies below it."""
+"""Imports go in one direction, without circles: a package imports only packages below it."""
 
 import ast
 import subprocess
@@ -21,7 +21,7 @@ MAY_IMPORT = {
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the packages by its name."""
+    """Every module of the packages, by name."""
     found = {}
     for package in ("analyses", "figures", "ntk", "propulsion"):
         for path in (ROOT / package).rglob("*.py"):

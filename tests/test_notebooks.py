@@ -13,7 +13,7 @@ import torch
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "docs" / "notebooks").glob("*.ipynb"))
 LARGEST = 500_000  # bytes
-# What shows more than it tests: the widest networks cost most.
+# The widest networks cost most and test little.
 SHORTER = {"widths = (64, 128, 256, 512, 1024)": "widths = (64, 128)"}
 
 
@@ -34,7 +34,7 @@ def test_the_published_copy_is_executed_in_order_and_small(notebook):
     outputs = [output for cell in code for output in cell["outputs"]]
     assert all(output["output_type"] != "error" and output.get("name") != "stderr" for output in outputs)
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    # The commit that it was executed at, and no path of the machine.
+    # It names the commit that it was executed at, and no path of the machine.
     text = json.dumps(outputs)
     assert re.search(r"'commit': '[0-9a-f]{40}'", text)
     assert not re.search(r"(/home/|/tmp/|/root/)", text)

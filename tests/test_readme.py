@@ -1,4 +1,4 @@
-"""The README's examples run, on a tiny model in place of the reader's."""
+"""The README's examples run, with a tiny model as the reader's model."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The run-time type checker of the test run: beartype, with Python's own reading of float, which takes an int."""
+"""The run-time type checker of the test run: beartype, where float also accepts an int, as in Python's typing."""
 
 import inspect
 from functools import partial, wraps
@@ -11,7 +11,7 @@ _jaxtyped = jaxtyping.jaxtyped
 
 
 def _with_shapes(function, *, typechecker):
-    """As `jaxtyping.jaxtyped`, but a function without shapes in its annotations has its types alone checked.
+    """Like `jaxtyping.jaxtyped`, but of functions without shapes in their annotations only types are checked.
 
     jaxtyping binds the arguments of every call, which is slow.
     """
@@ -27,5 +27,5 @@ def _with_shapes(function, *, typechecker):
 
 
 def check_shapes_where_there_are_any():
-    """Before the packages are imported: the import hook looks the decorator up by its name."""
+    """Install the checker before the packages are imported; the import hook finds the decorator by name."""
     jaxtyping.jaxtyped = lambda *, typechecker: partial(_with_shapes, typechecker=typechecker)

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: reproducible, about the value, and covering what they should."""
+"""Bootstrap intervals are reproducible, contain the value, and have the stated coverage."""
 
 import math
 
@@ -86,7 +86,7 @@ def test_the_interval_over_seeds_is_as_wide_as_it_says(between, within, factor):
         _, low, high = seed_interval(each, seed=int(rng.integers(1 << 30)))
         widths.append((high - low) ** 2)
     variance = np.mean(widths) / (2 * 1.96) ** 2
-    # Three seeds drawn anew have few values, so that quantiles stand for a normal's only roughly.
+    # Resamples of three seeds take few values, so that quantiles only roughly equal those of a normal distribution.
     assert variance == pytest.approx(factor * (between + within) / 3, rel=0.25)
 
 
@@ -99,7 +99,7 @@ def test_a_seed_without_a_value_leaves_the_mean_without_one():
 
 @pytest.mark.parametrize("metric", RESAMPLED, ids=lambda metric: metric.__name__)
 def test_all_resamples_at_once_are_each_by_itself(metric):
-    # A large mean entry, as kernels of pre-trained models have, is what centring has to take out.
+    # Centring must remove a large mean entry, as kernels of pre-trained models have.
     pair = [K + 100 for K in kernels(9, 1)]
     operands = pair[:1] if metric is ntk.trace else pair
     value, values = resampled(metric, operands, resamples=40, seed=5)

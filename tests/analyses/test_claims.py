@@ -1,4 +1,4 @@
-"""The ledger from stored results, its three forms, and the runs behind it: killed, resumed, failed."""
+"""The ledger of claims: from stored results, in its three formats, and from runs that are killed, resumed or fail."""
 
 import html
 import importlib
@@ -41,7 +41,7 @@ def stored():
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The reports that the committed results give now, from the root of the repository as documents name it."""
+    """Write the reports for the committed results, with the repository's root as the current folder."""
     folder = tmp_path_factory.mktemp("claims")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -53,7 +53,7 @@ def published(tmp_path_factory):
 
 
 def test_the_published_ledger_is_what_the_published_results_give(published):
-    """Fails where results changed: python -m analyses.claims --load docs/results --output-dir docs/claims."""
+    """If it fails, results changed: run python -m analyses.claims --load docs/results --output-dir docs/claims."""
     found, kept = (json.loads((f / "ledger.json").read_text("utf-8")) for f in (published, ROOT / "docs" / "claims"))
     assert [row["key"] for row in kept["rows"]] == [claim.key for claim in CLAIMS]
     for row, expected in zip(found["rows"], kept["rows"], strict=True):
@@ -97,7 +97,7 @@ def test_a_published_result_names_its_commit_and_no_machine(name, stored):
     shallow = subprocess.run(
         [*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True, check=False
     )
-    if shallow.stdout.strip() == "false":  # Elsewhere there is no history to look in.
+    if shallow.stdout.strip() == "false":  # Other copies of the repository have no history to look the commit up in.
         subprocess.run([*git, "cat-file", "-e", environment["commit"]], check=True)
 
 
@@ -108,10 +108,10 @@ def test_the_full_plan_is_what_is_published(stored):
     for run in plan:
         config = run.config(Path("results"))
         planned = options_of(config)
-        # Options that came after a result was published were at their defaults.
+        # Options that are newer than a published result must have their defaults.
         found = default_options(type(config)) | options_of(stored[run.name].config)
         for option in planned.keys() - commands._NOT_THE_EXPERIMENT - places:
-            resolved = option == "degree" and planned[option] is None  # The task's, which the result names.
+            resolved = option == "degree" and planned[option] is None  # The result stores the task's degree.
             assert resolved or planned[option] == found[option], (run.name, option)
         for option in planned.keys() & {"comparison", "rates_from"}:
             assert (planned[option] is None) == (found[option] is None), (run.name, option)
@@ -145,7 +145,7 @@ def test_every_row_says_how_it_was_judged(published):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text."""
+    """Collects the tags of a page with their attributes, and its text."""
 
     def __init__(self, text):
         super().__init__()
@@ -211,7 +211,7 @@ def test_the_page_is_never_wider_than_its_window(published, tmp_path):
 
 
 def launch(command, log):
-    """A run in this process: what the test is about is not that a process is a process."""
+    """Run the analysis in this process, which is faster than a process of its own."""
     module = importlib.import_module(command[2])
     log.write_text("", encoding="utf-8")
     publish = module.ANALYSIS.publish if hasattr(module, "ANALYSIS") else module.main
@@ -220,12 +220,12 @@ def launch(command, log):
 
 
 class Killed(BaseException):
-    """SIGKILL, as far as a test in one process can have it."""
+    """Stands for SIGKILL in a test that runs in one process."""
 
 
 @pytest.fixture
 def plan(monkeypatch):
-    """One run without a grid and one with, whose training is a stand-in: that runs repeat is for their own tests."""
+    """One run without a grid and one with a grid, whose training is replaced by a constant result."""
 
     def score(config, data, setting, seed):
         value = 0.5 + 0.1 * float(setting.label) + 0.01 * seed
@@ -330,7 +330,7 @@ def test_a_failed_run_is_one_line_and_what_needs_it_waits(tmp_path, capsys):
         runs.run("convergence", comparison=runs.Earlier("parameter_count")),
     ]
     runs.check_root(tmp_path, quick=False)
-    failed = runs.carry_out(plan, tmp_path)  # In a process of its own, as it is.
+    failed = runs.carry_out(plan, tmp_path)  # The program runs in its own process.
     assert failed["parameter_count"].startswith("failed (exit 2): no model RoBERTa-tiny; there are RoBERTa-base")
     assert failed["convergence"] == "waits for parameter_count"
     assert not any(tmp_path.rglob(RESULT_FILE))

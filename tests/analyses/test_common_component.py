@@ -1,4 +1,4 @@
-"""The split of kernels by the mean activation, against features made by plain autograd, example by example."""
+"""The split of kernels by the mean activation, compared with features from plain autograd for each example."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ EXACT = 1e-10
 
 
 def plain(model, inputs):
-    """Inputs, outputs and output gradients of the body's linear layers, from hooks: layer -> example -> (x, y, g)."""
+    """Inputs, outputs and output gradients of the backbone's linear layers, by hooks: layer -> example -> (x, y, g)."""
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("bert.")}
     seen = {name: [] for name in linear}
     model.eval()
@@ -33,7 +33,7 @@ def plain(model, inputs):
 
 
 def expected(model, inputs):
-    """Every kernel of the split, by its definition."""
+    """Every kernel of the split, computed from its definition."""
     linear, seen = plain(model, inputs)
     total = {}
     for name, module in linear.items():

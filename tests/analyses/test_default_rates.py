@@ -1,4 +1,4 @@
-"""Default rates beside fixed ones and a grid: computed in pieces, compared as the cells say."""
+"""The analysis of default rates: it resumes, and its comparison follows from the stored cells."""
 
 from dataclasses import replace
 

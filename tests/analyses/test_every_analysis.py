@@ -1,4 +1,4 @@
-"""What holds of every analysis: one smallest configuration of each, put to the same questions."""
+"""The same tests for every analysis, each on its smallest configuration."""
 
 import dataclasses
 import importlib
@@ -84,7 +84,7 @@ SMALLEST = {
 
 
 def every_analysis() -> dict[str, Analysis]:
-    """Every analysis of the package, found and not listed."""
+    """Every analysis of the package, found by searching its modules."""
     names = [module.name for module in pkgutil.iter_modules(analyses.__path__, "analyses.")]
     found = (getattr(importlib.import_module(name), "ANALYSIS", None) for name in names)
     return {analysis.name: analysis for analysis in found if analysis is not None}
@@ -113,7 +113,7 @@ def in_a_process_that_is_killed(work) -> None:
     child = os.fork()
     if not child:
         try:
-            torch.set_num_threads(1)  # A fork has none of the threads that OpenMP started before it.
+            torch.set_num_threads(1)  # OpenMP's threads do not exist in a fork.
             work()
         except BaseException:
             traceback.print_exc()
@@ -142,7 +142,7 @@ def test_a_killed_run_leaves_no_result_and_the_same_command_makes_it(asked, monk
     write = Grid._write
 
     def written(self, *arguments):
-        if self.computed:  # The first cell is finished; the second is computed and not yet written.
+        if self.computed:  # The first cell is written, the second only computed.
             kill()
         return write(self, *arguments)
 
@@ -205,7 +205,7 @@ GRIDS = pytest.mark.parametrize(
 
 
 class Asked(BaseException):
-    """Carries the settings of the first cell that an analysis asks for."""
+    """Raised with the settings of the first cell that an analysis asks for."""
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def first_settings(monkeypatch):
 
 @pytest.fixture
 def rows(tmp_path):
-    """Two data folders of the same name: the demonstration's rows, and the same with one word more in one row."""
+    """Two data folders of the same name: the demonstration task's rows, and the same with one more word in one row."""
     found = {}
     for place in ("one", "other"):
         folder = tmp_path / place / "data" / "demo"
@@ -243,7 +243,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def models(tiny_model, tmp_path):
-    """Folders of the same name: the same weights; one number of one weight changed; another dropout."""
+    """Model folders of the same name: equal weights; one changed number of one weight; another dropout."""
     found = {"one": Path(tiny_model)}
     for kind in ("copy", "weight", "config"):
         found[kind] = tmp_path / kind / Path(tiny_model).name
@@ -262,7 +262,7 @@ def test_cells_follow_rows_and_weights_and_no_names(analysis, rows, models, tmp_
         inputs = {"data_dir": rows[data], "model": str(models[model])}
         config = analysis.config(output_dir=tmp_path / "result")
         if hasattr(config, "run"):
-            # All rows are drawn, whatever the task has.
+            # Use all rows of the task, however many it has.
             training = replace(config.run.training, max_length=32)
             run = replace(config.run, n_train=10**6, n_validation=10**6, training=training, **inputs)
             return first_settings(analysis, replace(config, run=run))
@@ -289,7 +289,7 @@ def leaves(config, prefix=""):
 def changed_past_the_checks(config, path, value):
     name, _, rest = path.partition(".")
     value = changed_past_the_checks(getattr(config, name), rest, value) if rest else value
-    other = object.__new__(type(config))  # Past the checks: only whether the field counts matters here.
+    other = object.__new__(type(config))  # Skip the checks: only the identity of cells matters here.
     for field in dataclasses.fields(config):
         object.__setattr__(other, field.name, value if field.name == name else getattr(config, field.name))
     return other

@@ -1,4 +1,4 @@
-"""A grid: each cell computed once, whatever stops it, and never mixed with another experiment's."""
+"""Grids: each cell is computed once, also after interruptions, and cells of different experiments do not mix."""
 
 import dataclasses
 import json
@@ -79,7 +79,7 @@ def test_an_interrupted_cell_leaves_nothing_and_the_rest_is_said(tmp_path, capsy
 
 
 def test_cells_of_other_settings_lie_side_by_side(tmp_path, capsys):
-    """Neither is taken for the other, be it that what all share differs, or what is its own though the name is one."""
+    """Cells of one name are told apart if the shared settings differ, or their own settings."""
     kinds = [({"steps": 3}, 1.0), ({"steps": 4}, 1.0), ({"steps": 3}, 1.0 + 1e-9), ({}, 1.0)]
 
     def each():
@@ -91,7 +91,7 @@ def test_cells_of_other_settings_lie_side_by_side(tmp_path, capsys):
     assert "(3 of other settings, rows or weights beside it)" in capsys.readouterr().out
     assert each() == first
     assert len(list(tmp_path.iterdir())) == 4
-    (tmp_path / "a.json").write_text('{"found": {"n": 9}, "settings": {}}')  # As older versions wrote them.
+    (tmp_path / "a.json").write_text('{"found": {"n": 9}, "settings": {}}')  # The format of older versions.
     assert each() == first
 
 

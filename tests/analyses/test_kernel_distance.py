@@ -1,4 +1,4 @@
-"""The main job on a tiny model: what the result holds, that it follows the seed, and what a mistake prints."""
+"""kernel_distance on a tiny model: the content of its result, the effect of seeds, and messages for mistakes."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def test_every_kernel_is_there_at_both_stages_symmetric_and_positive(result):
 
 
 def test_the_head_is_the_same_on_both_sides_at_the_start(result):
-    """Its share is the same kernel in both models, so the two differences agree."""
+    """The head has the same kernel in both models, so that the two differences agree."""
     start = {name.split(".")[1]: k for name, k in result.arrays.items() if name.startswith("initialisation.")}
     head = start["full_all"] - start["full_backbone"]
     np.testing.assert_allclose(start["propulsion_z_head"] - start["propulsion_z"], head, rtol=1e-3, atol=1e-5)
@@ -119,9 +119,9 @@ def test_several_seeds_are_averaged_and_a_killed_run_goes_on(config, result, tmp
     for row, one, other in zip(found.tables["scores"], result.tables["scores"], alone.tables["scores"], strict=True):
         assert row["accuracy"] == pytest.approx((one["accuracy"] + other["accuracy"]) / 2)
     assert found.arrays.keys() == result.arrays.keys()
-    # Cells of other settings are computed beside them, and the first are still there.
+    # Cells of other settings are added, and the first cells are kept.
     run(dataclasses.replace(both, null_draws=1))
-    assert measured == [3, 4, 4, 4, 3, 4]  # one seed alone is measured without a cell
+    assert measured == [3, 4, 4, 4, 3, 4]  # A single seed is measured without a cell.
     run(both)
     assert len(measured) == 6
 

@@ -1,4 +1,4 @@
-"""Drift along training: measured on a tiny model against plain autograd, run whole in pieces, and drawn."""
+"""Drift during training: measured on a tiny model and compared with plain autograd; the whole analysis, resumed."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def result(config):
 
 @pytest.fixture(params=METHODS)
 def moved(request, tiny_model):
-    """A model in float64 moved away from its start, the start, and padded inputs."""
+    """A float64 model with changed parameters, its initial parameters, and padded inputs."""
     model, tokenizer = load_classifier(tiny_model, num_labels=2, dtype=torch.float64)
     model = apply_method(model, Method.parse(request.param).with_defaults(degree=3), task_type="SEQ_CLS").eval()
     start = probe.trained_values(model)
@@ -62,7 +62,7 @@ def moved(request, tiny_model):
 
 
 def jacobians(model, inputs, names):
-    """``(m, c, p)`` by autograd, one example without its padding and one output at a time."""
+    """Jacobians ``(m, c, p)`` by autograd, for each example without padding and each output."""
     parameters = [model.get_parameter(name) for name in names]
     rows = []
     for i, length in enumerate(inputs["attention_mask"].sum(1)):
@@ -159,7 +159,7 @@ def test_a_kernel_that_only_grew(kernel):
     assert values["kernel_cka_with_start"] == pytest.approx(1)
     assert values["kernel_trace_ratio"] == pytest.approx(3)
     assert values["relative_jacobian_drift"] == pytest.approx(0.5)
-    assert np.isnan(values["linearisation_error"])  # Nothing moved.
+    assert np.isnan(values["linearisation_error"])  # No parameter has changed.
 
 
 def test_the_error_of_the_linearisation(kernel):
@@ -171,7 +171,7 @@ def test_the_error_of_the_linearisation(kernel):
     assert found["linearisation_error"].by_seed == pytest.approx((0.25, 0.25))
     assert found["linearised_movement"].value == pytest.approx(0.75)
     low, high = found["linearisation_error"].examples
-    assert (low, high) == pytest.approx((0.25, 0.25))  # The same for every example.
+    assert (low, high) == pytest.approx((0.25, 0.25))  # The norms do not depend on the example.
     nulls = {(name, right): e.value for name, right, e in measures.method_nulls([cell, cell], draws=2)}
     order = measures.order(8, 0)
     expected = float((step - 0.75 * step[order]).norm() / step.norm())
@@ -186,7 +186,7 @@ def test_intervals_over_seeds_and_examples(kernel):
     drift = dict(measures.method_estimates(cells, 1, resamples=20))["relative_kernel_drift"]
     assert drift.by_seed == pytest.approx((0.1, 0.2, 0.3), rel=1e-5)
     assert drift.seeds == pytest.approx((0.2 - 0.1 * 4.302653 / 3**0.5, 0.2 + 0.1 * 4.302653 / 3**0.5), rel=1e-4)
-    assert drift.examples == pytest.approx((0.2, 0.2), rel=1e-5)  # Scaling is the same on all examples.
+    assert drift.examples == pytest.approx((0.2, 0.2), rel=1e-5)  # The same in all resamples of examples.
     assert drift.ends == drift.seeds
     single = dict(measures.method_estimates(cells[:1], 1, resamples=20))["relative_kernel_drift"]
     assert single.ends == single.examples
@@ -194,7 +194,7 @@ def test_intervals_over_seeds_and_examples(kernel):
 
 def test_a_score_that_is_undefined_stays_so(kernel):
     cell = planted([kernel, kernel])
-    cell["points"][0]["score"] = None  # As a cell keeps a correlation with constant predictions.
+    cell["points"][0]["score"] = None  # A cell stores this for a correlation with constant predictions.
     assert np.isnan(dict(measures.method_estimates([cell], 0, resamples=1))["score"].value)
 
 
@@ -226,7 +226,7 @@ def test_a_run_in_pieces(config, result):
             for method in METHODS[1:]:
                 value = result.metric(name, stage=stage, left="full", right=method).value
                 assert 0 <= value <= 1 + 1e-9
-    # A second call finds everything computed, and the same.
+    # A second call computes nothing and gives the same result.
     again = kernel_drift.run(replace(config, max_runs=0))
     assert again is not None
     assert [(m.name, m.left, m.right) for m in again.metrics] == [(m.name, m.left, m.right) for m in result.metrics]

@@ -1,4 +1,4 @@
-"""Every claim's rule on planted results: each verdict it can give, at and around its thresholds."""
+"""Every claim is judged on planted results: each verdict that it can have, at and near its thresholds."""
 
 import math
 
@@ -42,14 +42,14 @@ PLANTED = [
     ("theorem1-literal", distances() | distances("rte", raw=around(0.975)) | cases(), FAILS),
     ("theorem1-literal", distances() | cases(pretrained=0.11), FAILS),
     ("theorem1-literal", distances() | cases(dropped_literal=0.25), FAILS),
-    # Rounding where the conditions hold, more where one is dropped, and the rate.
+    # The distance is rounding where the conditions hold, and larger where one does not; the slope is -1/2.
     ("theorem1-corrected", cases() | widths(), HOLDS),
     ("theorem1-corrected", cases(biases=2e-12) | widths(), FAILS),
     ("theorem1-corrected", cases(limit=0.1) | widths(), FAILS),
     ("theorem1-corrected", cases(dropped=1e-10) | widths(), CONDITIONS),
     ("theorem1-corrected", cases() | widths(slope=(-0.3, -0.35, -0.25)), CONDITIONS),
     ("theorem1-corrected", cases() | widths(slope=(-0.35, -0.4, -0.3)), HOLDS),
-    # Aligned, and beyond chance.
+    # The kernels are aligned, and more than by chance.
     ("theorem1-scale", distances(), HOLDS),
     ("theorem1-scale", distances(cka=(0.95, 0.9, 0.97)), HOLDS),
     ("theorem1-scale", distances(cka=(0.95, 0.89, 0.97)), CONDITIONS),
@@ -72,7 +72,7 @@ PLANTED = [
     ("fixed-features", drifts("relative_kernel_drift", around(2.0), around(0.05)), CONDITIONS),
     ("fixed-features", drifts("relative_kernel_drift", around(2.0), around(0.2)), FAILS),
     ("fixed-features", drifts("relative_kernel_drift", WIDE, WIDE), UNTESTABLE),
-    # Without a kernel_drift of the task, what kernel_distance says; with one, not.
+    # kernel_distance is evidence only if the task has no result of kernel_drift.
     ("fixed-features", distances(), HOLDS),
     ("fixed-features", distances(drift=(9.0, 0.05)), CONDITIONS),
     ("fixed-features", distances(drift=(9.0, 9.0)), FAILS),
@@ -94,7 +94,7 @@ PLANTED = [
     ("kernel-predicts", predictions(own=around(0.6)), FAILS),
     ("kernel-predicts", predictions(own=(0.8, 0.5, 1.1)), UNTESTABLE),
     ("kernel-predicts", predictions(own=0.95), UNTESTABLE),
-    # One answer throughout, of network and kernel alike.
+    # Network and kernel both give the same class for all examples.
     ("kernel-predicts", predictions(own=(1.0, 1.0, 1.0), chance=(1.0, 1.0, 1.0)), UNTESTABLE),
     ("same-predictions", predictions(), HOLDS),
     ("same-predictions", predictions(networks=around(0.5)), CONDITIONS),
@@ -140,7 +140,7 @@ PLANTED = [
     ("large-models", tuned(around(0.9), "SmolLM2-135M-Instruct.Q4_1.gguf"), UNTESTABLE),
     ("large-models", tuned((0.5, 0.3, 0.7), "llama-7b"), UNTESTABLE),
     ("degree", settings("degree_fixed_rate", _1=[0.7, 0.71], _25=[0.8, 0.81], _100=[0.6, 0.61]), HOLDS),
-    # A run that diverged scores nothing: it falls.
+    # A run that diverged scores 0, so that accuracy falls after the peak.
     ("degree", settings("degree_fixed_rate", _1=[0.7, 0.71], _25=[0.8, 0.81], _100=[None, None]), HOLDS),
     ("degree", settings("degree_fixed_rate", _1=[0.7, 0.71], _25=[0.8, 0.81], _100=[0.8, 0.815]), CONDITIONS),
     ("degree", settings("degree_fixed_rate", _1=[0.7, 0.71], _25=[0.8, 0.81], _100=[0.6, 0.61])
@@ -152,7 +152,7 @@ PLANTED = [
     ("positions", settings("positions", all=[0.8, 0.81], attn=[0.7, 0.9], mlp=[0.6, 0.61]), CONDITIONS),
     ("positions", settings("positions", all=[0.8, 0.81], attn=[0.9, 0.91], mlp=[0.6, 0.61]), FAILS),
     ("positions", settings("positions", all=[0.8], attn=[0.7]), UNTESTABLE),
-    # A choice that has not learnt yet says nothing of what it can do.
+    # A choice that has not learnt is undecided.
     ("positions", settings("positions", 0.5, all=[0.8, 0.81], attn=[0.5, 0.51], mlp=[0.6, 0.61]), CONDITIONS),
     ("positions", settings("positions", 0.5, all=[0.8, 0.81], attn=[0.5, 0.5], mlp=[0.5, 0.51]), UNTESTABLE),
     ("pooling", settings("vectors", _1=[0.9, 0.91], _2_mean=[0.8, 0.81], _2_max=[0.7, 0.71]), HOLDS),
@@ -171,7 +171,7 @@ PLANTED = [
     ("table6", deltas(rank=(1.0, 0.5, 1.0)), CONDITIONS),
     ("table6", deltas(rank=(0.5, 0.3, 1.0)), FAILS),
 ]  # fmt: skip
-# Exact counts and closed forms are never undecided; and these have one number only, or none in part.
+# These claims are never undecided (exact counts, closed forms), have only one number, or cannot be met in part.
 NEVER = {
     "theorem1-literal": {UNTESTABLE}, "theorem1-corrected": {UNTESTABLE}, "wide-limit": {UNTESTABLE},
     "jl-bound": {CONDITIONS, UNTESTABLE}, "parameter-pair": {UNTESTABLE}, "fewer-than-lora": {UNTESTABLE},

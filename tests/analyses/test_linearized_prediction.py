@@ -1,4 +1,4 @@
-"""Kernel predictions against trained networks: run whole on tiny models, and the parts on known cases."""
+"""Kernel predictions against trained networks: the whole analysis on tiny models, and its functions on known cases."""
 
 import copy
 from dataclasses import replace
@@ -61,7 +61,7 @@ def value(result, name, left, right="", n=8):
 def test_a_killed_run_ends_with_the_same_result(config, result):
     assert (config.output_dir / "linearized_prediction.png").exists()
     assert linearized_prediction.run(replace(config, max_runs=0)) is not None
-    # A seed has two kernel cells and, for two sizes, two methods and one trained again.
+    # A seed has two kernel cells and, for each of two sizes, three networks: two methods, one of them trained again.
     assert len(list(config.output_dir.with_name("result-runs").glob("*.json"))) == 2 * (2 + 2 * 3)
 
 
@@ -89,7 +89,7 @@ def test_every_comparison_is_there(config, result):
         for prefix in ("trained", "kernel", "flow", "kernel_head", "sign_kernel"):
             assert 0 <= value(result, f"{prefix}_agreement", "full", other) <= 1
     assert 0 <= value(result, "trained_agreement", "full", AGAIN) <= 1
-    # Sign kernels only where they were asked for, and said so.
+    # Sign kernels are computed only below the limit, and the result says so.
     names = {(m.right, m.stage) for m in result.metrics}
     assert (SIGN, "n=8") in names
     assert (SIGN, "n=12") not in names
@@ -108,7 +108,7 @@ def test_training_sets_are_nested_and_drawn_by_the_seed(config):
 
 
 def test_a_network_near_its_start_moves_as_its_kernel_says(tiny_model):
-    """One small step of gradient descent on everything, from the start that the kernel cell has."""
+    """Compare one small step of gradient descent on all parameters with the kernel cell's prediction."""
     config = Config(model=str(tiny_model), methods=("full",), sizes=(8,), n_test=8, training=TRAINING, sign_limit=0)
     setting = setting_of(config)
     start = start_of(setting, setting.methods, 8, 0)
@@ -129,7 +129,7 @@ def test_a_network_near_its_start_moves_as_its_kernel_says(tiny_model):
                 p -= rate * p.grad
     moved = ntk.outputs.margin()(model(**start.inputs), None)[:, 0].detach().double() - f0
     expected = rate * kernel[:, :8] @ (y - f0[:8])
-    # Float32 weights, and a step that is not infinitely small.
+    # The tolerance covers float32 weights and a step of finite size.
     assert float((moved - expected).norm() / expected.norm()) < 0.05
 
 
@@ -152,7 +152,7 @@ def test_regression_is_ntk_s(toy):
         torch.testing.assert_close(moved, expected)
     late = flow(K, y[:20, None], cross)[1e4]
     torch.testing.assert_close(late, kernel_regression(K, y[:20, None], cross=cross), rtol=1e-6, atol=1e-6)
-    # A symmetric kernel's regression is the same by way of the other.
+    # For a symmetric kernel both kinds of regression agree.
     torch.testing.assert_close(sign_regression(K, y[:20, None], cross)[0.1], found[0.1])
 
 
@@ -161,7 +161,7 @@ def test_what_a_kernel_can_say_is_predicted_with_a_small_ridge(toy):
     f, ridge = predict(regression, kernel, y[:30], torch.zeros(40), seed=0)
     assert ridge == min(predictors.RIDGES)
     torch.testing.assert_close(f, y[30:], rtol=1e-2, atol=1e-2)
-    # Noise is not: the largest ridge, or what is worse on left-out rows, is chosen.
+    # Noise cannot be predicted, so that the largest ridge has the smallest error on left-out rows.
     _, ridge = predict(regression, kernel, f0[:30], torch.zeros(40), seed=0)
     assert ridge == max(predictors.RIDGES)
 
@@ -197,7 +197,7 @@ def test_alikeness_of_known_outputs():
     assert found["chance_agreement"] == pytest.approx(0.5)
     assert found["independent_errors_agreement"] == pytest.approx(0.75**2 + 0.25**2)
     assert found["logit_correlation"] == pytest.approx(1)
-    other = np.array([-1, -1, 1.0, -1, 1, 1, -1, 1])  # As accurate, other errors.
+    other = np.array([-1, -1, 1.0, -1, 1, 1, -1, 1])  # The other classifier is as accurate, with other errors.
     found = alikeness(f, other, labels, np.zeros(8))
     assert found["agreement"] == 0.5
     assert found["logit_correlation_within_classes"] == pytest.approx(-1 / 3)

@@ -1,4 +1,4 @@
-"""Kernels of methods as training names them, against the kernels of the models that peft makes of them."""
+"""Kernels of methods by their names in training, compared with the kernels of peft's models."""
 
 import copy
 

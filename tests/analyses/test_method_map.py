@@ -1,4 +1,4 @@
-"""Classical scaling, against distances that it must keep."""
+"""Classical scaling preserves distances."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from analyses.peft_kernels.measures import classical_scaling
 
 
 def test_distances_of_a_plane_are_kept():
-    """Unit vectors in three dimensions that lie in a plane beside the origin."""
+    """The objects are unit vectors in three dimensions that lie in a plane not through the origin."""
     rng = np.random.default_rng(0)
     angles = rng.uniform(0, 2 * np.pi, size=7)
     vectors = np.stack([0.6 * np.cos(angles), 0.6 * np.sin(angles), np.full(7, 0.8)], axis=1)

@@ -1,4 +1,4 @@
-"""The kernels of all methods on a tiny model: what the result holds, and what a mistake prints."""
+"""peft_kernels on a tiny model: the content of its result, and messages for mistakes."""
 
 import dataclasses
 import re
@@ -50,7 +50,7 @@ def test_full_fine_tuning_is_the_kernel_of_the_backbone(config, result, tiny_mod
     assert result.model["parameters"] - backbone == 32 * 2 + 2
     full, *parts = (result.arrays[f"{STAGE}.{name}"] for name in (FULL, "linear: full, whole", "BitFit", "norm tuning"))
     assert np.linalg.eigvalsh(full).min() > -1e-12 * np.trace(full)
-    # Weights, and parameters that are no biases of linear layers, are parts of everything.
+    # Each of these kernels is over a part of the backbone's parameters.
     assert all(np.trace(part) < np.trace(full) for part in parts)
 
 
@@ -115,7 +115,7 @@ def test_a_seed_is_as_it_is_alone_and_is_measured_once(config, result, tmp_path,
     assert [(m.name, m.value, m.low, m.high) for m in again.metrics] == [
         (m.name, m.value, m.low, m.high) for m in result.metrics
     ]
-    with pytest.raises(pytest.fail.Exception, match="measured twice"):  # Of other settings, it is measured anew.
+    with pytest.raises(pytest.fail.Exception, match="measured twice"):  # Other settings: computed again.
         run(dataclasses.replace(config, n_examples=5))
 
 
@@ -138,7 +138,7 @@ def test_similarities_and_the_map_of_methods(result):
     assert set(points) == set(names)
     for name in names[1:]:
         assert values[FULL, name] == values[name, FULL] == pytest.approx(value(result, "cka", right=name))
-        # The map leaves axes out, so that points are as near as their kernels or nearer.
+        # The map has only two axes, so that points are at most as far apart as their kernels.
         assert np.sum((points[FULL] - points[name]) ** 2) <= 2 * (1 - values[FULL, name]) + 1e-12
 
 
@@ -154,7 +154,7 @@ def test_a_language_model_is_asked_for_a_word(tmp_path, tiny_models, tiny_model)
     assert {row["block"] for row in result.tables["layers"]} == {None, 0, 1}
     assert result.model["prompt"]["words"] == [" terrible", " great"]
     assert "BitFit left out" in summary(result)
-    # Against the words' logits differentiated by hand.
+    # Compare with gradients of the words' logits from plain autograd.
     model, tokenizer = load_model(str(folder), task_type="CAUSAL_LM", dtype=torch.float64)
     rows = draw_rows(load_task_data("demo").validation, load_task_data("demo").task, 4, 0)
     ids = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" terrible", " great")]
@@ -170,7 +170,7 @@ def test_a_language_model_is_asked_for_a_word(tmp_path, tiny_models, tiny_model)
 
 
 def llama(folder, tiny_model):
-    """A folder with a tiny random Llama, tied as SmolLM2 is, and the demo model's tokenizer."""
+    """A folder with a tiny random Llama with tied embeddings, like SmolLM2, and the demo model's tokenizer."""
     import transformers as hf
 
     tokenizer = hf.AutoTokenizer.from_pretrained(tiny_model)

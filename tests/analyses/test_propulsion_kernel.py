@@ -1,4 +1,4 @@
-"""The kernel of the real adapter against the formula u_j = k z_j^(k-1) sum_t g_tj v_tj, from plain hooks."""
+"""The kernel of Propulsion's adapter against the formula u_j = k z_j^(k-1) sum_t g_tj v_tj, computed with hooks."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def adapter_kernel(family: str, degree: int, values: dict[str, torch.Tensor]) ->
     with torch.no_grad():
         for name, z in values.items():
             zs[f"base_model.model.{name}.propulsion_z.default"].copy_(z)
-    # z is float32 by design; in double only for the comparison.
+    # z is always float32; it is converted to float64 only for the comparison.
     return ntk.empirical_ntk(model.double(), batch(), params="trainable", method="jacobian")
 
 
@@ -92,7 +92,7 @@ def test_away_from_one_the_gradient_is_taken_at_the_scaled_output(family):
     model, degree = classifier(family), 3
     generator = torch.Generator().manual_seed(0)
     scales = {
-        # Exact in float32, in which the adapter keeps them.
+        # These values are exact in float32, in which the adapter stores z.
         name: 1 + torch.randint(-8, 9, (width(model.get_submodule(name)),), generator=generator).double() / 64
         for name in scaled_modules(model)
     }

@@ -1,4 +1,4 @@
-"""Tables in the pages of results are what the stored results say."""
+"""The tables in the pages of results agree with the stored results."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from analyses import readme
 from analyses.records import RecordError
 
 STORED = Path(__file__).parent.parent.parent / "docs" / "results"
-# Tables of these are excerpts or stand in no page.
+# Results whose tables are in no page, or only in part.
 WITHOUT = {"degree_scale", "spectrum/sst2", "spectrum/rte", "spectrum/cola", "spectrum/stsb"}
 
 

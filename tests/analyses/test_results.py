@@ -1,4 +1,4 @@
-"""A result folder is whole or absent, comes back as it was written, and never replaces what should be kept."""
+"""A result folder is complete or absent, is read back as it was written, and never replaces other files."""
 
 import dataclasses
 import json
@@ -232,7 +232,7 @@ def test_a_failed_rename_keeps_the_old_and_the_new(tmp_path, monkeypatch):
 
 def test_a_result_that_appeared_meanwhile_is_kept(tmp_path):
     def overtaken(*_):
-        # As another process would: under its own temporary name, which this process cannot use twice.
+        # Another process has its own temporary name; this process cannot use its name twice.
         write_result(make_result(), tmp_path / "other")
         (tmp_path / "other").rename(tmp_path / "run")
 
@@ -241,7 +241,7 @@ def test_a_result_that_appeared_meanwhile_is_kept(tmp_path):
     assert load_result(tmp_path / "run").seed == 3
     kept = Path(str(caught.value).split(" kept in ")[1])
     check_writable(tmp_path / "run", overwrite=True)
-    assert load_result(kept).seed == 4  # A complete leftover is not cleaned up.
+    assert load_result(kept).seed == 4  # A complete folder with a temporary name is not removed.
 
 
 def test_figures_beside_a_result_do_not_stop_its_replacement_but_notes_do(tmp_path):

@@ -1,4 +1,4 @@
-"""Spectra of kernels: run whole on a tiny model, and the formulas on kernels whose answer is known."""
+"""Spectra of kernels: the whole analysis on a tiny model, and its formulas on kernels with known answers."""
 
 import dataclasses
 import math
@@ -62,7 +62,7 @@ def test_predicted_speeds_against_measured_ones(config, result, tmp_path):
     assert after.metric("rank correlation", stage=STAGE, left=name, right=right).value == pytest.approx(1)
     assert after.metric("rank correlation, methods", stage=STAGE, left=name, right=right).value == 4
     assert "rank correlation" in summary(after)
-    # What is never learnt has no place in the order.
+    # Methods that never learn the labels are left out of the ranking.
     slow = [dataclasses.replace(m, value=math.nan) if m.left == "lora:r=2" else m for m in result.metrics]
     assert {m.value for m in spectrum.against_measured(slow, steps) if m.name.endswith("methods")} == {3, 4}
     few = measured(tmp_path / "few", result, [("full", 1.0)])
@@ -98,7 +98,7 @@ def test_labels_that_a_kernel_is_made_of_are_in_its_top():
     kernel = torch.from_numpy(y @ y.T) + 0.01 * torch.eye(20)
     found = decompose(kernel, y, draws=50, seed=0)
     assert found.energies[0] == pytest.approx(1)
-    # Of permuted labels, what a random direction among the 19 has.
+    # Permuted labels have the energy of a random direction among the 19.
     assert found.nulls[:, 0].mean() == pytest.approx(1 / 19, abs=0.05)
     np.testing.assert_allclose(found.nulls.sum(axis=1), 1)
 

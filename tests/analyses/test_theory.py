@@ -1,4 +1,4 @@
-"""The analyses behind docs/theory.md, on small settings, and that the page names tests that exist."""
+"""The analyses behind docs/theory.md at small sizes; and the tests that the page names exist."""
 
 import importlib.util
 import re
@@ -31,7 +31,7 @@ def test_every_test_that_the_page_names_exists():
 
 
 def assert_draws_again(analysis: str, folder: Path) -> None:
-    """The figure left beside the result is what the result alone draws."""
+    """Check that drawing the stored result again gives the figure in the result folder."""
     redraw(analysis, importlib.import_module(f"figures.{analysis}").write, folder / "out", folder / "again")
     for suffix in ("png", "pdf"):
         first, again = (folder / where / f"{analysis}.{suffix}" for where in ("out", "again"))
@@ -46,7 +46,7 @@ def test_the_bound_holds_in_every_cell_and_the_exact_values_lie_in_their_interva
     counts = {m.name: m.value for m in result.metrics}
     assert counts["cells"] == 200
     assert counts["cells_above_bound"] == 0
-    assert counts["cells_beside_exact_tail"] <= 2  # of 200 intervals at 99.9 %
+    assert counts["cells_beside_exact_tail"] <= 2  # Of 200 intervals at 99.9 %.
     assert counts["variances"] == 40
     assert counts["variances_beside_exact"] == 0
     assert counts["median_bound_over_exact"] > 2  # the bound is far from sharp
@@ -64,14 +64,14 @@ def test_kernels_reach_their_limits_as_one_over_root_width(tmp_path):
     }  # fmt: skip
     for m in result.metrics:
         assert m.low < m.value < m.high
-        assert m.low - 0.1 < -0.5 < m.high + 0.1, m  # eight networks of a width know a slope to 0.1
+        assert m.low - 0.1 < -0.5 < m.high + 0.1, m  # The slopes of eight networks have an error of about 0.1.
     rows = {(r["activation"], r["parametrization"], r["width"]): r for r in result.tables["widths"]}
     wide = rows["gelu", "ntk", 256]
     assert wide["gap"] == pytest.approx(wide["gap_of_the_limits"], rel=0.25)
     assert_draws_again("width_convergence", tmp_path)
     standard = [rows["gelu", "standard", w]["trace_ratio"] for w in config.widths]
-    assert standard[-1] > 4 * standard[0]  # grows with the width, eightfold here
-    for w in config.widths:  # the same functions, and so the same kernel of Propulsion
+    assert standard[-1] > 4 * standard[0]  # It grows with the width, eightfold here.
+    for w in config.widths:  # The functions are the same, and so is the kernel of Propulsion.
         assert rows["gelu", "standard", w]["error_propulsion"] == pytest.approx(
             rows["gelu", "ntk", w]["error_propulsion"]
         )
@@ -110,8 +110,8 @@ def test_the_matching_degree_is_one_over_the_spread_of_random_weights(tmp_path):
         assert r["low"] <= r["matching_degree"] <= r["high"]
         if r["kind"] == "random network":
             assert r["matching_degree"] == pytest.approx(r["expected"], rel=0.15)
-        if r["kind"] == "random architecture" and r["model"] != "GPT-2":  # which shrinks some of its weights
-            assert r["expected"] == pytest.approx(50)  # 1 / 0.02, transformers' initialisation
+        if r["kind"] == "random architecture" and r["model"] != "GPT-2":  # GPT-2 has some smaller initial weights.
+            assert r["expected"] == pytest.approx(50)  # 1 / 0.02, the initial standard deviation.
             assert r["matching_degree"] == pytest.approx(50, rel=0.2)
     assert any(r["kind"] == "pre-trained" for r in rows)
     assert_draws_again("degree_scale", tmp_path)
@@ -125,7 +125,7 @@ def test_a_norm_leaves_one_direction_of_the_scales_before_it_dead():
     assert len(gradients) == 3
     size = float(torch.cat(gradients).abs().sum())
     assert abs(float(sum(g.sum() for g in gradients))) < 1e-8 * size
-    assert abs(float(gradients[0].sum())) > 1e-3 * size  # only together
+    assert abs(float(gradients[0].sum())) > 1e-3 * size  # Single layers have no dead direction.
 
 
 @pytest.mark.parametrize(

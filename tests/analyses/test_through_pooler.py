@@ -1,4 +1,4 @@
-"""What documents say of results that were computed through an untrained pooler, and the commands that give them."""
+"""The note in documents on results that were computed through an untrained pooler, and the commands of such results."""
 
 import dataclasses
 from pathlib import Path

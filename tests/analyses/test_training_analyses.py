@@ -1,4 +1,4 @@
-"""The analyses of training, each run whole on a tiny model and drawn, and what they measure on known cases."""
+"""The analyses of training, each run completely on a tiny model and drawn, and their measures on known cases."""
 
 import json
 import subprocess
@@ -73,7 +73,7 @@ def test_methods_are_compared_in_pieces(compared):
     tried = {(row["method"], row["factor"]): row["loss"] for row in result.tables["tuning"]}
     for method, row in rows.items():
         assert tried[method, row["rate_factor"]] == min(loss for (name, _), loss in tried.items() if name == method)
-    # A second call finds everything computed.
+    # A second call computes nothing.
     before = sorted(compared.output_dir.with_name("comparison-runs").iterdir())
     assert method_comparison.run(replace(compared, max_runs=0)) is not None
     assert sorted(compared.output_dir.with_name("comparison-runs").iterdir()) == before
@@ -97,7 +97,7 @@ def test_learning_rates_of_an_earlier_result(compared, tmp_path):
     assert result.tables["tuning"] == []
     with pytest.raises(RecordError, match="tried no learning rates"):
         readme.tables(result, trials=True)
-    # What all rates of a comparison were multiplied by goes with them.
+    # The common factor of all rates of a comparison is included.
     training = replace(compared.run.training, rate_multiplier=0.5)
     halved = replace(other, run=replace(compared.run, training=training), output_dir=tmp_path / "halved")
     method_comparison.ANALYSIS.publish(halved)
@@ -181,7 +181,7 @@ def test_curves(runs, compared, tmp_path):
     assert (np.diff(result.arrays["seconds.full"], axis=1) > 0).all()
     factors = {row["method"]: row["rate_factor"] for row in load_result(compared.output_dir).tables["summary"]}
     assert all(row["rate_factor"] == factors[row["method"]] for row in result.tables["methods"])
-    # Evaluating on the way changes nothing.
+    # Evaluations during training do not change the training.
     plain = method_comparison.run(replace(compared, max_runs=0))
     assert plain is not None
     last = {(row["method"], row["seed"]): row["accuracy"] for row in plain.tables["runs"]}
@@ -295,7 +295,7 @@ def test_formulas_count_what_is_there(tmp_path):
     assert all(row["seconds"] > 0 for row in rows)
 
 
-# The recount of the paper's models: all Linear + Embedding + head, block Linears, query/key/value, whole model.
+# Expected counts: all Linear and Embedding with the head, Linear layers of blocks, query/key/value, whole model.
 RECOUNTED = {
     "RoBERTa-base": (86_018, 82_944, 27_648, 124_647_170),
     "RoBERTa-large": (225_282, 221_184, 73_728, 355_361_794),

@@ -1,4 +1,4 @@
-"""Every figure again from stored results alone: modules are found, and a published figure comes out the same."""
+"""All figures are drawn again from stored results: modules are found, and published figures stay the same."""
 
 import shutil
 import subprocess
@@ -35,7 +35,7 @@ def test_captions_say_what_bars_and_bands_are():
 
 
 def test_figures_load_records_alone():
-    """Neither a model library nor an analysis nor what computes kernels, whichever figure is drawn."""
+    """Drawing a figure imports no model library, no analysis and no code that computes kernels."""
     script = (
         "import sys, figures.all; figures.all.captions(); "
         "print(*{'.'.join(name.split('.')[:2]) for name in sys.modules})"
@@ -71,7 +71,7 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path):
 
 
 def _other(suffix: str, folder: Path) -> bytes:
-    """A plot that matplotlib wrote, but not this project."""
+    """A plot by matplotlib that this project did not write."""
     path = folder / f"other{suffix}"
     Figure().savefig(path, dpi=300)
     content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The figure of instruction tuning draws the numbers of the result, and marks what is no method's merit."""
+"""The figure of instruction tuning draws the numbers of the result and marks the baselines."""
 
 from analyses.records import Metric, Result
 from figures.instruction_tuning import draw, write

@@ -1,4 +1,4 @@
-"""The kernel-distance figure draws the arrays of the result: ordered by label, scaled, on one colour scale a row."""
+"""The kernel-distance figure draws the result's arrays: ordered by label, scaled, with one colour scale a row."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ PAIR = ("full_backbone", "propulsion_z")
 
 
 def planted(*, n=12, label_names=("negative", "positive"), signed=False, stages=STAGES, pair=PAIR) -> Result:
-    """A result whose every entry tells which kernel, stage and examples it belongs to."""
+    """A result in which each entry encodes its kernel, stage and examples."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, n) if label_names else rng.uniform(0, 5, n)
     arrays, metrics = {"labels": labels}, []
@@ -42,7 +42,7 @@ def planted(*, n=12, label_names=("negative", "positive"), signed=False, stages=
 
 
 def panels(figure: Figure):
-    """For each row, its three maps, its spectra and its colour bar."""
+    """The axes of each row: three maps, the spectra and the colour bar."""
     for row in figure.subfigs:
         yield row.axes[:3], row.axes[3], row.axes[4]
 

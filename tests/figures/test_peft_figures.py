@@ -1,4 +1,4 @@
-"""The figures of methods by their kernels, from made-up results: values in place, names that do not collide."""
+"""The figures of methods by their kernels, from planted results: values at the right places, no names overlap."""
 
 import itertools
 
@@ -22,7 +22,7 @@ KINDS = ("query", "key", "value", "attention output", "MLP up", "MLP down")
 
 def result(blocks: int = 3) -> Result:
     rng = np.random.default_rng(0)
-    # Most methods in one crowd, two at one point, one far away, as real ones are.
+    # As in real results, most methods are close together, two at one point, and one far away.
     vectors = 1 + 0.2 * rng.normal(size=(len(METHODS), 6))
     vectors[4] = vectors[3]
     vectors[9] = [3, -2, 1, 0, 0, 0]
@@ -56,7 +56,7 @@ def result(blocks: int = 3) -> Result:
 
 
 def texts(figure: Figure) -> list[Text]:
-    """All that is drawn; labels of ticks outside of the axes are not."""
+    """All visible texts; labels of ticks outside of the axes are not visible."""
     FigureCanvasAgg(figure).draw()
     unseen = set()
     for axis, (low, high) in ((a, sorted(a.get_view_interval())) for x in figure.axes for a in (x.xaxis, x.yaxis)):
@@ -74,7 +74,7 @@ def assert_apart_and_inside(figure: Figure) -> None:
     for (a, left), (b, right) in itertools.combinations(found, 2):
         width = min(left.x1, right.x1) - max(left.x0, right.x0)
         height = min(left.y1, right.y1) - max(left.y0, right.y0)
-        # Boxes of type have room above and below the letters; a tenth of a line is not seen.
+        # Boxes of text have room above and below the letters, so an overlap of a tenth of a line is invisible.
         assert width <= 0 or height <= 0.1 * min(left.height, right.height), (a, b)
 
 

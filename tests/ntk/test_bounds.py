@@ -1,4 +1,4 @@
-"""Random projections of inner products: the bound, the exact variance and tail, and what they say of real kernels."""
+"""Random projections of inner products: the bound, the exact variance and tail, and both for kernels of methods."""
 
 import math
 
@@ -18,7 +18,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def unit(rho: float, n: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit vectors of inner product rho."""
+    """Two unit vectors with the inner product rho."""
     basis = torch.linalg.qr(torch.randn(n, 2, generator=generator(1), dtype=torch.float64)).Q
     return basis[:, 0], rho * basis[:, 0] + math.sqrt(1 - rho**2) * basis[:, 1]
 
@@ -54,7 +54,7 @@ def test_the_bound_is_above_the_exact_tail_everywhere_and_not_by_its_own_making(
                 exact, bound = bounds.tail(d, epsilon, rho), bounds.tail_bound(d, epsilon)
                 assert exact <= bound
                 ratios.append(bound / max(exact, 1e-300))
-    assert min(r for r in ratios if r > 1) < 2  # not vacuous: it is nearly reached where both are near 1
+    assert min(r for r in ratios if r > 1) < 2  # The bound is nearly reached where both are near 1.
 
 
 @pytest.mark.parametrize("method", bounds.SIMULATIONS)
@@ -158,7 +158,7 @@ def test_sketches_and_the_rank_of_lora_have_the_variance_of_projections():
     model, rank, draws = torch.nn.Sequential(layer), 3, 400
     methods = {str(seed): LoRA(rank=rank, seed=seed) for seed in range(draws)}
     found = torch.stack(list(ntk.adapter_kernels(model, x, methods, reduce="trace").values()))
-    values = found[:, 0, 1] * 3 * 4 / rank  # entries of variance 1 / (3 n_in), a sum over the rank
+    values = found[:, 0, 1] * 3 * 4 / rank  # Entries have variance 1 / (3 n_in), and the sum is over the rank.
     squares = (values - x[0] @ x[1]).square()
     variance = bounds.projection_variance(x[0], x[1], rank, kurtosis=9 / 5)
     assert abs(float(squares.mean()) - variance) < 4 * float(squares.std()) / math.sqrt(draws)

@@ -1,4 +1,4 @@
-"""empirical_ntk and layer_kernels against a plain per-example autograd loop, float64."""
+"""empirical_ntk and layer_kernels, compared with an autograd loop over examples in float64."""
 
 import copy
 
@@ -11,7 +11,7 @@ import ntk
 from ntk import jacobian
 from ntk.layout import LAYOUTS
 
-# Rounding only: float64 sums of a few thousand products.
+# Tolerance for the rounding of float64 sums of a few thousand products.
 EXACT = 1e-12
 
 
@@ -144,7 +144,7 @@ def test_the_model_is_left_as_it_was_found():
 
 
 class _NoVmap(torch.autograd.Function):
-    """x^2 with no rule for vmap, as in BLOOM's GELU."""
+    """x^2 without a vmap rule, like BLOOM's GELU."""
 
     @staticmethod
     def forward(ctx, x):

@@ -1,4 +1,4 @@
-"""Batches taken apart into examples."""
+"""Batches are split into examples."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_inputs_on_another_device_are_named(method):
 
 
 class Pooled(torch.nn.Module):
-    """A mean over each example's first ``lengths`` tokens; what the lengths are given as does not matter."""
+    """A mean over each example's first ``lengths`` tokens; lengths may have any type."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +151,7 @@ def test_containers_that_cannot_be_split_are_refused(lengths, message):
 @pytest.mark.parametrize("method", ["jacobian", "auto"])
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 def test_inputs_that_are_not_finite_are_refused_in_every_row(method, value):
-    """A saturated activation has no gradient there, and hides them."""
+    """A saturated activation has gradient 0 at such inputs, and would hide them."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
     for row in range(4):
         x = torch.randn(4, 3, dtype=torch.float64)
@@ -165,7 +165,7 @@ def test_inputs_that_are_not_finite_are_refused_in_every_row(method, value):
 
 
 class Patients(torch.nn.Module):
-    """Words and a second entry, which may be as wide as the padded words."""
+    """A model with tokens and a second input, which may be as wide as the padded tokens."""
 
     def __init__(self, words_alone: bool):
         super().__init__()
@@ -186,7 +186,7 @@ class Patients(torch.nn.Module):
 @pytest.mark.parametrize("name", ["age_hist", "pixel_values", "input_features", "decoder_notes"])
 @pytest.mark.parametrize("shape", [(5,), (6,), (7,), (6, 2)])
 def test_what_is_cut_is_known_to_be_tokens(name, shape, method):
-    """Not what happens to be as wide as the padded tokens."""
+    """An entry that happens to be as wide as the padded tokens is not cut."""
     model, inputs = Patients(words_alone=False).double(), batch((6, 2, 3))
     inputs[name] = torch.randn(3, *shape, dtype=torch.float64)
     expected = autograd_kernel(model, inputs)
@@ -208,7 +208,7 @@ def test_float_labels_are_no_tokens(width, method):
 
 @pytest.mark.parametrize("norm", ["group", "layer"])
 def test_padding_of_sounds_does_not_enter(norm):
-    """Whatever a norm over time would make of it."""
+    """The padding of sounds has no effect, even if the model has a norm over time."""
     config = hf.Wav2Vec2Config(
         hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(6, 6),
         conv_kernel=(4, 3), conv_stride=(2, 2), num_feat_extract_layers=2, num_conv_pos_embeddings=4,

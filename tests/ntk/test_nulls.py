@@ -1,4 +1,4 @@
-"""Null models: exact where they must be, unbiased where they are random."""
+"""Null models: exact where they are deterministic, unbiased where they are random."""
 
 import pytest
 import torch

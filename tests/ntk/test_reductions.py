@@ -1,4 +1,4 @@
-"""Kernels whose output axes are reduced as they are formed, against whole kernels that are reduced afterwards."""
+"""Kernels that are formed with reduced output axes, compared with whole kernels that are reduced afterwards."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ REDUCTIONS = [reduce for reduce in LAYOUTS if reduce]
 
 
 def check(model, inputs, inputs2=None, **options):
-    """Every reduction, by both ways, of the kernel and of every parameter's kernel."""
+    """Check every reduction by both methods, for the kernel and for every parameter's kernel."""
     layers = ntk.layer_kernels(model, inputs, inputs2, method="jacobian", **options)
     total = sum(layers.values(), torch.zeros(()))
     for reduce in REDUCTIONS:
@@ -28,7 +28,7 @@ def check(model, inputs, inputs2=None, **options):
             parts = ntk.layer_kernels(model, inputs, inputs2, method=method, reduce=reduce, **options)
             for name, kernel in layers.items():
                 part = ntk.reduce_outputs(kernel, reduce)
-                # A share that vanishes but for rounding is compared with the whole.
+                # A kernel that is zero up to rounding is compared relative to the whole kernel.
                 scale = max(float(part.norm()), 1e-6 * float(total.norm()))
                 assert float((parts[name] - part).norm()) <= EXACT * scale, (reduce, method, name)
 
@@ -57,7 +57,7 @@ def test_two_batches():
 
 
 def test_examples_that_use_different_parameters():
-    """Some batches have no share in a parameter's kernel."""
+    """Some batches do not use a parameter."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -81,14 +81,14 @@ def test_a_tied_head_and_a_single_output(words):
 
 
 def test_outputs_without_an_axis():
-    """One output an example, of shape (n,)."""
+    """The output has shape (n,), one number for each example."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1), nn.Flatten(0)).double()
     check(model, torch.randn(6, 4, dtype=torch.float64))
 
 
 class Several(nn.Module):
-    """Operations with a rule and without, dense features, and a readout of which outputs depend in part."""
+    """Operations with and without a rule, dense features, and a readout that only some outputs depend on."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -107,14 +107,14 @@ def test_parameters_of_all_kinds():
 
 
 def test_a_symmetric_kernel_of_many_examples():
-    """More rows than those from which symmetric products go by halves."""
+    """There are more rows than the size from which symmetric products are computed by halves."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     check(model, torch.randn(300, 3, dtype=torch.float64))
 
 
 def test_what_the_reference_takes_over():
-    """Parameters that are not captured are added in the same layout."""
+    """The reference's kernels are added in the same reduced layout."""
 
     class Mixing(nn.Module):
         def __init__(self):
@@ -129,7 +129,7 @@ def test_what_the_reference_takes_over():
 
 
 class _Doubled(torch.autograd.Function):
-    """An operation that no capture sees."""
+    """An operation that the capture cannot see."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -163,7 +163,7 @@ def test_adapters(family):
 
 
 def test_little_memory():
-    """Segments of the model, and tiles of examples, take turns."""
+    """With little memory the model runs in segments and the examples in tiles."""
     model, left, right = classifier("bert"), batch((6, 2, 6)), batch((5, 6), seed=9)
     for inputs2 in (None, right):
         whole = ntk.empirical_ntk(model, left, inputs2)
@@ -185,7 +185,7 @@ def test_random_subsets():
 
 
 class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that any operation returned."""
+    """Records the number of elements of the largest tensor that an operation returned."""
 
     elements = 0
 
@@ -229,7 +229,7 @@ def test_nothing_is_as_large_as_the_whole_kernel(method, reduce):
 
 
 def test_a_summed_kernel_takes_one_backward_pass():
-    """And so its features hold one output."""
+    """Its features have one output."""
     (model, x), seen = many_outputs(100), {}
     for reduce in ("trace", "sum"):
         with Backward() as calls:
@@ -241,7 +241,7 @@ def test_a_summed_kernel_takes_one_backward_pass():
 
 @pytest.mark.parametrize("method", ["structured", "jacobian"])
 def test_what_to_do_about_a_kernel_that_is_too_large(method):
-    """The advice is what helps, and the least that is named suffices."""
+    """Following the message's advice helps, and the smallest budget that it names suffices."""
     model, x = many_outputs(100)
     with pytest.raises(MemoryError, match="use fewer examples or outputs, or reduce='trace', or raise memory_budget"):
         ntk.empirical_ntk(model, x, method=method, memory_budget=5e6)

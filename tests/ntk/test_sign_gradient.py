@@ -1,4 +1,4 @@
-"""Sign-gradient kernels from the stream of features against those of whole Jacobians."""
+"""Sign-gradient kernels from features, compared with those from whole Jacobians."""
 
 import copy
 
@@ -15,7 +15,7 @@ EXACT = 1e-10
 
 
 def jacobian(model, wanted, inputs):
-    """``(n, c, P)``, one backward pass for each example and output."""
+    """Jacobian ``(n, c, P)`` by one backward pass for each example and output."""
     chosen = [p.requires_grad_() for name, p in model.named_parameters() if wanted(name)]
     rows = []
     for i in range(len(inputs["input_ids"])):
@@ -57,7 +57,7 @@ def test_it_is_a_kernel_of_its_own():
     model, inputs = classifier("bert").eval(), batch()
     signed = ntk.flatten(ntk.sign_gradient_kernels(model, inputs, {"full": adapters.Full()})["full"])
     assert (signed - signed.T).abs().max() > 1e-3 * signed.abs().max()
-    assert (signed.diagonal() > 0).all()  # The sum of an example's absolute gradients.
+    assert (signed.diagonal() > 0).all()  # The diagonal is the sum of an example's absolute gradients.
 
 
 def test_what_cannot_be_done_is_said():
@@ -79,7 +79,7 @@ def test_regression_is_that_of_a_symmetric_kernel_where_the_kernel_is_symmetric(
         kernel[:6, :6], y[:6, None], f0[:6, None], cross=kernel[6:, :6], initial_cross=f0[6:, None], ridge=0.3
     )
     assert torch.allclose(found, expected[:, 0], rtol=1e-10)
-    # Without ridge the targets are met, by a kernel that is not symmetric too.
+    # Without ridge the predictions equal the targets, also for a kernel that is not symmetric.
     skew = features @ features.sign().T
     met = ntk.sign_gradient_regression(skew, y, f0, cross=skew, initial_cross=f0, ridge=0.0)
     assert torch.allclose(met, y, atol=1e-9)

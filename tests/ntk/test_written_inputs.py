@@ -1,4 +1,4 @@
-"""What a model writes into its inputs, or makes of them, stays its own."""
+"""A model that writes into its inputs changes neither the caller's inputs nor later passes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import ntk
 
 
 class Subtracting(nn.Module):
-    """An LSTM, which the capture hands to the reference, behind a change of the inputs in place."""
+    """An in-place change of the inputs, then an LSTM, which the reference computes."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -30,7 +30,7 @@ class Subtracting(nn.Module):
 
 
 def by_hand(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
-    """The kernel by one backward pass an output, each example alone and from a copy."""
+    """The kernel by one backward pass for each output, of one example at a time, on copies."""
     rows = []
     entries = {"x": inputs} if isinstance(inputs, Tensor) else inputs
     for i in range(len(entries["x"])):

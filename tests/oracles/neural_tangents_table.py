@@ -34,7 +34,7 @@ NETWORKS = [(0, 1.3, 0.2), (1, 1.0, 0.0), (2, 1.7, 0.0), (3, 1.4, 0.3), (8, 1.2,
 
 
 def kernels(activation: tuple, depth: int, sigma_w: float, sigma_b: float) -> dict[str, list[float]]:
-    """Upper triangles of both kernels, row by row."""
+    """The upper triangles of both kernels, row by row."""
     dense = stax.Dense(1, W_std=sigma_w, b_std=sigma_b, parameterization="ntk")
     _, _, kernel_fn = stax.serial(*[dense, activation] * depth, dense)
     found = kernel_fn(np.array(INPUTS), None, ("nngp", "ntk"))

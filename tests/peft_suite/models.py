@@ -58,7 +58,7 @@ MODELS = {
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:
-    """Words by number: <pad>, <s>, </s>, <unk>, and the rest."""
+    """A tokenizer of words with the ids of <pad>, <s>, </s>, <unk>, then other words."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(996))]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Enters Propulsion into peft's test-suite as one more method, and leaves the other methods' cases out.
+"""Adds Propulsion to peft's test-suite as a method, and removes the cases of other methods.
 
 Cases are peft's own for (IA)3 and LoRA, with their modules and without their options. What differs from the unmodified
 suite:
@@ -36,11 +36,11 @@ OURS = {"target_modules", "modules_to_save", "exclude_modules", "task_type", "la
         "bias"}  # fmt: skip
 STARTS = {"init_ia3_weights": "init_weights", "init_lora_weights": "init_weights"}
 HIGHER = 15
-# In transformers models, where (IA)3 has default modules of each architecture.
+# In transformers models, for which (IA)3 has default modules by architecture.
 ATTENTION = ["query", "key", "value", "q_proj", "k_proj", "v_proj", "c_attn", "q", "k", "v", "query_proj", "key_proj",
              "value_proj", "in_proj"]  # fmt: skip
 DIVERGING = ("test_parameters_after_loading_model", "test_disable_adapters[")
-# Their target is the attention as a whole, whose projections of the input are no layers.
+# These target a whole attention module, whose input projections are not layers.
 REFUSED_MODELS = {"MHA"}
 # z stays float32 whatever `autocast_adapter_dtype` says: these ask for bfloat16.
 DEVIATING = {"test_adapter_dtype_autocast", "test_add_adapter_no_autocast_adapter_dtype"}
@@ -50,7 +50,7 @@ DEVIATING |= {"test_default_target_modules_not_set_raises", "test_default_target
 
 
 def translated(config_cls: type, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """Another method's options as Propulsion's; None for a case that is about that method alone."""
+    """Another method's options translated to Propulsion's; None for a case that is only about that method."""
     if config_cls not in (IA3Config, LoraConfig):
         return None
     kwargs = {STARTS.get(key, key): value for key, value in kwargs.items() if key != "feedforward_modules"}
@@ -60,7 +60,7 @@ def translated(config_cls: type, kwargs: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def rows_of(names: list[str], rows: list[Any]) -> list[Any]:
-    """A parametrisation's rows, for Propulsion."""
+    """The cases of a parametrised test, translated to Propulsion."""
     if names == ["config_cls"]:
         return [PropulsionConfig] if {IA3Config, LoraConfig} & set(rows) else []
     which = names.index("config_cls")
@@ -95,7 +95,7 @@ def rows_of(names: list[str], rows: list[Any]) -> list[Any]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Put our rows in place of the suite's."""
+    """Replace the suite's cases by ours."""
     marks = metafunc.definition.own_markers
     for i, mark in enumerate(marks):
         if mark.name != "parametrize":
@@ -107,7 +107,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests that have a case of ours."""
+    """Keep only tests that have one of our cases."""
     ours = [i for i in items if PropulsionConfig in getattr(getattr(i, "callspec", None), "params", {}).values()]
     ours = [item for item in ours if not ("Conv2dGroups2" in item.name and needs_more_than_float32(item))]
     ours = [item for item in ours if item.originalname not in DEVIATING]  # pyright: ignore[reportAttributeAccessIssue]
@@ -129,7 +129,7 @@ def needs_more_than_float32(item: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def rates_follow_the_degree(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Divide learning rates by what the degree of the case multiplies."""
+    """Divide learning rates by the factor that the degree of the case has on a step."""
     degree = degree_of(request.node)
     if degree is None:
         degree = PropulsionConfig().degree

@@ -26,12 +26,12 @@ def fetch(folder: Path) -> Path:
         with tarfile.open(folder / f"{release}.tar.gz") as archive:
             wanted = [m for m in archive.getmembers() if m.name.startswith(f"{release}/tests/")]
             archive.extractall(folder, wanted, filter="data")
-        (folder / release / "tests" / "__init__.py").touch()  # left out of the distribution, though its files need it
+        (folder / release / "tests" / "__init__.py").touch()  # The distribution lacks this file, though others need it.
     return folder / release / "tests"
 
 
 def main(arguments: list[str]) -> int:
-    """Fetch, make the models, run."""
+    """Fetch the suite, make the models and run the tests."""
     folder = ROOT / "build" / "peft_suite"
     folder.mkdir(parents=True, exist_ok=True)
     tests = fetch(folder)
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     models = folder / f"models-transformers-{version('transformers')}"
     if not (models / "complete").exists():
         subprocess.run([sys.executable, str(HERE / "models.py"), str(models)], check=True, env=environment)
-    # Model ids are relative paths to the tiny models from here.
+    # Model ids are paths of the tiny models relative to this folder.
     command = [sys.executable, "-m", "pytest", "-p", "plugin", "-c", os.devnull, "--rootdir", str(tests.parent)]
     command += ["-p", "no:cacheprovider", "-q", *arguments, *(str(tests / f"test_{name}.py") for name in SUITE)]
     return subprocess.run(command, cwd=models, env=environment, check=False).returncode

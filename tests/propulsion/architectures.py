@@ -1,4 +1,4 @@
-"""One tiny model per architecture family, and what makes an adapted model's scales differ from 1."""
+"""One tiny model for each architecture family, and a function that moves an adapted model's scales away from 1."""
 
 import torch
 import transformers as hf
@@ -127,10 +127,10 @@ FAMILIES = {
 
 
 def build(family: str) -> nn.Module:
-    """A float64 model in evaluation mode, its parameters drawn from N(0, 0.3^2) so that no part is silent."""
+    """A float64 model in evaluation mode; parameters are drawn from N(0, 0.3^2), so that every part has an effect."""
     auto, config, _, _ = FAMILIES[family]
     torch.manual_seed(0)
-    # The other implementations of a mixture of experts know no float64.
+    # Other implementations of mixtures of experts do not support float64.
     options = {"experts_implementation": "eager"} if family == "mixtral" else {}
     model = auto.from_config(config(), attn_implementation="eager", **options).double().eval()
     with torch.no_grad():
@@ -155,7 +155,7 @@ def scales(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def randomize(model: nn.Module, spread: float = 0.3) -> nn.Module:
-    """Moves every z off 1, beyond what training does, so that a wrong power or axis shows."""
+    """Move every z away from 1, more than training does, so that a wrong power or axis is noticed."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for z in scales(model).values():

@@ -1,4 +1,4 @@
-"""Helpers beside these tests on the path."""
+"""Puts the helpers in this folder on the import path."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture
 def no_shape_checks():
-    """Checks of shapes at run time off: a compiler cannot trace them."""
+    """Switch off the run-time checks of shapes, which torch.compile cannot trace."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,4 +1,4 @@
-"""A few rows of every task, in the columns of its home on the hub."""
+"""A few rows of every task, with the columns that the task has on the hub."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The config and its registration."""
+"""`PropulsionConfig` and its registration with peft."""
 
 import copy
 import importlib
@@ -104,7 +104,7 @@ def test_importing_again_changes_nothing():
 
 
 def test_reimported_classes_replace_the_old_ones():
-    # In a process of its own: this one's classes are in use.
+    # This needs another process, since the classes of this one are in use.
     code = """
 import sys, propulsion
 from peft import mapping

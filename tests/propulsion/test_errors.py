@@ -1,4 +1,4 @@
-"""How a command ends: one line and its exit code, or, for a defect of ours, the traceback."""
+"""A command ends with one line and an exit code for a user's mistake, and with a traceback for a defect of ours."""
 
 import pytest
 

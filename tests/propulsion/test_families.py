@@ -1,4 +1,4 @@
-"""Life of an adapter on every family of the fast kernel: wrap, train, save, reload, merge, unmerge, delete."""
+"""Operations on an adapter for every family of the fast kernel: wrap, train, save, reload, merge, unmerge, delete."""
 
 import copy
 
@@ -29,7 +29,7 @@ class Convolutional(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """With parameters that are no module's."""
+    """A perceptron with parameters that belong to no submodule."""
 
     def __init__(self):
         super().__init__()
@@ -48,18 +48,18 @@ def vision() -> nn.Module:
 
 
 Batch = dict[str, Tensor] | Tensor
-# Models that read no text: how to make one, the shape of an example, what is trained in full, modules to adapt if not
+# Models that read no text: a constructor, the shape of an example, modules trained in full, modules to adapt if not
 # "all".
 OTHERS = {
     "vit": (vision, (3, 8, 8), ["classifier"], None),
-    # Running statistics are saved only with a norm that is trained in full.
+    # Running statistics are only saved if the norm is trained in full.
     "cnn": (Convolutional, (2, 8, 8), ["out", "norm"], ["one", "two", "line"]),
     "mlp": (Perceptron, (4,), ["out"], None),
 }
 
 
 def case(family: str, options: str) -> tuple[nn.Module, Batch, PropulsionConfig]:
-    """A float64 model, a batch for it, and what to adapt."""
+    """A float64 model, a batch for it, and the modules to adapt."""
     if family in FAMILIES:
         return classifier(family), batch_for(family), PropulsionConfig(**OPTIONS[options], task_type="SEQ_CLS")
     make, shape, heads, targets = OTHERS[family]
@@ -117,7 +117,7 @@ def test_life_of_an_adapter(family, options, tmp_path):
     assert torch.equal(outputs(loaded, batch), output)
 
     model.merge_adapter(safe_merge=True)
-    # Norms of these families compute in float32, with the merged weight as with the other.
+    # Norms of these families compute in float32, merged or not.
     single = family in ("gemma2", "gemma3", "t5", "llama", "mistral", "qwen2", "qwen3", "mixtral") and "norm" in options
     precision = 1e-5 if single else 1e-10
     size = float(output.abs().max())

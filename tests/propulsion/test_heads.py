@@ -1,4 +1,4 @@
-"""Heads trained in full beside the scales: combined, in mixed batches, merged, swapped, under other names."""
+"""Heads that are trained in full together with scales: combined, in mixed batches, merged, swapped, renamed."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def heads(model: nn.Module, adapter: str) -> list[nn.Parameter]:
 
 
 def move(parameters: list[nn.Parameter], seed: int) -> None:
-    """As training would."""
+    """Change the trained parameters, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in parameters:
@@ -41,7 +41,7 @@ def outputs(model: PeftModel, adapter: str, batch: dict[str, Tensor]) -> Tensor:
     return logits(model, batch)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])  # heads of one layer and of two
+@pytest.mark.parametrize("family", ["bert", "roberta"])  # Heads of one layer and of two layers.
 def test_a_combination_has_the_mean_of_the_heads(family, tmp_path):
     model, batch = two(family), inputs(family)
     model.base_model.add_weighted_adapter(["default", "second"], [0.25, 0.75], "mean")
@@ -118,7 +118,7 @@ def test_in_a_mixed_batch_an_adapter_without_a_head_has_the_original_one():
     move(heads(model, "default"), 3)
     batch, names = inputs("bert"), ["bare", "default", "bare"]
     expected = {name: outputs(model, name, batch) for name in ("bare", "default")}
-    for active in expected:  # whichever is active
+    for active in expected:  # This holds for either active adapter.
         model.set_adapter(active)
         mixed = model(**batch, adapter_names=names).logits
         for i, name in enumerate(names):
@@ -214,7 +214,7 @@ def test_all_of_a_new_head_is_trained(name, tmp_path):
     randomize(model, spread=0.2)
     move(heads(model, "default"), 3)
     ids = inputs("bert")["input_ids"]
-    batch = {"input_ids": torch.cat([ids, torch.full_like(ids[:, :1], 2)], dim=1)}  # BART reads its end of text, 2
+    batch = {"input_ids": torch.cat([ids, torch.full_like(ids[:, :1], 2)], dim=1)}  # End of text.
     output = model(**batch)[0].detach()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(model.unload(), tmp_path, adapter_name="again").eval()
@@ -227,7 +227,7 @@ def test_an_excluded_part_of_a_head_stays_frozen():
 
 
 class Normed(hf.BertForSequenceClassification):
-    """With a part of its head that is called as others in its body."""
+    """A classifier whose head has a part with the same name as parts of the backbone."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -255,7 +255,7 @@ def test_what_a_checkpoint_lacks_in_the_body_is_said(width, tmp_path, recwarn):
     model = get_peft_model(base, config(modules_to_save=["pooler"]))
     assert trained_in_full(model) == {"bert.pooler", "classifier"}
     get_peft_model(hf.BertForSequenceClassification.from_pretrained(tmp_path / "whole"), config())
-    get_peft_model(hf.BertForSequenceClassification(sizes), config())  # Random throughout, and meant to be.
+    get_peft_model(hf.BertForSequenceClassification(sizes), config())  # The head is random by intention.
     assert not [str(w.message) for w in recwarn if "random" in str(w.message)]
 
 

@@ -1,4 +1,4 @@
-"""One layer at a time: the formula, its gradient, merging, dtypes, transforms."""
+"""Single layers: the formula, its gradient, merging, dtypes and torch.func transforms."""
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_merged_is_unmerged_and_unmerging_restores_the_bits(kind, degree):
     layer, x = adapted(kind, degree=degree), example(kind)
     before, output, base_output = bits(layer), layer(x), layer.base_layer(x)
     layer.merge(safe_merge=True)
-    # Against the largest term of the sum, as x W may cancel.
+    # Relative to the largest term of the sum, since x W may cancel.
     torch.testing.assert_close(layer(x), output, rtol=0, atol=1e-14 * float(output.abs().max()))
     assert not equal(bits(layer), before)
     layer.unmerge()
@@ -209,10 +209,10 @@ def test_z_is_float32_over_narrower_layers(kind, dtype):
     z = layer.propulsion_z["default"]
     assert z.dtype == torch.float32
     with torch.no_grad():
-        z.fill_(1.001)  # 1 in bfloat16, where z^15 is not
+        z.fill_(1.001)  # It is 1 in bfloat16, while z^15 is not.
     output = layer(x)
     assert output.dtype == dtype
-    # The product is rounded once, not the scale before it.
+    # Only the product is rounded; the scale is not rounded before.
     scale = torch.tensor(1.001, dtype=torch.float32) ** 15
     assert torch.equal(output, (layer.base_layer(x).float() * scale).to(dtype))
     assert not torch.equal(output, layer.base_layer(x))
@@ -251,7 +251,7 @@ def test_torch_func_agrees_with_autograd(kind, degree):
 
 
 class GemmaLike(nn.Module):
-    """Multiplies by one plus its weight."""
+    """Multiplies by 1 + weight, like Gemma's norms."""
 
     def __init__(self):
         super().__init__()
@@ -266,7 +266,7 @@ class GemmaLikeRMSNorm(GemmaLike):
 
 
 class SigmoidRMSNorm(GemmaLike):
-    """Uses its weight in a way of its own."""
+    """Multiplies by a sigmoid of its weight."""
 
     def forward(self, x):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight.sigmoid()
@@ -331,7 +331,7 @@ def test_norms_without_a_weight_or_over_several_axes_are_not_adapted():
 
 
 class PackedLinear(nn.Module):
-    """A backend's quantised layer: whole numbers, and a scale for each output."""
+    """A quantised layer as backends have it: integers, and a scale for each output."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Methods by name: the same head and data order for all, each training what it says, mistakes in one line."""
+"""Methods by name: all have the same head and data order, each trains its own parameters, mistakes give one line."""
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ def test_options_reach_the_method(tiny_models):
 
 
 def test_a_head_of_two_modules_is_trained_whole():
-    """DeBERTa's pooler stands outside the body and starts at random, and peft does not know it for a head."""
+    """DeBERTa's pooler is outside the backbone and starts at random, and peft does not count it as part of the head."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=50, **sizes))
     assert head_modules(model) == ["pooler", "classifier"]
@@ -112,7 +112,7 @@ def test_a_head_of_two_modules_is_trained_whole():
     assert any("classifier.modules_to_save" in name for name in trained)
 
 
-# Those that need more than a name on so small an encoder: their own sizes, another task, or another kind of model.
+# Methods that need options on such a small encoder, another task, or another kind of model.
 NEED_MORE = {"adaption_prompt", "c3a", "cartridge", "cpt", "ln_tuning", "miss", "multitask_prompt_tuning", "poly",
              "road", "shadow", "shira", "trainable_tokens", "vblora", "waveft", "xlora"}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Whole models through peft: training, saving, heads, several adapters, ties, and refusals."""
+"""Whole models with peft: training, saving, heads, several adapters, tied weights, and refused models."""
 
 import copy
 
@@ -85,7 +85,7 @@ def test_reloading_is_exact(family, fields, tmp_path):
     assert all(torch.equal(z, scales(loaded)[name]) for name, z in scales(model).items())
     assert torch.equal(logits(loaded, batch), output)
     assert not trainable(loaded)
-    # The file holds the scales and nothing of the base, embeddings included.
+    # The file has the scales and no parameter of the base model, not even embeddings.
     size = sum(z.numel() * z.element_size() for z in scales(model).values())
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < size + 200 * len(scales(model))
 
@@ -209,7 +209,7 @@ def test_a_bfloat16_base_has_float32_scales(autocast, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casting_a_model_leaves_its_scales_in_float32(dtype):
-    """1 + 1e-3 is 1 in bfloat16: the adapter would be gone."""
+    """1 + 1e-3 is 1 in bfloat16, so that the adapter would have no effect."""
     model = get_peft_model(build("bert").float(), PropulsionConfig(degree=3))
     with torch.no_grad():
         for z in scales(model).values():
@@ -234,7 +234,7 @@ def test_autocast_scales_in_float32(dtype):
 
 
 class Silent(nn.Module):
-    """Neither calls one of its layers nor reads its weight."""
+    """A model that neither calls one of its layers nor reads its weight."""
 
     def __init__(self):
         super().__init__()
@@ -245,7 +245,7 @@ class Silent(nn.Module):
 
 
 class Detached(Silent):
-    """Calls one of its layers where no gradient comes back."""
+    """A model that calls one of its layers without gradients."""
 
     def forward(self, x):
         return self.out(x + self.table.weight.detach().sum())
@@ -274,7 +274,7 @@ def test_a_scale_without_gradient_is_pointed_out(recwarn):
 
 
 class Shifted(nn.Linear):
-    """More than its weight."""
+    """A linear layer that does more than multiply by its weight."""
 
     def forward(self, x):
         return super().forward(x) + 1

@@ -1,4 +1,4 @@
-"""Models that read a layer's weight past the adapter, or other attributes of it."""
+"""Models that read a layer's weight, or its other attributes, without calling the adapted layer."""
 
 import copy
 import pickle
@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
 
 class ByHand(nn.Module):
-    """Reads a weight of every kind, and calls some of the layers besides."""
+    """Reads weights of every kind of layer, and also calls some of the layers."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class ByHand(nn.Module):
 
 
 class Projection(nn.Linear):
-    """With methods of its own beside forward."""
+    """A layer with methods other than forward."""
 
     @property
     def lengths(self) -> Tensor:
@@ -115,7 +115,7 @@ def vision(model: nn.Module) -> Tensor:
 
 
 NORMS = {"positions": ["all", "norm"]}
-# How to make a model, how to call it, what to adapt.
+# A constructor, a call, and the modules to adapt.
 CASES = {
     "encoder": (encoder, lambda model: model(X), {}),
     "encoder, padded": (encoder, lambda model: model(X, src_key_padding_mask=PADDED)[~PADDED], NORMS),
@@ -212,7 +212,7 @@ def test_a_batch_that_mixes_adapters_is_refused_where_a_weight_is_read():
     model = get_peft_model(Attention().double(), PropulsionConfig(degree=3)).eval()
     with pytest.raises(ValueError, match=r"reads the weight of 'attention.out_proj' and does not call it"):
         model(X, adapter_names=["default", "__base__", "default"])
-    model(X)  # And no trace of it is left.
+    model(X)  # Nothing of the adapter remains.
 
 
 def test_dtypes_and_gradients_of_what_is_read():
@@ -279,7 +279,7 @@ def test_a_norm_of_another_kind_is_not_read():
 
 
 class Normed(nn.Module):
-    """Calls a layer whose weight is computed from others, and reads that weight as well."""
+    """Calls a layer whose weight is computed from other parameters, and also reads that weight."""
 
     def __init__(self, norm):
         super().__init__()

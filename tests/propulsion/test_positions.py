@@ -1,4 +1,4 @@
-"""Positions as modules: the paper's counts, every architecture, and no scale without effect."""
+"""The modules at each position: the paper's counts, every architecture, and no scale without effect."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def roberta_base() -> RobertaForSequenceClassification:
         return RobertaForSequenceClassification(config)
 
 
-# Recounted from the architecture: d = 768, feed-forward 3072, 12 layers, 2 labels.
+# Counted from the architecture: d = 768, feed-forward 3072, 12 layers, 2 labels.
 @pytest.mark.parametrize(
     ("fields", "count"),
     [
@@ -78,7 +78,7 @@ def test_every_scale_has_an_effect_and_merges(family):
     randomize(adapted, spread=0.1)
     adapted(**batch).logits.square().sum().backward()
     dead = [name for name, z in scales(adapted).items() if z.grad is None or not z.grad.any()]
-    # The key's bias and scale shift or scale attention scores, so even they act here.
+    # The key's scale also multiplies attention scores, so it has an effect here.
     assert not dead
     output = logits(adapted, batch)
     adapted.merge_adapter(safe_merge=True)

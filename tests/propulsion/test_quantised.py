@@ -86,14 +86,14 @@ def test_what_no_scale_folds_into_is_refused():
     with pytest.raises(ValueError, match="its blocks of 64 numbers run across rows"):
         layer.merge()
     assert torch.equal(layer(x), output)
-    base = bnb.nn.Linear8bitLt(4, 3, has_fp16_weights=False)  # quantised when it moves to a device
+    base = bnb.nn.Linear8bitLt(4, 3, has_fp16_weights=False)  # It is quantised when it moves to a device.
     with pytest.raises(ValueError, match="not quantised yet"):
         layer_class(base)(base, "default", PropulsionConfig()).merge()
 
 
 @pytest.mark.parametrize("kind", [bnb.nn.Embedding8bit, bnb.nn.EmbeddingNF4])
 def test_an_embedding_is_adapted_and_not_merged(kind):
-    """Its rows are words, and no outputs; here as many as those."""
+    """The rows of an embedding are tokens, not outputs; here there are as many tokens as outputs."""
     torch.manual_seed(0)
     base = kind(64, 64)
     base.load_state_dict(nn.Embedding(64, 64).state_dict())

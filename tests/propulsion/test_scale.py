@@ -1,4 +1,4 @@
-"""Scales of several vectors, and how they start."""
+"""Scales of several vectors, and their initial values."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_one_vector_starts_at_its_value_exactly():
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("equal", [True, False])
 def test_equal_vectors_stay_equal_for_ever_and_those_that_start_apart_do_not(pooling, equal):
-    """The reason for the spread."""
+    """This is why initial vectors are spread."""
     z = start(pooling)
     if equal:
         z = torch.ones_like(z)

@@ -1,4 +1,4 @@
-"""The lean layer: the same gradients, with less kept for the backward pass and less written."""
+"""The lean layer: the same gradients, with less memory kept for the backward pass and less memory written."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ def test_the_lean_product_has_the_same_gradients(shape, overwrite):
     torch.manual_seed(0)
 
     def product(v, s):
-        return multiply(v * 1, s, lean=True, overwrite=overwrite)  # times 1, as what is overwritten is no leaf
+        return multiply(v * 1, s, lean=True, overwrite=overwrite)  # Times 1: leaves cannot be overwritten.
 
     v = torch.randn(3, 5, *shape, dtype=torch.float64, requires_grad=True)
     s = (1 + 0.5 * torch.randn(shape, dtype=torch.float64).clamp(-1.5, 1.5)).requires_grad_(True)
@@ -57,12 +57,12 @@ def kept(lean: bool, value: float = 1.0) -> set[int]:
 
 
 def test_the_lean_layer_keeps_one_tensor_where_two_were():
-    assert 1 in kept(lean=True)  # the scaled output, which GELU keeps as well
-    assert 2 in kept(lean=False)  # and the unscaled one
+    assert 1 in kept(lean=True)  # The scaled output, which GELU keeps too.
+    assert 2 in kept(lean=False)  # The unscaled output too.
 
 
 def test_near_zero_the_unscaled_output_is_kept_and_gradients_are_exact():
-    """There y / s would be 0 / 0."""
+    """Near zero y / s would be 0 / 0."""
     assert 2 in kept(lean=True, value=0.0)
     for value in (0.0, 0.9 * SMALLEST ** (1 / 3), 1.1 * SMALLEST ** (1 / 3)):
         gradients = []
@@ -89,7 +89,7 @@ def test_a_scale_that_reaches_zero_is_noticed(by):
 
 
 def test_all_layers_of_a_model_are_looked_at_at_once(monkeypatch):
-    """As looking waits for an accelerator; this processor stands in for one."""
+    """Reading values waits for an accelerator, so it is done once; the test treats the CPU as one."""
     monkeypatch.setattr("propulsion.layer._waits", lambda scale: True)
     model = get_peft_model(build("bert"), PropulsionConfig(degree=3)).train()
     layers = [module for module in model.modules() if isinstance(module, PropulsionLayer)]
@@ -105,7 +105,7 @@ def test_all_layers_of_a_model_are_looked_at_at_once(monkeypatch):
         layers[-1].propulsion_z["default"].zero_()
     model(**inputs("bert")).logits.square().sum().backward()
     assert [layer._far[1] for layer in layers] == [True] * (len(layers) - 1) + [False]
-    copied = copy.deepcopy(layers[0])  # not with all the others
+    copied = copy.deepcopy(layers[0])  # It is not checked together with the others.
     assert not copied._together
     assert layers[0]._together == layers
 
@@ -149,14 +149,14 @@ def test_the_overwritten_product_is_rounded_as_the_other(dtype):
         product = multiply(leaf * 1, s, lean=lean, overwrite=lean)
         gradients.append(torch.autograd.grad(product, (leaf, s), g))
     assert torch.equal(gradients[0][0], gradients[1][0])
-    precision = 4 * torch.finfo(dtype).eps  # y / s is v with one more rounding to the layer's dtype
+    precision = 4 * torch.finfo(dtype).eps  # y / s differs from v by one rounding to the layer's dtype.
     size = float((g.float() * v.float()).abs().sum(dim=0).max())
     torch.testing.assert_close(gradients[0][1], gradients[1][1], rtol=0, atol=precision * size)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "falcon"])
 def test_a_lean_model_has_the_same_gradients(family):
-    """In every family that takes the lean layer by itself, at scales off 1; dropout included."""
+    """For every family that uses the lean layer by default, at scales other than 1, with dropout."""
     batch, gradients = batch_for(family), []
     model = get_peft_model(classifier(family), PropulsionConfig(degree=3, positions="all", task_type="SEQ_CLS")).train()
     layers = [module for module in model.modules() if isinstance(module, PropulsionLayer)]
@@ -173,7 +173,7 @@ def test_a_lean_model_has_the_same_gradients(family):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
-        # Gradients that cancel over tokens: a token's share has a rounding of its own.
+        # Gradients cancel over tokens, while each token's term has its own rounding error.
         atol = 1e-12 * max(float(g.abs().max()) for g in gradients[0].values())
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-10, atol=atol, msg=name)
 
@@ -186,9 +186,9 @@ def test_where_the_lean_layer_is_taken_without_asking():
     bert, unknown = build("bert"), nn.Sequential(nn.Linear(3, 3))
     assert lean(bert)
     assert not lean(bert, lean=False)
-    assert not lean(bert, degree=1)  # there it is (IA)3 to the last bit
+    assert not lean(bert, degree=1)  # There it equals (IA)3 bit for bit.
     assert lean(bert, degree=1, lean=True)
-    assert not lean(build("falcon"))  # writes into its layers' outputs
+    assert not lean(build("falcon"))  # The model writes into its layers' outputs.
     assert not lean(build("deberta"))
     assert not lean(unknown)
     assert lean(unknown, lean=True)
@@ -217,7 +217,7 @@ def test_an_output_that_somebody_watches_is_not_overwritten():
 
 
 def test_a_layer_of_its_own_kind_is_not_overwritten():
-    """It may return what it goes on using: here, its weight."""
+    """A layer of another class may return a tensor that it uses later: here, its weight."""
 
     class Positions(nn.Embedding):
         def forward(self, x):

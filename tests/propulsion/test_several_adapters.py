@@ -20,7 +20,7 @@ def model_with_two(family: str, **fields) -> PeftModel:
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_a_batch_that_mixes_adapters_is_each_example_by_its_own(family):
-    """Position embeddings of batch 1 included."""
+    """This includes position embeddings, which have batch size 1."""
     model, batch = model_with_two(family), inputs(family)
     n = len(batch["input_ids"])
     names = ["second", "default", "__base__"][:n]

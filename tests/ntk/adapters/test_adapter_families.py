@@ -1,4 +1,4 @@
-"""Kernels of methods on every family, against autograd through the models that peft makes of it."""
+"""Kernels of methods on every family, compared with autograd through peft's models."""
 
 import copy
 import math
@@ -60,7 +60,7 @@ TEXT = FAMILIES | {
 
 
 class Mamba(nn.Module):
-    """The mean of Mamba's states, read out: transformers has no classifier of it."""
+    """A linear readout of the mean of Mamba's states, since transformers has no Mamba classifier."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ class Mamba(nn.Module):
 
 
 class Marked(nn.Module):
-    """SigLIP's attention pooling, by torch's own attention: the result depends on its readout."""
+    """A classifier with SigLIP's attention pooling, which uses the readout of torch's own attention."""
 
     def __init__(self):
         super().__init__()
@@ -114,7 +114,7 @@ def each_alone(inputs: dict[str, Tensor] | Tensor):
 
 
 def oracle(model: nn.Module, inputs: dict[str, Tensor] | Tensor, chosen: list[nn.Parameter]) -> Tensor:
-    """The kernel of some parameters by plain autograd."""
+    """The kernel of the chosen parameters by plain autograd."""
     model.eval()
     rows = []
     for one in each_alone(inputs):
@@ -127,7 +127,7 @@ def oracle(model: nn.Module, inputs: dict[str, Tensor] | Tensor, chosen: list[nn
 
 
 def compare(model: nn.Module, inputs: dict[str, Tensor] | Tensor, precision: float = EXACT) -> None:
-    """Full, BitFit, Propulsion, LoRA and (IA)3 on every layer, all at once, against the models of peft."""
+    """Compare full, BitFit, Propulsion, LoRA and (IA)3 on every layer, computed by one call, with peft's models."""
     layers = adapters.layers_of(model)
     linear = [name for name, layer in layers.items() if not isinstance(layer, nn.Embedding)]
     everywhere = [name for name in layers if name not in ("shared", "transformer.shared", "model.shared")]
@@ -154,14 +154,14 @@ def compare(model: nn.Module, inputs: dict[str, Tensor] | Tensor, precision: flo
 
 
 class Scaled(nn.Linear):
-    """A layer of a class of its own."""
+    """A layer of a class that peft does not know."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x.tanh())
 
 
 class Odd(nn.Module):
-    """Every way in which a layer's weight is used otherwise than by one plain call of the layer."""
+    """Uses the weights of its layers in every way other than by one plain call of the layer."""
 
     def __init__(self):
         super().__init__()
@@ -243,7 +243,7 @@ def test_the_fast_way_is_the_reference_in_every_layout(kind, reduce):
 
 
 def test_a_layer_whose_weight_is_computed_takes_lora():
-    """By peft's matrices, on all linear layers: the one under weight_norm is not left out."""
+    """LoRA adapts all linear layers, including the one under weight_norm, with the same matrices as peft."""
     model, x = odd(Normed)
     adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["one", "two"])).double()
     expected = oracle(adapted, x, [p for p in adapted.parameters() if p.requires_grad])
@@ -273,7 +273,7 @@ def test_layers_that_only_some_examples_call(large):
 
 
 class BiasRead(nn.Module):
-    """Calls layers and reads their biases besides: all of it, a part of it, that of a norm, for some examples alone."""
+    """Calls layers and also reads biases: a whole one, a part of one, that of a norm, or one for some examples only."""
 
     def __init__(self):
         super().__init__()
@@ -291,7 +291,7 @@ class BiasRead(nn.Module):
 @pytest.mark.parametrize("reader", range(4))
 @pytest.mark.parametrize("places", [["one", "part", "some", "out"], ["some"], ["one"], ["out"]])
 def test_biases_that_are_read_outside_the_call_are_scaled(places, reader):
-    """The examples `reader` and on read that of `some`: the first alone is looked at before all run."""
+    """Only the examples from `reader` on read the bias of `some`, while the check looks at the first example."""
     model, x = odd(BiasRead)
     with torch.no_grad():
         hidden = (model.one(x) + 2 * model.one.bias).tanh()
@@ -312,7 +312,7 @@ def test_a_named_module_that_takes_no_adapter_is_refused():
 
 
 class Frozen(nn.Module):
-    """One layer without gradients, and an embedding whose table is computed so, as RoFormer's is."""
+    """A layer that runs without gradients, and an embedding with a table computed without them, as in RoFormer."""
 
     def __init__(self):
         super().__init__()
@@ -408,7 +408,7 @@ def test_plain_layers_take_the_fast_way(family, caplog):
 
 @pytest.mark.parametrize("family", TEXT)
 def test_the_same_words_mean_the_layers_that_training_adapts(family):
-    """Of Propulsion on everything, for a classifier. What the model never uses has no kernel, and gets no scale."""
+    """Propulsion's kernel on all layers covers the layers that training adapts, which are those that the model uses."""
     model = text_model(family)
     trained = peft.get_peft_model(copy.deepcopy(model), PropulsionConfig(task_type="SEQ_CLS"))
     bare = trained.get_base_model().named_modules()

@@ -1,4 +1,4 @@
-"""Kernels of adapters from one stream against automatic differentiation through peft's own layers."""
+"""Kernels of adapters from shared passes, compared with automatic differentiation through peft's own layers."""
 
 import copy
 
@@ -24,13 +24,13 @@ FEEDFORWARD = {"bert": ["output.dense"], "roberta": ["output.dense"], "gpt2": ["
 
 
 def wrapped(model, config):
-    """The kernel's model by peft, in float64, and the kernel of its trainable parameters."""
+    """The model wrapped by peft, in float64, and the kernel of its trainable parameters."""
     model = peft.get_peft_model(copy.deepcopy(model), config).double()
     return model, ntk.empirical_ntk(model, batch(), params="trainable", method="jacobian")
 
 
 def modules(model, kind):
-    """peft's layers by the name that the layer has in the bare model."""
+    """peft's layers by the layer's name in the model without peft."""
     prefix = "base_model.model."
     return {name.removeprefix(prefix): m for name, m in model.named_modules() if isinstance(m, kind)}
 
@@ -157,7 +157,7 @@ def test_random_subset(family):
 
 
 def test_the_mean_over_lora_s_matrices():
-    """The sample mean over many draws of A nears the expected kernel as their number grows."""
+    """The mean over many draws of A approaches the expected kernel as their number grows."""
     model = classifier("bert")
     methods = {str(seed): adapters.LoRA(rank=2, alpha=6, seed=seed) for seed in range(64)}
     methods["mean"] = adapters.LoRA(rank=2, alpha=6, a="expected")

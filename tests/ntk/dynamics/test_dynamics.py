@@ -1,4 +1,4 @@
-"""Predictions from kernels, against each other, against closed forms, and against networks really trained."""
+"""Predictions from kernels, compared with each other, with closed forms, and with trained networks."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_a_shared_kernel_is_the_block_diagonal_one():
 
 
 def test_ridge_is_the_penalty_on_the_parameters():
-    """Against the minimum of (1/2) |f0 + J d - y|^2 + (ridge / 2) |d|^2."""
+    """Ridge regression gives the minimum of (1/2) |f0 + J d - y|^2 + (ridge / 2) |d|^2."""
     generator = torch.Generator().manual_seed(0)
     J = torch.randn(5, 3, generator=generator, dtype=torch.float64)  # fewer parameters than examples
     y, f0 = (torch.randn(5, 1, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -81,7 +81,7 @@ def test_a_singular_kernel_flows_and_does_not_regress():
     with pytest.raises(ValueError, match=r"kernel is singular .* give a ridge"):
         kernel_regression(K, y, cross=K)
     flow = gradient_flow(K, y, times=[1e9], cross=K)[0]
-    # Not by the pseudo-inverse of the kernel, whose error is the square of the features'.
+    # The expectation does not use the kernel's pseudo-inverse, whose condition number is the square of the features'.
     torch.testing.assert_close(flow, x @ torch.linalg.lstsq(x, y, driver="gelsd").solution, rtol=1e-10, atol=1e-10)
 
 
@@ -101,7 +101,7 @@ def test_cross_entropy_flow_is_gradient_descent_by_small_steps():
 
 
 def wide(width: int, activation: str = "gelu", n_out: int = 1) -> MLP:
-    """One hidden layer in NTK parametrisation, so that outputs move by O(1) while features hardly move."""
+    """One hidden layer in NTK parametrisation, so that outputs change by O(1) while features hardly change."""
     recipe = Recipe(generator=torch.Generator().manual_seed(0), sigma_w=1.5, multipliers="hidden")
     return MLP(5, width=width, depth=1, activation=activation, recipe=recipe, n_out=n_out)
 
@@ -112,12 +112,12 @@ def gaussian(*sizes: int) -> list[torch.Tensor]:
 
 
 def full(name: str, parameter: nn.Parameter) -> bool:
-    """What full fine-tuning trains of the random networks."""
+    """Whether full fine-tuning trains this parameter of the random networks."""
     return not is_multiplier(name, parameter)
 
 
 def train(model: nn.Module, chosen, loss, x, new, *, step: float, marks: list[int]):
-    """Outputs on both sets of inputs after the marked numbers of full-batch steps."""
+    """Train by full-batch steps, and return outputs on both sets of inputs after the marked numbers of steps."""
     parameters = [p for name, p in model.named_parameters() if chosen(name, p)]
     optimizer = torch.optim.SGD(parameters, lr=step)
     found, found_new = [], []
@@ -137,7 +137,7 @@ def test_a_wide_network_trained_by_small_steps_follows_its_kernel(chosen, loss):
     model, x, new = wide(4096, n_out=1 if loss == "squared" else 3), *gaussian(10, 6)
     K, cross = (ntk.empirical_ntk(model, a, b, params=chosen) for a, b in ((x, None), (new, x)))
     f0, f1 = model(x).detach(), model(new).detach()
-    # Steps far below 2 / the largest eigenvalue; the last mark is 20 of its time constants.
+    # The step is far below 2 / the largest eigenvalue; the last mark is at 20 time constants.
     step, marks = 0.05 / float(torch.linalg.eigvalsh(flatten(K))[-1]), [4, 20, 80, 400]
     options = {"times": [step * k for k in marks]}
     if loss == "squared":
@@ -148,19 +148,19 @@ def test_a_wide_network_trained_by_small_steps_follows_its_kernel(chosen, loss):
     found, found_new = train(model, chosen, criterion, x, new, step=step, marks=marks)
     predicted = flow(K, y, f0, **options)
     predicted_new = flow(K, y, f0, **options, cross=cross, initial_cross=f1)
-    assert float((found[-1] - f0).norm() / f0.norm()) > 0.4  # they did move
+    assert float((found[-1] - f0).norm() / f0.norm()) > 0.4  # The outputs did change.
     for found_t, predicted_t in zip([*found, *found_new], [*predicted, *predicted_new], strict=True):
         assert float((found_t - predicted_t).norm() / found_t.norm()) < 0.02
     assert 0 < relative_drift(ntk.empirical_ntk(model, x, params=chosen), K) < 0.01
     assert linearization_error(found[-1], predicted[-1], f0) < 0.02
-    if loss == "squared":  # and the regression is where the flow ends
+    if loss == "squared":  # The flow ends at the regression.
         end = gradient_flow(K, y, f0, times=[1e6], cross=cross, initial_cross=f1)[0]
         regression = kernel_regression(K, y, f0, cross=cross, initial_cross=f1)
         assert float((end - regression).norm() / regression.norm()) < 1e-10
 
 
 def drift_after_training(width: int, chosen) -> tuple[float, float]:
-    """Relative drift of the Jacobian, and the share of the outputs' movement that the kernel does not explain."""
+    """Relative drift of the Jacobian, and the share of the outputs' change that the kernel does not explain."""
     model, x, _ = wide(width, "tanh"), *gaussian(10, 1)
     K, f0, start = ntk.empirical_ntk(model, x, params=chosen), model(x).detach(), jacobian(model, x, chosen)
     y = f0 + 0.5 * x[:, :1].sign()
@@ -171,7 +171,7 @@ def drift_after_training(width: int, chosen) -> tuple[float, float]:
 
 
 def test_training_grows_lazier_with_the_width_and_propulsion_later_than_full_fine_tuning():
-    """Both drift as 1 / sqrt(width); Propulsion's few parameters and small kernel leave each further to go."""
+    """Both drift as 1 / sqrt(width); Propulsion drifts more, since it has few parameters and a small kernel."""
     drifts = {(chosen, w): drift_after_training(w, chosen) for chosen in (full, is_multiplier) for w in (256, 4096)}
     for chosen in (full, is_multiplier):
         assert drifts[chosen, 4096][0] < drifts[chosen, 256][0] / 2  # a quarter in the limit
@@ -205,7 +205,7 @@ def test_the_linearised_model_is_the_first_order_expansion():
 
 
 class Attending(nn.Module):
-    """A layer of torch's own with a fused path in evaluation mode, a dropout, and a change of its input."""
+    """A torch layer that is fused in evaluation mode, with dropout and an in-place change of its input."""
 
     def __init__(self):
         super().__init__()

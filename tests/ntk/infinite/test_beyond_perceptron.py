@@ -1,4 +1,4 @@
-"""The corrected Theorem 1 in residual networks, under norms, in transformers, at trained z, at a finite width."""
+"""The corrected Theorem 1 in residual networks, with norms, in transformers, at trained z, and at finite width."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_one_layer_without_branches_is_the_perceptron():
 
 
 def test_residual_branches_have_a_gap_off_the_diagonal_and_the_corrected_theorem_fails():
-    """Not a defect: a branch's output reaches several nonlinearities, none of which it is the whole argument of."""
+    """This is expected: a branch's output enters several nonlinearities, and is only a part of each one's argument."""
     x = inputs(4, 5)
     x = torch.cat([x, -x[:1], x[:1]])  # an opposite input, and a repeated one
     kernels = residual_kernels(x, depth=4, activation="relu", sigma_w=1.4)
@@ -76,7 +76,7 @@ def test_residual_branches_have_a_gap_off_the_diagonal_and_the_corrected_theorem
     assert bool((kernels.gap[:, 0, 1:4] > 1e-3 * own[:, 0, 1:4].abs()).all())
     total = kernels.propulsion.sum(0) + kernels.propulsion_input
     assert distance(total, kernels.weights.sum(0)) > 0.05
-    assert distance(total.diagonal(), kernels.weights.sum(0).diagonal()) < 1e-12  # the input's share is the readout's
+    assert distance(total.diagonal(), kernels.weights.sum(0).diagonal()) < 1e-12  # Input's term = readout's.
     # As for the perceptron: linear networks have no gap.
     linear = residual_kernels(x, depth=4, activation="linear", sigma_w=0.8, sigma_b=0.3)
     assert float(linear.gap.abs().max()) <= 1e-12 * float(linear.weights.max())
@@ -86,7 +86,7 @@ def test_residual_branches_have_a_gap_off_the_diagonal_and_the_corrected_theorem
 
 
 class Normed(nn.Module):
-    """Two hidden layers, ReLU, a norm before or after it, a multiplier on every linear layer."""
+    """Two hidden layers with ReLU, a norm before or after it, and scales on every linear layer."""
 
     def __init__(self, width: int, seed: int, norm: str) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_norms_keep_the_corrected_theorem_unless_they_centre_what_the_activation
         if norm != "layer after":
             assert distance(propulsion, following) < 0.12, layer
         else:
-            # Too large by sigma_w^2 mu mu' / (s s') times the gradients' covariance: 1 / (pi - 1) for ReLU.
+            # The excess is sigma_w^2 mu mu' / (s s') times the gradients' covariance: 1 / (pi - 1) for ReLU.
             gradients = total[f"layers.{layer + 1}.bias"] / 1e-18
             assert distance(propulsion, following) > 0.3, layer
             assert distance(propulsion, following + 1.2**2 / (math.pi - 1) * gradients) < 0.12, layer
@@ -131,7 +131,7 @@ BLIND = ("embedding", "query", "key", "value", "attention", "down")  # no elemen
 
 
 def by_position(width: int, activation: str, draws: int = 8) -> dict[str, float]:
-    """Distance of the multiplier's mean kernel from the mean kernel of the layer's own weights, by position."""
+    """Distance of the scales' mean kernel from the mean kernel of the layer's own weights, by position."""
     x, total = inputs(4, 5, 8), {}
     for seed in range(draws):
         net = Transformer(8, width=width, depth=1, recipe=recipe(seed, multipliers="all"), activation=activation)
@@ -149,7 +149,7 @@ def test_only_the_layer_before_the_activation_of_a_transformer_has_a_gap():
     assert set(wide) == {*BLIND, "up", "readout"}
     for position in BLIND:
         assert wide[position] < 0.2, position
-    # Fluctuations alone: they fall, fourfold in expectation, while the gap of the layer before GELU stands.
+    # Fluctuations fall with the width, fourfold in expectation, while the gap of the layer before GELU stays.
     assert sum(wide[p] for p in BLIND) < sum(narrow[p] for p in BLIND) / 2
     assert wide["up"] > 1
     assert by_position(256, "linear", draws=4)["up"] < 0.3

@@ -1,4 +1,4 @@
-"""Limits of wide networks: planted values of other implementations, identities, and random networks."""
+"""Limits of wide networks: compared with values of other implementations, identities, and random networks."""
 
 import itertools
 import json
@@ -50,12 +50,12 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
 
 X = torch.tensor([[1.0, -0.5, 0.25], [0.5, 1.5, -1.0], [-2.0, 0.75, 0.5]], dtype=torch.float64)
 
-# By tests/oracles/neural_tangents_table.py, in an environment of its own.
+# Written by tests/oracles/neural_tangents_table.py in a separate environment.
 ORACLE = json.loads((Path(__file__).parents[2] / "oracles" / "neural_tangents.json").read_text(encoding="utf-8"))
 ORACLE_ACTIVATIONS = {
     "leaky_relu(0.3)": infinite.leaky_relu(0.3),
     "leaky_relu(-1)": infinite.leaky_relu(-1.0),
-    "sin": torch.sin,  # by the series: that library has its closed form
+    "sin": torch.sin,  # Ours is by the series; that library has a closed form.
 }
 
 
@@ -69,13 +69,13 @@ def test_nngp_and_ntk_equal_neural_tangents(row):
     for name in ("nngp", "ntk"):
         found = getattr(result, name)[*torch.triu_indices(len(x), len(x))]
         expected = torch.tensor(row[name], dtype=torch.float64)
-        # Of each entry; for sin of the largest, since entries of 1e-7 of it come out of a sum.
+        # Relative to each entry; for sin to the largest, since its entries of 1e-7 come from a cancelling sum.
         size = expected.abs().max() if row["activation"] == "sin" else expected
         assert float(((found - expected) / size).abs().max()) < tolerance, name
 
 
 def plane(f, q1: float, q2: float, rho: float) -> float:
-    """E[f(h, h')] on a fine grid of the plane: for analytic f the trapezoidal rule is exact to rounding."""
+    """E[f(h, h')] by the trapezoidal rule on a fine grid of the plane, exact to rounding for analytic f."""
     z = np.arange(-11, 11, 1 / 24) + 0.001
     w = np.exp(-(z**2) / 2) / 24 / math.sqrt(2 * math.pi)
     h, h2 = math.sqrt(q1) * z[:, None], math.sqrt(q2) * (rho * z[:, None] + math.sqrt(1 - rho**2) * z[None])
@@ -92,7 +92,7 @@ NUMPY = {
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_every_kernel_against_integrals_over_the_plane(name):
-    """The recursion as theory books write it, in numpy, its expectations by another rule."""
+    """The textbook recursion in numpy, with expectations by another integration rule."""
     phi, slope = NUMPY[name]
     x = np.array([[1.0, 0.2], [-0.5, 1.0]])
     sw, sb, depth = 1.5, 0.4, 3
@@ -128,7 +128,7 @@ def test_methods_agree_on_hard_inputs(name, sigma_b):
     ]
     for other in results[1:]:
         for field in ("nngp", "ntk", "propulsion", "lora"):
-            # Two layers amplify the 1e-12 of E|f f'| that either rule asks of itself.
+            # Two layers amplify the error of 1e-12 in E|f f'| that both rules allow.
             assert close(getattr(other, field), getattr(results[0], field), 1e-11), field
 
 
@@ -146,7 +146,7 @@ def test_series_and_plane_match_closed_forms_up_to_variances_of_1000(name):
 
 
 def test_closed_forms_and_series_keep_small_covariances_beside_large_biases():
-    """No bias is subtracted again: entries of 1e-8 stand beside a bias of 1 with all their digits."""
+    """Entries of 1e-8 keep all digits beside a bias of 1, which would be lost if the bias were subtracted again."""
     x = 1e-4 * inputs(4)
     biased, plain = (kernels(x, activation="relu", depth=0, sigma_b=b, positions="all") for b in (1.0, 0.0))
     assert torch.equal(biased.propulsion, plain.propulsion)
@@ -154,7 +154,7 @@ def test_closed_forms_and_series_keep_small_covariances_beside_large_biases():
 
 
 def relu_by_mpmath(x, x2, depth: int, sigma_w: float, sigma_b: float) -> tuple[float, float]:
-    """(NTK, Propulsion on the hidden layers) with 50 digits, from arccos as the textbooks have it."""
+    """(NTK, Propulsion on the hidden layers) with 50 digits, by the textbook formula with arccos."""
     with mpmath.workdps(50):
         u, v = ([mpmath.mpf(float(e)) for e in row] for row in (x, x2))
         sw, sb = mpmath.mpf(sigma_w) ** 2, mpmath.mpf(sigma_b) ** 2
@@ -193,7 +193,7 @@ def test_identical_opposite_and_zero_inputs(name, sigma_b):
         assert float((kernel[0] - kernel[1]).abs().max()) <= 1e-14 * float(kernel.abs().max())
         assert float(torch.linalg.eigvalsh(kernel)[0]) >= -1e-11 * float(kernel.abs().max())
     if sigma_b == 0:
-        # phi(0) = 0 for the whole table, so a network without biases is silent at 0.
+        # phi(0) = 0 for the whole table, so a network without biases has the output 0 at the input 0.
         for kernel in (result.nngp, result.ntk, result.propulsion):
             assert (kernel[3] == 0).all()
         if name in ("linear", "erf", "tanh"):  # odd
@@ -251,7 +251,7 @@ def test_without_the_input_position_the_first_layers_share_is_missing(name):
     layers = result.layers
     assert layers is not None
     assert close(result.propulsion, result.ntk_weights - layers.weights[0], 1e-12)
-    # A tenth at least: nobody may call these kernels equal.
+    # The distance is at least a tenth, so that these kernels cannot count as equal.
     assert ntk.kernel_distance(result.ntk_weights, result.propulsion) > 0.1
 
 
@@ -275,7 +275,7 @@ def test_the_gap_of_a_relu_layer_is_the_sine_of_the_angle():
 @pytest.mark.parametrize("name", SMOOTH)
 @pytest.mark.parametrize("positions", ["all", "hidden"])
 def test_theorem_fails_for_smooth_activations(name, positions):
-    """Not a defect: h phi'(h) differs from phi(h), and the kernels differ at any width, even up to scale."""
+    """This is expected: h phi'(h) differs from phi(h), and the kernels differ at any width, even up to scale."""
     x = inputs()
     result = kernels(x, activation=name, positions=positions, sigma_b=0)
     assert ntk.kernel_distance(result.ntk, result.propulsion) > 0.03
@@ -284,7 +284,7 @@ def test_theorem_fails_for_smooth_activations(name, positions):
 
 @pytest.mark.parametrize(("name", "sign"), [("erf", -1), ("tanh", -1), ("gelu", 1), ("silu", 1)])
 def test_gap_on_the_diagonal_is_bounded_away_from_zero(name, sign):
-    """For ReLU it vanishes there; saturating activations lose, the others gain."""
+    """It is zero for ReLU, negative for saturating activations and positive for the others."""
     x = inputs()
     layers = kernels(x, activation=name, depth=2).layers
     assert layers is not None
@@ -295,7 +295,7 @@ def test_gap_on_the_diagonal_is_bounded_away_from_zero(name, sign):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gap_is_the_covariance_layer_by_layer(name):
-    """K_P,l / k^2 - K_F,l = sigma_w^2 D^{l+1} Cov(h h', phi' phi'), each side by another way where there are two."""
+    """K_P,l / k^2 - K_F,l = sigma_w^2 D^{l+1} Cov(h h', phi' phi'), both sides computed independently if possible."""
     x = inputs()
     found = kernels(x, activation=name, degree=3, depth=4).layers
     other = kernels(x, activation=name, degree=3, depth=4, method="series").layers
@@ -351,7 +351,7 @@ def test_networks_approach_the_limit_as_one_over_root_width():
         found: dict[str, list[torch.Tensor]] = {name: [] for name in NAMES}
         for seed in range(draws):
             net = network(width, seed, "linear")
-            for name in NAMES:  # the same weights for all
+            for name in NAMES:  # All have the same weights.
                 net.phi = ACTIVATIONS[name].function
                 found[name].append(multiplier_kernel(net, x))
         for name in NAMES:
@@ -359,14 +359,14 @@ def test_networks_approach_the_limit_as_one_over_root_width():
             squares = (values - limits[name].propulsion).flatten(1).norm(dim=1).square()
             errors[name][width], means[name] = float(squares.mean().sqrt()), values.mean(dim=0)
     for name in NAMES:
-        # Weighted by how well its draws know each error.
+        # Each width is weighted by the precision of its error.
         fit = np.polyfit(np.log(list(WIDTHS)), np.log(list(errors[name].values())), 1, w=np.sqrt(list(WIDTHS.values())))
         assert fit[0] == pytest.approx(-0.5, abs=0.1), name
-        # At width 4096 the mean of the networks lies at the limit, within the error that their scatter gives it.
+        # At width 4096 the mean of the networks is within its standard error of the limit.
         limit, distance = limits[name].propulsion, float((means[name] - limits[name].propulsion).norm())
         assert distance < 3 * errors[name][4096] / math.sqrt(WIDTHS[4096]), name
         assert distance < 0.05 * float(limit.norm()), name
-        # And not at full fine-tuning's: their distance is what width does not change.
+        # It is not at full fine-tuning's limit, since the gap does not close with the width.
         if name != "linear":
             assert float((means[name] - 9 * limits[name].ntk).norm()) > 3 * distance, name
 
@@ -386,27 +386,27 @@ def test_full_kernel_of_networks_approaches_the_limit_and_the_gap_stands_still(n
 
 
 def within(found: torch.Tensor, mean: torch.Tensor, errors: float = 4.0) -> bool:
-    """Whether draws, (draws, n, n), average to ``mean`` within so many standard errors of theirs."""
+    """Whether the average of draws (draws, n, n) is ``mean`` within so many standard errors."""
     error = found.std(dim=0) / math.sqrt(len(found))
     return bool(((found.mean(dim=0) - mean).abs() <= errors * error).all())
 
 
 def test_the_input_position_settles_with_the_input_dimension_not_with_the_width():
-    """Its kernel is a sum over n_0 coordinates of random sensitivities."""
+    """The kernel of scales on the input is a sum of n_0 random terms, one for each coordinate."""
     spread, draws = {}, 200
     for n_in in (6, 96):
         x = inputs(2, n_in)
         limit = kernels(x, depth=1, degree=3).propulsion_input
-        # The width is far above n_0, so that its own fluctuation, of relative variance 6 / width, is a detail.
+        # The width is far above n_0, so that the width's fluctuation, of relative variance 6 / width, is negligible.
         found = torch.stack(
             [
                 multiplier_kernel(network(4000, s, "relu", n_in=n_in, depth=1, multipliers=["input"]), x)
                 for s in range(draws)
             ]
         )
-        # The mean's own correction is of order 1 / n_0: below the standard error at 96.
+        # The mean deviates from the limit by order 1 / n_0, which is below the standard error at 96.
         assert n_in == 6 or within(found, limit.mean)
-        # 200 draws know the variance of such products to about 15 %, and 1 / n_0 corrects it at 6.
+        # 200 draws give the variance of such products to about 15 %, and corrections of order 1 / n_0 matter at 6.
         assert torch.allclose(found.var(0), limit.variance, rtol=0.5)
         spread[n_in] = float((found.var(0).diagonal().sqrt() / limit.mean.diagonal()).mean())
     assert spread[6] > 0.5
@@ -416,12 +416,12 @@ def test_the_input_position_settles_with_the_input_dimension_not_with_the_width(
 def test_the_readout_stays_random():
     x, draws = inputs(2), 600
     limit = kernels(x, depth=1, degree=3).propulsion_readout
-    for width in (100, 1600):  # no width changes it
+    for width in (100, 1600):  # The variance does not change with the width.
         found = torch.stack(
             [multiplier_kernel(network(width, s, "relu", depth=1, multipliers=["readout"]), x) for s in range(draws)]
         )
         assert within(found, limit.mean)
-        # f^2 has kurtosis 15, so 600 draws know its variance to sqrt(14 / 600) = 15 %.
+        # f^2 has kurtosis 15, so 600 draws give its variance to sqrt(14 / 600) = 15 %.
         assert torch.allclose(found.var(0), limit.variance, rtol=0.45)
     with pytest.raises(ValueError, match="stays random at any width"):
         kernels(x, positions=[1, "readout"])
@@ -447,7 +447,7 @@ def test_lora_has_the_kernel_of_the_weights_on_average_with_the_variance_stated(
         projected = torch.randn(draws, rank, 2, generator=generator, dtype=torch.float64)
         projected = projected @ torch.linalg.cholesky(a @ a.T).T / math.sqrt(rank)
         found += (g @ g.T) * (projected.transpose(1, 2) @ projected)
-    # Of this network exactly, within the error of the draws of A ...
+    # The mean is this network's kernel of the weights, within the error of the draws of A ...
     assert within(found, mean)
     assert torch.allclose(found.var(0), variance, rtol=0.25)
     # ... and of the limit, up to the network's own fluctuation, a few times 1 / sqrt(4096) = 1.6 %.
@@ -469,7 +469,7 @@ def test_hundreds_of_layers(name):
         assert torch.isfinite(kernel).all()
         assert torch.equal(kernel[0], kernel[1])
     if name == "erf":
-        # In the chaotic phase nearly identical inputs part, and rounding grows: an input must not part from itself.
+        # In the chaotic phase distances between inputs and rounding errors grow; an input must stay equal to itself.
         chaotic = kernels(x, activation=name, depth=80, sigma_w=2.5, sigma_b=0.05, per_layer=False)
         assert torch.equal(chaotic.nngp[0, :2], chaotic.nngp.diagonal()[:2])
         assert float(chaotic.nngp[0, 5]) < 0.5 * float(chaotic.nngp[0, 0])
@@ -506,7 +506,7 @@ def test_any_differentiable_function_is_an_activation():
     assert close(given.ntk, expected.ntk, 1e-13)
     assert close(given.propulsion, expected.propulsion, 1e-13)
     assert close(kernels(x, activation=torch.nn.functional.relu).ntk, kernels(x).ntk, 0)
-    # A kink at 0 costs no accuracy, in one layer to all digits.
+    # A kink at 0 costs no accuracy: one layer has all digits.
     for name, kinked in {"relu": lambda h: h.clamp(min=0), "leaky_relu": lambda h: torch.maximum(h, h / 100)}.items():
         one, other = (
             kernels(hard_inputs(), activation=kinked, depth=1),
@@ -554,12 +554,12 @@ def test_mistakes(call, message):
 @pytest.mark.parametrize("sigma_b", [0.0, 0.4])
 @pytest.mark.parametrize("activation", [name for name, a in ACTIVATIONS.items() if a.moments is not None])
 def test_gradients_by_the_inputs_are_central_differences(activation, sigma_b):
-    """On the diagonal, at an input that comes twice, near another, opposite to it, and at 0."""
+    """Inputs include equal, nearly equal and opposite ones, and 0."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
     x[2], x[3], x[4], x[5] = x[1], x[1] + 1e-9, -x[1], 0.0
     direction, h = torch.randn(6, 3, generator=generator, dtype=torch.float64), 1e-6
-    # Equal inputs move together: the slopes of a kinked activation have a kink between them; one at 0 stays.
+    # Equal inputs are shifted together, since the kernel of a kinked activation has a kink there; an input 0 stays.
     direction[2] = direction[3] = direction[1]
     direction[4], direction[5] = -direction[1], 0.0
 

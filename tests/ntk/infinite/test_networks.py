@@ -56,10 +56,10 @@ def test_multipliers_stand_where_they_are_asked_for_and_change_nothing_at_first(
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_merging_a_multiplier_into_its_layer_leaves_the_function(name):
-    """z^k W and z^k b with z = 1 in its place: what y = z^k (W a + b) says."""
+    """Replacing W, b and z by z^k W, z^k b and 1 does not change y = z^k (W a + b)."""
     network, merged = (NETWORKS[name](recipe(degree=3)) for _ in range(2))
     layers = [m for m in network.modules() if hasattr(m, "weight_scale")]
-    assert len(layers) == len(network.positions) - 1  # the input has none
+    assert len(layers) == len(network.positions) - 1  # The input has no layer to merge into.
     for layer, other in zip(layers, (m for m in merged.modules() if hasattr(m, "weight_scale")), strict=True):
         with torch.no_grad():
             z = layer.multiplier.z.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""What ran is counted, and every way is taken by something."""
+"""`ntk.counts` counts the rules and contractions that ran, and each of them is used by some model."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from benchmarks.kernels import ran, unused
 from ntk.counts import BY_EXAMPLE, BY_REFERENCE, BY_RULE, CONTRACTED, PASSES, by_kind, counting
 from ntk.structured.rules import RULES, name_of
 
-# How an operation is called with data h (n, 4), a matrix w (4, 4) and a vector b (4,); those not named, func(h, b).
+# How to call an operation with data h (n, 4), a matrix w (4, 4) and a vector b (4,); func(h, b) if not named here.
 CALLS = {
     F.linear: lambda func, h, w, b: func(h, w, b),
     torch.addmm: lambda func, h, w, b: func(b, h, w),
@@ -37,7 +37,7 @@ class Calling(nn.Module):
 
 @pytest.mark.parametrize("func", RULES, ids=name_of)
 def test_every_rule_is_taken(func):
-    """A rule whose operation never comes under its name would give exact kernels, example by example."""
+    """A rule under a wrong name would never be used, and kernels would still be exact, example by example."""
     torch.manual_seed(0)
     model, x = Calling(func).double(), torch.randn(3, 4, dtype=torch.float64)
     with counting() as found:
@@ -87,7 +87,7 @@ def test_what_has_no_rule_and_what_the_reference_takes():
     assert by_kind(found)[BY_REFERENCE] == {"0.weight": 1, "0.bias": 1}
     assert not any(by_kind(inner).values())
     ntk.empirical_ntk(model, x)
-    assert not by_kind(found)[BY_EXAMPLE]  # Nothing is counted outside.
+    assert not by_kind(found)[BY_EXAMPLE]  # Outside of the context nothing is counted.
 
 
 def test_benchmarks_say_what_never_ran():

@@ -1,4 +1,4 @@
-"""Both contractions of features that are held as tokens, against features formed in full."""
+"""Both contractions of features that are kept as tokens, compared with features formed in full."""
 
 from unittest import mock
 
@@ -18,7 +18,7 @@ from ntk.tokens import Gradients, Packing
     transposed=st.booleans(), uses=st.integers(1, 3), data=st.data(),
 )  # fmt: skip
 def test_both_contractions_agree(n, c, t, r, s, transposed, uses, data):
-    """Ghost and direct, on tokens of which some have no gradient."""
+    """The contractions of pairs of tokens and of formed features agree; some tokens have no gradient."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     groups, dense = [], []
@@ -36,7 +36,7 @@ def test_both_contractions_agree(n, c, t, r, s, transposed, uses, data):
     shape = torch.Size((s, r) if transposed else (r, s))
     for split, reduce, expected in expectations(torch.cat(dense), n):
         layout = LAYOUTS[reduce]
-        for chunk in (gram.CHUNK, 20):  # The smaller one takes some rows, outputs, or tokens of an example at a time.
+        for chunk in (gram.CHUNK, 20):  # The smaller blocks have some rows, outputs or tokens of an example.
             for found in (
                 gram._ghost(groups, split, layout, chunk),
                 gram._direct(groups, shape, split, layout, chunk),
@@ -50,7 +50,7 @@ def test_both_contractions_agree(n, c, t, r, s, transposed, uses, data):
     uses=st.integers(1, 3), data=st.data(),
 )  # fmt: skip
 def test_both_contractions_of_an_embedding_agree(n, c, t, rows, block, uses, data):
-    """Rows that several tokens read, the same by several uses; blocks that examples do and do not fit in."""
+    """Several tokens and several uses read the same rows; examples fit into some blocks and not into others."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     groups, dense = [], []
     for size in (n, 2):

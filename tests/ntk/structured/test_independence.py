@@ -1,4 +1,4 @@
-"""Batches whose examples change one another: `auto` against the plain loop, and what the proof lets run together."""
+"""Models in which examples of a batch change one another: `auto` is exact, and independent examples run together."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ EXACT = 1e-10
 
 
 class Net(nn.Module):
-    """Two layers, with what a subclass does between them."""
+    """Two layers, with an operation between them that a subclass defines."""
 
     def __init__(self):
         super().__init__()
@@ -34,14 +34,14 @@ def net(between) -> nn.Module:
 
 
 def capacity(hidden: Tensor, x: Tensor) -> Tensor:
-    """An expert that takes the first two rows of the batch that choose it, and leaves the others as they are."""
+    """An expert that changes the first two rows of the batch that choose it, and leaves the others unchanged."""
     chosen = (hidden[:, 0] > 0).long()
     room = (chosen.cumsum(0) <= 2).to(hidden)
     return hidden + (chosen * room)[:, None] * hidden.flip(1)
 
 
 def routed(hidden: Tensor, x: Tensor) -> Tensor:
-    """Each half of the hidden units for the rows of one sign, gathered and put back in place."""
+    """Rows of each sign are gathered, use one half of the hidden units, and are put back in place."""
     result = torch.zeros_like(hidden)
     for rows in (x[:, 0] > 0, x[:, 0] <= 0):
         taken = rows.nonzero().squeeze(1)
@@ -50,7 +50,7 @@ def routed(hidden: Tensor, x: Tensor) -> Tensor:
 
 
 class Clipped(torch.autograd.Function):
-    """The identity, whose derivative is divided by its norm over the batch where that is large."""
+    """The identity; its gradient is divided by its norm over the batch if that is large."""
 
     @staticmethod
     def forward(ctx, x):
@@ -62,7 +62,7 @@ class Clipped(torch.autograd.Function):
 
 
 def hooked(hidden: Tensor, x: Tensor) -> Tensor:
-    """Gradients clipped by a hook."""
+    """Clip gradients by a hook."""
     hidden = hidden * 1.0
     if hidden.requires_grad:
         hidden.register_hook(lambda g: g / g.norm().clamp(min=0.05))
@@ -159,7 +159,7 @@ def _half(hidden: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", TOGETHER)
 def test_examples_that_keep_to_themselves_run_together(name, monkeypatch):
-    """The proof must not fail where batches are right, or everything would run alone."""
+    """Independence is recognised for these, so that the examples run together."""
     largest = []
     model, x = net(TOGETHER[name]), examples(2)
     model.register_forward_hook(lambda module, args, output: largest.append(len(output)))
@@ -186,7 +186,7 @@ def test_families_run_together(family):
 
 
 class Padded(nn.Module):
-    """A text model with a pooling that a subclass chooses."""
+    """A text model with a pooling that a subclass defines."""
 
     def __init__(self, pool):
         super().__init__()
@@ -201,7 +201,7 @@ def masked_mean(h: Tensor, m: Tensor) -> Tensor:
     return (h * m[..., None]).sum(1) / m.sum(1, keepdim=True)
 
 
-# How padding, its amount, or that of other examples can leak into a pooled vector.
+# Poolings into which padding, its amount or that of other examples can leak.
 LEAKS = {
     "mean over padding": lambda h, m: h.mean(1),
     "padded length": lambda h, m: masked_mean(h, m) * h.shape[1],

@@ -1,4 +1,4 @@
-"""Models that one way or another of differentiating them does not cope with: exact, or one clear line."""
+"""Models that some way of differentiation cannot handle: kernels are exact, or refused with one clear message."""
 
 import copy
 import re
@@ -18,12 +18,12 @@ METHODS = pytest.mark.parametrize("method", ["jacobian", "auto"])
 
 
 def features(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
-    """(n, c, P) by one backward pass an output, each example alone, of a copy of the model and of the inputs."""
+    """Jacobians (n, c, P) by one backward pass for each output and example, on copies of model and inputs."""
     entries = {"": inputs} if isinstance(inputs, Tensor) else inputs
     rows: list[Tensor] = []
     n = len(next(iter(entries.values())))
     for i in range(n):
-        copied = not isinstance(model, torch.jit.ScriptModule | SparseBuffer)  # torch cannot copy these
+        copied = not isinstance(model, torch.jit.ScriptModule | SparseBuffer)  # torch cannot copy such models.
         own = copy.deepcopy(model) if copied else model
         own.eval()
         one = {
@@ -45,7 +45,7 @@ def by_hand(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
 
 
 class Two(nn.Module):
-    """Two layers with something odd between them."""
+    """Two layers with an unusual operation between them."""
 
     def __init__(self, width: int = 4, outputs: int = 2):
         super().__init__()
@@ -89,7 +89,7 @@ class SparseBuffer(Two):
 
 
 class Table(nn.Module):
-    """Rows of a table with sparse gradients."""
+    """Reads rows of a table that has sparse gradients."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -109,7 +109,7 @@ class Squeezed(Two):
 
 
 class SolvesAnEquation(nn.Module):
-    """The outputs and their slope in the inputs, as networks that obey an equation have them."""
+    """Returns the outputs and their derivatives by the inputs, as physics-informed networks do."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +123,7 @@ class SolvesAnEquation(nn.Module):
 
 
 class Determinant(nn.Module):
-    """Determinants and solvers, whose derivatives come out wrong where gradients are disabled."""
+    """Determinants and solvers, whose derivatives are wrong if a forward pass runs while gradients are disabled."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -144,7 +144,7 @@ class Determinant(nn.Module):
 
 
 class Distances(nn.Module):
-    """Centres; torch's derivative of the distances to them by vmap is not that of autograd."""
+    """Distances to centres, whose derivative by vmap differs from autograd's."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -155,7 +155,7 @@ class Distances(nn.Module):
 
 
 class Stale(nn.Module):
-    """Holds a parameter under another name too, of which torch.func.functional_call knows nothing."""
+    """Has a second attribute for a parameter, which torch.func.functional_call does not replace."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ class Stale(nn.Module):
 
 
 class Layered(nn.Module):
-    """Attention with a fast path of its own in evaluation mode."""
+    """Attention with torch's fast implementation in evaluation mode."""
 
     def __init__(self):
         super().__init__()
@@ -297,7 +297,7 @@ class Settings:
 
 
 class Restless(Two):
-    """Remembers, counts, exchanges a module, and changes its settings and what it computes by them."""
+    """Stores values, counts calls, replaces a module, and changes settings that its outputs depend on."""
 
     def __init__(self, fails: bool = False):
         super().__init__()
@@ -377,7 +377,7 @@ def test_bigbird_says_what_it_changes_and_has_it_back(method):
 
 
 class Mostly(nn.Module):
-    """A large recurrent layer, which goes to the reference, and a small one."""
+    """A large recurrent layer, which the reference computes, and a small one."""
 
     def __init__(self):
         super().__init__()
@@ -418,7 +418,7 @@ def test_kernels_of_adapters_say_in_one_line_what_they_cannot_capture(make):
 
 
 def test_hooks_that_a_model_registers_in_a_pass_and_their_mark_go_together():
-    """transformers registers hooks where hidden states are asked for, and marks the model, once."""
+    """transformers registers hooks once, when hidden states are requested, and marks the model as hooked."""
     model, inputs = classifier("bert"), batch()
     first = ntk.hidden_state_kernel(model, inputs)
     ntk.empirical_ntk(model, inputs, params=lambda name, p: name.startswith("classifier"))

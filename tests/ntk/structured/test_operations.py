@@ -1,4 +1,4 @@
-"""Every operation by itself: both methods against one backward pass an output, exact or refused in one line."""
+"""Every operation: kernels by both methods are exact, compared with a backward pass for each output, or refused."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ X = torch.tensor([[0.3, -0.7, 1.1, 0.45], [0.31, -0.69, 1.13, 0.4], [-5.2, 3.4, 
 
 
 class One(nn.Module):
-    """An operation between data that depends on a parameter, and a layer that reads the result."""
+    """An operation on a parameter and data that depends on other parameters, and a layer that reads the result."""
 
     def __init__(self, shape: tuple[int, ...], operation: Operation):
         super().__init__()
@@ -29,7 +29,7 @@ class One(nn.Module):
 
 
 def by_hand(model: One) -> Tensor:
-    """(n, c, n, c) by one backward pass an output, each example alone."""
+    """The kernel (n, c, n, c) by one backward pass for each output, of one example at a time."""
     rows = []
     for row in X:
         for value in model(row[None].clone())[0]:
@@ -46,7 +46,7 @@ def test_exact_or_refused(name):
     model = One(*OPERATIONS[name])
     try:
         expected = by_hand(model)
-    except RuntimeError as error:  # one of those that torch itself does not differentiate
+    except RuntimeError as error:  # torch itself does not differentiate this operation.
         if "not differentiable with respect to" not in str(error) and "is not implemented" not in str(error):
             raise
         expected = None
@@ -58,7 +58,7 @@ def test_exact_or_refused(name):
             refusals.append(str(error))
             continue
         assert expected is not None, f"{method} gives a kernel where there is no derivative"
-        # Entry by entry: an example far from the others is no measure of them.
+        # Entry by entry, since the last example's kernel may be far larger than the others'.
         size = expected.diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1).sqrt()
         scale = torch.einsum("ia,jb->ijab", size, size).clamp_min(torch.finfo(size.dtype).tiny)
         assert float(((found - expected).abs() / scale).max()) <= EXACT, method

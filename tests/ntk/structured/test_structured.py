@@ -1,4 +1,4 @@
-"""The fast kernel against the plain autograd loop and the reference: every family, every way a parameter is used."""
+"""The fast kernel, compared with an autograd loop and the reference: every family and every use of a parameter."""
 
 import gc
 import logging
@@ -27,7 +27,7 @@ import ntk
 from propulsion import PropulsionConfig
 
 EXACT = 1e-10
-# The examples of these run alone: their forward passes read values of the batch, or bring a derivative of their own.
+# Examples of these families run one at a time: their forward passes read values, or have a custom derivative.
 ALONE = {"mixtral": "reads values", "t5": "reads values", "bart": "reads values", "bloom": "backward pass"}
 NO_SDPA = ("deberta-v2", "gptj", "gemma2", "bloom")
 
@@ -39,7 +39,7 @@ def messages(caplog):
 
 
 def compare(model, inputs, inputs2=None, *, output=None, params="all", **kwargs):
-    """Kernel and per-parameter kernels against the reference, and the kernel against the loop."""
+    """Compare kernel and per-parameter kernels with the reference, and the kernel with the autograd loop."""
     chosen = (lambda name, p: p.requires_grad) if params == "trainable" else (lambda name, p: True)
     options = {"output": output, "params": params}
     whole = ntk.empirical_ntk(model, inputs, inputs2, method="structured", **options, **kwargs)
@@ -47,7 +47,7 @@ def compare(model, inputs, inputs2=None, *, output=None, params="all", **kwargs)
     assert relative_error(whole, oracle) <= EXACT
     layers = ntk.layer_kernels(model, inputs, inputs2, method="structured", **options, **kwargs)
     for name, kernel in ntk.layer_kernels(model, inputs, inputs2, method="jacobian", **options).items():
-        # A share that vanishes but for rounding is compared with the whole.
+        # A kernel that is zero up to rounding is compared relative to the whole kernel.
         scale = max(float(kernel.norm()), 1e-6 * float(oracle.norm()))
         assert float((layers[name] - kernel).norm()) <= EXACT * scale, name
     assert relative_error(sum(layers.values(), torch.zeros_like(whole)), whole) <= EXACT
@@ -71,7 +71,7 @@ def test_families(family, attention, messages):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_gemma3_to_the_rounding_of_its_own_norms(attention):
-    """They compute in float32, whatever the model's precision; the shares of its query norms nearly cancel."""
+    """Gemma 3's norms compute in float32, whatever the model's precision; terms of its query norms nearly cancel."""
     model, inputs = classifier("gemma3", attention), batch()
     oracle = autograd_kernel(model, inputs)
     layers = ntk.layer_kernels(model, inputs, method="structured")
@@ -100,7 +100,7 @@ def test_adapters_off_their_initial_values(family, adapter, messages):
 
 
 def body_linears(model):
-    """The names of the linear layers of a classifier's body."""
+    """The names of the linear layers of a classifier's backbone."""
     inside = {id(m) for m in model.base_model.modules()}
     kinds = (nn.Linear, hf.pytorch_utils.Conv1D)
     return [name for name, m in model.named_modules() if isinstance(m, kinds) and id(m) in inside]
@@ -126,7 +126,7 @@ def test_adapters_on_all_linear_layers_of_every_family(family, adapter, messages
 
 
 def test_adapters_of_single_parameters_are_no_change_of_the_model():
-    """peft registers a stack of experts anew in each forward pass, with the values that it had."""
+    """peft registers the stack of experts again in each forward pass, with the same values."""
     config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
     model = randomized(peft.get_peft_model(classifier("mixtral"), config))
     assert any("experts.lora_A" in name for name, _ in model.named_parameters())
@@ -190,7 +190,7 @@ def test_convolutions():
 
 
 class Custom(nn.Module):
-    """Every way of using a parameter that has no module of its own."""
+    """Uses parameters that belong to no submodule, in every way."""
 
     def __init__(self):
         super().__init__()
@@ -198,9 +198,9 @@ class Custom(nn.Module):
         self.scale = nn.Parameter(torch.randn(6))  # LayerScale, 1 + w
         self.power = nn.Parameter(1 + 0.1 * torch.randn(6))  # Propulsion's z
         self.matrix = nn.Parameter(torch.randn(6, 6))  # transposed, sliced, used several times
-        self.three = nn.Parameter(torch.randn(2, 6, 3))  # an einsum
-        self.temperature = nn.Parameter(torch.tensor(0.7))  # a scalar
-        self.table = nn.Parameter(torch.randn(9, 6))  # indexed by hand
+        self.three = nn.Parameter(torch.randn(2, 6, 3))  # used in an einsum
+        self.temperature = nn.Parameter(torch.tensor(0.7))  # a scalar parameter
+        self.table = nn.Parameter(torch.randn(9, 6))  # indexed directly
         self.cell = nn.GRU(6, 6, batch_first=True)  # an operation that returns several tensors
         self.unused = nn.Parameter(torch.randn(3))
         self.out = nn.Linear(6, 2)
@@ -224,7 +224,7 @@ def test_parameters_used_by_hand():
 
 
 class Mixing(nn.Module):
-    """A module that no rule foresees: rows of different examples are sorted into one another."""
+    """A module without a rule: it sorts the rows of different examples together."""
 
     def __init__(self):
         super().__init__()
@@ -243,7 +243,7 @@ def test_rows_that_change_places(messages):
 
 
 class Centred(nn.Module):
-    """Examples that change one another's outputs; without a shift, two of them hide it from most features' sums."""
+    """Examples change one another's outputs; without a shift, a check on two of them would mostly not notice."""
 
     def __init__(self, shift: float):
         super().__init__()
@@ -256,7 +256,7 @@ class Centred(nn.Module):
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_examples_that_change_one_another_run_alone(shift):
-    """A kernel is of examples by themselves, whatever the batch."""
+    """A kernel is that of separate examples, whatever the batch."""
     torch.manual_seed(1)
     model, x = Centred(shift).double(), torch.randn(5, 4, dtype=torch.float64)
     layers = ntk.layer_kernels(model, x, method="structured")
@@ -265,7 +265,7 @@ def test_examples_that_change_one_another_run_alone(shift):
 
 
 class Doubled(torch.autograd.Function):
-    """An operation whose derivative is its own."""
+    """An operation with a custom derivative."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -301,7 +301,7 @@ def test_operations_that_no_capture_sees(messages):
     [("bert", 100_000), ("albert", 50_000), ("gpt2", 50_000), ("llama", 30_000), ("deberta-v2", 300_000)],
 )
 def test_little_memory(family, budget):
-    """Segments of the model, and tiles of examples, take turns."""
+    """With little memory the model runs in segments and the examples in tiles."""
     model, left, right = classifier(family), batch_for(family, (6, 2, 6, 5, 4, 3)), batch_for(family, (5, 6), seed=9)
     for inputs2 in (None, right):
         kernel = ntk.empirical_ntk(model, left, inputs2, method="structured", memory_budget=budget)
@@ -339,7 +339,7 @@ def test_decoders_without_a_padding_token_run_one_example_at_a_time():
 
 
 def test_models_that_ignore_the_mask_are_not_padded():
-    """Mean over all tokens, padding included: mixing lengths would change its outputs."""
+    """The model averages over all tokens, including padding: mixed lengths would change its outputs."""
 
     class Mean(nn.Module):
         def __init__(self):

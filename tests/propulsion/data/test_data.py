@@ -1,4 +1,4 @@
-"""Rows from files: every format the same, every unusable row refused in one line, every draw stratified and seeded."""
+"""Rows from files: all formats give the same rows, unusable rows are refused, draws are stratified and seeded."""
 
 import csv
 import dataclasses
@@ -277,7 +277,7 @@ def test_a_data_folder_is_a_tasks_own_or_holds_it(tmp_path):
     (tmp_path / "rte").mkdir()
     found = [load_task_data("sst2", data_dir=folder).fingerprint for folder in (own, tmp_path)]
     assert found[0] == found[1]
-    # The rows that come with the package stand beside those of a folder, unless it holds some in their place.
+    # The packaged rows are used unless the folder itself has rows.
     assert load_task_data("demo", data_dir=tmp_path).fingerprint == load_task_data("demo").fingerprint
     assert load_task_data("demo", data_dir=own).fingerprint == found[0]
 
@@ -467,7 +467,7 @@ def test_tokens_are_kept_and_found_again(tmp_path, tokenizer, monkeypatch):
     assert len(kept) == 1
     tokenize_cached(data, tokenizer, Limits(11), tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    monkeypatch.setattr(tokens, "kind_of", lambda task: None)  # Nothing can be encoded now.
+    monkeypatch.setattr(tokens, "kind_of", lambda task: None)  # No row can be encoded any more.
     again = tokenize_cached(data, tokenizer, Limits(12), tmp_path / "cache")
     assert again[:] == first[:]
 

@@ -1,4 +1,4 @@
-"""Every task of the table, trained and evaluated on a tiny random model, from a few rows of its own format."""
+"""Every task in the table is trained and evaluated on a tiny random model, from a few rows in the task's format."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def test_a_task_is_trained_and_evaluated(task, tiny_models, tmp_path):
     assert losses[0] > 0
 
 
-# What is right is scored as right: the predictions are the labels themselves.
+# Predictions that equal the labels have the best score.
 RIGHT = {
     "sst2": [0, 1, 1, 0],
     "squad": ["hamburg!", "river Elbe", "the ships"],
@@ -96,7 +96,7 @@ def test_spans_are_the_answers_characters(tiny_models, tmp_path):
     _, tokenizer = load_model(tiny_models["QUESTION_ANS"], task_type="QUESTION_ANS")
     data = load_task_data("squad_v2", data_dir=write_rows(tmp_path, "squad_v2"))
     encoded = kind_of(data.task).encode(columns_of(data.train), tokenizer, data.task, Limits(max_length=16))
-    assert len(encoded["input_ids"]) > len(data.train)  # Some contexts take two windows.
+    assert len(encoded["input_ids"]) > len(data.train)  # Some contexts need two windows.
     spans = set()
     for ids, start, end in zip(encoded["input_ids"], encoded["start_positions"], encoded["end_positions"]):
         spans.add(tokenizer.decode(ids[start : end + 1]) if end else "")
@@ -104,7 +104,7 @@ def test_spans_are_the_answers_characters(tiny_models, tmp_path):
 
 
 def test_the_best_span_of_all_windows_is_the_answer(tiny_models, tmp_path):
-    """A model that knows the answer: its logits are the labels."""
+    """The logits of this model are the labels."""
     model, tokenizer = load_model(tiny_models["QUESTION_ANS"], task_type="QUESTION_ANS")
     data = load_task_data("squad_v2", data_dir=write_rows(tmp_path, "squad_v2"))
     kind, rows, limits = kind_of(data.task), columns_of(data.train), Limits(max_length=16, batch_size=100)
@@ -123,10 +123,10 @@ def test_the_best_span_of_all_windows_is_the_answer(tiny_models, tmp_path):
 
 
 def test_no_answer_is_none_of_squad_1(tiny_models, tmp_path):
-    """Where every question has an answer, the best span counts, however low."""
+    """If every question has an answer, the best span is predicted, however low its score."""
     model, tokenizer = load_model(tiny_models["QUESTION_ANS"], task_type="QUESTION_ANS")
     with torch.no_grad():
-        model.qa_outputs.weight.zero_()  # Nothing scores higher than anything else.
+        model.qa_outputs.weight.zero_()  # All spans have the same score.
     for task, empty in (("squad", False), ("squad_v2", True)):
         data = load_task_data(task, data_dir=write_rows(tmp_path, task, ROWS["squad"]))
         found = kind_of(data.task).predict(model, tokenizer, data.task, columns_of(data.train), Limits())
@@ -283,7 +283,7 @@ def test_answers_of_instructions_however_they_are_written(tmp_path, task, change
 
 
 def test_a_template_is_never_filled_with_what_is_no_text(tmp_path, monkeypatch):
-    """Whatever a template of somebody's own does with its columns."""
+    """Values of columns that are not text are refused, whatever a custom template does with them."""
     task = dataclasses.replace(
         TASKS["sst2_instruction"], name="own", exchange=lambda row: Exchange(f"Review: {row['sentence']}", "yes")
     )
@@ -305,7 +305,7 @@ LONG = {
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize("task", LONG)
 def test_rows_that_are_too_long_are_found_before_anything_is_written(task, split, tiny_models, tmp_path):
-    """And who follows the advice, or mends the row, calls the same command again."""
+    """After following the message's advice, or correcting the row, the same command works."""
     data_dir = write_rows(tmp_path, task)
     (data_dir / f"{split}.jsonl").write_text(
         "".join(f"{json.dumps(row)}\n" for row in [*ROWS[task], ROWS[task][0] | LONG[task]])
@@ -318,7 +318,7 @@ def test_rows_that_are_too_long_are_found_before_anything_is_written(task, split
         run(config)
     assert "\n" not in str(caught.value)
     assert not config.output_dir.exists()
-    if task == "squad":  # No length makes room for such a question.
+    if task == "squad":  # Such a question fits into no length.
         write_rows(tmp_path, task)
     else:
         config = dataclasses.replace(config, max_length=60)
@@ -326,7 +326,7 @@ def test_rows_that_are_too_long_are_found_before_anything_is_written(task, split
 
 
 def test_new_tokens_leave_room_for_the_prompt(tiny_models, tmp_path):
-    """A prompt is not cut to its last token without a word."""
+    """A prompt is not silently cut to its last token."""
     config = TrainConfig(
         task="boolq", data_dir=write_rows(tmp_path, "boolq"), model=str(tiny_models["CAUSAL_LM"]), max_steps=1,
         output_dir=tmp_path / "run", use_cpu=True, max_target_length=64, max_length=64, disable_tqdm=True,
@@ -357,7 +357,7 @@ def test_an_encoder_cannot_summarise(tiny_models, tmp_path):
     "limits", [Limits(max_target_length=5), Limits(max_target_length=9, generate_length=4, num_beams=3)]
 )
 def test_summaries_are_those_of_the_model(tiny_models, tmp_path, limits):
-    """Generation through our batches gives what the model gives for one document alone."""
+    """Batched generation gives the same texts as the model gives for single documents."""
     folder = tiny_models["SEQ_2_SEQ_LM"]
     model, tokenizer = load_model(folder, task_type="SEQ_2_SEQ_LM")
     data = load_task_data("xsum", data_dir=write_rows(tmp_path, "xsum"))

@@ -1,4 +1,4 @@
-"""Metrics on predictions whose score is known by hand, or by the definition's own examples."""
+"""Metrics on predictions whose score is known, by hand or from the definition's own examples."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_one_class_predicted_throughout():
 
 def test_entities_count_whole():
     labels = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-ORG", "O"]]
-    # Of three entities one is found whole, one has a wrong end, one is missed; one is invented.
+    # Of three entities one is found, one has a wrong end, one is missed; and one prediction is no entity.
     predictions = [["B-PER", "O", "O", "B-LOC"], ["B-LOC", "O", "O"]]
     assert entity_scores(predictions, labels) == pytest.approx({"precision": 1 / 3, "recall": 1 / 3, "f1": 1 / 3})
     assert entity_scores(labels, labels) == {"precision": 1, "recall": 1, "f1": 1}
@@ -62,7 +62,7 @@ def test_rouge_by_hand():
 
 def test_squad_by_hand():
     found = answer_scores(["the Eiffel tower!", "in old Paris"], [["Eiffel Tower"], ["London", "Paris"]])
-    # Exact but for case, article and mark; then one word of three against one of one.
+    # The first is exact up to case, article and punctuation; the second has one of three words right.
     assert found == pytest.approx({"exact_match": 1 / 2, "f1": (1 + 2 * (1 / 3) * 1 / (1 / 3 + 1)) / 2})
 
 
@@ -71,4 +71,4 @@ def test_questions_without_an_answer():
     assert found["exact_match"] == found["f1"] == 0.5
     assert found["no_answer_f1"] == found["has_answer_f1"] == 0.5
     assert "no_answer_f1" not in answer_scores(["yes"], [["yes"]])
-    assert answer_scores([""], [["the"]])["exact_match"] == 1  # Nothing but an article is nothing.
+    assert answer_scores([""], [["the"]])["exact_match"] == 1  # An answer of only an article counts as empty.

@@ -1,4 +1,4 @@
-"""Files as people have them: compressed, from spreadsheets, of other systems, damaged."""
+"""Data files of many kinds: compressed, from spreadsheets, from other operating systems, damaged."""
 
 import bz2
 import csv

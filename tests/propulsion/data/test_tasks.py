@@ -1,4 +1,4 @@
-"""The task table: degrees of the paper, entries that make sense."""
+"""The task table: the paper's degrees, and consistent entries."""
 
 import pytest
 

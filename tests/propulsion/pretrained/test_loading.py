@@ -1,4 +1,4 @@
-"""Loading a classifier: a head from its own seed, nothing else disturbed, damaged or absent checkpoints in one line."""
+"""Loading a classifier: the seed determines the head, global state stays, bad checkpoints give one clear line."""
 
 import json
 import random
@@ -24,7 +24,7 @@ from propulsion.pretrained import fingerprint, load_classifier, load_model
 
 @pytest.fixture
 def checkpoint(tiny_model, tmp_path):
-    """A copy that a test may damage."""
+    """A copy of a checkpoint that a test may damage."""
     return shutil.copytree(tiny_model, tmp_path / "checkpoint")
 
 
@@ -37,7 +37,7 @@ def test_the_packaged_model_is_the_default():
 
 
 def headless(folder):
-    """Drop the head, as in a pre-trained checkpoint."""
+    """Remove the head, as in a pre-trained checkpoint."""
     weights = load_file(folder / "model.safetensors")
     save_file({name: w for name, w in weights.items() if not name.startswith("classifier")},
               folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
@@ -197,6 +197,6 @@ def test_gguf_files_that_are_not_there_or_not_gguf(tmp_path):
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "CAUSAL_LM"])
 def test_fingerprints_tell_base_models_apart_and_nothing_else(tiny_models, task_type):
     first, again = (load_model(tiny_models[task_type], task_type=task_type, seed=seed)[0] for seed in (0, 1))
-    assert fingerprint(first) == fingerprint(again)  # Whatever the head.
+    assert fingerprint(first) == fingerprint(again)  # The head has no effect.
     next(iter(again.base_model.parameters())).data[0] += 1
     assert fingerprint(first) != fingerprint(again)

@@ -1,4 +1,4 @@
-"""What a classifier reads: the pooling that its checkpoint declares, saved with it, exact in kernels, never silent."""
+"""A classifier's pooling: as its checkpoint declares, saved with it, exact in kernels, and always reported."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers
 
 
 def declare(folder, config, *, place="1_Pooling", more=(), kind="sentence_transformers.models.Pooling"):
-    """Write what sentence-transformers writes beside a checkpoint."""
+    """Write the files in which sentence-transformers declares a checkpoint's pooling."""
     modules = [TRANSFORMER, {"idx": 1, "name": "1", "path": place, "type": kind}, *more]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / place).mkdir(exist_ok=True)
@@ -239,13 +239,13 @@ def put(folder, name, weight, bias):
 GAUSSIAN = 0.02 * torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["pooler.dense", "cls.seq_relationship"])  # Read by BERT's own classifier, and not.
+@pytest.mark.parametrize("name", ["pooler.dense", "cls.seq_relationship"])  # With and without BERT's own classifier.
 def test_untrained_weights_are_told_by_their_values(encoder, name):
     declare(encoder, MEAN)
     put(encoder, name, GAUSSIAN, torch.zeros(32))
     with pytest.warns(UserWarning, match=rf"looks untrained: (bert\.)?{name}.weight \(Gaussian of std 0.02"):
         load_classifier(encoder, num_labels=2)
-    learnt = GAUSSIAN + 0.02 * torch.outer(torch.randn(32), torch.ones(32))  # One direction that stands out.
+    learnt = GAUSSIAN + 0.02 * torch.outer(torch.randn(32), torch.ones(32))  # One direction has a larger scale.
     for weight, bias in ((GAUSSIAN, torch.full((32,), 1e-3)), (GAUSSIAN**3, torch.zeros(32)),
                          (learnt, torch.zeros(32))):  # fmt: skip
         put(encoder, name, weight, bias)

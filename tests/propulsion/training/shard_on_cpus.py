@@ -1,4 +1,4 @@
-"""`propulsion.train`, where accelerate takes CPUs for accelerators: those alone it shards a model over."""
+"""`propulsion.train` with CPUs that accelerate treats as accelerators, the only devices it shards models over."""
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType

@@ -1,4 +1,4 @@
-"""Training: reproducible to the bit, moving what it should and nothing else, stopping at the first infinite loss."""
+"""Training: reproducible bit for bit, changes only the trained parameters, stops at the first infinite loss."""
 
 import os
 from dataclasses import replace
@@ -76,7 +76,7 @@ def test_loss_falls(tiny_model, data):
 
 
 class Watch(TrainerCallback):
-    """Calls the model after every step, as the analyses do that measure along training."""
+    """Calls the model after every step, as analyses do that measure during training."""
 
     def __init__(self, model):
         self.model, self.dtypes = model, set()
@@ -102,10 +102,10 @@ def test_mixed_precision_trains_in_bfloat16_and_leaves_nothing_of_it(tiny_model,
         assert watch.dtypes == {torch.float32}
     mixed, (losses, weights, _) = outcomes["mixed"], outcomes["before"]
     assert mixed[0] != losses
-    # An operation in bfloat16 rounds by 2**-9, relatively; this leaves room for 32 of them one way.
+    # An operation in bfloat16 has a relative rounding error of 2**-9; this allows 32 of them in one direction.
     np.testing.assert_allclose(mixed[0], losses, rtol=2**-4)
     assert all(p.dtype == torch.float32 for p in mixed[1].values())
-    # Later training, and every later use of the model, is in full precision.
+    # Later training and every later use of the model are in full precision.
     assert outcomes["after"][0] == losses
     assert all(torch.equal(p, weights[name]) for name, p in outcomes["after"][1].items())
     fresh, tokenizer = load(tiny_model, propulsion=propulsion)
@@ -149,7 +149,7 @@ def test_random_states_mode_and_folder_are_left_as_they_were(tiny_model, data, t
     model, tokenizer = load(tiny_model)
     model.train(mode)
 
-    # Python's own generator is left out: the type checker of the test run draws from it.
+    # Python's own generator is not compared, since the type checker of the test run draws from it.
     def states():
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()  # noqa: NPY002
 

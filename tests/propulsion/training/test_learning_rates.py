@@ -1,4 +1,4 @@
-"""Which rate and decay each parameter trains with."""
+"""The learning rate and weight decay of each parameter."""
 
 import gc
 import re
@@ -16,7 +16,7 @@ from propulsion.training import apply_propulsion
 from propulsion.training.learning_rates import ADAPTER_RATE, HEAD_RATE, SCALE_RATE, WEIGHT_RATE, Rates, parameter_groups
 from propulsion.training_checks import TrapWarnings
 
-optimizers = sys.modules["torch.optim.optimizer"]  # the package hides its module
+optimizers = sys.modules["torch.optim.optimizer"]  # The package's function of this name hides the module.
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def model(tiny_model):
 def by_parameter(model, **kwargs):
     groups = parameter_groups(model, **{"rates": Rates(), "weight_decay": 0.1} | kwargs)
     found = {id(p): group for group in groups for p in group["params"]}
-    assert len(found) == sum(len(group["params"]) for group in groups)  # None twice.
+    assert len(found) == sum(len(group["params"]) for group in groups)  # No parameter is in two groups.
     return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
 
 
@@ -92,7 +92,7 @@ def warm_up(name: str, optimizer):
 
 @pytest.mark.parametrize("name", ["lambda", "linear", "one cycle", "transformers"])
 def test_the_largest_rate_of_a_schedule_is_looked_at(name, recwarn):
-    """Its first step has a rate near 0."""
+    """The first step of a warm-up has a rate near 0."""
     model = get_peft_model(build("bert"), PropulsionConfig(degree=15, positions="attn")).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     warm_up(name, optimizer)
@@ -115,13 +115,13 @@ def test_a_rate_that_rises_by_hand_is_looked_at_when_it_is_too_large(recwarn):
         recwarn.clear()
         optimizer.step()
         found.append(len(recwarn))
-    assert found == [0, 0, 0, 0, 1, 0]  # 15 * 0.02 is the first above a quarter, and once is enough
+    assert found == [0, 0, 0, 0, 1, 0]  # 15 * 0.02 is the first above a quarter; it warns once.
 
 
 @pytest.mark.parametrize(
     ("optimizer", "options", "messages"),
     [
-        (torch.optim.AdamW, {"lr": 1e-3}, ["weight decay 0.01 acts on z"]),  # torch's own default
+        (torch.optim.AdamW, {"lr": 1e-3}, ["weight decay 0.01 acts on z"]),  # The default of torch.
         (torch.optim.AdamW, {"lr": 0.05}, ["weight decay 0.01 acts on z", "one step may move a scale by 75%"]),
         (torch.optim.Adam, {"lr": 1e-3}, []),
         (torch.optim.SGD, {"lr": 0.05}, []),
@@ -135,7 +135,7 @@ def test_the_first_step_is_looked_at_without_asking(optimizer, options, messages
     for step in range(3):
         model(**inputs("bert")).logits.square().sum().backward()
         if step == 0:
-            torch.optim.AdamW(other.parameters()).step()  # of no concern
+            torch.optim.AdamW(other.parameters()).step()  # This causes no warning.
         chosen.step()
         found = [str(w.message) for w in recwarn if "scale" in str(w.message)]
         assert len(found) == len(messages)

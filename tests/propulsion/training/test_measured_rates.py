@@ -1,4 +1,4 @@
-"""Automatic learning rates: a step changes the loss by the stated share, whatever is trained; all else stays."""
+"""Automatic learning rates: a step changes the loss by the stated share for any method; measuring changes nothing."""
 
 import copy
 import dataclasses
@@ -30,7 +30,7 @@ def data():
 
 def adapted(folder, text):
     model, tokenizer = load_classifier(folder, num_labels=2)
-    model.get_parameter("classifier.weight").data.mul_(30)  # So that the body of a random model matters to the loss.
+    model.get_parameter("classifier.weight").data.mul_(30)  # So that the backbone affects the loss.
     return apply_method(model, Method.parse(text), task_type="SEQ_CLS"), tokenizer
 
 
@@ -45,7 +45,7 @@ def rates_of(folder, text, data, seed=0, rates=AUTO):
 
 
 class Small(nn.Module):
-    """A classifier of two layers whose first has a method: all of it, a scale z^k, or a product from zero on."""
+    """A classifier of two layers whose first is trained fully, by a scale z^k, or by a product that starts at zero."""
 
     base_model_prefix = "body"
 
@@ -106,7 +106,7 @@ def test_a_product_of_zero_is_known_by_its_gradients(tiny_models, data, text, la
 
 
 class Product(nn.Module):
-    """A method of no library: x (u v), u at zero, with a bias that no output depends on."""
+    """A method of no library: x (u v) with u = 0, and a bias that has no effect on the output."""
 
     def __init__(self, start):
         super().__init__()
@@ -127,7 +127,7 @@ def test_a_product_of_zero_of_no_library(start, later):
 
 
 class Regression(nn.Module):
-    """Labels far from the outputs, which one bias shifts for all rows and one weight spreads."""
+    """A regression with labels far from the outputs; a bias shifts all outputs, a weight spreads them."""
 
     def __init__(self, text):
         super().__init__()
@@ -157,7 +157,7 @@ def test_rates_follow_the_degree(tiny_models, data):
 def test_the_same_arguments_give_the_same_rates_and_leave_all_as_it_was(tiny_models, data):
     model, tokenizer = adapted(tiny_models["SEQ_CLS"], "lora:r=2")
     model.train()
-    next(iter(model.modules())).training = False  # Modes are restored one by one.
+    next(iter(model.modules())).training = False  # Each module's mode is restored.
     modes = [module.training for module in model.modules()]
     trained = [p for p in model.parameters() if p.requires_grad]
     trained[0].grad = torch.ones_like(trained[0])
@@ -192,7 +192,7 @@ def test_a_number_wins_and_a_factor_multiplies_the_rest(tiny_models, data):
 
 
 class Constant(nn.Module):
-    """Its loss does not depend on its parameter, or is not finite."""
+    """A model whose loss does not depend on its parameter, or is not finite."""
 
     def __init__(self, loss):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Runs that have learnt nothing are told by their predictions and losses, others are not."""
+"""Runs that have learnt nothing are recognised by their predictions and losses; others are not reported."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A run's folder: what a run may remove there, what it refuses, how it goes on, is made longer and is interrupted."""
+"""The folder of a run: which files a run removes or refuses, and how it is resumed, extended and interrupted."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def base_config(tiny_model):
 
 @pytest.fixture(scope="module")
 def finished(base_config, tmp_path_factory):
-    """A finished run of four steps; copied by those who change it."""
+    """A finished run of four steps; tests that change it copy it."""
     config = dataclasses.replace(base_config, output_dir=tmp_path_factory.mktemp("finished") / "run")
     return config, run(config)
 
@@ -43,7 +43,7 @@ def config(finished, tmp_path):
 
 
 def tree(folder):
-    """Every file, with its content."""
+    """The content of every file, by path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -55,7 +55,7 @@ def forbid_loading(monkeypatch):
 
 
 def test_only_what_the_run_wrote_is_removed(config, tmp_path, capsys):
-    """A copy of a run is one too: by content. The user's files beside it, a data folder and links stay."""
+    """A copied run counts as the run, since files are known by content. The user's other files, data and links stay."""
     output, outside = config.output_dir, tmp_path / "outside"
     outside.mkdir()
     (outside / "kept.txt").write_text("of somebody else")
@@ -64,7 +64,7 @@ def test_only_what_the_run_wrote_is_removed(config, tmp_path, capsys):
     write_rows(output / "data", "sst2")
     (output / "link").symlink_to(outside)
     own = {name: data for name, data in tree(output).items() if name in ("notes.txt", "data/train.jsonl")}
-    # Folder and rows are the run's own folder and what lies in it.
+    # The output folder is the run's own folder, and the data are in it.
     other = dataclasses.replace(
         config, task="sst2", data_dir=output / "data", max_train_samples=None, max_eval_samples=None, max_steps=2,
         overwrite_output_dir=True,
@@ -80,7 +80,7 @@ def test_only_what_the_run_wrote_is_removed(config, tmp_path, capsys):
 
 @pytest.mark.parametrize("place", ["model/notes.txt", "checkpoint-2/notes.txt", "result.json", "model/config.json"])
 def test_a_users_file_within_what_is_to_be_replaced_is_refused(config, place):
-    """Added or changed, anywhere in what a run replaces: nothing at all is removed."""
+    """If a user's file was added or changed in a folder that the run would replace, nothing is removed."""
     (config.output_dir / place).write_text("mine")
     before = tree(config.output_dir)
     with pytest.raises(UserError, match=rf"{place} is not as the run .* wrote it, and would be lost") as caught:
@@ -96,7 +96,7 @@ def test_a_link_in_place_of_a_checkpoint_is_not_followed(config, tmp_path):
     with pytest.raises(UserError, match="checkpoint-2 is not as the run"):
         run(dataclasses.replace(config, overwrite_output_dir=True))
     assert (moved / "trainer_state.json").is_file()
-    # A longer run, which removes old checkpoints, leaves it alone.
+    # A longer run, which removes old checkpoints, keeps it.
     assert run(dataclasses.replace(config, max_steps=8, save_total_limit=1)).steps == 8
     assert (moved / "trainer_state.json").is_file()
     assert not (config.output_dir / "checkpoint-4").exists()
@@ -142,7 +142,7 @@ def test_a_folder_that_is_no_run_is_refused_before_anything_starts(base_config, 
 
 @pytest.mark.parametrize("place", ["home", "here", "data", "file"])
 def test_folders_that_hold_other_things(base_config, tmp_path, monkeypatch, place):
-    """Home, the current folder, one that contains the data, a file."""
+    """The home folder, the current folder, a folder that contains the data, and a file."""
     (tmp_path / "data").mkdir()
     data = write_rows(tmp_path / "data", "sst2")
     (tmp_path / "file").write_text("text")
@@ -178,7 +178,7 @@ def test_a_file_is_owned_by_its_content(tmp_path):
     manifest.start()
     manifest.write_json(tmp_path / "a.json", {"x": 1})
     assert manifest.own() == [tmp_path / "a.json"]
-    os.utime(tmp_path / "a.json", (1, 1))  # Copied without its time.
+    os.utime(tmp_path / "a.json", (1, 1))  # The copy has another modification time.
     assert manifest.not_own(tmp_path / "a.json") == []
     (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace("1", "2"))
     assert manifest.not_own(tmp_path / "a.json") == [tmp_path / "a.json"]
@@ -200,7 +200,7 @@ def test_a_model_is_known_by_its_weights_and_not_by_its_folder(config, tmp_path)
     moved = tmp_path / "elsewhere"
     shutil.copytree(config.model, moved)
     assert run(dataclasses.replace(config, model=str(moved))).steps == 4
-    # A single number among many: no sample of the values would see it.
+    # One number among many changes, which a sample of the values would miss.
     shutil.rmtree(moved)
     changed_weights(config.model, moved, "bert.embeddings.word_embeddings.weight", (7, 3))
     with pytest.raises(UserError, match=r"another configuration \(base_model"):
@@ -249,7 +249,7 @@ def test_a_finished_run_says_that_nothing_was_trained(config, finished, capsys):
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_a_longer_run_goes_on_from_the_last_checkpoint(config, tmp_path, schedule, capsys, monkeypatch):
-    """Its rates are those of a run of eight steps from step 5 on; with a constant rate it is that run, bit for bit."""
+    """From step 5 on it has the rates of a run of eight steps; with a constant rate it equals that run bit for bit."""
     config = dataclasses.replace(config, lr_scheduler_type=schedule, warmup_steps=0, save_total_limit=None)
     config = dataclasses.replace(config, output_dir=tmp_path / "longer")
     used, step = [], train_module.TaskTrainer.training_step
@@ -266,14 +266,14 @@ def test_a_longer_run_goes_on_from_the_last_checkpoint(config, tmp_path, schedul
     assert "resuming from" in capsys.readouterr().out
     whole = dataclasses.replace(longer, output_dir=tmp_path / "whole")
     expected = run(whole)
-    assert used[4:8] == used[8 + 4 :]  # Of the longer run from step 5 on, and of the whole one.
+    assert used[4:8] == used[8 + 4 :]  # Rates of the longer run from step 5 on, and of the run of eight steps.
     assert len(used) == 8 + 8
     weights = [load_file(c.output_dir / "model" / "adapter_model.safetensors") for c in (longer, whole)]
     same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     assert same == (schedule == "constant")
     if schedule == "constant":
         assert found.metrics == expected.metrics
-    # What the shorter run found is kept; the longer one is now the finished one, and cannot be made shorter.
+    # Results of the shorter run are kept; the longer run is now the finished one and cannot be made shorter.
     assert json.loads((config.output_dir / "result-4.json").read_text())["steps"] == 4
     assert run(longer) == found
     with pytest.raises(UserError, match=r"another configuration \(max_steps 8 there, 4 here\)"):

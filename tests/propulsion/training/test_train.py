@@ -1,4 +1,4 @@
-"""A run as a command: killed and resumed to the same bits, refused where it should be, its adapter plain peft."""
+"""The training command: resumed bit for bit after a kill, refuses bad options, its adapter loads with plain peft."""
 
 import dataclasses
 import importlib.util
@@ -49,7 +49,7 @@ def config(base_config, tmp_path):
 
 
 def arguments(config):
-    """A configuration as a command line."""
+    """The command line of a configuration."""
     words = []
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), field.name.replace("_", "-")
@@ -67,7 +67,7 @@ def weights(folder):
 
 
 def history(result):
-    """What was logged, without the times."""
+    """The logged values without times."""
     return [{k: v for k, v in entry.items() if "runtime" not in k and "second" not in k} for entry in result.history]
 
 
@@ -100,22 +100,22 @@ def test_a_killed_process_ends_with_the_same_bits(config, uninterrupted):
 
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """An exception that no code catches."""
 
 
 @pytest.mark.parametrize(
     ("owner", "function", "call"),
     [
         (manifest, "publish", 1),  # Everything is written under the partial name.
-        (os, "rename", 3),  # Not renamed yet; of a later checkpoint, or hiding an old one.
+        (os, "rename", 3),  # Not renamed yet: a new checkpoint, or one that replaces an old one.
         (os, "rename", 4),
-        (trainer_module, "remove_checkpoint", 2),  # The new checkpoint is there, the old one still too.
+        (trainer_module, "remove_checkpoint", 2),  # Both the new and the old checkpoint exist.
         (trainer_module.TaskTrainer, "_save_rng_state", 2),  # Half a checkpoint is written.
         (trainer_module.TaskTrainer, "evaluate", 5),
         (trainer_module.TaskTrainer, "save_model", 10),
         (trainer_module.TaskTrainer, "_load_best_model", 1),
-        (trainer_module.TaskTrainer, "evaluate", 11),  # The last one, after training.
-        (trainer_module.TaskTrainer, "save_model", 11),  # Of the model.
+        (trainer_module.TaskTrainer, "evaluate", 11),  # The last evaluation, after training.
+        (trainer_module.TaskTrainer, "save_model", 11),  # Saving the trained model.
     ],
 )
 def test_killed_at_any_moment(config, uninterrupted, monkeypatch, owner, function, call):
@@ -132,7 +132,7 @@ def test_killed_at_any_moment(config, uninterrupted, monkeypatch, owner, functio
         with pytest.raises(Killed):
             run(config)
     names = [path.name for path in config.output_dir.glob("checkpoint-*")]
-    for name in names:  # Whole ones only.
+    for name in names:  # Only complete checkpoints count.
         assert (config.output_dir / name / "trainer_state.json").is_file()
         assert (config.output_dir / name / "optimizer.pt").is_file()
     assert_same(run(config), config.output_dir, *uninterrupted)
@@ -168,7 +168,7 @@ def test_old_checkpoints_go_and_the_best_stays(config):
 
 def test_early_stopping(config):
     patient = dataclasses.replace(config, early_stopping_patience=1, learning_rate=1e-12, head_learning_rate=1e-12)
-    assert run(patient).steps == 4  # The first evaluation is the best so far, the second no better.
+    assert run(patient).steps == 4  # The first evaluation is the best; the second is not better.
 
 
 @pytest.mark.parametrize(("method", "options"), [("full", ()), ("lora", ("r=2",)), ("bitfit", ())])
@@ -186,7 +186,7 @@ def test_other_methods_resume_too(config, uninterrupted, method, options, monkey
 @pytest.mark.parametrize("task", ["sst2", "stsb", "boolq", "conll2003", "squad", "xsum"])
 def test_accumulation_and_checkpointing_change_no_gradient(config, tiny_models, tmp_path, task):
     """Losses and norms of gradients are equal, to the rounding of float32 sums in another order."""
-    # Rows with as many learnt tokens each, so that the mean of means is the mean.
+    # All rows have the same number of learnt tokens, so that the mean of means is the mean.
     rows = ROWS[task][:1] * 16 if task in ("conll2003", "squad") else (ROWS[task] * 8)[:16]
     plain = dataclasses.replace(
         config, task=task, data_dir=write_rows(tmp_path, task, rows), max_train_samples=None, max_eval_samples=None,
@@ -293,7 +293,7 @@ def cut_short(path):
 
 
 def test_a_damaged_checkpoint_is_named(config, tmp_path):
-    """It is not resumed from, be it cut short or without what the optimizer knew."""
+    """A checkpoint that is cut short, or lacks the optimizer's state, is not resumed from."""
     whole = dataclasses.replace(config, output_dir=tmp_path / "whole", max_steps=4)
     run(whole)
     (whole.output_dir / "result.json").unlink()
@@ -315,7 +315,7 @@ def test_a_damaged_checkpoint_is_named(config, tmp_path):
 
 
 def test_a_disk_that_is_full_at_the_end(config, monkeypatch):
-    """The result cannot be written: one line, and the same command ends the run later."""
+    """If the result cannot be written, the command ends with one line; the same command completes the run later."""
     short = dataclasses.replace(config, max_steps=2)
 
     def full(path, content):
@@ -452,7 +452,7 @@ def test_the_pooling_is_kept_with_what_was_trained(config, tmp_path, method):
 
 def test_an_adapter_of_another_size_is_refused(config, tiny_models, tmp_path):
     run(dataclasses.replace(config, max_steps=1))
-    (config.output_dir / "model" / "base_model.json").unlink()  # As plain peft leaves it.
+    (config.output_dir / "model" / "base_model.json").unlink()  # Adapters saved by plain peft lack this file.
     other = dataclasses.replace(config, adapter=config.output_dir / "model", output_dir=tmp_path / "other", max_steps=0,
                                 task="mnli", data_dir=write_rows(tmp_path, "mnli"), max_train_samples=None,
                                 max_eval_samples=None)  # fmt: skip
@@ -520,7 +520,7 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def one_process(base_config, tiny_models, tmp_path_factory):
-    """What the launched runs are compared with; an odd number of rows to evaluate, and no dropout."""
+    """The run that launched runs are compared with; it has an odd number of rows to evaluate and no dropout."""
     config = dataclasses.replace(
         base_config, model=str(tiny_models["SEQ_CLS"]), max_steps=6, learning_rate=1e-3, max_eval_samples=11,
         output_dir=tmp_path_factory.mktemp("one"),
@@ -530,18 +530,18 @@ def one_process(base_config, tiny_models, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", LAUNCHERS)
 def test_two_processes_reach_the_result_of_one(one_process, tmp_path, kind):
-    """Half the batch each, over gloo; equal to float32's rounding, as sums are taken in another order."""
+    """Each process has half of the batch; results are equal up to float32 rounding, since sums have another order."""
     one, expected = one_process
     two = dataclasses.replace(one, per_device_train_batch_size=2, output_dir=tmp_path / "two", use_cpu=False)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # A configuration of this machine's own must not change the launch.
+    # A configuration of accelerate on this machine must not change the launch.
     environment["HF_HOME"] = str(tmp_path)
     command = [*launcher, *LAUNCHERS[kind], *arguments(two)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("trained parameters") == done.stdout.count("scale: ") == 1  # One process speaks.
+    assert done.stdout.count("trained parameters") == done.stdout.count("scale: ") == 1  # Only one process prints.
     found = json.loads((two.output_dir / "result.json").read_text())
     assert found["metrics"] == pytest.approx(expected.metrics)
     wanted, found = weights(one.output_dir), weights(two.output_dir)
