@@ -54,7 +54,7 @@ class Config(Output):
     models: tuple[str, ...] = ()
     """Pre-trained models besides the packaged encoder, by hub name or folder."""
     pooling: Pooling = "auto"
-    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
+    """How a new head pools hidden states: mean; first; pooler, as transformers does; auto, as its checkpoint says."""
     data_dir: Path | None = None
     """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     seed: int = 0

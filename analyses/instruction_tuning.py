@@ -45,7 +45,7 @@ class Config(Output):
     model: str
     """Hub name, folder or GGUF file of a language model."""
     task: str = "sst2_instruction"
-    """Instruction task."""
+    """Instruction task, such as sst2_instruction, boolq or gsm8k."""
     data_dir: Path | None = None
     """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     methods: tuple[str, ...] = (UNTUNED, "propulsion", "lora")
@@ -55,9 +55,9 @@ class Config(Output):
     per_device_train_batch_size: int = 8
     """Training rows in a batch."""
     max_train_samples: int = 480
-    """Training rows, drawn by the seed."""
+    """Number of training rows, drawn by the seed."""
     max_eval_samples: int = 200
-    """Validation rows, drawn by the seed."""
+    """Number of validation rows, drawn by the seed."""
     max_length: int = 128
     """Keep only this many tokens of a prompt, the last ones."""
     learning_rate: float | Literal["auto"] | None = "auto"

@@ -1,6 +1,6 @@
-"""The notebooks' code runs, cell by cell in one namespace, and what is published was executed without an error.
+"""The notebooks' code runs, cell by cell in one namespace, and the published notebooks were executed without an error.
 
-Only figures are drawn elsewhere: nothing here knows of Jupyter.
+The tests do not use Jupyter, so that figures are not shown in the notebook.
 """
 
 import json

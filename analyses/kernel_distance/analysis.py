@@ -60,7 +60,7 @@ class Config(KernelOptions, GridOutput):
     resamples: int = 200
     """Bootstrap resamples behind each interval."""
     memory_budget_gb: float | None = None
-    """Memory for Jacobians and kernels in GB; by default half of what is free."""
+    """Memory for features and kernels in GB; by default half of the free memory."""
 
     @property
     def seed(self) -> int:

@@ -47,7 +47,7 @@ class Config(RatedRuns, GridOutput):
     resamples: int = 200
     """Bootstrap resamples behind each interval over examples."""
     memory_budget_gb: float | None = None
-    """Memory for kernels in GB; by default half of what is free."""
+    """Memory for kernels in GB; by default half of the free memory."""
 
     @property
     def steps(self) -> list[int]:

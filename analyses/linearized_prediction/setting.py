@@ -56,7 +56,7 @@ class Config(DataOptions, GridOutput):
     comparison: Path | None = None
     """Result of analyses.method_comparison whose learning rates are used."""
     memory_budget_gb: float | None = None
-    """Memory for features and kernels in GB; by default half of what is free."""
+    """Memory for features and kernels in GB; by default half of the free memory."""
 
 
 @dataclass(frozen=True)

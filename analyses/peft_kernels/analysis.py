@@ -68,7 +68,7 @@ class Config(DataOptions, GridOutput):
     resamples: int = 200
     """Bootstrap resamples behind each interval."""
     memory_budget_gb: float | None = None
-    """Memory for features and kernels in GB; by default half of what is free."""
+    """Memory for features and kernels in GB; by default half of the free memory."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the model and its kernels."""
 

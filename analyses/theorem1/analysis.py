@@ -47,7 +47,7 @@ class Config(Output):
     n_examples: int = 32
     """Sentences for the pre-trained encoder."""
     pooling: Pooling = "auto"
-    """What a classifier reads: auto, what its checkpoint declares; mean; first; pooler, as transformers does."""
+    """How a new head pools hidden states: mean; first; pooler, as transformers does; auto, as its checkpoint says."""
     task: str = "demo"
     """Task that the encoder's sentences are from."""
     data_dir: Path | None = None

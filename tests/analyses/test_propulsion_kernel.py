@@ -14,9 +14,9 @@ EXACT = 1e-12
 
 
 def features(model: nn.Module, inputs, degree: float, scales: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(n, c, m): u of every adapted layer, one example and output at a time, without padding and without an adapter.
+    """Features u (n, c, m) of every adapted layer, without padding, for one example and output at a time.
 
-    g is taken at the scaled output y = z^k v, v before scaling.
+    g is the gradient at the scaled output y = z^k v, and v is the output before scaling.
     """
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 

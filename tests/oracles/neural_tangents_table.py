@@ -1,6 +1,6 @@
 """Writes neural_tangents.json: NNGP and NTK kernels of infinitely wide MLPs by the library neural-tangents.
 
-Not a test, and not run by any: the library needs an old jax. In an environment of its own,
+This is not a test, and no test runs it, since the library needs an old jax. Run it in a separate environment:
 
     pip install neural-tangents==0.6.5 jax==0.4.38 jaxlib==0.4.38 tf2jax==0.3.6
     python tests/oracles/neural_tangents_table.py

@@ -1,8 +1,8 @@
 """Runs peft's own test-suite on Propulsion: `python tests/peft_suite/run.py [pytest arguments]`.
 
 The suite is taken from the source distribution of the installed peft, which pip downloads and keeps in
-`build/peft_suite/`. Its files are not changed; `plugin.py` there enters Propulsion as one more method, `models.py`
-makes the tiny models that the suite would load from the Hugging Face hub.
+`build/peft_suite/`. Its files are not changed: `plugin.py` adds Propulsion as a method, and `models.py` makes the tiny
+models that the suite would load from the Hugging Face hub.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""bitsandbytes' 8-bit and 4-bit layers, on the processor: adapted, trained, saved, merged into their own scales.
+"""bitsandbytes' 8-bit and 4-bit layers on a CPU: adapted, trained, saved, merged into the layers' own scales.
 
-bitsandbytes is no part of the test environment, as it prints on being imported, where other tests ask for one clear
-line; `.ci/run` installs it after them and runs these.
+bitsandbytes is not in the test environment, since it prints a message when it is imported, and other tests require that
+a command prints a single line. `.ci/run` installs it after the other tests and then runs these.
 """
 
 import copy
