@@ -1,7 +1,7 @@
 """Differentiable operations of torch that take a tensor and a parameter, as data.
 
-Each is ``f(x, p) -> (n, ...)`` for examples x ``(n, 4)`` and one parameter ``p``, with the parameter's shape. The values
-in x are distinct, where the operations are smooth; the last example is far from the others.
+Each is ``f(x, p) -> (n, ...)`` for examples x ``(n, 4)`` and one parameter ``p``, with the parameter's shape. The
+values in x are distinct, where the operations are smooth; the last example is far from the others.
 """
 
 from collections.abc import Callable
