@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -191,14 +192,17 @@ def _ghost(groups: Groups, split: int | None, layout: Layout, chunk: int = CHUNK
     column_spans = row_spans if split is None else list(_spans(before, sum(counts), size))
     first = 0 if split is None else split  # the example of the first column
     full = merged[0][1].new_zeros(k, n if split is None else split, m, n - first, m)
+    block = partial(_block, merged, counts, layout)
+    if sum(x.numel() + g.numel() for x, g, _ in merged) <= chunk:
+        block = cache(block)  # so that a block is put together once, and not for each other block
 
     def at(rows: _Block, columns: _Block) -> Tensor:
         return full[:, rows.examples, :, columns.examples.start - first : columns.examples.stop - first]
 
     for i, span in enumerate(row_spans):
-        rows = _block(merged, counts, span, layout)
+        rows = block(span)
         for other in column_spans[i if split is None else 0 :]:
-            columns = rows if other == span else _block(merged, counts, other, layout)
+            columns = rows if other == span else block(other)
             pairs = _times(rows.g, columns.g).view(k, m, len(rows.x), m, len(columns.x))
             pairs *= rows.inner(columns)[:, None, :]
             value = (rows.owner @ pairs.flatten(3)).view(k, m, -1, m, len(columns.x)) @ columns.owner.T
@@ -222,7 +226,7 @@ def _spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     yield from ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
-def _block(merged: Sequence["_Merged"], counts: list[int], span: tuple[int, int], layout: Layout) -> _Block:
+def _block(merged: Sequence["_Merged"], counts: list[int], layout: Layout, span: tuple[int, int]) -> _Block:
     """The tokens of a span, which may begin or end within an example."""
     start, stop = span
     xs, gs = zip(*_within(merged, start, stop), strict=True)

@@ -100,15 +100,16 @@ class Independence(TorchDispatchMode):
         """Run an operation, and note where the examples lie in its results."""
         if self.why is not None:
             return func(*args, **kwargs)
+        kind = _kind(func)
+        if kind.views and args and _strided(args[0]):
+            # Most operations of a transformer are views, whose storage has its entry already.
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and _address(result) == _address(args[0]):
+                return result
         tensors = list(tensors_of((*args, *kwargs.values())))
-        if any(t.layout is not torch.strided for t in tensors):
+        if not all(map(_strided, tensors)):
             self.lose("its forward pass takes tensors that are not dense")
             return func(*args, **kwargs)
-        kind = _kind(func)
-        if kind.views:  # Most operations of a transformer are views, whose storage has its entry already.
-            result = func(*args, **kwargs)
-            if isinstance(result, Tensor) and _shares(result, args, kwargs):
-                return result
         held = {id(t): self._held[address] for t in tensors if (address := _address(t)) in self._held}
         if not held:
             return func(*args, **kwargs)
@@ -211,6 +212,11 @@ def follows_torch(t: Tensor) -> bool:
             return False
         waiting += [following for following, _ in node.next_functions]
     return True
+
+
+def _strided(value: Any) -> bool:
+    """Whether a value is a dense tensor."""
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _address(t: Tensor) -> int:
