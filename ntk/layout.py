@@ -7,6 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntk.checks import real_and_finite
+
+# The entries of a symmetric kernel may differ from their mirror images by this, relative to the largest, by rounding.
+ASYMMETRY = 1e-6
+
 Kernel = Float[Tensor, "_ _ ..."]
 """``(n1, n2)`` or ``(n1, n2, c, c)``; functions check the shape that they need, for a better message."""
 
@@ -120,3 +125,43 @@ def flatten(kernel: Kernel) -> Float[Tensor, "rows columns"]:
         f"flatten takes a kernel of shape (n1, n2, c, c) or (n1, n2); got {tuple(kernel.shape)}"
         + (": compare a reduce='diagonal' kernel output by output, kernel[..., a]" if kernel.ndim == 3 else "")
     )
+
+
+def kernel_matrix(
+    kernel: Kernel, name: str = "the kernel", *, square: bool = False, symmetric: bool = False
+) -> Float[Tensor, "rows columns"]:
+    """The flattened kernel in float64; with ``symmetric`` the mean of it and its transpose, which differ by rounding.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: a kernel that is complex or not finite, or of another shape; with ``square``, one that is not of
+            examples with themselves; with ``symmetric``, entries that differ from their mirror images.
+    """
+    matrix = flatten(real_and_finite(kernel, name))
+    if not (square or symmetric):
+        return matrix
+    if matrix.shape[0] != matrix.shape[1] or not len(matrix):
+        raise ValueError(
+            f"expected a square kernel, (n, n) or (n, n, c, c), of the examples with themselves; got {name} of shape "
+            f"{tuple(kernel.shape)}"
+        )
+    if not symmetric:
+        return matrix
+    half = matrix / 2  # the sum of two entries may overflow, that of their halves does not
+    difference, largest = 2 * float((half - half.T).abs().max()), float(matrix.abs().max())
+    if difference > ASYMMETRY * largest:
+        raise ValueError(
+            f"expected a symmetric kernel; entries of {name} differ from their mirror images by up to "
+            f"{difference:.3g}, and the largest is {largest:.3g}: take the kernel of the examples with themselves"
+        )
+    return half + half.T
+
+
+def check_semidefinite(eigenvalues: Float[Tensor, "rows"], tolerance: float) -> None:
+    """Raise ValueError if an ascending spectrum has an eigenvalue below -tolerance times the largest."""
+    lowest, highest = float(eigenvalues[0]), float(eigenvalues[-1])
+    if lowest < -tolerance * highest:
+        raise ValueError(
+            f"the kernel is not positive semi-definite: its eigenvalues go from {lowest:.3g} to {highest:.3g}. Take "
+            "the tangent kernel of the examples with themselves, which has none below zero"
+        )

@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ntk.checks import check_numbers, not_overflown
+from ntk.empirical import check_finite_kernels
 from ntk.functional import ParameterChoice, evaluation, fresh, select_parameters
 from ntk.inputs import Inputs, group_examples, one_by_one
-from ntk.jacobian import selected_jacobian_rows
-from ntk.layout import Kernel, flatten
+from ntk.jacobian import accumulation_dtype, selected_jacobian_rows
+from ntk.layout import Kernel, check_semidefinite, kernel_matrix
 from ntk.outputs import Output
 from ntk.request import Request
 
@@ -38,7 +40,7 @@ def random_subset_ntk(
 
     Raises:
         ValueError: m is not between 1 and the number of selected parameters; inputs on another device than
-            the model.
+            the model; NaN or infinite values, with their cause.
     """
     request = Request(model, inputs, None, output, reduce, None, progress)
     chosen = select_parameters(model, params)
@@ -51,9 +53,11 @@ def random_subset_ntk(
     union = torch.cat(subsets).unique()
     with evaluation(model, inputs):
         rows, features = zip(*selected_jacobian_rows(request, chosen, _by_parameter(union, chosen)), strict=True)
-    jacobian = torch.cat(features)[torch.cat(rows).argsort()]  # (n, c, |union|)
+    jacobian = torch.cat(features)[torch.cat(rows).argsort()].to(accumulation_dtype(chosen))  # (n, c, |union|)
     blocks = (jacobian[:, :, torch.searchsorted(union, subset).to(jacobian.device)] for subset in subsets)
-    return [request.layout.contract(J, J) for J in blocks]
+    kernels = [request.layout.contract(J, J) for J in blocks]
+    check_finite_kernels(request, {str(draw): kernel for draw, kernel in enumerate(kernels)})
+    return kernels
 
 
 def _by_parameter(flat: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,12 +78,14 @@ def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Ke
     distribution of a sketch by m random directions, computed without J. Expectation K; cost O((n c)^2 m).
 
     Raises:
-        ValueError: m < 1.
+        ValueError: m < 1; a kernel that is not real, finite, symmetric and positive semi-definite.
+        OverflowError: the draw overflows the kernel's dtype.
     """
     if m < 1:
         raise ValueError(f"a sketch needs m >= 1 directions; got {m}")
-    K = flatten(kernel).double()
-    eigenvalues, vectors = torch.linalg.eigh((K + K.T) / 2)
+    K = kernel_matrix(kernel, symmetric=True)
+    eigenvalues, vectors = torch.linalg.eigh(K)
+    check_semidefinite(eigenvalues, 1e-4)
     root = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
     wishart = torch.zeros_like(K)
     step = max(1, 10**7 // len(K))  # bounds the memory of G, whose m columns are summed block by block
@@ -90,11 +96,19 @@ def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Ke
     if kernel.ndim == 4:
         n, _, c, _ = kernel.shape
         sketch = sketch.reshape(n, c, n, c).transpose(1, 2)
-    return sketch.to(kernel.dtype)
+    sketch = sketch.to(kernel.dtype) if kernel.is_floating_point() else sketch
+    return not_overflown(sketch, "entries of the sketch", "pass the kernel in float64, or scaled")
 
 
 def permuted(kernel: Kernel, *, generator: torch.Generator) -> Kernel:
-    """The kernel with its examples in random order, K[pi(i), pi(j)], which has the same spectrum."""
+    """The kernel with its examples in random order, K[pi(i), pi(j)], which has the same spectrum.
+
+    Raises:
+        ValueError: a kernel that is not real, finite and square over the examples.
+    """
+    check_numbers(kernel, "the kernel")
+    if kernel.ndim < 2 or kernel.shape[0] != kernel.shape[1]:
+        raise ValueError(f"expected a kernel of the examples with themselves, (n, n, ...); got {tuple(kernel.shape)}")
     order = torch.randperm(len(kernel), generator=generator, device=generator.device).to(kernel.device)
     return kernel[order][:, order]
 
@@ -104,7 +118,7 @@ def hidden_state_kernel(model: nn.Module, inputs: Inputs) -> Float[Tensor, "n n"
 
     Raises:
         ValueError: the model does not return hidden states, as Hugging Face models do; inputs on another device than
-            the model.
+            the model; hidden states that are complex or not finite.
     """
     states = []
     with evaluation(model, inputs):
@@ -115,6 +129,8 @@ def hidden_state_kernel(model: nn.Module, inputs: Inputs) -> Float[Tensor, "n n"
             hidden = getattr(result, "hidden_states", None) or getattr(result, "encoder_hidden_states", None)
             if not hidden:
                 raise ValueError("hidden_state_kernel needs a Hugging Face model that returns its hidden states")
-            states.append(hidden[-1][0].flatten(0, -2).mean(0))
+            state = hidden[-1][0].flatten(0, -2)
+            check_numbers(state, "the last hidden state")
+            states.append(state.to(torch.promote_types(state.dtype, torch.float32)).mean(0))
     H = torch.stack(states)
-    return H @ H.T
+    return not_overflown(H @ H.T, "inner products of hidden states", "run the model in float64")

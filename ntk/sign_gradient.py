@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntk.adapters import Method
+from ntk.checks import not_overflown, real_and_finite
+from ntk.dynamics.regression import SINGULAR
 from ntk.empirical import check_finite_kernels
 from ntk.functional import evaluation
 from ntk.inputs import Inputs
@@ -87,8 +89,8 @@ def sign_gradient_regression(
     which the steps reach the targets. Least squares with asymmetric kernels: He et al. 2023. Float64.
 
     Raises:
-        ValueError: shapes that do not fit, a negative ridge.
-        ArithmeticError: the kernel with its ridge is singular.
+        ValueError: shapes that do not fit, numbers that are complex or not finite, a negative ridge.
+        ArithmeticError: the kernel with its ridge is singular up to rounding; the predictions overflow.
     """
     n, m = len(targets), len(initial_cross)
     if kernel.shape != (n, n) or cross.shape != (m, n) or initial.shape != targets.shape:
@@ -98,8 +100,15 @@ def sign_gradient_regression(
         )
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge must be at least 0; got {ridge}")
-    shifted = kernel.double() + ridge * torch.eye(n, dtype=torch.float64, device=kernel.device)
-    steps, failed = torch.linalg.solve_ex(shifted, targets.double() - initial.double())
-    if failed:
-        raise ArithmeticError("the sign-gradient kernel is singular: give a larger ridge")
-    return initial_cross.double() + cross.double() @ steps
+    kernel, cross = real_and_finite(kernel, "kernel"), real_and_finite(cross, "cross")
+    y, f0 = real_and_finite(targets, "targets"), real_and_finite(initial, "initial")
+    shifted = kernel + ridge * torch.eye(n, dtype=torch.float64, device=kernel.device)
+    condition = float(torch.linalg.cond(shifted, 1))
+    if not condition * SINGULAR < 1:
+        raise ArithmeticError(
+            f"the sign-gradient kernel is singular up to rounding (condition number {condition:.3g}): give a larger "
+            "ridge"
+        )
+    moved = cross @ torch.linalg.solve(shifted, y - f0)
+    predicted = real_and_finite(initial_cross, "initial_cross") + moved
+    return not_overflown(predicted, "the predictions", "scale the outputs, or give a larger ridge")

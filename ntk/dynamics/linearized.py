@@ -7,6 +7,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from ntk.checks import check_numbers, in_range, norm, real_and_finite
 from ntk.functional import ParameterChoice, evaluating, select_parameters
 
 
@@ -27,9 +28,14 @@ class Linearized(nn.Module):
         Args:
             model: any module; this module takes the same arguments.
             params: which parameters move, as in :func:`ntk.empirical_ntk`.
+
+        Raises:
+            ValueError: as :func:`ntk.functional.select_parameters`; a chosen parameter is not finite.
         """
         super().__init__()
         chosen = select_parameters(model, params)
+        for name, parameter in chosen.items():
+            check_numbers(parameter, f"parameter {name}")
         self.names = list(chosen)
         self.delta = nn.ParameterList([torch.zeros_like(p) for p in chosen.values()])
         # In a list, so that the model is not a submodule and its parameters do not count as this module's.
@@ -56,14 +62,14 @@ def relative_drift(now: Float[Tensor, "..."], start: Float[Tensor, "..."]) -> fl
     """|A_t - A_0| / |A_0| (Frobenius) of kernels, Jacobians or parameters, which is small if training was lazy.
 
     Raises:
-        ValueError: shapes differ, or the start is 0.
+        ValueError: shapes differ, entries are complex or not finite, or the start is 0.
     """
     if now.shape != start.shape:
         raise ValueError(f"expected two tensors of one shape; got {tuple(now.shape)} and {tuple(start.shape)}")
-    size = float(start.double().norm())
-    if not size:
+    now, start = real_and_finite(now, "now"), real_and_finite(start, "start")
+    if not start.any():
         raise ValueError("the tensor at the start is 0, and drift relative to 0 is not defined")
-    return float((now.double() - start.double()).norm()) / size
+    return _ratio(now / 2 - start / 2, start / 2, "the relative drift")
 
 
 def linearization_error(
@@ -72,9 +78,20 @@ def linearization_error(
     """|f_t - f_t^lin| / |f_t - f_0|, the error of the linearised outputs relative to the movement of the outputs.
 
     Raises:
-        ValueError: shapes differ, or the outputs did not move.
+        ValueError: shapes differ, entries are complex or not finite, or the outputs did not move.
     """
-    moved = float((outputs.double() - initial.double()).norm())
-    if not moved:
+    if not outputs.shape == linearized.shape == initial.shape:
+        shapes = ", ".join(str(tuple(f.shape)) for f in (outputs, linearized, initial))
+        raise ValueError(f"expected three tensors of one shape; got {shapes}")
+    outputs, linearized = real_and_finite(outputs, "outputs"), real_and_finite(linearized, "linearized")
+    initial = real_and_finite(initial, "initial")
+    moved = outputs / 2 - initial / 2  # a difference may overflow, that of the halves does not
+    if not moved.any():
         raise ValueError("the outputs did not move, and an error relative to no movement is not defined")
-    return float((outputs.double() - linearized.double()).norm()) / moved
+    return _ratio(outputs / 2 - linearized / 2, moved, "the linearisation error")
+
+
+def _ratio(a: Tensor, b: Tensor, what: str) -> float:
+    """|a| / |b|."""
+    (above, raised), (below, lowered) = norm(a), norm(b)
+    return in_range(above / below, raised - lowered, what)

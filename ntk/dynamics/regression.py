@@ -15,7 +15,8 @@ from jaxtyping import Float
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
-from ntk.layout import Kernel, flatten
+from ntk.checks import check_numbers, not_overflown, real_and_finite
+from ntk.layout import Kernel, check_semidefinite, kernel_matrix
 
 # By rounding of the entries of a kernel, eigenvalues may lie this far below zero, relative to the largest.
 NEGATIVE = 1e-6
@@ -34,23 +35,15 @@ class Spectrum:
         outputs: c of the kernel, or None for a kernel that all outputs share.
 
     Raises:
-        ValueError: the kernel is not square, not symmetric, or not positive semi-definite.
+        ValueError: the kernel is complex, not finite, not square, not symmetric, or not positive semi-definite.
+        OverflowError: an eigenvalue overflows.
     """
 
     def __init__(self, kernel: Kernel):
         """Decompose a kernel at a cost of (n c)^3."""
-        if kernel.ndim not in (2, 4) or kernel.shape[0] != kernel.shape[1]:
-            raise ValueError(f"expected a square kernel (n, n) or (n, n, c, c); got {tuple(kernel.shape)}")
-        K = flatten(kernel).double()
-        size = float(K.abs().max())
-        if not math.isfinite(size) or float((K - K.T).abs().max()) > NEGATIVE * size:
-            raise ValueError("expected a symmetric kernel of finite entries; it is that of the training examples")
-        values, self.vectors = torch.linalg.eigh((K + K.T) / 2)
-        if float(values[0]) < -NEGATIVE * float(values[-1]):
-            raise ValueError(
-                f"expected a positive semi-definite kernel; its eigenvalues go from {float(values[0]):.3g} to "
-                f"{float(values[-1]):.3g}"
-            )
+        values, self.vectors = torch.linalg.eigh(kernel_matrix(kernel, symmetric=True))
+        not_overflown(values, "the eigenvalues", "scale the kernel")
+        check_semidefinite(values, NEGATIVE)
         self.rounding = len(values) * torch.finfo(torch.float64).eps * float(values[-1])
         self.values = torch.where(values > self.rounding, values, 0.0)
         self.outputs = kernel.shape[2] if kernel.ndim == 4 else None
@@ -59,9 +52,9 @@ class Spectrum:
         """The outputs as columns that the kernel's matrix can multiply.
 
         Raises:
-            ValueError: the shape of the outputs does not fit the kernel.
+            ValueError: the outputs are complex, not finite, or of a shape that does not fit the kernel.
         """
-        f = f.double()
+        f = real_and_finite(f, "outputs")
         n = len(self.values) if self.outputs is None else len(self.values) // self.outputs
         if f.ndim != 2 or len(f) != n or self.outputs not in (None, f.shape[1]):
             raise ValueError(f"expected outputs (n, c) of {n} examples, as the kernel's; got {tuple(f.shape)}")
@@ -92,8 +85,10 @@ def kernel_regression(
         ridge: penalty on the distance of the parameters from their start, (ridge / 2) |theta - theta_0|^2.
 
     Raises:
-        ValueError: shapes that do not fit, a kernel that is not positive semi-definite, a negative ridge; a singular
-            kernel without ridge, for which outputs of new inputs are not determined.
+        ValueError: shapes that do not fit, numbers that are complex or not finite, a kernel that is not positive
+            semi-definite, a negative ridge; a singular kernel without ridge, for which outputs of new inputs are not
+            determined.
+        OverflowError: the predictions overflow.
     """
     spectrum = Spectrum(kernel)
     if not (math.isfinite(ridge) and ridge >= 0):
@@ -104,11 +99,11 @@ def kernel_regression(
             f"the kernel is singular (eigenvalues from {float(shifted[0]):.3g} to {float(shifted[-1]):.3g}): examples "
             "repeat or parameters are fewer than outputs; give a ridge, such as 1e-8 times its trace"
         )
-    f0, y = _start(targets, initial), targets.double()
+    y, f0 = _start(targets, initial)
     residual = spectrum.rows(y - f0)
     if cross is None:
-        share = spectrum.values / shifted.clamp_min(torch.finfo(torch.float64).tiny)
-        return f0 + spectrum.apply(share, residual).reshape(f0.shape)
+        share = torch.where(spectrum.values > 0, spectrum.values / shifted, 0.0)
+        return _predicted(f0 + spectrum.apply(share, residual).reshape(f0.shape))
     return _at_new(cross, spectrum.apply(1 / shifted, residual), y.shape[1], initial_cross)
 
 
@@ -132,13 +127,13 @@ def gradient_flow(
         ValueError: as :func:`kernel_regression`; negative times.
     """
     spectrum = Spectrum(kernel)
-    f0, y = _start(targets, initial), targets.double()
+    y, f0 = _start(targets, initial)
     residual = spectrum.rows(y - f0)
     results = []
     for t in _times(times):
         moved = -torch.expm1(-spectrum.values * t)
         if cross is None:
-            results.append(f0 + spectrum.apply(moved, residual).reshape(f0.shape))
+            results.append(_predicted(f0 + spectrum.apply(moved, residual).reshape(f0.shape)))
         else:
             weights = torch.where(spectrum.values > spectrum.rounding, moved / spectrum.values, 0.0)
             results.append(_at_new(cross, spectrum.apply(weights, residual), y.shape[1], initial_cross))
@@ -161,23 +156,21 @@ def cross_entropy_flow(
     Arguments as in :func:`kernel_regression`, and:
 
     Args:
-        labels: ``(n,)`` classes, or ``(n, c)`` probabilities.
+        labels: ``(n,)`` classes, of an integer dtype, or ``(n, c)`` probabilities, whose rows sum to 1.
         initial: f_0(X), with one column for each class.
         tolerance: relative tolerance of the integrator (LSODA, which handles stiff equations).
 
     Raises:
-        ValueError: as :func:`gradient_flow`; labels that do not fit.
+        ValueError: as :func:`gradient_flow`; labels that do not fit, or are no classes or probabilities.
         ArithmeticError: the integrator fails; the message holds its reason.
     """
     spectrum = Spectrum(kernel)
-    f0 = initial.double()
+    f0 = real_and_finite(initial, "initial")
     spectrum.rows(f0)
-    y = labels.double() if labels.ndim == 2 else nn.functional.one_hot(labels.long(), f0.shape[1]).double()
-    if y.shape != f0.shape:
-        raise ValueError(
-            f"expected labels (n,) or probabilities (n, c) for logits {tuple(f0.shape)}; got {tuple(labels.shape)}"
-        )
-    K = flatten(kernel).double()
+    y = _probabilities(labels, f0)
+    if not 0 < tolerance < 1:
+        raise ValueError(f"the integrator's relative tolerance must lie between 0 and 1; got {tolerance}")
+    K = kernel_matrix(kernel)
     rows = (len(K), -1)
     instants = _times(times)
 
@@ -193,7 +186,7 @@ def cross_entropy_flow(
         a |= zip(later, solved.y.T)
     coefficients = [torch.from_numpy(a[t].copy()).reshape(rows) for t in instants]
     if cross is None:
-        return torch.stack([f0 + (K @ column).reshape(f0.shape) for column in coefficients])
+        return torch.stack([_predicted(f0 + (K @ column).reshape(f0.shape)) for column in coefficients])
     return torch.stack([_at_new(cross, column, f0.shape[1], initial_cross) for column in coefficients])
 
 
@@ -208,21 +201,53 @@ def sign_gradient_kernel(
     Args:
         jacobian: grad f of the rows, parameters flattened.
         jacobian2: grad f of the columns; that of the rows if None.
+
+    Raises:
+        ValueError: a Jacobian that is complex or not finite.
+        OverflowError: a sum over parameters overflows the Jacobian's dtype.
     """
     other = jacobian if jacobian2 is None else jacobian2
-    return torch.einsum("iap,jbp->ijab", jacobian, other.sign())
+    for name, each in (("jacobian", jacobian), ("jacobian2", other)):
+        check_numbers(each, name)
+    kernel = torch.einsum("iap,jbp->ijab", jacobian, other.sign())
+    return not_overflown(kernel, "sums over parameters", "pass the Jacobian in float64, or scaled")
 
 
-def _start(targets: Tensor, initial: Tensor | None) -> Tensor:
+def _start(targets: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Targets and initial outputs in float64."""
+    y = real_and_finite(targets, "targets")
     if initial is None:
-        return torch.zeros_like(targets, dtype=torch.float64)
-    if initial.shape != targets.shape:
-        raise ValueError(f"expected targets and initial outputs of one shape; got {targets.shape} and {initial.shape}")
-    return initial.double()
+        return y, torch.zeros_like(y)
+    if initial.shape != y.shape:
+        raise ValueError(
+            f"expected targets and initial outputs of one shape; got {tuple(y.shape)} and {tuple(initial.shape)}"
+        )
+    return y, real_and_finite(initial, "initial")
+
+
+def _probabilities(labels: Tensor, logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """Labels as the probability of each class."""
+    n, c = logits.shape
+    if labels.shape not in ((n,), (n, c)):
+        raise ValueError(f"expected labels (n,) or probabilities (n, c) for logits {(n, c)}; got {tuple(labels.shape)}")
+    if labels.ndim == 1:
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"expected labels (n,) of an integer dtype, the classes; got {labels.dtype}: use .long()")
+        if not bool(((labels >= 0) & (labels < c)).all()):
+            raise ValueError(f"expected classes from 0 to {c - 1}; labels go from {labels.min()} to {labels.max()}")
+        return nn.functional.one_hot(labels.long(), c).double()
+    y = real_and_finite(labels, "labels")
+    if bool((y < 0).any()) or not bool(((y.sum(1) - 1).abs() <= 1e-6).all()):
+        raise ValueError("expected probabilities (n, c) of at least 0, whose rows sum to 1: divide each row by its sum")
+    return y
+
+
+def _predicted(outputs: Tensor) -> Tensor:
+    return not_overflown(outputs, "the predicted outputs", "scale targets and initial outputs")
 
 
 def _at_new(cross: Kernel, coefficients: Tensor, c: int, initial: Tensor | None) -> Tensor:
-    K = flatten(cross).double()
+    K = kernel_matrix(cross, "cross")
     if K.shape[1] != len(coefficients):
         raise ValueError(
             f"expected a cross kernel of new inputs against the {len(coefficients)} rows of the training kernel; got "
@@ -230,10 +255,10 @@ def _at_new(cross: Kernel, coefficients: Tensor, c: int, initial: Tensor | None)
         )
     moved = (K @ coefficients).reshape(-1, c)
     if initial is None:
-        return moved
+        return _predicted(moved)
     if initial.shape != moved.shape:
         raise ValueError(f"expected initial outputs {tuple(moved.shape)} of the new inputs; got {tuple(initial.shape)}")
-    return initial.double() + moved
+    return _predicted(real_and_finite(initial, "initial_cross") + moved)
 
 
 def _times(times: Sequence[float] | Tensor) -> list[float]:

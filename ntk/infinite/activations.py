@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntk.infinite import closed_forms
-from ntk.infinite.gaussian import Moments, Pairs
+from ntk.infinite.gaussian import LARGEST, Moments, Pairs
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Activation:
 
 def leaky_relu(slope: float = 0.01) -> Activation:
     """max(h, 0) + slope min(h, 0), with derivative ``slope`` at 0 as in PyTorch."""
-    if not math.isfinite(slope):
-        raise ValueError(f"the slope of leaky_relu must be finite; got {slope}")
+    if not abs(slope) < LARGEST:
+        raise ValueError(f"the slope of leaky_relu must be finite, below {LARGEST:g}; got {slope}")
     return Activation(
         "leaky_relu" if slope else "relu",
         lambda h: torch.where(h > 0, h, slope * h),

@@ -7,6 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntk.checks import not_overflown
+
+ADVICE = "use smaller inputs, a smaller sigma_w, or fewer layers"
+# Smaller variances have lost digits, since products of them are below the range of float64.
+SMALLEST = torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps
+# The fourth powers of numbers up to this, and of their inverses, are within the range of float64.
+LARGEST = 1e70
+
 
 def root(x: Tensor) -> Tensor:
     """The square root, with derivative 0 at 0.
@@ -22,6 +30,15 @@ def root(x: Tensor) -> Tensor:
 def ratio(x: Tensor, y: Tensor) -> Tensor:
     """x / y, and x where y is 0, so that values that are replaced later have no derivative 0 / 0."""
     return x / torch.where(y == 0, torch.ones_like(y), y)
+
+
+def check_variances(variances: Tensor, positive: Tensor) -> None:
+    """Raise OverflowError if a variance underflows where ``positive`` says that it is not 0."""
+    if bool((positive & (variances < SMALLEST)).any()):
+        raise OverflowError(
+            f"the variance of a pre-activation underflows float64, below {SMALLEST:.1g}: use larger inputs, a larger "
+            "sigma_w, biases, or fewer layers"
+        )
 
 
 def sine(minus: Tensor, plus: Tensor) -> Tensor:
@@ -41,6 +58,9 @@ class Pairs:
     The correlation rho is stored as ``minus`` = 1 - rho and ``plus`` = 1 + rho, each with its own relative accuracy: an
     angle found by arccos(rho) loses half of the digits where rho is near 1 or -1, as it is in deep networks.
     Where a variance is 0 the correlation is set to 0; every output multiplies it by 0.
+
+    Raises:
+        OverflowError: a field is NaN or infinite, so that no layer goes on from an overflow of the layer below.
     """
 
     q1: Float[Tensor, "..."]
@@ -48,6 +68,10 @@ class Pairs:
     cov: Float[Tensor, "..."]
     minus: Float[Tensor, "..."]
     plus: Float[Tensor, "..."]
+
+    def __post_init__(self) -> None:
+        for values in (self.q1, self.q2, self.cov, self.minus, self.plus):
+            not_overflown(values, "covariances of pre-activations", ADVICE)
 
     @property
     def scale(self) -> Tensor:
@@ -95,7 +119,11 @@ def diagonal(q: Tensor) -> Pairs:
 
 
 def pairs_of_rows(a: Float[Tensor, "n1 d"], b: Float[Tensor, "n2 d"], *, symmetric: bool = False) -> Pairs:
-    """The pairs whose covariance is ``a @ b.T``; with ``symmetric``, b is a. Cost n1 n2 d."""
+    """The pairs whose covariance is ``a @ b.T``; with ``symmetric``, b is a. Cost n1 n2 d.
+
+    Raises:
+        OverflowError: covariances overflow.
+    """
     q1, q2 = (a * a).sum(1, keepdim=True), (b * b).sum(1, keepdim=True).T
     cov = a @ b.T
     if symmetric:
@@ -111,10 +139,11 @@ def pairs_of_rows(a: Float[Tensor, "n1 d"], b: Float[Tensor, "n2 d"], *, symmetr
 
 def _directions(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """The rows scaled to norm 1; rows of zeros stay 0."""
-    none = (x == 0).all(dim=1, keepdim=True)
-    return torch.where(
-        none, torch.zeros_like(x), x / torch.where(none, torch.ones_like(x), x).norm(dim=1, keepdim=True)
-    )
+    largest = x.abs().amax(dim=1, keepdim=True)
+    none = largest == 0
+    # The squares of a row's entries may leave the range of float64, those of its entries over the largest do not.
+    scaled = torch.where(none, torch.ones_like(x), x) / torch.where(none, torch.ones_like(largest), largest.detach())
+    return torch.where(none, torch.zeros_like(x), scaled / scaled.norm(dim=1, keepdim=True))
 
 
 def next_pairs(
@@ -137,10 +166,15 @@ def next_pairs(
     sums of non-negative terms. ``complements`` is (1 - kappa, 1 + kappa) if the activation has an accurate formula.
     Otherwise they are computed from the moments with an absolute error of rounding size, which suffices for a smooth
     activation, and 1 - kappa is set to 0 where h and h' are one variable.
+
+    Raises:
+        OverflowError: a covariance overflows, or a variance underflows.
     """
     b2 = sigma_b**2
     a1, a2 = sigma_w * root(own1), sigma_w * root(own2)
     q1, q2 = a1**2 + b2, a2**2 + b2
+    check_variances(q1, pairs.q1 > 0)
+    check_variances(q2, pairs.q2 > 0)
     aa, nn = a1 * a2, root(q1) * root(q2)
     if complements is None:
         kappa = ratio(sigma_w**2 * moments.product, aa).clamp(-1, 1)

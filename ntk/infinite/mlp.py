@@ -20,14 +20,16 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntk.checks import not_overflown, real_and_finite
 from ntk.infinite.activations import Activation, find
-from ntk.infinite.gaussian import Moments, Pairs, diagonal, next_pairs, pairs_of_rows
+from ntk.infinite.gaussian import ADVICE, LARGEST, Moments, Pairs, check_variances, diagonal, next_pairs, pairs_of_rows
 from ntk.infinite.quadrature import diagonal_moments, quadrature_moments, series_moments
 
 METHODS = ("auto", "closed", "series", "quadrature")
@@ -104,7 +106,7 @@ class MLPKernels:
         S and S' are Sigma^l - sigma_b^2 at (x, x) and (x', x'). The inner product of a layer's inputs a, a' projected
         on r random directions has variance (|a|^2 |a'|^2 + (a.a')^2) / r (Malladi et al. 2023, sec. 5; exact here).
         """
-        if rank < 1:
+        if not rank >= 1:
             raise ValueError(f"LoRA's rank must be at least 1; got {rank}")
         return self._lora_variance / rank
 
@@ -147,6 +149,7 @@ def mlp_kernels(
     Raises:
         ValueError: unusable arguments, with what was expected; the readout as a position, which has no limit.
         ConvergenceError: the activation's expectations do not converge (a ValueError).
+        OverflowError: a covariance or kernel overflows float64, or inputs without biases underflow it.
         NotImplementedError: inputs that take gradients, for an activation without closed forms or another method.
 
     Closed forms can be differentiated by the inputs, on the diagonal and at equal inputs too.
@@ -203,7 +206,7 @@ def mlp_kernels(
 
     input_mean = first * d
     fourth = (a**2) @ (b**2).T * (sw**2 / a.shape[1]) ** 2  # sum_j x_j^2 x'_j^2, of the variance over s_j
-    return MLPKernels(
+    result = MLPKernels(
         nngp=pairs.cov,
         ntk=weights + biases,
         ntk_weights=weights,
@@ -215,6 +218,8 @@ def mlp_kernels(
         layers=_split(steps, sb, k2) if per_layer else None,
         _lora_variance=lora_variance,
     )
+    check_results(result, result.propulsion_input, result.propulsion_readout, result.layers)
+    return result
 
 
 def first_layer(a: Tensor, b: Tensor, sw: float, sb: float, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Pairs]:
@@ -222,11 +227,16 @@ def first_layer(a: Tensor, b: Tensor, sw: float, sb: float, *, symmetric: bool) 
 
     Correlations are computed with the bias as one more coordinate of the inputs, which is accurate. Covariances are
     sums of both terms, so that subtracting a bias that is large compared with the inputs loses no digits.
+
+    Raises:
+        OverflowError: covariances overflow, or underflow in the absence of a bias.
     """
     rows = [sw / math.sqrt(x.shape[1]) * x for x in (a, b)]
     extended = [torch.cat([x, sb * torch.ones_like(x[:, :1])], dim=1) for x in rows]
     first1, first2 = (rows[0] ** 2).sum(1, keepdim=True), (rows[1] ** 2).sum(1, keepdim=True).T
     first = rows[0] @ rows[1].T
+    check_variances(first1[:, 0] + sb**2, a.detach().any(dim=1))
+    check_variances(first2[0] + sb**2, b.detach().any(dim=1))
     if symmetric:
         first = (first + first.T) / 2
         first.diagonal().copy_(first1[:, 0])
@@ -259,18 +269,24 @@ def checked_inputs(x1: Tensor | np.ndarray, x2: Tensor | np.ndarray | None) -> t
     """Both inputs in float64; ``x2`` is ``x1`` if None.
 
     Raises:
-        ValueError: they are not matrices of finite numbers with the same number of columns.
+        ValueError: they are not matrices of finite real numbers with the same number of columns.
     """
-    a = torch.as_tensor(x1).to(torch.float64)
-    b = a if x2 is None else torch.as_tensor(x2).to(a)
+    a = real_and_finite(torch.as_tensor(x1), "x1")
+    b = a if x2 is None else real_and_finite(torch.as_tensor(x2), "x2").to(a)
     for name, x in (("x1", a), ("x2", b)):
         if x.ndim != 2 or 0 in x.shape:
             raise ValueError(f"{name} must be a matrix of inputs, (n, n_0), not empty; got shape {tuple(x.shape)}")
-        if not torch.isfinite(x).all():
-            raise ValueError(f"{name} holds NaN or infinite values")
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"x1 and x2 must have the same number of columns n_0; got {a.shape[1]} and {b.shape[1]}")
     return a, b
+
+
+def check_results(*parts: Any) -> None:
+    """Raise OverflowError if a tensor in one of these dataclasses is NaN or infinite."""
+    for part in parts:
+        for name, values in vars(part).items() if part is not None else ():
+            if isinstance(values, Tensor):
+                not_overflown(values, f"kernels ({name.lstrip('_')})", ADVICE)
 
 
 def check_numbers(depth: int, sigma_w: float, sigma_b: float, degree: float) -> None:
@@ -283,6 +299,11 @@ def check_numbers(depth: int, sigma_w: float, sigma_b: float, degree: float) -> 
         raise ValueError(f"sigma_b must be at least 0 and finite; got {sigma_b}")
     if not math.isfinite(degree):
         raise ValueError(f"degree must be finite; got {degree}")
+    for name, value in (("sigma_w", sigma_w), ("sigma_b", sigma_b), ("degree", degree)):
+        if value and not 1 / LARGEST <= abs(value) <= LARGEST:
+            raise OverflowError(
+                f"powers of {name} overflow or underflow float64; got {value}: take one within 1e-70 to 1e70"
+            )
 
 
 def _positions(positions: str | int | Collection[str | int], depth: int) -> tuple[str | int, ...]:

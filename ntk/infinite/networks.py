@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntk.infinite.activations import Activation, find
+from ntk.infinite.gaussian import LARGEST
 
 PARAMETRIZATIONS = ("ntk", "standard")
 
@@ -41,6 +42,12 @@ class Multiplier(nn.Module):
     def forward(self, y: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """z^degree * y."""
         return y * self.z**self.degree
+
+
+def check_branch_scale(branch_scale: float) -> None:
+    """Raise ValueError for a branch scale that is not finite or whose powers overflow."""
+    if not abs(branch_scale) <= LARGEST:
+        raise ValueError(f"branch_scale must be finite, at most {LARGEST:g}; got {branch_scale}")
 
 
 def is_multiplier(name: str, parameter: nn.Parameter) -> bool:
@@ -83,6 +90,8 @@ class Recipe:
             raise ValueError(
                 f"expected sigma_w > 0 and sigma_b >= 0, both finite; got {self.sigma_w} and {self.sigma_b}"
             )
+        if not math.isfinite(self.degree):
+            raise ValueError(f"degree must be finite; got {self.degree}")
 
     def chosen(self, positions: tuple[Position, ...]) -> frozenset[Position]:
         """The positions of multipliers, after a check that the network has them."""
@@ -190,6 +199,7 @@ class ResidualMLP(nn.Module):
         super().__init__()
         if depth < 1:
             raise ValueError(f"a residual network needs at least one hidden layer; got depth {depth}")
+        check_branch_scale(branch_scale)
         self.positions: tuple[Position, ...] = ("input", *range(1, depth + 1), "readout")
         self.phi, self.branch_scale = find(activation).function, float(branch_scale)
         chosen = recipe.chosen(self.positions)

@@ -8,7 +8,8 @@
 The series is the default for activations without closed form. The plain rule takes the few pairs for which the series
 does not converge: nearly parallel ones of activations that are steep or have a kink. Both rules have a panel boundary
 at 0, so that a kink there costs no accuracy (ELU, softsign), and both refine until two levels agree. If no two levels
-agree, because of a kink or jump elsewhere (hardtanh at 1), they raise an error that says the accuracy reached.
+agree, because of a kink or jump elsewhere (hardtanh at 1), they raise an error that says the accuracy reached. The same
+happens if an activation grows so fast that its expectations lie beyond the nodes (exp at a variance of 70).
 """
 
 import math
@@ -20,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntk.checks import real_and_finite
 from ntk.infinite.activations import Activation
 from ntk.infinite.gaussian import Moments, Pairs
 
@@ -27,7 +29,9 @@ TOLERANCE = 1e-12
 LARGEST_DEGREE = 2048
 _LINE_NODES = (16, 24, 48)  # of a panel of the line
 _PLANE_NODES = (8, 12, 16, 24, 32)  # of a panel of the radius and of the angle
-_REACH = 13.0  # in standard deviations: the weight exp(-h^2 / 4) of a Hermite coefficient is below rounding there
+# Half-widths of the line, in standard deviations. The weight exp(-h^2 / 4) of a Hermite coefficient is below rounding
+# at the first, which suffices for every activation of polynomial growth; exp and sinh take the second.
+_REACHES = (13.0, 26.0)
 # A pair by the plain rule costs about as much as this many multiply-adds of the series.
 _PLANE_COST = 2_000_000
 _CHUNK = 2**22  # numbers held at once by the plain rule
@@ -50,7 +54,8 @@ def diagonal_moments(activation: Activation, q: Float[Tensor, "n"]) -> Moments:
     Raises:
         ConvergenceError: the finest panels do not reach a relative error of 1e-12.
     """
-    return Moments(*(_second_moment(f, q, activation.name)[0] for f in integrands(activation)))
+    reach = _reach(activation, q)
+    return Moments(*(_second_moment(f, q, activation.name, reach)[0] for f in integrands(activation)))
 
 
 def series_moments(activation: Activation, pairs: Pairs) -> Moments:
@@ -66,12 +71,13 @@ def series_moments(activation: Activation, pairs: Pairs) -> Moments:
         ConvergenceError: neither reaches that accuracy.
     """
     q1, q2 = pairs.q1[:, 0], pairs.q2[0]
+    reach = _reach(activation, torch.cat([q1, q2]))
     rho = (pairs.plus - pairs.minus) / 2
     skipped = pairs.same  # the pairs for which the series is not needed
     sums, own = [], []
     for f in integrands(activation):
-        (own1, level1), (own2, level2) = (_second_moment(f, q, activation.name) for q in (q1, q2))
-        sum_, missed = _mehler(f, q1, q2, own1, own2, rho, skipped, max(level1, level2))
+        (own1, level1), (own2, level2) = (_second_moment(f, q, activation.name, reach) for q in (q1, q2))
+        sum_, missed = _mehler(f, q1, q2, own1, own2, rho, skipped, max(level1, level2), reach)
         sums.append(sum_)
         own.append(own1)
         skipped = skipped | missed  # the plain rule gives all three expectations of a pair
@@ -98,18 +104,22 @@ def plane_moments(
 
     Raises:
         ConvergenceError: a pair's value changes by more than 1e-12 of E|f f'| between the two finest levels.
+        ValueError: deviations or angles that are complex or not finite.
     """
+    s1, s2, angle = (real_and_finite(x, name) for x, name in ((s1, "s1"), (s2, "s2"), (angle, "angle")))
+    reach = _reach(activation, torch.cat([s1, s2]) ** 2)
     results = torch.empty(3, len(s1), dtype=s1.dtype, device=s1.device)
     steep = torch.maximum(s1, s2).clamp(min=1)
     todo, previous, error = torch.arange(len(s1), device=s1.device), None, math.inf
     for nodes in _PLANE_NODES:
         grading = 2 + math.ceil(math.log2(float(steep[todo].max())))
-        values, sizes = _plane_rule(activation, s1[todo], s2[todo], angle[todo], nodes, grading)
+        values, sizes = _plane_rule(activation, s1[todo], s2[todo], angle[todo], nodes, grading, reach)
         results[:, todo] = values
         if previous is not None:
-            errors = torch.nan_to_num((values - previous).abs() / sizes, nan=0.0).amax(0)
+            # Where the size is 0, so are the values; NaN is an overflow, which does not count as converged.
+            errors = torch.where(sizes == 0, 0.0, (values - previous).abs() / sizes).amax(0)
             error = float(errors.max())
-            keep = errors > TOLERANCE
+            keep = ~(errors <= TOLERANCE)
             todo, values = todo[keep], values[:, keep]
             if not len(todo):
                 return Moments(*results)
@@ -126,14 +136,22 @@ def _flat(pairs: Pairs, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mehler(
-    f: Function, q1: Tensor, q2: Tensor, own1: Tensor, own2: Tensor, rho: Tensor, skip: Tensor, level: int
+    f: Function,
+    q1: Tensor,
+    q2: Tensor,
+    own1: Tensor,
+    own2: Tensor,
+    rho: Tensor,
+    skip: Tensor,
+    level: int,
+    reach: float,
 ) -> tuple[Tensor, Tensor]:
     """The sums of Mehler's formula, and a mask of the pairs for which they have not converged."""
     size = (own1[:, None] * own2[None]).sqrt()
     terms = 32
     while True:
         terms *= 2
-        z, weights, basis = (x.to(rho) for x in _hermite_basis(terms, level))
+        z, weights, basis = (x.to(rho) for x in _hermite_basis(terms, level, reach))
         a, b = ((f(q.sqrt()[:, None] * z) * weights) @ basis.T for q in (q1, q2))
         # Never below the rounding of the difference, since a tail of 0 would hide any tail of the other factor.
         tails = [torch.maximum(own - (x**2).sum(1), 1e-15 * own) for own, x in ((own1, a), (own2, b))]
@@ -149,9 +167,9 @@ def _mehler(
 
 
 @lru_cache(maxsize=8)
-def _hermite_basis(terms: int, level: int) -> tuple[Tensor, Tensor, Tensor]:
+def _hermite_basis(terms: int, level: int, reach: float) -> tuple[Tensor, Tensor, Tensor]:
     """Nodes z, their weights with exp(-z^2 / 4) / sqrt(2 pi), and the bounded exp(-z^2 / 4) He_k(z) / sqrt(k!)."""
-    z, weights = _line(level)
+    z, weights = _line(level, reach)
     half = torch.exp(-(z**2) / 4)
     rows = [half, z * half]
     for k in range(1, terms - 1):
@@ -159,14 +177,46 @@ def _hermite_basis(terms: int, level: int) -> tuple[Tensor, Tensor, Tensor]:
     return z, half * weights / math.sqrt(2 * math.pi), torch.stack(rows[:terms])
 
 
-def _second_moment(f: Function, q: Tensor, name: str) -> tuple[Tensor, int]:
+def _reach(activation: Activation, q: Tensor) -> float:
+    """The half-width of the line that holds the expectations over N(0, q).
+
+    Beyond it lies at most 1e-24 of E[f(h)^2] for each integrand f, as the next stretch of the same width shows. By the
+    inequality of Cauchy and Schwarz that changes products and Hermite coefficients by at most 1e-12.
+
+    Raises:
+        ConvergenceError: the longest line does not hold them.
+    """
+    for reach in _REACHES:
+        inside = _line(0, reach)
+        outside = (torch.from_numpy(x) for x in _panels(np.arange(reach, 2 * reach + 0.5), _LINE_NODES[0]))
+        z, weights = (torch.cat([sign * x, x]) for x, sign in zip(outside, (-1, 1)))
+        squares = [[_squares(f, q, nodes) for nodes in (inside, (z, weights))] for f in integrands(activation)]
+        # Infinite or missing values within are reported by the integration.
+        if all(bool(((beyond <= TOLERANCE**2 * within) | ~torch.isfinite(within)).all()) for within, beyond in squares):
+            return reach
+    raise ConvergenceError(
+        f"activation {activation.name} grows too fast for a variance of {float(q.max()):.3g}: its expectations lie "
+        f"beyond {_REACHES[-1]:g} standard deviations. Use smaller inputs or a smaller sigma_w"
+    )
+
+
+def _squares(f: Function, q: Tensor, nodes: tuple[Tensor, Tensor]) -> Tensor:
+    """E[f(h)^2], h ~ N(0, q), over the part of the line that the nodes cover."""
+    z, weights = (x.to(q) for x in nodes)
+    # The weight is taken into the square, which overflows later so.
+    return (f(q.sqrt()[:, None] * z) * torch.exp(-(z**2) / 4)) ** 2 @ weights / math.sqrt(2 * math.pi)
+
+
+def _second_moment(f: Function, q: Tensor, name: str, reach: float) -> tuple[Tensor, int]:
     """E[f(h)^2], h ~ N(0, q), and the level of the line's rule that suffices for it."""
     error, previous = math.inf, None
     for level in range(len(_LINE_NODES)):
-        z, weights = (x.to(q) for x in _line(level))
-        current = (f(q.sqrt()[:, None] * z) ** 2) @ (weights * torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi))
+        current = _squares(f, q, _line(level, reach))
         if not torch.isfinite(current).all():
-            raise ConvergenceError(f"activation {name} is not finite within {_REACH:g} standard deviations")
+            raise ConvergenceError(
+                f"activation {name} or its square is not finite within {reach:g} standard deviations, of variances up "
+                f"to {float(q.max()):.3g}: use smaller inputs or a smaller sigma_w"
+            )
         if previous is not None:
             error = float(torch.nan_to_num((current - previous).abs() / current, nan=0.0).max())
             if error <= TOLERANCE:
@@ -176,15 +226,15 @@ def _second_moment(f: Function, q: Tensor, name: str) -> tuple[Tensor, int]:
 
 
 @lru_cache(maxsize=8)
-def _line(level: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights over +-13, on panels of width 1/2 that halve towards 0 down to 2^-10."""
-    z, weights = (torch.from_numpy(x) for x in _panels(_radii(10, 0.5), _LINE_NODES[level]))
+def _line(level: int, reach: float) -> tuple[Tensor, Tensor]:
+    """Nodes and weights over +-reach, on panels of width 1/2 that halve towards 0 down to 2^-10."""
+    z, weights = (torch.from_numpy(x) for x in _panels(_radii(10, 0.5, reach), _LINE_NODES[level]))
     return torch.cat([-z.flip(0), z]), torch.cat([weights.flip(0), weights])
 
 
-def _radii(grading: int, step: float) -> np.ndarray:
-    """Edges of panels from 0 to 13, whose widths halve towards 0 below ``step``."""
-    return np.array([0.0, *(step * 2.0**-i for i in range(grading, 0, -1)), *np.arange(step, _REACH + step / 2, step)])
+def _radii(grading: int, step: float, reach: float) -> np.ndarray:
+    """Edges of panels from 0 to ``reach``, whose widths halve towards 0 below ``step``."""
+    return np.array([0.0, *(step * 2.0**-i for i in range(grading, 0, -1)), *np.arange(step, reach + step / 2, step)])
 
 
 def _panels(edges: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -195,10 +245,10 @@ def _panels(edges: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _plane_rule(
-    activation: Activation, s1: Tensor, s2: Tensor, angle: Tensor, nodes: int, grading: int
+    activation: Activation, s1: Tensor, s2: Tensor, angle: Tensor, nodes: int, grading: int, reach: float
 ) -> tuple[Tensor, Tensor]:
     """The three integrals of each pair, and those of their absolute values, both (3, m)."""
-    r, r_weights = (torch.from_numpy(x).to(s1) for x in _panels(_radii(grading, 1.0), nodes))
+    r, r_weights = (torch.from_numpy(x).to(s1) for x in _panels(_radii(grading, 1.0, reach), nodes))
     r_weights = r_weights * r * torch.exp(-(r**2) / 2) / (2 * math.pi)
     ends = np.array([0.0, *(2.0**-i for i in range(grading + 1, 0, -1))])
     u, u_weights = (torch.from_numpy(x).to(s1) for x in _panels(np.unique([*ends, *(1 - ends)]), nodes))

@@ -33,7 +33,8 @@ from torch import Tensor
 from ntk.infinite.activations import Activation, find
 from ntk.infinite.closed_forms import leaky_relu, leaky_relu_complements
 from ntk.infinite.gaussian import Pairs, ratio, root, sum_of_pairs
-from ntk.infinite.mlp import check_numbers, checked_inputs, first_layer
+from ntk.infinite.mlp import check_numbers, check_results, checked_inputs, first_layer
+from ntk.infinite.networks import check_branch_scale
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ def residual_kernels(
     Arguments as for :func:`ntk.infinite.mlp_kernels`; ``branch_scale`` is alpha. Memory and cost L^2 n1 n2 / 2.
 
     Raises:
-        ValueError: an activation that is not positively homogeneous; depth below 1; as :func:`mlp_kernels`.
+        ValueError: an activation that is not positively homogeneous; depth below 1; a ``branch_scale`` that is not
+            finite; as :func:`mlp_kernels`.
+        OverflowError: as :func:`mlp_kernels`.
     """
     a, b = checked_inputs(x1, x2)
     phi = find(activation)
@@ -89,6 +92,7 @@ def residual_kernels(
     check_numbers(depth, sigma_w, sigma_b, degree)
     if depth < 1:
         raise ValueError(f"a residual network needs at least one hidden layer; got depth {depth}")
+    check_branch_scale(branch_scale)
     slope = -float(phi.function(torch.tensor(-1.0, dtype=torch.float64)))
     sw2, sb2, alpha2 = float(sigma_w) ** 2, float(sigma_b) ** 2, float(branch_scale) ** 2
 
@@ -117,7 +121,7 @@ def residual_kernels(
         propulsion.append(sum(w * p for w, p in zip(c[i:], products)))
         gap.append(sum(w * (p - branch.cov * s) for w, p, s in zip(c[i:], products, slopes[i:])))
     k2 = float(degree) ** 2
-    return ResidualKernels(
+    result = ResidualKernels(
         nngp=shares[-1] + sb2,
         weights=torch.stack([scale * share * d for scale, share, d in zip(scales, shares, D)]),
         biases=torch.stack([scale * sb2 * d for scale, d in zip(scales, D)]),
@@ -125,6 +129,8 @@ def residual_kernels(
         propulsion_input=k2 * first * D[0],
         gap=torch.stack([torch.as_tensor(g) for g in gap]),
     )
+    check_results(result)
+    return result
 
 
 def _branch(stream: Pairs, product: Tensor, slope: float, weight: float, bias: float) -> Pairs:

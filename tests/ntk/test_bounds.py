@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,46 @@ def test_tail_nears_the_normal_one_of_the_exact_variance():
     d, rho = 400_000, 0.4
     epsilon = 1.5 * math.sqrt(bounds.variance(d, rho))
     assert bounds.tail(d, epsilon, rho) == pytest.approx(2 * norm.sf(1.5), rel=2e-2)
+
+
+def tail_by_mpmath(d: int, epsilon: float, rho: float) -> float:
+    """By the characteristic function with 40 digits, over the line through each side's saddle point."""
+
+    def side(A, B, s):
+        # K'(t) = s for K(t) = -(log(1 - A t) + log(1 + B t)) / 2
+        p, q, r = 2 * s * A * B, 2 * A * B + 2 * s * (A - B), A - B - 2 * s
+        t0 = min(t for t in mpmath.polyroots([p, q, r]) if t > 0)
+        K = lambda t: -(mpmath.log(1 - A * t) + mpmath.log(1 + B * t)) / 2  # noqa: E731
+        width = 1 / mpmath.sqrt(d * (A**2 / (1 - A * t0) ** 2 + B**2 / (1 + B * t0) ** 2) / 2)
+        base = d * (K(t0) - s * t0)
+
+        def integrand(u):
+            t = t0 + 1j * u * width
+            return (mpmath.exp(d * (K(t) - s * t) - base) / t).real
+
+        return mpmath.exp(base) * width / mpmath.pi * mpmath.quad(integrand, [0, 0.5, 2, 5, 11])
+
+    with mpmath.workdps(40):
+        rho, epsilon = mpmath.mpf(rho), mpmath.mpf(epsilon)
+        return float(side(1 + rho, 1 - rho, rho + epsilon) + side(1 - rho, 1 + rho, epsilon - rho))
+
+
+@pytest.mark.parametrize(
+    ("d", "deviations", "rho"),
+    [(2000, 5, 0.3), (10**4, 13, -0.9), (10**7, 5, 0.999), (10**7, 0.5, 0.3), (10**9, 13, 0.3), (10**14, 5, -0.9)],
+)
+def test_the_tail_keeps_its_digits_at_large_dimensions(d, deviations, rho):
+    epsilon = deviations * math.sqrt(bounds.variance(d, rho))
+    assert bounds.tail(d, epsilon, rho) == pytest.approx(tail_by_mpmath(d, epsilon, rho), rel=1e-11, abs=0)
+
+
+def test_both_ways_to_the_tail_agree(monkeypatch):
+    cases = [(5000, e, r) for e in (1e-4, 0.03, 0.1, 0.3, 1.2) for r in (-1, -0.7, 0, 0.5, 1)]
+    by_quadrature = [bounds.tail(*case) for case in cases]
+    monkeypatch.setattr(bounds, "_LARGE", 1)
+    for case, expected in zip(cases, by_quadrature, strict=True):
+        # Below 1e-40 the quadrature ends before the tail does.
+        assert bounds.tail(*case) == pytest.approx(expected, rel=1e-11, abs=1e-50), case
 
 
 def test_the_bound_is_above_the_exact_tail_everywhere_and_not_by_its_own_making():

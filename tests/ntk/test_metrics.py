@@ -99,8 +99,7 @@ def test_principal_angles_of_planted_eigenspaces():
     turned[:, 4] = -math.sin(0.3) * Q[:, 1] + math.cos(0.3) * Q[:, 4]
     eigenvalues = torch.tensor([9.0, 7.0, 3.0, 2.0, 1.0], dtype=torch.float64)
     K1, K2 = (Q * eigenvalues) @ Q.T, (turned * eigenvalues) @ turned.T
-    # arccos loses half of the digits near 1.
-    assert ntk.principal_angles(K1, K2, 2).tolist() == pytest.approx([0.0, 0.3], abs=1e-7)
+    assert ntk.principal_angles(K1, K2, 2).tolist() == pytest.approx([0.0, 0.3], abs=1e-14)
     assert ntk.eigenspace_overlap(K1, K2, 2) == pytest.approx((1 + math.cos(0.3) ** 2) / 2)
     assert ntk.eigenspace_overlap(K1, K2, 5) == pytest.approx(1)
     with pytest.raises(ntk.UndefinedMetricError, match="K2 has fewer than 2"):

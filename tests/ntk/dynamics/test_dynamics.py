@@ -277,7 +277,7 @@ def test_a_step_of_sign_descent_moves_outputs_by_the_sign_gradient_kernel():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda K, y: kernel_regression(-K, y), "definite kernel; its eigenvalues go from -"),
+        (lambda K, y: kernel_regression(-K, y), "definite: its eigenvalues go from -"),
         (lambda K, y: kernel_regression(K + torch.randn_like(K), y), "symmetric kernel"),
         (lambda K, y: kernel_regression(K[:3], y), "square kernel"),
         (lambda K, y: kernel_regression(K, y[:3]), r"outputs \(n, c\) of 6 examples"),

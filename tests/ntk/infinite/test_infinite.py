@@ -521,6 +521,42 @@ def test_any_differentiable_function_is_an_activation():
     assert close(sine.nngp, torch.exp(-(q + q[:, None]) / 2) * torch.sinh(c), 1e-13)
 
 
+def exp_moments(q1, q2, c):
+    size = mpmath.exp((q1 + q2) / 2 + c)
+    return size, size, (c + (q1 + c) * (q2 + c)) * size
+
+
+def sinh_moments(q1, q2, c):
+    size = mpmath.exp((q1 + q2) / 2)
+    plus, minus = ((c * s + (q1 + c * s) * (q2 + c * s)) * mpmath.exp(s * c) for s in (1, -1))
+    return size * mpmath.sinh(c), size * mpmath.cosh(c), size * (plus - minus) / 2
+
+
+@pytest.mark.parametrize(("function", "expected"), [(torch.exp, exp_moments), (torch.sinh, sinh_moments)])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 6.0, 7.7])
+@pytest.mark.parametrize("rule", [infinite.series_moments, infinite.quadrature_moments])
+def test_activations_that_grow_fast_are_right_far_from_the_mean(function, expected, scale, rule):
+    """At a variance of 36 the mass of exp(h)^2 lies at 12 standard deviations."""
+    x = scale * torch.tensor([[1.0, 0.0], [0.6, 0.8], [-1.0, 0.0], [1.0, 1e-4]], dtype=torch.float64)
+    pairs = infinite.pairs_of_rows(x[:1], x)
+    found = rule(infinite.from_function(function), pairs)
+    for j in range(4):
+        q1, q2, c = (mpmath.mpf(float(v)) for v in (pairs.q1[0, 0], pairs.q2[0, j], pairs.cov[0, j]))
+        own1, own2 = expected(q1, q1, q1), expected(q2, q2, q2)
+        for value, each, a, b in zip(found, expected(q1, q2, c), own1, own2, strict=True):
+            assert abs(float(value[0, j]) - each) <= 1e-12 * mpmath.sqrt(a * b)
+
+
+@pytest.mark.parametrize("method", ["series", "quadrature"])
+@pytest.mark.parametrize("function", [torch.exp, torch.sinh, lambda h: torch.exp(h**2 / 400)])
+def test_activations_that_grow_too_fast_are_refused(function, method):
+    x = 10 * torch.eye(2, dtype=torch.float64) * math.sqrt(2)
+    # The same activations at a variance of 1.
+    assert float(kernels(x / 10, activation=function, depth=1, sigma_w=1.0, sigma_b=0.0, method=method).nngp[0, 0]) > 0
+    with pytest.raises(infinite.ConvergenceError, match="grows too fast for a variance of"):
+        kernels(x, activation=function, depth=1, sigma_w=1.0, sigma_b=0.0, method=method)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
