@@ -26,7 +26,7 @@ from jaxtyping import Float
 from scipy.special import betaincinv, chdtr, chdtrc
 from torch import Tensor
 
-from ntk.checks import not_overflown, real_and_finite
+from ntk.checks import normalised, not_overflown, real_and_finite, shifted
 from ntk.layout import Kernel, kernel_matrix
 
 # The largest dimension that dimension_needed looks at.
@@ -86,11 +86,11 @@ def kernel_variance(kernel: Kernel, d: int) -> Float[Tensor, "rows rows"]:
         OverflowError: a variance overflows.
     """
     _check_dimension(d)
-    K = kernel_matrix(kernel, square=True)
+    K, exponent = normalised(kernel_matrix(kernel, square=True))
     own = K.diagonal()[:, None] * K.diagonal()[None]
     if bool((K.diagonal() < 0).any()) or bool((own * (1 + 1e-6) < K**2).any()):
         raise ValueError("the kernel is not positive semi-definite: an entry exceeds sqrt(K[i, i] K[j, j])")
-    return not_overflown((own + K**2) / d, "the variances of the entries", "scale the kernel")
+    return not_overflown(shifted((own + K**2) / d, 2 * exponent), "the variances of the entries", "scale the kernel")
 
 
 def tail(d: int, epsilon: int | float, rho: int | float) -> float:
@@ -141,12 +141,13 @@ def dimension_needed(
     _check_epsilon(epsilon)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
-    if entries < 1:
+    if not 1 <= entries < math.inf:
         raise ValueError(f"entries must be at least 1; got {entries}")
     failure = (1 - confidence) / entries
-    d = math.ceil(4 * math.log(4 / failure) / (epsilon**2 - epsilon**3))
-    if d > LARGEST_DIMENSION:
+    least = 4 * math.log(4 / failure) / (1 - epsilon) / epsilon / epsilon
+    if least > LARGEST_DIMENSION:
         raise ValueError(f"epsilon={epsilon} and confidence={confidence} take more than {LARGEST_DIMENSION} dimensions")
+    d = math.ceil(4 * math.log(4 / failure) / (epsilon**2 - epsilon**3))
     if rho is None:
         return d
     # The bound's dimension always suffices, so the search ends before it.
@@ -272,10 +273,10 @@ def _exceeds_by_inversion(rho: float, d: int, epsilon: float) -> float:
     deviations beside the pole at 0 if the saddle point is nearer to it. The integrand is nearly Gaussian there, and the
     trapezoidal rule converges exponentially. Linear parts of the logarithms cancel, so they are left out.
     """
+    if epsilon >= 1:
+        return 0.0  # below 1e-600 at d = 10^4
     A, B, s = 1 + rho, 1 - rho, rho + epsilon
     linear = 1 + rho**2 + 2 * rho * epsilon  # s A B t^2 + linear t - eps = 0 is K'(t) = s
-    if A == 0 and linear <= 0:
-        return 0.0  # S is never positive
     saddle = 2 * epsilon / (linear + math.sqrt(linear**2 + 4 * s * A * B * epsilon))
     t = max(saddle, 1.5 / math.sqrt(d * (1 + rho**2)))
     left, right = A / (1 - A * t), B / (1 + B * t)

@@ -170,9 +170,13 @@ def cross_entropy_flow(
     y = _probabilities(labels, f0)
     if not 0 < tolerance < 1:
         raise ValueError(f"the integrator's relative tolerance must lie between 0 and 1; got {tolerance}")
-    K = kernel_matrix(kernel)
+    # Times the largest eigenvalue, a is of the order of the logits, for which the integrator's tolerance is meant.
+    unit = float(spectrum.values[-1]) or 1.0
+    K = kernel_matrix(kernel) / unit
     rows = (len(K), -1)
-    instants = _times(times)
+    instants = [t * unit for t in _times(times)]
+    if not math.isfinite(max(instants)):
+        raise OverflowError("the product of a time and the kernel's largest eigenvalue overflows float64: scale either")
 
     def slope(_: float, a: np.ndarray) -> np.ndarray:
         f = f0 + (K @ torch.from_numpy(a).reshape(rows)).reshape(f0.shape)
@@ -187,7 +191,7 @@ def cross_entropy_flow(
     coefficients = [torch.from_numpy(a[t].copy()).reshape(rows) for t in instants]
     if cross is None:
         return torch.stack([_predicted(f0 + (K @ column).reshape(f0.shape)) for column in coefficients])
-    return torch.stack([_at_new(cross, column, f0.shape[1], initial_cross) for column in coefficients])
+    return torch.stack([_at_new(cross, column / unit, f0.shape[1], initial_cross) for column in coefficients])
 
 
 def sign_gradient_kernel(

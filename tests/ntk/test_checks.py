@@ -262,6 +262,29 @@ def test_nearly_singular_sign_gradient_kernels_are_refused():
     regression(K)
 
 
+@pytest.mark.parametrize("scale", [1e-100, 1e14, 1e100])
+def test_logits_of_a_kernel_in_another_unit_are_those_at_times_in_its_inverse(scale):
+    """The integrator's absolute tolerance must not exceed the coefficients of a large kernel."""
+    labels = torch.tensor([0, 1, 1, 0])
+    options = {"initial_cross": Y, "cross": K}
+    expected = dynamics.cross_entropy_flow(K, labels, Y, times=[0.1, 3.0], **options)
+    options["cross"] = scale * K
+    found = dynamics.cross_entropy_flow(scale * K, labels, Y, times=[0.1 / scale, 3.0 / scale], **options)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_dimensions_at_the_edges():
+    with pytest.raises(ValueError, match="take more than"):
+        bounds.dimension_needed(1e-200, 0.9)
+    with pytest.raises(ValueError, match="entries must be at least 1"):
+        bounds.dimension_needed(0.1, 0.9, entries=math.nan)
+    for d in (10, 10**5):
+        assert bounds.tail(d, 1e200, 0.5) == 0
+        assert bounds.tail(d, 1e-200, 0.5) == pytest.approx(1, rel=1e-14)
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        bounds.kernel_variance(1e-200 * torch.tensor([[1.0, 5.0], [5.0, 1.0]], dtype=torch.float64), 3)
+
+
 def test_products_that_overflow_do_not_count_as_converged():
     """Each factor is finite: its square with the weight of the normal distribution is, the square alone is not."""
     activation = infinite.from_function(lambda h: 1e160 * torch.tanh(h))
