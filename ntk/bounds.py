@@ -26,7 +26,7 @@ from jaxtyping import Float
 from scipy.special import betaincinv, chdtr, chdtrc
 from torch import Tensor
 
-from ntk.checks import normalised, not_overflown, real_and_finite, shifted
+from ntk.checks import check_count, normalised, not_overflown, real_and_finite, shifted
 from ntk.layout import Kernel, kernel_matrix
 
 # The largest dimension that dimension_needed looks at.
@@ -141,8 +141,7 @@ def dimension_needed(
     _check_epsilon(epsilon)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
-    if not 1 <= entries < math.inf:
-        raise ValueError(f"entries must be at least 1; got {entries}")
+    check_count(entries, "entries")
     failure = (1 - confidence) / entries
     least = 4 * math.log(4 / failure) / (1 - epsilon) / epsilon / epsilon
     if least > LARGEST_DIMENSION:
@@ -173,8 +172,8 @@ def clopper_pearson(successes: int, draws: int, confidence: int | float = 0.95) 
         >>> interval.lower, round(interval.upper, 4)
         (0.0, 0.0362)
     """
-    if draws < 1 or not 0 <= successes <= draws:
-        raise ValueError(f"expected 0 <= successes <= draws and draws >= 1; got {successes} of {draws}")
+    if not 0 <= successes <= draws or not draws >= 1 or successes % 1 or draws % 1:
+        raise ValueError(f"expected whole numbers 0 <= successes <= draws and draws >= 1; got {successes} of {draws}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
     side = (1 - confidence) / 2
@@ -215,8 +214,7 @@ def simulate(
                 "projection_variance, which holds for any length"
             )
     _check_dimension(d)
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1; got {draws}")
+    check_count(draws, "draws")
     if method == "plane":
         across = x2 - (x @ x2) * x
         x, x2 = torch.tensor([1.0, 0.0]).to(x), torch.stack([x @ x2, across.norm()])
@@ -306,8 +304,7 @@ def _odd_series(u: Any) -> Any:
 
 
 def _check_dimension(d: int) -> None:
-    if not 1 <= d < math.inf:
-        raise ValueError(f"the dimension d (width, rank or sketch size) must be at least 1 and finite; got {d}")
+    check_count(d, "the dimension d (width, rank or sketch size)")
 
 
 def _check_epsilon(epsilon: float, upper: float = 1.0) -> None:

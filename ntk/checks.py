@@ -32,6 +32,12 @@ def check_numbers(x: Any, name: str) -> None:
         raise ValueError(f"{name} holds NaN or infinite values, and must be finite: see where they come from")
 
 
+def check_count(value: int, name: str) -> None:
+    """Raise ValueError unless a number is whole, at least 1 and finite."""
+    if not 1 <= value < math.inf or value % 1:
+        raise ValueError(f"{name} must be at least 1, whole and finite; got {value}")
+
+
 def not_overflown(x: Tensor, what: str, advice: str) -> Tensor:
     """The result of a computation with finite inputs.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ntk
 from ntk import UndefinedMetricError
+from ntk.checks import normalised
 
 Kernel = Float[Tensor, "n n"]
 Counts = Float[Tensor, "B n"]
@@ -153,6 +154,7 @@ def resampled(
 
 def alignment(counts: Counts, K: Kernel, L: Kernel) -> Values:
     """:func:`ntk.kernel_alignment` on each resample; NaN where a kernel is zero."""
+    K, L = normalised(K)[0], normalised(L)[0]  # so that products of their entries do not overflow
     product, left, right = _inner(counts, K, L), _inner(counts, K, K), _inner(counts, L, L)
     return product / _positive(left * right, 0 * left).sqrt()
 
@@ -160,7 +162,7 @@ def alignment(counts: Counts, K: Kernel, L: Kernel) -> Values:
 def cka(counts: Counts, K: Kernel, L: Kernel) -> Values:
     """:func:`ntk.cka` on each resample; NaN where a kernel is constant."""
     # Centring over all examples first reduces rounding errors; it does not change what is centred again below.
-    K, L = ntk.metrics.center(K), ntk.metrics.center(L)
+    K, L = (ntk.metrics.center(normalised(A)[0]) for A in (K, L))
     left, right = (_positive(_centred(counts, A, A), _ROUNDING * _inner(counts, A, A)) for A in (K, L))
     return _centred(counts, K, L) / (left * right).sqrt()
 

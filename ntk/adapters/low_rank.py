@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ntk.adapters.method import Found, Layer, LayerMethod, Modules, chosen, seed_of
+from ntk.checks import check_count, check_numbers
 from ntk.features import Dense, Outer
 
 # Number of elements of the inputs that LoHa forms at a time, which fit the processor's caches.
@@ -37,10 +38,13 @@ class LoRA(LayerMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"the rank of LoRA must be at least 1; got {self.rank}")
+        check_count(self.rank, "the rank of LoRA")
         if isinstance(self.a, str) and self.a not in ("random", "expected"):
             raise ValueError(f"a must be 'random', 'expected' or matrices by module name; got {self.a!r}")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be finite; got {self.alpha}")
+        for name, matrix in {} if isinstance(self.a, str) else self.a.items():
+            check_numbers(matrix, f"the matrix A of {name}")
 
     @property
     def scale(self) -> float:
@@ -123,6 +127,12 @@ class VeRA(LayerMethod):
     initial: float = 0.1
     modules: Modules = None
 
+    def __post_init__(self) -> None:
+        check_numbers(self.a, "the matrix a of VeRA")
+        check_numbers(self.b, "the matrix b of VeRA")
+        if not math.isfinite(self.initial):
+            raise ValueError(f"the initial value of VeRA's d must be finite; got {self.initial}")
+
     def features(self, layer: Layer) -> Found:
         """The feature of the vector b, of length r."""
         if layer.x is None:
@@ -155,6 +165,14 @@ class LoHa(LayerMethod):
     modules: Modules = None
     factors: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count(self.rank, "the rank of LoHa")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be finite; got {self.alpha}")
+        for name, factors in (self.factors or {}).items():
+            for factor in factors:
+                check_numbers(factor, f"a factor of {name}")
 
     def features(self, layer: Layer) -> Found:
         """The feature of the matrix w2_b, ``(rank, s)``."""

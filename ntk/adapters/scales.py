@@ -1,5 +1,6 @@
 """Methods that multiply the inputs or outputs of layers by a trained vector."""
 
+import math
 from dataclasses import dataclass
 
 from ntk.adapters.method import Found, Layer, LayerMethod, Method, Modules, chosen
@@ -21,6 +22,10 @@ class Propulsion(LayerMethod):
 
     degree: float = 1.0
     modules: Modules = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.degree):
+            raise ValueError(f"the degree of Propulsion must be finite; got {self.degree}")
 
     def features(self, layer: Layer) -> Found:
         """The feature of z, a vector of length r."""

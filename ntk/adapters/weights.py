@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ntk.adapters.method import Found, Layer, LayerMethod, Method, Modules, seed_of
+from ntk.checks import check_count
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class RandomSubset(LayerMethod):
     count: int
     modules: Modules = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count(self.count, "the count of RandomSubset")
 
     def features(self, layer: Layer) -> Found:
         """The feature of the chosen entries of the weight."""

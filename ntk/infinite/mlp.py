@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk.checks import not_overflown, real_and_finite
+from ntk.checks import check_count, not_overflown, real_and_finite
 from ntk.infinite.activations import Activation, find
 from ntk.infinite.gaussian import ADVICE, LARGEST, Moments, Pairs, check_variances, diagonal, next_pairs, pairs_of_rows
 from ntk.infinite.quadrature import diagonal_moments, quadrature_moments, series_moments
@@ -106,8 +106,7 @@ class MLPKernels:
         S and S' are Sigma^l - sigma_b^2 at (x, x) and (x', x'). The inner product of a layer's inputs a, a' projected
         on r random directions has variance (|a|^2 |a'|^2 + (a.a')^2) / r (Malladi et al. 2023, sec. 5; exact here).
         """
-        if not rank >= 1:
-            raise ValueError(f"LoRA's rank must be at least 1; got {rank}")
+        check_count(rank, "LoRA's rank")
         return self._lora_variance / rank
 
 

@@ -188,9 +188,9 @@ def _reach(activation: Activation, q: Tensor) -> float:
     """
     for reach in _REACHES:
         inside = _line(0, reach)
-        outside = (torch.from_numpy(x) for x in _panels(np.arange(reach, 2 * reach + 0.5), _LINE_NODES[0]))
-        z, weights = (torch.cat([sign * x, x]) for x, sign in zip(outside, (-1, 1)))
-        squares = [[_squares(f, q, nodes) for nodes in (inside, (z, weights))] for f in integrands(activation)]
+        z, weights = (torch.from_numpy(x) for x in _panels(np.arange(reach, 2 * reach + 0.5), _LINE_NODES[0]))
+        outside = torch.cat([-z, z]), torch.cat([weights, weights])
+        squares = [[_squares(f, q, nodes) for nodes in (inside, outside)] for f in integrands(activation)]
         # Infinite or missing values within are reported by the integration.
         if all(bool(((beyond <= TOLERANCE**2 * within) | ~torch.isfinite(within)).all()) for within, beyond in squares):
             return reach

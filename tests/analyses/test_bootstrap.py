@@ -109,6 +109,14 @@ def test_all_resamples_at_once_are_each_by_itself(metric):
     np.testing.assert_allclose(values, slow, rtol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+@pytest.mark.parametrize("metric", [ntk.kernel_alignment, ntk.cka])
+def test_intervals_of_alignments_do_not_depend_on_the_scale(metric, scale):
+    K1, K2 = kernels(20, 0)
+    found = bootstrap_interval(metric, [scale * K1, K2 / scale], resamples=20, seed=0)
+    assert found == pytest.approx(bootstrap_interval(metric, [K1, K2], resamples=20, seed=0), rel=1e-12)
+
+
 def test_resamples_without_a_value_are_the_same_at_once():
     pair = [torch.eye(3, dtype=torch.float64), torch.diag(torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64))]
     for metric in (ntk.cka, ntk.kernel_alignment, ntk.trace_ratio):

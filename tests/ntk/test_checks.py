@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ntk
-from ntk import bounds, dynamics, infinite
+from ntk import adapters, bounds, dynamics, infinite
 from ntk.infinite.networks import Recipe, ResidualMLP
 
 SCALES = (2.0**-1000, 1e-200, 1e155, 2.0**1000)
@@ -238,9 +238,21 @@ def test_correlations_of_inputs_near_the_edges_keep_their_digits():
         (lambda: residual_network(branch_scale=math.inf), "branch_scale must be finite"),
         (lambda: Recipe(generator=generator(), degree=math.nan), "degree must be finite"),
         (lambda: infinite.leaky_relu(1e200), "must be finite, below 1e.70"),
-        (lambda: mlp(K).lora_variance(math.nan), "rank must be at least 1"),
-        (lambda: bounds.variance(math.nan, 0.5), "must be at least 1 and finite"),
-        (lambda: bounds.tail(math.inf, 0.5, 0.5), "must be at least 1 and finite"),
+        (lambda: mlp(K).lora_variance(math.nan), "rank must be at least 1, whole"),
+        (lambda: bounds.variance(math.nan, 0.5), "at least 1, whole and finite"),
+        (lambda: bounds.tail(math.inf, 0.5, 0.5), "at least 1, whole and finite"),
+        (lambda: bounds.variance(2.5, 0.5), "at least 1, whole and finite"),
+        (lambda: bounds.clopper_pearson(2.5, 10), "whole numbers"),
+        (lambda: adapters.Propulsion(degree=math.nan), "degree of Propulsion must be finite"),
+        (lambda: adapters.LoRA(alpha=math.inf), "alpha must be finite"),
+        (lambda: adapters.LoRA(a={"q": K + 1j}), "matrix A of q must be real"),
+        (lambda: adapters.DoRA(a={"q": K * math.nan}), "matrix A of q holds NaN"),
+        (lambda: adapters.VeRA(K + 1j, K), "matrix a of VeRA must be real"),
+        (lambda: adapters.VeRA(K, K, math.nan), "initial value of VeRA's d must be finite"),
+        (lambda: adapters.LoHa(rank=0), "rank of LoHa must be at least 1"),
+        (lambda: adapters.LoHa(alpha=math.nan), "alpha must be finite"),
+        (lambda: adapters.LoHa(factors={"q": (K, K, K + 1j)}), "factor of q must be real"),
+        (lambda: adapters.RandomSubset(0), "count of RandomSubset must be at least 1"),
         (lambda: dynamics.cross_entropy_flow(K, torch.tensor([0.7, 0.0, 1.0, 0.0]), Y, times=[1.0]), "integer dtype"),
         (lambda: dynamics.cross_entropy_flow(K, torch.tensor([0, 1, 2, 0]), Y, times=[1.0]), "classes from 0 to 1"),
         (lambda: dynamics.cross_entropy_flow(K, torch.tensor([0, 1, -100, 0]), Y, times=[1.0]), "classes from 0 to 1"),
