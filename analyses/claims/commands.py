@@ -75,10 +75,10 @@ def _default_options(result: Result) -> dict[str, Any]:
 
 
 NOTE = (
-    "Computed through BERT's pooler, which is untrained in the packaged MiniLM-L6: a Gaussian matrix beside a bias of "
-    "zeros, through which all that is learnt must pass. The checkpoint's own configuration says mean pooling, which is "
-    "the default now; these numbers are from before it, and wait to be computed anew. With --pooling pooler the same "
-    "commands still give them."
+    "These numbers were computed through BERT's pooler. In the packaged MiniLM-L6 that pooler was never trained: it "
+    "is a Gaussian matrix with a bias of zeros, and all that a method learns must pass through it. The checkpoint's "
+    "configuration declares mean pooling, which is now the default. The numbers have not been computed again since; "
+    "the same commands with --pooling pooler reproduce them."
 )
 """What every document of such a result says of it."""
 
