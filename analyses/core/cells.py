@@ -4,12 +4,13 @@ Such a file is called a cell. Its name holds a hash of everything that the cell 
 analysis except the fields declared free, the task, the content of rows and model, the values that set it apart from the
 other cells of the grid, and `CELL_FORMAT`. Cells that differ in any of these have different names in the same folder,
 so that no cell is taken for another. The file is written atomically when the cell is complete; its arrays are in a
-second file beside it, which is written first.
+second file beside it, which is written first. Both carry checksums, which are checked when they are read.
 """
 
-import hashlib
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from analyses.records import environment, plain, read_arrays
 from analyses.records.atomic import whole
+from analyses.records.checked import read_checked, sha256, strict_json
 from analyses.records.errors import RecordError
 from propulsion.errors import Interrupted, UserError
 
@@ -26,6 +28,8 @@ ARRAYS = "arrays"
 """Key of the arrays, by their names, in what a cell computes; they are stored as arrays instead of JSON."""
 CELL_FORMAT = 3
 """Increase this number when the code computes cells differently: older cells are then computed again."""
+_CHECKSUM, _ARRAYS_CHECKSUM = "sha256", "arrays_sha256"
+"""Keys of the checksums in a cell's file: of its other content as `_text` writes it, and of the file of its arrays."""
 _LONGEST = 120  # Characters of a cell's name that its file's name keeps, since file systems limit names.
 PLACES = frozenset({"output_dir", "runs_dir", "overwrite", "max_runs"})
 """Fields that say where a grid is stored and how many cells one call computes; free in every configuration."""
@@ -89,13 +93,15 @@ class Grid:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write the grid's folder {self._folder}: {error.strerror or error}") from error
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         stem = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", name)[:_LONGEST]
-        path = self._folder / f"{stem}.{key[:16]}.json"
-        if path.exists():
-            found = _read(path, settings)
+        path = self._folder / f"{stem}.{_key(settings)}.json"
+        stored = _read(path, settings)
+        if stored is not None and stored["cell"] != name:  # Two names may differ only in what a file's name leaves out.
+            path = self._folder / f"{stem}.{_key([name, settings])}.json"
+            stored = _read(path, settings)
+        if stored is not None:
             self.finished += 1
-            return found
+            return _found(path, stored)
         if self._max_runs is not None and self.computed >= self._max_runs:
             self.missing.append(name)
             return None
@@ -120,14 +126,11 @@ class Grid:
         found = plain({key: value for key, value in computed.items() if key != ARRAYS})
         content = {"cell": name, "settings": settings, "environment": environment(), "found": found}
         try:
-            if arrays is not None:
-                content |= {ARRAYS: {key: list(value.shape) for key, value in arrays.items()}}
-                with whole(_beside(path)) as partial, partial.open("wb") as file:
-                    np.savez_compressed(file, allow_pickle=False, **arrays)
-            with whole(path) as partial:
-                partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+            _save(path, content, arrays)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+            raise UserError(
+                f"cannot write {path}: {error.strerror or error}{_rescue(path, content, arrays)}"
+            ) from error
         return found if arrays is None else found | {ARRAYS: dict(arrays)}
 
 
@@ -164,21 +167,80 @@ def _is_within(field: str, name: str) -> bool:
     return field == name or field.startswith(f"{name}.")
 
 
-def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _key(settings: Any) -> str:
+    return sha256(json.dumps(settings, sort_keys=True).encode())[:16]
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, allow_nan=False)
+
+
+def _save(path: Path, content: dict[str, Any], arrays: Mapping[str, np.ndarray] | None) -> None:
+    """Write a cell's file, and before it the file of its arrays if it has some, each with its checksum."""
+    if arrays is not None:
+        with whole(_beside(path)) as partial:
+            with partial.open("wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **arrays)
+            digest = sha256(partial.read_bytes())
+        content = content | {
+            ARRAYS: {key: list(value.shape) for key, value in arrays.items()},
+            _ARRAYS_CHECKSUM: digest,
+        }
+    with whole(path) as partial:
+        checked = content | {_CHECKSUM: sha256(_text(content).encode())}
+        partial.write_text(_text(checked) + "\n", encoding="utf-8")
+
+
+def _rescue(path: Path, content: dict[str, Any], arrays: Mapping[str, np.ndarray] | None) -> str:
+    """Write a cell to a new folder for temporary files; a clause that says where, or "" if that fails too."""
+    folder = None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found, stored = content["found"], content["settings"]
-        arrays = content.get(ARRAYS)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        folder = Path(tempfile.mkdtemp(prefix="cell-"))
+        _save(folder / path.name, content, arrays)
+    except OSError:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        return ""
+    return f"; the finished cell is kept in {folder}: move its files to {path.parent}"
+
+
+def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The content of a cell's file, without its checksum; None if there is no such file.
+
+    Raises:
+        UserError: The file is damaged, or of other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = strict_json(read_checked(path, None))
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")
+        digest = content.pop(_CHECKSUM, None)  # Earlier cells have none.
+        if digest is not None and sha256(_text(content).encode()) != digest:
+            raise ValueError("its content is not that of its checksum")
+        if unknown := content.keys() - {"cell", "settings", "environment", "found", ARRAYS, _ARRAYS_CHECKSUM}:
+            raise ValueError(f"it holds an unknown {min(unknown)}")
+        if not isinstance(content["found"], dict) or not isinstance(content["cell"], str):
+            raise ValueError("it holds no cell")
+        if content["settings"] != settings:
+            raise ValueError("its settings are not those of its name")
+    except (ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and it will be computed again") from error
-    if stored != settings:
-        raise UserError(f"{path} is damaged (its settings are not those of its name): remove it, and it will be "
-                        "computed again")  # fmt: skip
-    if arrays is None:
-        return found
+    return content
+
+
+def _found(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell found, with its arrays.
+
+    Raises:
+        UserError: The file of its arrays is absent or damaged.
+    """
+    if content.get(ARRAYS) is None:
+        return content["found"]
     try:
-        return found | {ARRAYS: read_arrays(_beside(path), arrays)}
-    except RecordError as error:
+        return content["found"] | {ARRAYS: read_arrays(_beside(path), content[ARRAYS], content.get(_ARRAYS_CHECKSUM))}
+    except (RecordError, AttributeError) as error:
         raise UserError(f"{error}; remove it and {path.name}, and they will be computed again") from error
 
 

@@ -8,6 +8,7 @@ from analyses.records.errors import RecordError
 from analyses.records.folder import (
     ARRAYS_FILE,
     RESULT_FILE,
+    SUMS_FILE,
     check_writable,
     load_result,
     read_arrays,
@@ -18,7 +19,7 @@ from analyses.records.result import STAGES, Metric, Result, plain
 from analyses.records.tables import Block, format_table, interval, metric_cell, number, summary_of_blocks
 
 __all__ = [
-    "ARRAYS_FILE", "RESULT_FILE", "STAGES", "Block", "Metric", "RecordError", "Result", "check_writable",
+    "ARRAYS_FILE", "RESULT_FILE", "STAGES", "SUMS_FILE", "Block", "Metric", "RecordError", "Result", "check_writable",
     "environment", "format_table", "interval", "load_result", "metric_cell", "number", "plain", "read_arrays",
     "result_folders", "summary_of_blocks", "write_result",
 ]  # fmt: skip

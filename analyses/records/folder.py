@@ -1,8 +1,9 @@
-"""Result folders: each run of an analysis writes one, with `result.json`, `kernels.npz` and the figures.
+"""Result folders: each run of an analysis writes one, with `result.json`, `kernels.npz`, `SHA256SUMS` and the figures.
 
 `result.json` holds the metrics with units and intervals, the tables, and what is needed to run the analysis again:
 configuration, seed, versions, commit, identity of data and model. `kernels.npz` holds the arrays. The JSON is strict:
-a value that is not finite is written as null.
+a value that is not finite is written as null. `SHA256SUMS` holds the checksums of both files, which are checked when
+they are read; in a folder without it, as older versions wrote, damage is found only where a file no longer parses.
 
 A folder appears at its destination only when it is complete. Everything is written to a hidden folder beside it,
 `.NAME.partial-HOST-PID`, with `result.json` last, and that folder is then renamed. A killed run therefore leaves no
@@ -13,11 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import io
 import json
 import math
 import os
 import shutil
 import socket
+import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -26,13 +30,20 @@ from typing import Any
 
 import numpy as np
 
+from analyses.records.checked import read_checked, sha256, strict_json
 from analyses.records.errors import RecordError
 from analyses.records.result import Metric, Result, plain
 
 RESULT_FILE = "result.json"
 ARRAYS_FILE = "kernels.npz"
+SUMS_FILE = "SHA256SUMS"
 
 _FORMAT = 1
+_FIELDS: dict[str, type] = {
+    "analysis": str, "seed": int, "config": dict, "metrics": list, "tables": dict, "arrays": dict, "model": dict,
+    "dataset": dict, "environment": dict, "seconds": dict, "coverage": dict,
+}  # fmt: skip
+"""Type of each field of `result.json` beside its format."""
 _RENAMED = {
     "steps": "max_steps",
     "batch_size": "per_device_train_batch_size",
@@ -63,15 +74,17 @@ def write_result(
         The folder written, absolute.
 
     Raises:
-        RecordError: As `check_writable` does.
+        RecordError: As `check_writable` does; or the disk is full, and the result was written to the system's folder of
+            temporary files, which the message names.
     """
     output = check_writable(output_dir, overwrite=overwrite)
     partial = _hidden_sibling(output, "partial")
-    partial.mkdir()
     try:
-        np.savez_compressed(partial / ARRAYS_FILE, allow_pickle=False, **result.arrays)
-        drawing_error = _draw(figures, result, partial)
-        (partial / RESULT_FILE).write_text(_to_json(result), encoding="utf-8")
+        partial.mkdir()
+        drawing_error = _fill(partial, result, figures)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RecordError(f"cannot write {output}: {error.strerror or error}{_rescue(result, output)}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -98,17 +111,21 @@ def check_writable(output_dir: Path | str, *, overwrite: bool = False) -> Path:
         RecordError: If the folder cannot be created; if it holds a result and `overwrite` is not set; if it holds
             anything that this project did not write, even with `overwrite`.
     """
-    output = Path(output_dir).expanduser().resolve()
-    _refuse_to_lose(output, overwrite=overwrite)
-    probe = _hidden_sibling(output, "probe")
+    output = Path(output_dir)
     try:
+        output = output.expanduser().resolve()
+        _refuse_to_lose(output, overwrite=overwrite)
+        probe = _hidden_sibling(output, "probe")
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output)
         # A folder is created because access bits do not tell whether a file system is read-only or full.
         probe.mkdir()
         probe.rmdir()
-    except OSError as error:
-        raise RecordError(f"cannot write results to {output}: {error.strerror or error}") from error
+    except RecordError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # Of a name with a null byte, and of a circle of links.
+        reason = getattr(error, "strerror", None) or error
+        raise RecordError(f"cannot write results to {output}: {reason}") from error
     return output
 
 
@@ -118,7 +135,10 @@ def result_folders(root: Path) -> list[Path]:
     Raises:
         RecordError: There is none.
     """
-    found = sorted(path.parent for path in root.rglob(RESULT_FILE))
+    try:
+        found = sorted(path.parent for path in root.rglob(RESULT_FILE))
+    except OSError as error:
+        raise RecordError(f"cannot read {root}: {error.strerror or error}") from error
     found = [folder for folder in found if not any(p.startswith(".") for p in folder.relative_to(root).parts)]
     if not found:
         raise RecordError(f"{root} holds no result folder")
@@ -143,16 +163,13 @@ def load_result(path: Path | str, *, analysis: str | None = None) -> Result:
     content = _read_json(folder)
     if analysis is not None and content["analysis"] != analysis:
         raise RecordError(f"{folder} is a result of {content['analysis']!r}, not of {analysis!r}")
-    try:
-        shapes = {name: stored["shape"] for name, stored in content.pop("arrays").items()}
-        metrics = [Metric(**_undefined_as_nan(m)) for m in content.pop("metrics")]
-        if not (folder / ARRAYS_FILE).is_file():
-            raise RecordError(f"{folder} is incomplete: it has no {ARRAYS_FILE}")
-        content["config"] = _renamed(content["config"])
-        result = Result(metrics=metrics, arrays=read_arrays(folder / ARRAYS_FILE, shapes), **content)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise RecordError(f"{folder / RESULT_FILE} is damaged or was written by another version: {error}") from error
-    return result
+    if not (folder / ARRAYS_FILE).is_file():
+        raise RecordError(f"{folder} is incomplete: it has no {ARRAYS_FILE}")
+    shapes = {name: stored["shape"] for name, stored in content.pop("arrays").items()}
+    metrics = [_metric(stored) for stored in content.pop("metrics")]
+    arrays = read_arrays(folder / ARRAYS_FILE, shapes, _stored_sums(folder).get(ARRAYS_FILE))
+    content["config"] = _renamed(content["config"])
+    return Result(metrics=metrics, arrays=arrays, **content)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -183,7 +200,7 @@ def _refuse_to_lose(output: Path, *, overwrite: bool) -> None:
 def _is_of(analysis: str, path: Path) -> bool:
     """Whether a file belongs to a result: the result itself, or a figure under the name of its analysis."""
     figure = path.suffix in _FIGURE_SUFFIXES and path.name.startswith(analysis)
-    return path.is_file() and not path.is_symlink() and (path.name in (RESULT_FILE, ARRAYS_FILE) or figure)
+    return path.is_file() and not path.is_symlink() and (path.name in (RESULT_FILE, ARRAYS_FILE, SUMS_FILE) or figure)
 
 
 def _hidden_sibling(output: Path, purpose: str) -> Path:
@@ -208,6 +225,31 @@ def _is_alive(pid: int) -> bool:
     except OSError as error:
         return not isinstance(error, ProcessLookupError)
     return True
+
+
+def _fill(folder: Path, result: Result, figures: Callable[[Result, Path], object] | None = None) -> Exception | None:
+    """Write all files of a result into a folder, `result.json` last; return what drawing raised."""
+    np.savez_compressed(folder / ARRAYS_FILE, allow_pickle=False, **result.arrays)
+    drawing_error = _draw(figures, result, folder)
+    text = _to_json(result).encode("utf-8")
+    sums = {ARRAYS_FILE: sha256((folder / ARRAYS_FILE).read_bytes()), RESULT_FILE: sha256(text)}
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())  # As the command sha256sum reads them.
+    (folder / SUMS_FILE).write_text(lines, encoding="utf-8")
+    (folder / RESULT_FILE).write_bytes(text)
+    return drawing_error
+
+
+def _rescue(result: Result, output: Path) -> str:
+    """Write a result, without figures, to a new folder for temporary files; a clause that says where, or ""."""
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f"{output.name[:40]}-"))
+        _fill(folder, result)
+    except OSError:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        return ""
+    return f"; the finished result is kept in {folder}"
 
 
 def _draw(figures: Callable[[Result, Path], object] | None, result: Result, folder: Path) -> Exception | None:
@@ -262,21 +304,70 @@ def _to_json(result: Result) -> str:
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise RecordError(f"{folder} is not a result folder: there is no such folder")
+    """The fields of `result.json`, each of its type; without its format."""
     path = folder / RESULT_FILE
-    if not path.is_file():
-        state = "incomplete" if (folder / ARRAYS_FILE).exists() else "not a result folder"
-        raise RecordError(f"{folder} is {state}: it has no {RESULT_FILE}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if not folder.is_dir():
+            raise RecordError(f"{folder} is not a result folder: there is no such folder")
+        if not path.is_file():
+            state = "incomplete" if (folder / ARRAYS_FILE).exists() else "not a result folder"
+            raise RecordError(f"{folder} is {state}: it has no {RESULT_FILE}")
+        content = strict_json(read_checked(path, _stored_sums(folder).get(RESULT_FILE)))
+    except RecordError:
+        raise
     except (OSError, ValueError) as error:
         raise RecordError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict) or not {"format", "analysis"} <= content.keys():
         raise RecordError(f"{folder} is not a result folder: its {RESULT_FILE} is not of this project")
-    if (found := content.pop("format")) != _FORMAT:
+    found = content.pop("format")
+    if type(found) is not int or found != _FORMAT:
         raise RecordError(f"{folder} has result format {found}, this version reads {_FORMAT}: upgrade propulsion-ntk")
+    if fault := _fault(content):
+        raise RecordError(f"{path} is damaged or was written by another version: {fault}")
     return content
+
+
+def _stored_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a result by their names; none in a folder without checksums.
+
+    Raises:
+        RecordError: The file of checksums cannot be read, or does not list the files of a result.
+    """
+    path = folder / SUMS_FILE
+    if not path.exists():
+        return {}
+    lines = [line.split() for line in read_checked(path, None).decode("utf-8", errors="replace").splitlines()]
+    sums = {line[1]: line[0] for line in lines if len(line) == 2}
+    if sums.keys() != {RESULT_FILE, ARRAYS_FILE}:
+        raise RecordError(f"{path} is damaged: it must list the checksums of {RESULT_FILE} and {ARRAYS_FILE}")
+    return sums
+
+
+def _fault(content: dict[str, Any]) -> str | None:
+    """What is wrong with the fields of a `result.json`, in words; None if each is there and of its type."""
+    if missing := sorted(_FIELDS.keys() - content.keys()):
+        return f"it has no {missing[0]}"
+    if unknown := sorted(content.keys() - _FIELDS.keys()):
+        return f"it has an unknown {unknown[0]}"
+    if wrong := [name for name, expected in _FIELDS.items() if type(content[name]) is not expected]:
+        return f"its {wrong[0]} is not of type {_FIELDS[wrong[0]].__name__}"
+    if not all(type(rows) is list and all(type(row) is dict for row in rows) for rows in content["tables"].values()):
+        return "a table is no list of rows"
+    if not all(isinstance(stored, dict) and type(stored.get("shape")) is list for stored in content["arrays"].values()):
+        return "an array has no shape"
+    if not all(type(words) is str for words in content["coverage"].values()):
+        return "what a kernel covers is not in words"
+    if not all(_is_metric(stored) for stored in content["metrics"]):
+        return "a metric lacks a value or has one of another type"
+    return None
+
+
+def _is_metric(stored: Any) -> bool:
+    if not isinstance(stored, dict) or stored.keys() != Metric.__dataclass_fields__.keys():
+        return False
+    numbers, words = ("value", "low", "high"), ("name", "unit", "stage", "left", "right")
+    are_numbers = all(stored[name] is None or type(stored[name]) in (int, float) for name in numbers)
+    return are_numbers and all(type(stored[name]) is str for name in words)
 
 
 def _renamed(config: dict[str, Any]) -> dict[str, Any]:
@@ -287,24 +378,40 @@ def _renamed(config: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _undefined_as_nan(metric: dict[str, Any]) -> dict[str, Any]:
+def _metric(stored: dict[str, Any]) -> Metric:
     # JSON has one type of number: 1.0 may be written as 1 by another tool, and is then read as an integer.
-    value = metric["value"]
-    ends = {end: None if metric[end] is None else float(metric[end]) for end in ("low", "high")}
-    return metric | ends | {"value": math.nan if value is None else float(value)}
+    value = stored["value"]
+    ends = {end: None if stored[end] is None else float(stored[end]) for end in ("low", "high")}
+    return Metric(**stored | ends | {"value": math.nan if value is None else float(value)})
 
 
-def read_arrays(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, np.ndarray]:
+# What numpy raises of damaged files: of a header that claims too much memory, of an unknown compression, of a flag
+# that says the file is encrypted, and of a header that cannot be parsed.
+_DAMAGES = (
+    OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, MemoryError, RuntimeError, SyntaxError,
+    struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def read_arrays(path: Path, shapes: Mapping[str, list[int]], expected: str | None = None) -> dict[str, np.ndarray]:
     """Read the arrays of a file, which must be of these shapes.
+
+    Args:
+        path: The file.
+        shapes: Shape of each array by its name.
+        expected: SHA-256 of the file; not checked if None.
 
     Raises:
         RecordError: The file is absent or damaged, or holds other arrays.
     """
+    content = io.BytesIO(read_checked(path, expected))
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(content, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGES as error:
         raise RecordError(f"{path} is truncated or damaged: {error}") from error
+    if extra := sorted(arrays.keys() - shapes.keys()):
+        raise RecordError(f"{path} holds {extra[0]!r}, which is not listed: the files do not match")
     for name, shape in shapes.items():
         if name not in arrays or list(arrays[name].shape) != shape:
             raise RecordError(f"{path} does not hold {name!r} of shape {shape}: the files do not match")

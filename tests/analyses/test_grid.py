@@ -1,13 +1,16 @@
 """Grids: each cell is computed once, also after interruptions, and cells of different experiments do not mix."""
 
 import dataclasses
+import errno
 import json
+import os
 from typing import Any
 
 import numpy as np
 import pytest
 
 from analyses import convergence
+from analyses.core import cells as core_cells
 from analyses.core.cells import Cells, Grid, settings_of
 from analyses.core.intervals import mean_interval
 from propulsion.data.tasks import get_task
@@ -98,10 +101,70 @@ def test_cells_of_other_settings_lie_side_by_side(tmp_path, capsys):
 def test_a_damaged_cell_is_named(tmp_path):
     cells(tmp_path).cell("a", dict)
     (path,) = tmp_path.iterdir()
-    for damaged in ("{", "[]", json.dumps({"found": {}}), json.dumps({"found": {}, "settings": {"of": "others"}})):
+    whole = {"cell": "a", "settings": {"cell": {}}, "environment": {}, "found": {}}
+    path.write_text(json.dumps(whole))  # A cell without a checksum, as older versions wrote them.
+    assert cells(tmp_path).cell("a", lambda: pytest.fail("computed again")) == {}
+    damages = [
+        "{", "[]", "3", "[" * 100_000, json.dumps(whole)[:-20], json.dumps(whole).replace('"a"', "NaN"),
+        *(json.dumps({name: value for name, value in whole.items() if name != gone})
+          for gone in ("cell", "settings", "found")),
+        *(json.dumps(whole | change) for change in ({"settings": {"of": "others"}}, {"found": 1}, {"more": 1})),
+    ]  # fmt: skip
+    for damaged in damages:
         path.write_text(damaged)
         with pytest.raises(UserError, match=rf"{path.name} is damaged"):
             cells(tmp_path).cell("a", dict)
+
+
+def test_a_flipped_bit_in_a_cell_is_found(tmp_path):
+    computed = {"score": 0.25, "by": "step 17", "arrays": {"kernel": np.linspace(0, 1, 7)}}
+    cells(tmp_path).cell("a", lambda: computed)
+    generator = np.random.default_rng(0)
+    for path in tmp_path.iterdir():
+        content = path.read_bytes()
+        for place in generator.integers(0, 8 * len(content), size=60):
+            flipped = bytearray(content)
+            flipped[place // 8] ^= 1 << place % 8
+            path.write_bytes(flipped)
+            try:
+                found: Any = cells(tmp_path).cell("a", dict)
+            except UserError:
+                continue
+            # What JSON writes in two ways, such as an exponent, is no damage.
+            assert path.suffix == ".json"
+            assert found["score"] == computed["score"]
+            assert found["by"] == computed["by"]
+        path.write_bytes(content)
+
+
+def test_names_that_files_cannot_tell_apart_have_a_file_each(tmp_path):
+    names = ("m:a b", "m:a-b", "m a:b", "m" * 300, "m" * 301)
+    for _ in range(2):
+        found = [cells(tmp_path).cell(name, lambda name=name: {"of": name}) for name in names]
+        assert [one["of"] for one in found] == list(names)
+    assert len(list(tmp_path.iterdir())) == len(names)
+
+
+@pytest.mark.parametrize("arrays", [{}, {"arrays": {"kernel": np.ones(3)}}], ids=["text", "arrays"])
+def test_a_cell_that_the_disk_has_no_room_for_is_kept_elsewhere(tmp_path, monkeypatch, arrays):
+    full = tmp_path / "full"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    save = core_cells._save
+
+    def no_room(path, *content):
+        if path.parent == full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, *content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core_cells, "_save", no_room)
+        with pytest.raises(UserError, match="No space left on device; the finished cell is kept in") as caught:
+            cells(full).cell("a", lambda: {"x": 1} | arrays)
+    (kept,) = [path for path in tmp_path.iterdir() if path.name.startswith("cell-")]
+    assert str(kept) in str(caught.value)
+    for path in kept.iterdir():
+        path.rename(full / path.name)
+    assert cells(full).cell("a", lambda: pytest.fail("computed again"))["x"] == 1
 
 
 def test_students_interval():
@@ -133,7 +196,7 @@ def test_damaged_arrays_are_named(tmp_path, damage):
         np.savez(path, kernel=np.ones(3))
     else:
         path.unlink()
-    with pytest.raises(UserError, match=rf"{path.name} .*; remove it and {path.stem}.json"):
+    with pytest.raises(UserError, match=rf"{path.name}.*; remove it and {path.stem}.json"):
         cells(tmp_path).cell("a", dict)
 
 

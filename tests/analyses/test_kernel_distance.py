@@ -132,7 +132,7 @@ def test_the_command_prints_a_table_and_writes_numbers_kernels_and_figures(confi
     assert "full_backbone against propulsion_z" in printed
     assert "score on validation" in printed
     files = {path.name for path in (tmp_path / "result").iterdir()}
-    assert files == {"result.json", "kernels.npz", "kernel_distance.png", "kernel_distance.pdf"}
+    assert files == {"result.json", "kernels.npz", "SHA256SUMS", "kernel_distance.png", "kernel_distance.pdf"}
     stored = load_result(tmp_path / "result")
     assert stored.config["training"]["max_steps"] == 3
     assert summary(stored) in printed

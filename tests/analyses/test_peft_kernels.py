@@ -192,7 +192,12 @@ def test_the_command_writes_what_it_prints(config, tmp_path, capsys):
     )
     files = {path.name for path in (tmp_path / "result").iterdir()}
     figures = ("peft_kernels", "peft_kernels_map", "peft_kernels_layers")
-    assert files == {"result.json", "kernels.npz", *(f"{name}.{end}" for name in figures for end in ("png", "pdf"))}
+    assert files == {
+        "result.json",
+        "kernels.npz",
+        "SHA256SUMS",
+        *(f"{name}.{end}" for name in figures for end in ("png", "pdf")),
+    }
     assert summary(load_result(tmp_path / "result")) in capsys.readouterr().out
 
 

@@ -1,18 +1,31 @@
 """A result folder is complete or absent, is read back as it was written, and never replaces other files."""
 
 import dataclasses
+import errno
+import hashlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from analyses.records import Metric, RecordError, Result, check_writable, environment, load_result, write_result
+from analyses.records import (
+    Metric,
+    RecordError,
+    Result,
+    check_writable,
+    environment,
+    load_result,
+    result_folders,
+    write_result,
+)  # fmt: skip
 from analyses.records.environment import _commit
 
 SETTLED = Metric("cka", 0.94, 0.92, 0.96, "", "initialisation", "full_backbone", "propulsion_z")
@@ -70,7 +83,7 @@ def test_a_result_comes_back_as_written(tmp_path):
     assert read.metrics[0] == SETTLED
     assert math.isnan(read.metrics[1].value)
     assert read.metrics[1].low is None
-    assert names(folder) == ["kernels.npz", "result.json"]
+    assert names(folder) == ["SHA256SUMS", "kernels.npz", "result.json"]
     assert names(folder.parent) == ["run"]
 
 
@@ -154,7 +167,7 @@ def test_a_failed_drawing_does_not_lose_the_numbers(tmp_path):
     with pytest.raises(RuntimeError, match="no ink") as caught:
         write_result(make_result(), tmp_path / "run", figures=failing)
     assert "numbers are safe" in caught.value.__notes__[0]
-    assert names(tmp_path / "run") == ["kernels.npz", "result.json"]
+    assert names(tmp_path / "run") == ["SHA256SUMS", "kernels.npz", "result.json"]
     assert load_result(tmp_path / "run").seed == 3
 
 
@@ -342,17 +355,133 @@ DAMAGES = {
     "a result of 'lazy', not of 'kernel_distance'": lambda folder: edit(folder, analysis="lazy"),
     "damaged or was written by another version": lambda folder: edit(folder, metrics=[{"name": "cka"}]),
     "does not hold 'labels' of shape": lambda folder: np.savez(folder / "kernels.npz", labels=np.zeros(5)),
+    "holds 'other', which is not listed": lambda folder: np.savez(folder / "kernels.npz", other=np.zeros(5)),
+    "its result.json is not of this project": lambda folder: (folder / "result.json").write_text("{}"),
+    "NaN is no JSON": lambda folder: replace_text(folder, "0.94", "NaN"),
+    "gives a name twice": lambda folder: replace_text(folder, '"seed": 3', '"seed": 3, "seed": 4'),
+    "nested too deeply": lambda folder: (folder / "result.json").write_text("[" * 100_000),
+    "result.json: .*Exceeds the limit": lambda folder: replace_text(folder, "0.94", "9" * 5000),
+    "has an unknown more": lambda folder: edit(folder, more=1),
+    "its seed is not of type int": lambda folder: edit(folder, seed=True),
+    "its config is not of type dict": lambda folder: edit(folder, config=[]),
+    "a table is no list of rows": lambda folder: edit(folder, tables={"scores": [3]}),
+    "an array has no shape": lambda folder: edit(folder, arrays={"labels": {"dtype": "int64"}}),
+    "has one of another type": lambda folder: edit(folder, metrics=[dataclasses.asdict(SETTLED) | {"value": "a"}]),
+    "damaged: Unable to allocate": lambda folder: claim_too_much(folder),
+    "it has no kernels.npz": lambda folder: link_to_itself(folder / "kernels.npz"),
 }
+
+
+def replace_text(folder: Path, old: str, new: str) -> None:
+    path = folder / "result.json"
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def claim_too_much(folder: Path) -> None:
+    """An array whose header says that it takes 1.2 TB."""
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (387298, 387298), }".ljust(117) + b"\n"
+    with zipfile.ZipFile(folder / "kernels.npz", "w") as file:
+        file.writestr("labels.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+
+
+def link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
 
 
 @pytest.mark.parametrize("message", DAMAGES)
 def test_a_damaged_folder_is_refused_in_one_line(tmp_path, message):
+    """Without its checksums, as older versions wrote results."""
     arrays = {"labels": np.zeros(6), "initialisation.full_backbone": np.random.default_rng(0).normal(size=(6, 6))}
     folder = write_result(make_result(arrays=arrays), tmp_path / "run")
+    (folder / "SHA256SUMS").unlink()
+    assert load_result(folder).seed == 3
     DAMAGES[message](folder)
     with pytest.raises(RecordError, match=message) as caught:
         load_result(folder, analysis="kernel_distance")
     assert "\n" not in str(caught.value)
+
+
+FIELDS = ("analysis", "seed", "config", "metrics", "tables", "arrays", "model", "dataset", "environment", "seconds",
+          "coverage")  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_must_be_there_and_of_its_type(tmp_path, field):
+    folder = write_result(make_result(), tmp_path / "run")
+    (folder / "SHA256SUMS").unlink()
+    path = folder / "result.json"
+    content = strict(path)
+    changes = [{name: value for name, value in content.items() if name != field}]
+    changes += [content | {field: value} for value in (None, 3.5, [1], {"a": 1}, True)]
+    refused = 0
+    for change in changes:
+        path.write_text(json.dumps(change), encoding="utf-8")
+        try:
+            load_result(folder)
+        except RecordError:
+            refused += 1
+    # Of the values above, a field of entries by name takes one, if its entries may be of any type.
+    free = field in ("config", "model", "dataset", "environment", "seconds")
+    assert refused == len(changes) - free
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    folder = write_result(make_result(), tmp_path / "run")
+    generator = np.random.default_rng(0)
+    for name in ("result.json", "kernels.npz"):
+        content = (folder / name).read_bytes()
+        for place in generator.integers(0, 8 * len(content), size=40):
+            flipped = bytearray(content)
+            flipped[place // 8] ^= 1 << place % 8
+            (folder / name).write_bytes(flipped)
+            with pytest.raises(RecordError, match=rf"{name} is damaged or was changed by hand"):
+                load_result(folder)
+        (folder / name).write_bytes(content)
+    assert load_result(folder).seed == 3
+    (folder / "SHA256SUMS").write_text("cut")
+    with pytest.raises(RecordError, match="SHA256SUMS is damaged"):
+        load_result(folder)
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path):
+    folder = write_result(make_result(), tmp_path / "run")
+    listed = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert listed == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("kernels.npz", "result.json")
+    }
+
+
+@pytest.mark.parametrize("use", [check_writable, load_result, result_folders, partial(write_result, make_result())])
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "circle"])
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path, name, use):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(RecordError):
+        use(tmp_path / name)
+    assert names(tmp_path) == ["circle"]
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_full_disk_does_not_lose_a_result(tmp_path, monkeypatch, everywhere):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    save = np.savez_compressed
+
+    def no_room(path, **content):
+        if everywhere or temporary not in path.parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, **content)
+
+    monkeypatch.setattr(np, "savez_compressed", no_room)
+    with pytest.raises(RecordError, match=r"cannot write .*run: No space left on device") as caught:
+        write_result(make_result(), tmp_path / "run")
+    assert names(tmp_path) == ["temporary"]
+    assert bool(names(temporary)) != everywhere
+    if not everywhere:
+        assert load_result(str(caught.value).split(" kept in ")[1]).seed == 3
 
 
 # --- environment ---------------------------------------------------------------------------------------------------
