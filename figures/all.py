@@ -16,8 +16,8 @@ import tyro
 
 import figures
 from analyses.records import load_result, result_folders
-from analyses.records.errors import RecordError, one_line, run_command
-from figures.figure import Drawing, Write
+from analyses.records.errors import one_line, run_command
+from figures.figure import UNDRAWABLE, Drawing, Write
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
                 continue
             target = folder if config.output_dir is None else config.output_dir / name
             print(f"{name}: {', '.join(path.name for path in write(result, target))}")
-        except (RecordError, KeyError, ValueError) as error:
+        except UNDRAWABLE as error:
             failed = True
             print(f"{name}: {one_line(error)}", file=sys.stderr)
     if failed:

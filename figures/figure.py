@@ -12,6 +12,7 @@
 A `Drawing` writes the files and provides the command that redraws a stored result.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from typing import Any
 import tyro
 from matplotlib.figure import Figure
 
-from analyses.records import Result, load_result
-from analyses.records.errors import run_command
+from analyses.records import Metric, RecordError, Result, load_result
+from analyses.records.errors import one_line, run_command
 from figures.style import save, style
 
 Write = Callable[[Result, Path], list[Path]]
+UNDRAWABLE = (LookupError, StopIteration, TypeError, ValueError)
+"""What drawing raises if a result lacks a table, an array or a value, or has one of another form."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Drawing:
             RecordError: The result lacks something that the figure shows.
         """
         with style():
-            drawn = self.function(result, **options)
+            drawn = self.function(without_formulas(result), **options)
             if self.settled:
                 drawn.draw_without_rendering()
         return drawn
@@ -68,6 +71,24 @@ class Drawing:
     def command(self, description: str | None) -> None:
         """The command line of a module with a single figure, which has the name of its analysis."""
         command(self.stem, self.write, description)
+
+
+def without_formulas(result: Result) -> Result:
+    """A result whose texts are drawn as they are: matplotlib would typeset what stands between two dollar signs."""
+    fields = {field.name: _escaped(getattr(result, field.name)) for field in dataclasses.fields(result)}
+    return dataclasses.replace(result, **fields)
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("$", r"\$")
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_escaped(entry) for entry in value]
+    if isinstance(value, Metric):
+        return Metric(**_escaped(vars(value)))
+    return value
 
 
 def figure(stem: str, *, settled: bool = True) -> Callable[[Callable[..., Figure]], Drawing]:
@@ -93,7 +114,11 @@ def redraw(analysis: str, write: Write, result: Path, output_dir: Path | None = 
             the folder cannot be written.
     """
     loaded = load_result(result, analysis=analysis)
-    for path in write(loaded, output_dir or (result.parent if result.is_file() else result)):
+    try:
+        paths = write(loaded, output_dir or (result.parent if result.is_file() else result))
+    except UNDRAWABLE as error:
+        raise RecordError(f"cannot draw {result}: {one_line(error)}") from error
+    for path in paths:
         print(path)
 
 

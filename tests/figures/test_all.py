@@ -1,5 +1,7 @@
 """All figures are drawn again from stored results: modules are found, and published figures stay the same."""
 
+import dataclasses
+import importlib
 import shutil
 import subprocess
 import sys
@@ -7,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
+import matplotlib.text
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from analyses.linearized_prediction import measures as computed
-from analyses.records import RecordError, load_result, write_result
+from analyses.records import RecordError, Result, load_result, write_result
 from figures import all as every
 from figures import linearized_prediction as drawn
+from figures.figure import redraw
 
 ROOT = Path(__file__).parent.parent.parent
 STORED = ROOT / "docs" / "results"
@@ -87,6 +91,53 @@ def test_a_published_figure_comes_out_the_same(tmp_path):
     )
     np.testing.assert_array_equal(drawn, kept)
     assert (tmp_path / "out" / "theorem1" / "theorem1.pdf").exists()
+
+
+NAMES = ("a $\\frac{1}{$ b", "50 $ or $x^$", "$", "line\nbreak $")
+
+
+@pytest.mark.parametrize(
+    "analysis",
+    ["parameter_count", "method_comparison/sst2", "spectrum/sst2", "kernel_drift/sst2", "kernel_distance/sst2",
+     "peft_kernels/sst2", "convergence", "ablation/degree"],
+)  # fmt: skip
+def test_names_in_a_result_are_no_formulas(analysis):
+    """Whatever a model, a method or a class is called, its name is drawn and not typeset."""
+    result = load_result(STORED / analysis)
+    names = {row[key] for rows in result.tables.values() for row in rows for key in ("method", "model", "setting")
+             if key in row}  # fmt: skip
+    longer = dict(zip(sorted(names), NAMES))
+    strange = renamed(result, longer)
+    strange.dataset["name"] = NAMES[0]
+    if strange.dataset.get("label_names"):
+        strange.dataset["label_names"] = [*NAMES[:2]]
+    module = importlib.import_module(f"figures.{strange.analysis}")
+    page = module.draw(strange)
+    page.draw_without_rendering()
+    written = [text.get_text() for text in page.findobj(matplotlib.text.Text)]
+    assert any(r"\$" in text for text in written)
+
+
+def renamed(value, names):
+    """A result with other names of methods and the like, in its tables, metrics, configuration and arrays."""
+    if isinstance(value, str):
+        parts = value.split(".")
+        return ".".join(names.get(part, part) for part in parts) if value not in names else names[value]
+    if isinstance(value, dict):
+        return {renamed(key, names): renamed(entry, names) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [renamed(entry, names) for entry in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: renamed(getattr(value, f.name), names) for f in dataclasses.fields(value)}
+        return type(value)(**fields | ({"analysis": value.analysis} if isinstance(value, Result) else {}))
+    return value
+
+
+def test_a_result_that_lacks_a_table_is_one_line(tmp_path):
+    for name in ("parameter_count", "convergence"):
+        folder = write_result(replace(load_result(STORED / name), tables={}), tmp_path / name)
+        with pytest.raises(RecordError, match=f"cannot draw {folder}: '"):
+            redraw(name, importlib.import_module(f"figures.{name}").write, folder)
 
 
 def test_folders_without_a_figure_module_are_named_and_damaged_ones_too(tmp_path, capsys):
