@@ -206,7 +206,7 @@ def summary(result: Result) -> Iterator[Block]:
 
 ANALYSIS = Analysis(
     "degree_scale", Config, find, summary,
-    least={"widths": 1, "depths": 1, "draws": 1},
+    least={"widths": 1, "depths": 1, "draws": 1, "n_examples": 1},
     check=_check,
     about=lambda config: f"the paper's best degrees are about {PAPER_BEST[0]} to {PAPER_BEST[1]}",
 )  # fmt: skip

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Int
 from scipy import stats
 
-from analyses.core.analysis import Analysis, Findings, Output
+from analyses.core.analysis import Analysis, Findings, Output, runs_folder
+from analyses.core.locks import held
 from analyses.records import Block, Metric, Result, metric_cell, number, summary_of_blocks
 from propulsion.data import load_task_data
 from propulsion.data.instructions import Exchange, extract
@@ -82,15 +83,15 @@ def find(config: Config) -> Findings:
         seed=config.seed,
     )  # fmt: skip
     exchanges = exchanges_of(columns_of(data.validation))
-    result_folder = ANALYSIS.folder(config)
-    folder = config.runs_dir or result_folder.with_name(f"{result_folder.name}-runs")
+    folder = runs_folder(config, ANALYSIS.folder(config))
     found, said = {}, {}
-    for text, method in methods.items():
-        print(f"{text} ...", flush=True)
-        place = folder / text.replace(":", "-")
-        found[text] = train_run(_options(config, method, place))
-        if (predictions := predictions_of(place)) is not None:
-            said[text] = predictions
+    with held(folder):
+        for text, method in methods.items():
+            print(f"{text} ...", flush=True)
+            place = folder / text.replace(":", "-")
+            found[text] = train_run(_options(config, method, place))
+            if (predictions := predictions_of(place)) is not None:
+                said[text] = predictions
     rows = [{"method": text} | _row(result) for text, result in found.items()]
     right = {text: np.array([e.is_right(t) for e, t in zip(exchanges, texts, strict=True)], dtype=np.int8)
              for text, texts in said.items()}  # fmt: skip
@@ -194,6 +195,9 @@ def summary(result: Result) -> Iterator[Block]:
 
 ANALYSIS = Analysis(
     "instruction_tuning", Config, find, summary,
+    least=dict.fromkeys(
+        ("max_steps", "per_device_train_batch_size", "max_train_samples", "max_eval_samples", "max_length"), 1
+    ),
     check=_check,
     about=lambda config: (
         f"intervals: 95 %, Wilson's over {config.max_eval_samples} rows; of differences, bootstrap over the same rows"

@@ -324,7 +324,7 @@ def _cells(result: Result, row: dict[str, Any], names: Sequence[str]) -> list[st
 
 ANALYSIS = Analysis(
     "method_comparison", Config, find, summary,
-    least={"resamples": 1, "rate_extensions": 0},
+    least={"resamples": 1, "rate_extensions": 0, "tuning_steps": 1},
     check=_check,
     # The task, the method, the seed and the factor of a cell are its own, as are the rows and the model.
     free=("tasks", "methods", "seeds", "rates_from", "chosen_by", "rate_extensions", "resamples", "partial",

@@ -149,6 +149,7 @@ def _share(result: Result, task: str, pooling: str, key: str, label: Any) -> flo
 
 ANALYSIS = Analysis(
     "pooling", Config, find, summary,
+    least={"n_examples": 1},
     check=_check,
     # The pooling, the method and the seed of a cell are its own, as are task, rows and model.
     free=("tasks", "poolings", "methods", "seeds", "run.data_dir", "run.model"),

@@ -24,10 +24,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import tyro
 
-from analyses.core.cells import Cells, Grid, settings_of
+from analyses.core.cells import Cells, Grid, leaves, settings_of
 from analyses.core.errors import run_command
+from analyses.core.locks import held
 from analyses.records import Metric, Result, check_writable, environment, write_result
-from propulsion.data import TaskData
+from propulsion.data import TaskData, get_task
 from propulsion.errors import UserError
 from propulsion.methods import parse_methods
 
@@ -120,13 +121,16 @@ class Analysis(Generic[C]):
         """Compute a result; of a grid, at most ``max_runs`` missing cells, and None if cells are still missing.
 
         Raises:
-            UserError: Options, data or model cannot be used, or a training run diverged.
+            UserError: Options, data or model cannot be used, a training run diverged, or another process works on the
+                same cells.
         """
         self.check_options(config)
         started = time.time()
         if isinstance(config, GridOutput):
-            runs = Runs(config, self.free, self.folder(config))
-            found = self.find(config, runs)
+            folder = runs_folder(config, self.folder(config))
+            runs = Runs(config, self.free, folder)
+            with held(folder):
+                found = self.find(config, runs)
             if runs.missing:
                 print(
                     f"{runs.computed} cells computed, {len(runs.missing)} or more missing: run the same command again"
@@ -141,10 +145,10 @@ class Analysis(Generic[C]):
         return Result(analysis=self.name, seed=seeds_of(config)[0], environment=environment(), **parts)
 
     def check_options(self, config: C) -> None:
-        """Check that every option is in its range and every method is known.
+        """Check that every option is in its range, nothing is named twice, and every task and method is known.
 
         Raises:
-            UserError: One is not; the message says what was expected.
+            UserError: An option is not so; the message says what was expected.
         """
         for limits, holds, words in ((self.least, operator.ge, "at least"), (self.above, operator.gt, "above")):
             for name, limit in limits.items():
@@ -153,6 +157,14 @@ class Analysis(Generic[C]):
                 if not all(one is None or (math.isfinite(one) and holds(one, limit)) for one in values):
                     raise UserError(f"{name.rpartition('.')[2]} must be {words} {limit:g}; got {value}")
         check_seeds(seeds_of(config))
+        for path, value in leaves(asdict(config)):
+            name, values = path.rpartition(".")[2], value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(one) for one in values if isinstance(one, float)):
+                raise UserError(f"{name} must be finite; got {value}")
+            if isinstance(value, tuple) and (again := [one for one in value if value.count(one) > 1]):
+                raise UserError(f"{name} must be different from each other; {again[0]} is given more than once")
+        for task in (*getattr(config, "tasks", ()), *([config.task] if hasattr(config, "task") else ())):
+            get_task(task)
         if isinstance(methods := getattr(config, "methods", None), tuple):
             parse_methods(methods)
         self.check(config)
@@ -161,18 +173,19 @@ class Analysis(Generic[C]):
         """Check that the folder can be written, compute the result, print it, write it and draw its figures.
 
         Raises:
-            UserError: The folder cannot be written or holds a result, or `run` raises it.
+            UserError: The folder cannot be written, holds a result or is in use by another process; or `run` raises it.
         """
         folder = self.folder(config)
         self.check_options(config)
         check_writable(folder, overwrite=config.overwrite)
-        result = self.run(config)
-        if result is None:
-            return
-        print(f"\n{self.summary(result)}\n")
-        # The figure's module is found by the name of the analysis, so that analyses import no figure.
-        draw = importlib.import_module(f"figures.{self.name}").write if self.draws else None
-        written = write_result(result, folder, figures=draw, overwrite=config.overwrite)
+        with held(folder):
+            result = self.run(config)
+            if result is None:
+                return
+            print(f"\n{self.summary(result)}\n")
+            # The figure's module is found by the name of the analysis, so that analyses import no figure.
+            draw = importlib.import_module(f"figures.{self.name}").write if self.draws else None
+            written = write_result(result, folder, figures=draw, overwrite=config.overwrite)
         about = self.about(config)
         what = "result and figures" if self.draws else "result"
         print(f"{about}{'; ' if about else ''}{what} in {written}")
@@ -187,13 +200,18 @@ class Runs(Grid):
     """The runs of one grid: each is computed once, in a cell, and read from its file afterwards."""
 
     def __init__(self, config: GridOutput, free: Sequence[str], folder: Path) -> None:
-        super().__init__(config.runs_dir or folder.with_name(f"{folder.name}-runs"), config.max_runs)
+        super().__init__(folder, config.max_runs)
         self._config, self._free = config, free
 
     def of(self, data: TaskData, model: str) -> Cells:
         """The cells of this configuration on one task's rows and one model, which is given by its fingerprint."""
         rows = {"task": data.task, "rows": data.fingerprint}
         return Cells(self, settings_of(self._config, free=self._free, model=model, **rows))
+
+
+def runs_folder(config: Any, result_folder: Path) -> Path:
+    """The folder of the cells, or of the training runs, of a configuration."""
+    return config.runs_dir or result_folder.with_name(f"{result_folder.name}-runs")
 
 
 def seeds_of(config: Any) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def settings_of(config: Any, *, free: Collection[str], task: Any, rows: str, mod
         rows: Fingerprint of the rows.
         model: Identity of the model (`propulsion.identity.model_content`).
     """
-    fields = dict(_leaves(asdict(config)))
+    fields = dict(leaves(asdict(config)))
     free = {*free, *(PLACES & fields.keys())}
     within = {name for name in free if not any(_is_within(field, name) for field in fields)}
     assert not within, f"the configuration has no field {within}"
@@ -155,10 +155,11 @@ class Cells:
         return self._grid.cell(name, {**self._settings, "cell": plain(own)}, lambda: compute(**own))
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The options of a configuration and of those nested in it, by their paths, such as "run.data_dir"."""
     for name, value in config.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -293,7 +293,7 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 
 ANALYSIS = Analysis(
     "kernel_distance", Config, find, summary,
-    least={"n_examples": 2, "null_draws": 1, "resamples": 1},
+    least={"n_examples": 2, "n_train": 1, "n_validation": 1, "null_draws": 1, "resamples": 1},
     above={"memory_budget_gb": 0},
     check=_check,
     # The seed of a cell is its own, as are task, rows and model.

@@ -142,7 +142,7 @@ def _coverage(setting: Setting) -> dict[str, str]:
 
 ANALYSIS = Analysis(
     "linearized_prediction", Config, find, summary,
-    least={"sizes": 4, "permutations": 1},
+    least={"sizes": 4, "permutations": 1, "n_test": 1, "sign_limit": 0},
     above={"memory_budget_gb": 0},
     # The methods, sizes, seed and factor of a cell are its own, as are the rows and the model.
     free=("data_dir", "model", "methods", "again", "sizes", "seeds", "train", "sign_limit", "comparison",

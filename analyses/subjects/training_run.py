@@ -17,6 +17,7 @@ from analyses.subjects.options import EncoderOptions
 from propulsion.data import TaskData, check_folders, load_task_data
 from propulsion.data.metrics import METRICS
 from propulsion.data.tasks import get_labelled_task, get_task
+from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method, trainable_parameters
 from propulsion.training import TrainingOptions, predict, train
 
@@ -35,6 +36,11 @@ class RunConfig(EncoderOptions):
         default_factory=lambda: TrainingOptions(max_steps=100, max_length=96)
     )
     """Training options of every run; the seed among them is replaced by that of the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_train", "n_validation"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
 
     def load(self, task: str) -> TaskData:
         """Draw the rows of a task, which must be a classification or a regression."""

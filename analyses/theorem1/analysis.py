@@ -208,7 +208,7 @@ def summary(result: Result) -> Iterator[Block]:
 
 ANALYSIS = Analysis(
     "theorem1", Config, find, summary,
-    least={"inputs": 2, "width": 2, "depth": 1, "draws": 1, "transformer_draws": 1, "n_examples": 2},
+    least={"inputs": 2, "n_in": 1, "width": 2, "depth": 1, "draws": 1, "transformer_draws": 1, "n_examples": 2},
     check=_check,
 )  # fmt: skip
 run = ANALYSIS.run

@@ -7,6 +7,7 @@ import os
 import pkgutil
 import shutil
 import signal
+import socket
 import traceback
 from dataclasses import replace
 from importlib import resources
@@ -191,6 +192,62 @@ def test_a_bad_option_is_named_before_anything_is_written(asked, tmp_path):
         with pytest.raises(MISTAKES, match=path.rpartition(".")[2]):
             analysis.publish(bad)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("analysis", [pytest.param(a, id=name) for name, a in ANALYSES.items()])
+def test_options_are_checked_before_rows_are_read_or_anything_is_written(analysis, tmp_path, monkeypatch):
+    """Numbers that are not finite, values given twice and unknown tasks, in whichever option."""
+    monkeypatch.setattr("propulsion.data.loading.source_of", lambda *_: pytest.fail("rows were read"))
+    config = analysis.config(output_dir=tmp_path / "result", **REQUIRED.get(analysis.name, {}))
+    bad = {}
+    for path, value in core.leaves(dataclasses.asdict(config)):
+        if isinstance(value, float) or path.endswith("memory_budget_gb"):
+            bad[path] = [float("inf"), float("nan")]
+        elif isinstance(value, tuple) and value and len(value) < 20 and path != "readout.words":
+            bad[path] = [value + value[-1:]]
+        elif path in ("task", "tasks"):
+            bad[path] = ["nothing_such"]
+    for path, values in bad.items():
+        for value in values:
+            with pytest.raises(MISTAKES, match=path.rpartition(".")[2]):
+                analysis.publish(changed_past_the_checks(config, path, value))
+    assert not list(tmp_path.iterdir())
+
+
+REQUIRED = {"instruction_tuning": {"model": "nowhere"}}
+"""Options without a default."""
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path, monkeypatch):
+    """Neither on one result nor on the cells of one grid; the second names the first."""
+    analysis, (asked, answer) = ANALYSES["convergence"], (os.pipe(), os.pipe())
+    one = analysis.config(output_dir=tmp_path / "one")
+
+    def wait(*_):
+        os.write(asked[1], b"1")
+        os.read(answer[0], 1)
+        kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunConfig, "load", wait)
+        child = os.fork()
+        if not child:
+            try:
+                analysis.publish(one)
+            finally:
+                os._exit(1)
+        os.read(asked[0], 1)
+        for other, name in ((one, "one"), (replace(one, output_dir=tmp_path / "two", runs_dir=tmp_path / "one-runs"),
+                                           "one-runs")):  # fmt: skip
+            holder = f"{tmp_path / name} is in use by process {child} on {socket.gethostname()}"
+            with pytest.raises(MISTAKES, match=holder):
+                analysis.publish(other)
+        os.write(answer[1], b"1")
+        os.waitpid(child, 0)
+        patch.setattr(RunConfig, "load", lambda *_: pytest.fail("let in"))
+        with pytest.raises(pytest.fail.Exception, match="let in"):  # A killed process holds nothing.
+            analysis.publish(one)
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".lock"]
 
 
 def changed(config, path, value):
