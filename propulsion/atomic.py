@@ -1,6 +1,7 @@
 """Atomic writing: files and folders are written under a temporary name, flushed to the disk, then renamed."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -28,5 +29,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def json_text(content: Any) -> str:
-    """The text of the file that `write_json` writes."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    """The text of the file that `write_json` writes: strict JSON, in which a number that is not finite is null."""
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -194,7 +194,7 @@ def _carry_out(
         metrics=metrics, steps=trainer.state.global_step, trained_parameters=trainable_parameters(trainer.network),
         learning_rates={role: rate.rate for role, rate in used.items()},
         rate_reasons={role: rate.reason for role, rate in used.items()}, signs_of_failure=failure,
-        history=trainer.state.log_history, seconds=time.perf_counter() - started, output_dir=str(output),
+        history=trainer.state.log_history, seconds=time.perf_counter() - started, output_dir=str(config.output_dir),
         pooling=pooling_of(trainer.network) if kind_of(get_task(config.task)).task_type == "SEQ_CLS" else None,
         extended_at=folder.extended_at,
     )  # fmt: skip

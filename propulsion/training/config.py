@@ -12,6 +12,7 @@ import tyro
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import integration_utils
 
+from propulsion.atomic import json_text
 from propulsion.data import Limits, TaskData
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling
@@ -258,4 +259,4 @@ def identity(config: TrainConfig, data: TaskData, base: str, adapter: str | None
     """
     unused = {name for name in _NEWER if getattr(config, name) == getattr(TrainConfig, name)}
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE | unused}
-    return json.loads(json.dumps(fields | {"rows": data.fingerprint, "base_model": base, "adapter": adapter}))
+    return json.loads(json_text(fields | {"rows": data.fingerprint, "base_model": base, "adapter": adapter}))

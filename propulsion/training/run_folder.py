@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -232,7 +233,10 @@ def result_of(output: Path) -> dict[str, Any] | None:
     Raises:
         UserError: The file is damaged.
     """
-    return _read(output / RESULT, dict)
+    found = _read(output / RESULT, dict)
+    if found is not None and isinstance(found.get("metrics"), dict):  # JSON has no other word for not-a-number.
+        found["metrics"] = {name: math.nan if value is None else value for name, value in found["metrics"].items()}
+    return found
 
 
 def predictions_of(output: Path) -> list[Any] | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from propulsion.data.kinds import kind_of
 from propulsion.data.tasks import get_task
 from propulsion.errors import Interrupted, Terminated, UserError, run_command
 from propulsion.train import TrainConfig, run
+from propulsion.training import run_folder
 from propulsion.training.manifest import MANIFEST, Manifest
 
 
@@ -183,6 +185,29 @@ def test_a_file_is_owned_by_its_content(tmp_path):
     (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace("1", "2"))
     assert manifest.not_own(tmp_path / "a.json") == [tmp_path / "a.json"]
     assert manifest.own() == []
+
+
+def test_files_are_strict_json(tmp_path):
+    """Which has no word for what is not finite; a metric that is undefined is so again when it is read."""
+    manifest = Manifest(tmp_path)
+    manifest.start()
+    content = {"metrics": {"pearson": math.nan, "mse": 0.5}, "history": [{"loss": math.inf}], "pair": (1.0, -math.inf)}
+    manifest.write_json(tmp_path / "result.json", content)
+    strict = json.loads((tmp_path / "result.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert strict["history"] == [{"loss": None}]
+    assert strict["pair"] == [1.0, None]
+    found = run_folder.result_of(tmp_path)
+    assert found is not None
+    assert math.isnan(found["metrics"].pop("pearson"))
+    assert found["metrics"] == {"mse": 0.5}
+
+
+def test_a_run_stores_no_path_that_was_not_typed(config, monkeypatch):
+    monkeypatch.chdir(config.output_dir.parent)
+    found = run(dataclasses.replace(config, output_dir=Path("run"), max_steps=5))
+    assert found.steps == 5
+    for path in config.output_dir.glob("*.json"):
+        assert str(config.output_dir.parent) not in path.read_text(), path
 
 
 # --- identity by content --------------------------------------------------------------------------------------------
