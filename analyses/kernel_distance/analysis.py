@@ -26,7 +26,7 @@ from analyses.subjects.nulls import model_nulls
 from analyses.subjects.options import KernelOptions
 from analyses.subjects.parameters import is_scale
 from analyses.subjects.training_run import dataset_identity
-from propulsion.data import TaskData, load_task_data, tokenize
+from propulsion.data import Limits, TaskData, check_inputs, load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import DEFAULT_MODEL_NAME, pooling_of
@@ -108,8 +108,7 @@ def prepare(config: Config) -> Setting:
     degree = data.task.degree if config.degree is None else config.degree
     full, tokenizer = config.start(data, seed=config.seed)
     # All rows are tokenized now, so that one that is too long is reported before anything is computed.
-    for split in (data.train, data.validation):
-        tokenize(split, tokenizer, data.task, config.training.max_length)
+    check_inputs(data, tokenizer, Limits(config.training.max_length))
     inputs, labels = held_out(
         data, tokenizer, config.n_examples, config.seed, max_length=config.training.max_length, device=config.device
     )

@@ -6,7 +6,9 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
-from propulsion.data import TaskData, draw_rows, tokenize
+from propulsion.data import TaskData, located, tokenize
+from propulsion.data.kinds.base import columns_of
+from propulsion.data.sampling import draw
 from propulsion.data.tasks import Task
 
 
@@ -23,5 +25,10 @@ def held_out(
     data: TaskData, tokenizer: Any, n: int, seed: int, *, max_length: int | None = None, device: str = "cpu"
 ) -> tuple[dict[str, Tensor], np.ndarray]:
     """Model inputs of n validation rows drawn with a seed, as one padded batch, and their n labels."""
-    rows = draw_rows(data.validation, data.task, n, seed)
-    return model_inputs(rows, tokenizer, data.task, max_length=max_length, device=device), np.asarray(rows["label"])
+    chosen = draw(data.task, "the validation rows", columns_of(data.validation), n, seed)
+    rows = data.validation.select(chosen)
+
+    def inputs() -> dict[str, Tensor]:
+        return model_inputs(rows, tokenizer, data.task, max_length=max_length, device=device)
+
+    return located(data, data.validation, inputs, chosen), np.asarray(rows["label"])

@@ -121,7 +121,9 @@ def prompted(data: TaskData, prompt: str) -> TaskData:
         texts = [prompt.replace(_PLACE, text.strip()) for text in rows[column]]
         return Dataset.from_dict(rows[:] | {column: texts}, features=rows.features)
 
-    return replace(data, train=put(data.train), validation=put(data.validation))
+    train, validation = put(data.train), put(data.validation)
+    origins = tuple(replace(o, rows=train if o.rows is data.train else validation) for o in data.origins)
+    return replace(data, train=train, validation=validation, origins=origins)
 
 
 def load_label_words(

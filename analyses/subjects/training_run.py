@@ -113,8 +113,11 @@ def tuning_split(data: TaskData, share: float = 0.25) -> TaskData:
     """The training rows alone, with a share of them as validation rows, on which learning rates are chosen."""
     order = np.random.default_rng(0).permutation(len(data.train))
     cut = int(share * len(order))
-    held_out, kept = sorted(order[:cut].tolist()), sorted(order[cut:].tolist())
-    return dataclasses.replace(data, train=data.train.select(kept), validation=data.train.select(held_out))
+    parts = [sorted(part.tolist()) for part in (order[cut:], order[:cut])]
+    train, validation = rows = [data.train.select(part) for part in parts]
+    sources = [origin for origin in data.origins if origin.rows is data.train]
+    origins = tuple(o.part(split, part) for o in sources for split, part in zip(rows, parts, strict=True))
+    return dataclasses.replace(data, train=train, validation=validation, origins=origins)
 
 
 def training_run(

@@ -5,10 +5,10 @@ from propulsion.data.loading import SPLITS, Origin, TaskData, load_task_data
 from propulsion.data.sampling import draw_rows
 from propulsion.data.sources import EMBEDDED, check_folders, task_folder
 from propulsion.data.tasks import TASKS, Task, get_task
-from propulsion.data.tokens import check_inputs, tokenize, tokenize_cached
+from propulsion.data.tokens import check_inputs, located, tokenize, tokenize_cached
 
 __all__ = [
     "EMBEDDED", "SPLITS", "TASKS", "Limits", "Origin", "Task", "TaskData", "check_folders", "check_inputs",
-    "draw_rows", "get_task", "kind_of", "load_task_data", "task_folder", "to_dataset", "tokenize",
+    "draw_rows", "get_task", "kind_of", "load_task_data", "located", "task_folder", "to_dataset", "tokenize",
     "tokenize_cached",
 ]  # fmt: skip

@@ -35,6 +35,10 @@ class Origin:
     name: str
     locations: Sequence[str]
 
+    def part(self, rows: Dataset, chosen: Sequence[int]) -> "Origin":
+        """The source of rows that were made from those of these indices."""
+        return Origin(rows, self.name, [self.locations[row] for row in chosen])
+
 
 @dataclass(frozen=True)
 class TaskData:
@@ -88,6 +92,8 @@ def load_task_data(
             both splits are counted, and the first of them named.
     """
     entry = get_task(task)
+    if streaming and n_train is not None and n_train < 1:
+        raise UserError(f"cannot take {n_train} rows of a stream: ask for 1 or more, or leave it out for all")
     source = source_of(entry, data_dir)
     sizes = {split: n for split, n in zip(SPLITS, (n_train, n_validation)) if not (streaming and split == "train")}
     splits = together(*(partial(_read_split, entry, source, split, n, seed) for split, n in sizes.items()))
@@ -147,7 +153,7 @@ def _checked(task: Task, name: str, rows: Iterable[Row], *, leave_out: bool) -> 
         raise UserError(f"{name} has no rows")
     if not unread and (missing := [column for column in (*task.text_columns, task.label_column) if column not in seen]):
         raise UserError(
-            f"{name} lacks the column {', '.join(missing)} of task {task.name}; its columns are: {', '.join(seen)}"
+            f"{name} lacks the column {', '.join(missing)} of task {task.name}; its columns are: {listed([*seen])}"
         )
     if len(problems) == 1:
         raise UserError(f"{name}, {problems[0]}")

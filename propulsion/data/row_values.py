@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from propulsion.data.tables import encoding_problem
-from propulsion.errors import UserError
+from propulsion.errors import UserError, listed
 
 UNLABELLED = -1  # The label of every row in GLUE's test sets.
 _TRUTH = {"true": True, "false": False}
@@ -27,7 +27,7 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
         UserError: The row has no such column.
     """
     if column not in row:
-        raise UserError(f"lacks the column {column}; its columns are: {', '.join(row) or 'none'}")
+        raise UserError(f"lacks the column {column}; its columns are: {listed([*row]) or 'none'}")
     return row[column]
 
 

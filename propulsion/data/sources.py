@@ -44,8 +44,9 @@ class _Embedded(Source):
 class _Folder(Source):
     def __init__(self, task: Task, folder: Path) -> None:
         super().__init__(task, str(folder))
-        if not folder.is_dir():
-            raise UserError(f"data folder {folder} does not exist or is not a folder")
+        with explained(f"read the folder {folder}"):
+            if not folder.is_dir():
+                raise UserError(f"data folder {folder} does not exist or is not a folder")
         stems = {"train": ("train",), "validation": tuple(dict.fromkeys(("validation", task.validation_split)))}
         self.paths = {split: _find_file(folder, names) for split, names in stems.items()}
 
@@ -120,10 +121,11 @@ def task_folder(task: Task, data_dir: Path) -> Path | None:
         but no file.
     """
     folder = data_dir.expanduser()
-    if (own := folder / task.name).is_dir():
-        return own
-    if task.name == EMBEDDED and folder.is_dir() and not any(path.is_file() for path in folder.iterdir()):
-        return None
+    with explained(f"read the folder {folder}"):
+        if (own := folder / task.name).is_dir():
+            return own
+        if task.name == EMBEDDED and folder.is_dir() and not any(path.is_file() for path in folder.iterdir()):
+            return None
     return folder
 
 
@@ -144,7 +146,7 @@ def check_folders(tasks: Sequence[str], data_dir: Path | None) -> None:
 def _find_file(folder: Path, stems: Sequence[str]) -> Path:
     with explained(f"read the folder {folder}"):
         paths = sorted(path for path in folder.iterdir() if path.is_file())
-    named = [path for path in paths if "." in path.name and path.name.split(".")[0] in stems]
+    named = [path for path in paths if "." in path.name and path.name.split(".")[0].lower() in stems]
     readable = [path for path in named if path.name[path.name.index(".") :].lower() in SUFFIXES]
     readable.sort(key=lambda path: SUFFIXES.index(suffix_of(path)))
     if not readable:

@@ -1,7 +1,7 @@
 """Turns rows into model inputs: tokenizes them, checks them against the model's limits, and caches them."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,18 +60,28 @@ def check_inputs(
     def validation() -> object:
         return kind.inputs(columns_of(data.validation), tokenizer, task, limits)
 
-    each = together(partial(_located, data, data.train, train), partial(_located, data, data.validation, validation))
+    each = together(partial(located, data, data.train, train), partial(located, data, data.validation, validation))
     return each[0]
 
 
-def _located(data: TaskData, rows: Dataset, call: Callable[[], Any]) -> Any:
-    """Call a function; if rows cannot be used, the exception names their file and their location in it."""
+def located(data: TaskData, rows: Dataset, call: Callable[[], Any], chosen: Sequence[int] | None = None) -> Any:
+    """Call a function of some rows; if it cannot use some, the exception names their file and location in it.
+
+    Args:
+        data: The data.
+        rows: Its training or validation rows.
+        call: The function.
+        chosen: The indices of the rows that the function is called on; all of them if None.
+
+    Raises:
+        Problems: The function raised `Unusable`.
+    """
     try:
         return call()
     except Unusable as error:
         split = "training rows" if rows is data.train else "validation rows"
         origin = next((origin for origin in data.origins if origin.rows is rows), None)
-        examples = error.examples
+        examples = error.examples if chosen is None else [chosen[example] for example in error.examples]
         which = listed([f"example {row + 1}" if origin is None else origin.locations[row] for row in examples])
         raise Problems(
             [f"{split if origin is None else origin.name}: {error.what}: {which}"], [error.remedy]

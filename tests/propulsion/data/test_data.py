@@ -2,8 +2,11 @@
 
 import csv
 import dataclasses
+import errno
 import gzip
 import json
+import os
+import pathlib
 from collections import Counter
 
 import datasets
@@ -13,8 +16,21 @@ import pytest
 from task_rows import ROWS
 from transformers import AutoTokenizer
 
-from propulsion.data import check_folders, check_inputs, draw_rows, load_task_data, tokenize, tokenize_cached, tokens
+from analyses.subjects.batch import held_out
+from analyses.subjects.readout import prompted
+from analyses.subjects.training_run import tuning_split
+from propulsion.data import (
+    check_folders,
+    check_inputs,
+    draw_rows,
+    load_task_data,
+    sampling,
+    tokenize,
+    tokenize_cached,
+    tokens,
+)
 from propulsion.data.kinds import Limits
+from propulsion.data.kinds.base import columns_of
 from propulsion.data.tasks import Task, get_task
 from propulsion.errors import UserError
 
@@ -385,6 +401,75 @@ def test_too_long_rows_of_both_splits_are_named_by_their_places(tmp_path, tokeni
     selected = dataclasses.replace(data, validation=data.validation.select([3]))
     with pytest.raises(UserError, match=r"validation rows: 1 of 1 .*: example 1;"):
         check_inputs(selected, tokenizer, Limits())
+
+
+def test_too_long_rows_are_named_by_their_places_wherever_they_are_read(tmp_path, tokenizer):
+    """Among examples drawn for kernels, in a prompt, and among training rows held out for learning rates."""
+    long = {"sentence": "word " * 40, "label": 0}
+    folder = folder_of(tmp_path, train=[long, *TRAIN], validation=[*VALIDATION, *TRAIN, long])
+    data = load_task_data("sst2", data_dir=folder)
+    with pytest.raises(UserError, match=r"validation.jsonl: 1 of 15 .*: row 16;"):
+        held_out(data, tokenizer, 15, next(seed for seed in range(9) if 15 in draw(data, 15, seed)))
+    with pytest.raises(UserError, match=r"train.jsonl: 1 of 13 .*: row 1; .*validation.jsonl: 1 of 16 .*: row 16;"):
+        check_inputs(prompted(data, "{text}"), tokenizer, Limits())
+    with pytest.raises(UserError, match=r"^[^;]*train.jsonl: 1 of [0-9]+ .*: row 1;"):
+        check_inputs(tuning_split(data), tokenizer, Limits())
+
+
+def draw(data, n, seed):
+    return sampling.draw(data.task, "rows", columns_of(data.validation), n, seed)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("9" * 400, "label '9+\\.\\.\\. is not one of"),
+        ("0_1", "label '0_1' is not a number"), ("\ud800", "is not a number"), ([1], "is not a number"),
+    ],
+)  # fmt: skip
+def test_a_label_that_is_none_is_one_line(tmp_path, label, message):
+    folder = folder_of(tmp_path, train=[*TRAIN, {"sentence": "more", "label": label}])
+    with pytest.raises(UserError, match=rf"train.jsonl, row 13: .*{message}") as caught:
+        load_task_data("sst2", data_dir=folder)
+    assert len(str(caught.value)) < 300 + len(str(folder))
+
+
+@pytest.mark.parametrize("task", ["sst2", "demo"])
+@pytest.mark.parametrize("method", ["is_dir", "iterdir"])
+def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch, task, method):
+    def refused(self, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(pathlib.Path, method, refused)
+    with pytest.raises(UserError, match=f"cannot read the folder {tmp_path}: Permission denied"):
+        load_task_data(task, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "circle", "circle/inside"])
+def test_a_folder_of_no_possible_name_is_one_line(tmp_path, name):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(UserError, match=f"folder {tmp_path / name}"):
+        load_task_data("sst2", data_dir=tmp_path / name)
+
+
+def test_names_of_files_are_found_in_upper_and_lower_case(tmp_path):
+    folder_of(tmp_path)
+    (tmp_path / "train.jsonl").rename(tmp_path / "Train.JSONL")
+    (tmp_path / "validation.jsonl").rename(tmp_path / "VALIDATION.jsonl")
+    assert len(load_task_data("sst2", data_dir=tmp_path).train) == len(TRAIN)
+
+
+def test_rows_with_many_columns_are_refused_in_a_short_line(tmp_path):
+    rows = [{f"column{number}": 1 for number in range(2000)}] * 4
+    with pytest.raises(UserError, match="its columns are: column0, column1, column2, and 1,997 more") as caught:
+        load_task_data("sst2", data_dir=folder_of(tmp_path, train=rows))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_a_stream_of_no_rows_is_refused(tmp_path, n):
+    with pytest.raises(UserError, match=f"cannot take {n} rows of a stream"):
+        load_task_data("sst2", data_dir=folder_of(tmp_path), n_train=n, streaming=True)
 
 
 def test_streamed_rows_that_will_be_needed_are_looked_at(tmp_path, tokenizer):
