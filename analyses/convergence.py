@@ -17,6 +17,7 @@ from analyses.core.intervals import mean_interval
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.records import Block, Metric, Result, metric_cell, summary_of_blocks
 from analyses.subjects.cost import StepClock
+from analyses.subjects.learning_rates import check_origin
 from analyses.subjects.training_run import RatedRuns, RunConfig, method_cells, training_run
 from propulsion.data import TaskData
 from propulsion.methods import Method, parse_methods
@@ -71,6 +72,7 @@ def find(config: Config, runs: Runs) -> Findings | None:
     """Compute the missing cells and summarise all; None if some are still missing."""
     methods = parse_methods(config.methods)
     factors, data = config.factors(methods), config.run.load(config.task)
+    check_origin(config.comparison, data, config.run.model_identity)
 
     def compute(*, method: Method, factor: float, seed: int) -> dict[str, Any]:
         curve = Curve(config.run, data, config.every)
@@ -103,7 +105,8 @@ def _summarised(config: Config, data: TaskData, cells: dict[str, list[dict[str, 
                        "trained_parameters": runs[0]["trained_parameters"]})  # fmt: skip
     return Findings(
         metrics=metrics, tables={"methods": curves}, arrays=arrays, model=config.run.model_identity(),
-        dataset={"name": config.task, "metric": data.task.metrics[0], "fingerprint": data.fingerprint},
+        dataset={"name": config.task, "metric": data.task.metrics[0], "fingerprint": data.fingerprint,
+                 "all_rows": data.all_rows},
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import ntk
 from analyses.core.analysis import Analysis, Findings, Output
 from analyses.records import Block, Metric, Result, interval, number, summary_of_blocks
 from analyses.subjects.batch import held_out
+from analyses.subjects.options import model_identity
 from analyses.subjects.parameters import backbone_prefix, backbone_tuning, is_backbone
 from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels
@@ -29,7 +30,7 @@ from ntk.infinite.networks import MLP, Recipe, is_multiplier
 from propulsion.data import check_folders, load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
-from propulsion.pretrained import Pooling, find_pooling, load_classifier
+from propulsion.pretrained import Pooling, load_classifier
 
 COST = "a minute"
 
@@ -180,6 +181,7 @@ def find(config: Config) -> Findings:
     for part in (mlp_rows, architecture_rows, pretrained_rows):
         print(f"{part.__name__} ...", flush=True)
         rows += list(part(config))
+    encoders = [model_identity(name, config.pooling) for name in (None, *config.models)]
     return Findings(
         metrics=[
             Metric("matching_degree", r["matching_degree"], r["low"], r["high"], "degree", "initialisation", "full",
@@ -188,7 +190,8 @@ def find(config: Config) -> Findings:
         ],
         tables={"ratios": rows},
         model={"name": ", ".join(("random networks", "the packaged encoder", *config.models)),
-               "pooling": [find_pooling(name, config.pooling) for name in (None, *config.models)]},
+               "pooling": [encoder["pooling"] for encoder in encoders],
+               "fingerprint": [encoder["fingerprint"] for encoder in encoders]},
         dataset={"name": ", ".join(config.tasks)},
         coverage={"full": "every parameter but the head", "propulsion": "a multiplier on every layer but the head"},
     )  # fmt: skip

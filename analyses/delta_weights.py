@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from analyses.core.analysis import Analysis, Findings, Output
 from analyses.records import Block, Metric, Result, metric_cell, number, summary_of_blocks
+from analyses.subjects.learning_rates import check_origin
 from analyses.subjects.training_run import RatedRuns, RunConfig, training_run
 from propulsion.errors import UserError
 from propulsion.layer import adapted_layers
@@ -112,6 +113,7 @@ def find(config: Config) -> Findings:
     """
     methods = parse_methods(config.methods)
     factors, data = config.factors(methods), config.run.load(config.task)
+    check_origin(config.comparison, data, config.run.model_identity)
     network = config.run.start(data, seed=config.seed)[0]
     base = {name: weight.clone() for name, weight in network.base_model.state_dict().items()}
     layers, rows, metrics, arrays = [], [], [], {}

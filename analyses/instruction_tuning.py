@@ -28,6 +28,7 @@ from propulsion.data.kinds.instruction import exchanges_of
 from propulsion.data.tasks import get_task
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
+from propulsion.pretrained import fingerprint, load_model
 from propulsion.train import TrainConfig, TrainResult
 from propulsion.train import run as train_run
 from propulsion.training.run_folder import predictions_of
@@ -100,11 +101,13 @@ def find(config: Config) -> Findings:
          "said": {text: texts[place] for text, texts in said.items()}}
         for place, exchange in enumerate(exchanges)
     ]  # fmt: skip
+    network, _ = load_model(config.model, task_type="CAUSAL_LM")
     return Findings(
         metrics=[*_accuracies(rows, len(exchanges)), *_differences(right)],
         tables={"methods": rows, "baselines": baselines(exchanges), "said": answers},
         arrays={f"right.{text}": values for text, values in right.items()},
-        model={"name": Path(config.model).name}, dataset={"name": config.task, "fingerprint": data.fingerprint},
+        model={"name": Path(config.model).name, "fingerprint": fingerprint(network)},
+        dataset={"name": config.task, "fingerprint": data.fingerprint},
         config={"model": Path(config.model).name},
     )  # fmt: skip
 

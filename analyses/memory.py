@@ -68,7 +68,7 @@ def find(config: Config) -> Findings:
     Raises:
         UserError: A method cannot be measured.
     """
-    config.run.load(config.task)  # So that a mistake in the data is reported once, before any process starts.
+    data = config.run.load(config.task)  # So that a mistake in the data is reported once, before any process starts.
     found: dict[str, list[dict[str, Any]]] = {text: [] for text in config.methods}
     for _ in range(config.rounds):
         for text in config.methods:
@@ -84,7 +84,7 @@ def find(config: Config) -> Findings:
     runs = [{"method": text, "round": i} | entry for text, each in found.items() for i, entry in enumerate(each)]
     return Findings(
         metrics, tables={"methods": rows, "runs": runs}, model=config.run.model_identity(),
-        dataset={"name": config.task},
+        dataset={"name": config.task, "fingerprint": data.fingerprint},
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ import tyro
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.cells import Cells
 from analyses.records import Block, Metric, Result, format_table, load_result, metric_cell, number, summary_of_blocks
-from analyses.subjects.learning_rates import of_methods, trained_factor, tuned_factors
+from analyses.subjects.learning_rates import check_origin, factors_of, of_methods, trained_factor
 from analyses.subjects.training_run import RunConfig, method_cells, scores, training_run, tuning_split
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError
@@ -53,7 +53,7 @@ class Config(GridOutput):
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     """Options of every run."""
     rates_from: Path | None = None
-    """Earlier result of this analysis: use the learning rates it chose on its first task, and try no others."""
+    """Earlier result of this analysis: use the learning rates it chose on the same tasks, and try no others."""
     chosen_by: Literal["loss", "score"] = "loss"
     """Measure on held-out rows that chooses the learning rate; with rates_from, "score" chooses among its trials."""
     tuning_steps: int = 50
@@ -89,7 +89,9 @@ def find(config: Config, runs: Runs) -> Findings | None:
     methods = parse_methods(config.methods)
     compared, sources = [], {}
     for task, data in config.run.load_all(config.tasks).items():
-        sources[task] = {"source": data.source.rsplit("/", 1)[-1], "fingerprint": data.fingerprint}
+        check_origin(config.rates_from, data, config.run.model_identity)
+        sources[task] = {"source": data.source.rsplit("/", 1)[-1], "fingerprint": data.fingerprint,
+                         "all_rows": data.all_rows}  # fmt: skip
         compared += _task(config, runs.of(data, config.run.identity(data)), data, methods)
     if not compared or (runs.missing and not config.partial):
         return None
@@ -130,14 +132,14 @@ def _chosen(
     if config.rates_from is None:
         tried = {text: _tune(config, cells, data, text, method) for text, method in methods.items()}
     elif config.chosen_by == "loss":
-        return of_methods(methods, tuned_factors(config.rates_from), f"{config.rates_from}"), {t: {} for t in methods}
+        return factors_of(methods, config.rates_from, data.task.name), {t: {} for t in methods}
     else:
-        tried = of_methods(methods, tried_rates(config.rates_from), f"{config.rates_from}")
+        tried = of_methods(methods, tried_rates(config.rates_from, data.task.name), f"{config.rates_from}")
     return {text: best_factor(found, config.chosen_by) for text, found in tried.items() if found}, tried
 
 
-def tried_rates(comparison: Path) -> dict[str, dict[float, Trial]]:
-    """Trials of an earlier result on its first task, by method and by factor on the method's default rate.
+def tried_rates(comparison: Path, task: str) -> dict[str, dict[float, Trial]]:
+    """Trials of an earlier result on a task, by method and by factor on the method's default rate.
 
     Raises:
         UserError: The folder holds no such result, or the result took its rates from another.
@@ -149,7 +151,7 @@ def tried_rates(comparison: Path) -> dict[str, dict[float, Trial]]:
     common = result.config["run"]["training"].get("rate_multiplier", 1.0)
     tried: dict[str, dict[float, Trial]] = {}
     for row in rows:
-        if row["task"] == rows[0]["task"]:
+        if row["task"] == task:
             tried.setdefault(row["method"], {})[row["factor"] * common] = Trial(row["loss"], row["score"])
     return tried
 

@@ -29,6 +29,7 @@ from analyses.core.intervals import mean_interval
 from analyses.records import STAGES, Block, Metric, Result, load_result, metric_cell, summary_of_blocks
 from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
+from analyses.subjects.learning_rates import check_origin
 from analyses.subjects.options import KernelOptions
 from analyses.subjects.trained_methods import HEAD, one_output, tangents, with_head
 from propulsion.data import TaskData, load_task_data
@@ -141,6 +142,7 @@ def find(config: Config) -> Findings:
     methods = parse_methods(config.methods)
     steps = _measured(config)
     data = load_task_data(config.task, data_dir=config.data_dir)
+    check_origin(config.convergence, data, config.model_identity, analysis="convergence")
     found: dict[str, list[Spectral]] = {}
     for seed in config.seeds:
         kernels, labels = _kernels(config, methods, data, seed)

@@ -153,7 +153,8 @@ def find(config: Config, runs: Runs) -> Findings | None:
             "seed_scores": [{"seed": seed} | row for seed, cell in zip(seeds, found) for row in cell["scores"]],
         },
         arrays={name: array for name, array in first["arrays"].items() if name not in draws},
-        model=first["model"],
+        # A cell may be of the same model in another folder: the name is that of this call.
+        model=first["model"] | config.model_identity(),
         dataset=first["dataset"],
         seconds={name: sum(cell["seconds"][name] for cell in found) for name in first["seconds"]},
         coverage=first["coverage"],

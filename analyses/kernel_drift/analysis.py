@@ -16,7 +16,7 @@ from analyses.kernel_drift.tables import summary
 from analyses.records import STAGES
 from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
-from analyses.subjects.learning_rates import factors_of
+from analyses.subjects.learning_rates import check_origin, factors_of
 from analyses.subjects.training_run import RatedRuns, dataset_identity, method_cells, training_run
 from propulsion.data import TaskData
 from propulsion.errors import UserError
@@ -61,6 +61,7 @@ def find(config: Config, runs: Runs) -> Findings | None:
     methods = parse_methods(config.methods)
     factors = factors_of(methods, config.comparison, config.task)
     data = config.run.load(config.task)
+    check_origin(config.comparison, data, config.run.model_identity)
     tokenizer = config.run.start(data, seed=0)[1]
     length = config.run.training.max_length
     inputs, labels = held_out(data, tokenizer, config.n_examples, 0, max_length=length, device=config.run.device)

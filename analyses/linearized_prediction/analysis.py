@@ -23,15 +23,23 @@ from analyses.linearized_prediction.measures import (
 from analyses.linearized_prediction.setting import Config, Setting, setting_of
 from analyses.linearized_prediction.tables import summary
 from analyses.records import Metric
+from analyses.subjects.learning_rates import check_origin
 from propulsion.identity import model_content
+from propulsion.pretrained import fingerprint
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
     """Compute the missing cells and summarise all; None if some are still missing."""
     setting = setting_of(config)
-    cells = runs.of(setting.data, model_content(*setting.load(0)))
+    model, tokenizer = setting.load(0)
+    identity = {
+        "name": config.readout.name_of(config.model), "head": config.readout.head,
+        "pooling": config.readout.pooling_of(config.model), "fingerprint": fingerprint(model),
+    }  # fmt: skip
+    check_origin(config.comparison, setting.data, lambda: identity)
+    cells = runs.of(setting.data, model_content(model, tokenizer))
     outcomes = [outcome for seed in config.seeds for outcome in _outcomes(setting, cells, seed)]
-    return None if runs.missing else _summarised(setting, outcomes)
+    return None if runs.missing else _summarised(setting, outcomes, identity)
 
 
 def _outcomes(setting: Setting, shared: Cells, seed: int) -> list[Outcome]:
@@ -74,7 +82,7 @@ def _outcome(setting: Setting, size: int, seed: int, cells: list[dict[str, Any]]
     )
 
 
-def _summarised(setting: Setting, outcomes: list[Outcome]) -> Findings:
+def _summarised(setting: Setting, outcomes: list[Outcome], identity: dict[str, Any]) -> Findings:
     config = setting.config
     values: dict[tuple[str, str, str, str], list[float]] = {}
     for outcome in outcomes:
@@ -106,8 +114,7 @@ def _summarised(setting: Setting, outcomes: list[Outcome]) -> Findings:
             "losses": [{"size": o.size, "seed": o.seed, "method": t, "last_loss": v}
                        for o in outcomes for t, v in o.losses.items()],
         },
-        arrays=arrays, model={"name": config.readout.name_of(config.model), "head": config.readout.head,
-               "pooling": config.readout.pooling_of(config.model)},
+        arrays=arrays, model=identity,
         dataset={"name": config.task, "task": config.task, "metric": setting.data.task.metrics[0],
                  "source": setting.data.source.rsplit("/", 1)[-1], "fingerprint": setting.data.fingerprint},
         coverage=_coverage(setting),

@@ -115,7 +115,8 @@ def find(config: Config, runs: Runs) -> Findings | None:
         # Only the kernels and labels of the first seed are stored in the result; the cells keep those of all seeds.
         arrays={LABELS: first["arrays"][LABELS]}
         | {f"{STAGE}.{name}": first["arrays"][name] for name in (*names, *first["parts"])},
-        model=first["model"],
+        # A cell may be of the same model in another folder: the name is that of this call.
+        model=first["model"] | {"name": config.model_name},
         dataset=dataset_identity(data) | {"source": data.source},
         seconds={
             **{f"seed {seed}": cell["seconds"] for seed, cell in zip(config.seeds, found, strict=True)},

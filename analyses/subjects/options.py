@@ -8,7 +8,7 @@ import torch
 
 from propulsion.data import TaskData
 from propulsion.identity import model_content
-from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_pooling, load_classifier
+from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, fingerprint, load_classifier, pooling_of
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,12 @@ class DataOptions:
     """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     device: str = "cpu"
     """Torch device, such as cpu or cuda."""
+
+
+def model_identity(model: str | None, pooling: str) -> dict[str, str]:
+    """Name, pooling and fingerprint (`propulsion.pretrained.fingerprint`) of an encoder, as stored in results."""
+    network, _ = load_classifier(model, num_labels=2, pooling=pooling)
+    return {"name": model or DEFAULT_MODEL_NAME, "pooling": pooling_of(network), "fingerprint": fingerprint(network)}
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,8 @@ class EncoderOptions(DataOptions):
         return torch.float32
 
     def model_identity(self) -> dict[str, str]:
-        """Name of the model and its pooling, as stored in results."""
-        return {"name": self.model or DEFAULT_MODEL_NAME, "pooling": find_pooling(self.model, self.pooling)}
+        """Name, pooling and fingerprint of the model, as stored in results."""
+        return model_identity(self.model, self.pooling)
 
     def identity(self, data: TaskData) -> str:
         """Fingerprint of the model that every run starts from."""

@@ -82,7 +82,13 @@ class RatedRuns(TaskRuns):
 def dataset_identity(data: TaskData) -> dict[str, Any]:
     """Identity of a task and its rows, as stored in results."""
     names = None if data.task.is_regression else list(data.task.label_names)
-    return {"name": data.task.name, "task": data.task.name, "label_names": names, "fingerprint": data.fingerprint}
+    return {
+        "name": data.task.name,
+        "task": data.task.name,
+        "label_names": names,
+        "fingerprint": data.fingerprint,
+        "all_rows": data.all_rows,
+    }
 
 
 def method_cells(

@@ -12,6 +12,7 @@ import ntk
 from analyses.core.analysis import Analysis, Findings, Output
 from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from analyses.subjects.batch import held_out
+from analyses.subjects.options import model_identity
 from analyses.subjects.parameters import backbone_prefix, backbone_tuning, backbone_weights
 from analyses.theorem1.positions import POSITIONS, distances, encoder_kernels, rows_of, transformer_kernels
 from ntk.adapters import Propulsion
@@ -20,7 +21,7 @@ from ntk.infinite.networks import MLP, Recipe, ResidualMLP, Transformer, is_mult
 from propulsion.data import load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
-from propulsion.pretrained import Pooling, find_pooling, load_classifier
+from propulsion.pretrained import Pooling, load_classifier
 
 Kernels = tuple[Tensor, Tensor, Tensor]  # Full fine-tuning of all parameters, of the weights, and Propulsion.
 MEASURES = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
@@ -187,7 +188,7 @@ def find(config: Config) -> Findings:
         ],
         tables={"cases": rows, "positions": by_position},
         arrays=arrays,
-        model={"name": "random networks and the packaged encoder", "pooling": find_pooling(None, config.pooling)},
+        model=model_identity(None, config.pooling) | {"name": "random networks and the packaged encoder"},
         dataset={"name": f"Gaussian inputs, {config.task}"},
         coverage={"full": "every parameter but a transformer's head", "weights": "matrices and embeddings",
                   "propulsion": "a multiplier on every layer but the readout"},

@@ -53,6 +53,7 @@ class TaskData:
             rows, it covers the name of their source.
         stream: Training rows that are read as they are needed; None unless streaming was asked for.
         origins: The sources of the loaded rows.
+        all_rows: SHA-256 of all rows of the loaded splits, before some were drawn; None of rows of another origin.
     """
 
     task: Task
@@ -62,6 +63,7 @@ class TaskData:
     fingerprint: str
     stream: IterableDataset | None = None
     origins: tuple[Origin, ...] = ()
+    all_rows: str | None = None
 
 
 def load_task_data(
@@ -97,7 +99,8 @@ def load_task_data(
     source = source_of(entry, data_dir)
     sizes = {split: n for split, n in zip(SPLITS, (n_train, n_validation)) if not (streaming and split == "train")}
     splits = together(*(partial(_read_split, entry, source, split, n, seed) for split, n in sizes.items()))
-    rows, notes = {split: columns for split, (columns, _, _, _) in zip(sizes, splits)}, [note for *_, note in splits]
+    rows = {split: columns for split, (columns, *_) in zip(sizes, splits)}
+    notes = [note for *_, note, _ in splits]
     if streaming:
         notes.insert(0, f"train rows streamed{'' if n_train is None else f', the first {n_train}'}")
         rows["train"] = {name: [] for name in kind_of(entry).features(entry)}
@@ -106,14 +109,15 @@ def load_task_data(
         task=entry, train=sets["train"], validation=sets["validation"], source=f"{source.origin}; {', '.join(notes)}",
         fingerprint=content_identity(rows | ({"streamed": source.origin} if streaming else {})),
         stream=_stream(entry, source, n_train) if streaming else None,
-        origins=tuple(Origin(sets[split], name, locations) for split, (_, name, locations, _) in zip(sizes, splits)),
+        origins=tuple(Origin(sets[split], name, locations) for split, (_, name, locations, *_) in zip(sizes, splits)),
+        all_rows=content_identity([digest for *_, digest in splits]),
     )  # fmt: skip
 
 
 def _read_split(
     task: Task, source: Source, split: str, n: int | None, seed: int
-) -> tuple[Columns, str, list[str], str]:
-    """The drawn rows of a split, the split's name, the location of each row, and in words how they were drawn."""
+) -> tuple[Columns, str, list[str], str, str]:
+    """The drawn rows of a split, its name, the location of each row, how they were drawn, and a hash of all rows."""
     name, rows = source.read(split)
     columns, locations, left_out = _checked(task, name, rows, leave_out=source.leaves_out_blank)
     if task.kind in ("classification", "regression"):
@@ -122,7 +126,7 @@ def _read_split(
     note = f"{len(chosen)} of {len(locations)} {split} rows"
     note += "" if len(chosen) == len(locations) else f" drawn with seed {seed}"
     note += f" ({left_out} without text left out)" if left_out else ""
-    return select(columns, chosen), name, [locations[row] for row in chosen], note
+    return select(columns, chosen), name, [locations[row] for row in chosen], note, content_identity(columns)
 
 
 def _checked(task: Task, name: str, rows: Iterable[Row], *, leave_out: bool) -> tuple[Columns, list[str], int]:

@@ -23,8 +23,11 @@ from analyses.core import analysis as core
 from analyses.core.analysis import Analysis, GridOutput
 from analyses.core.cells import PLACES, Grid, settings_of
 from analyses.core.errors import MISTAKES
-from analyses.records import load_result
+from analyses.records import Metric, Result, load_result, write_result
+from analyses.spectrum import MEASURED
+from analyses.subjects.options import model_identity
 from analyses.subjects.training_run import RunConfig
+from propulsion.data import load_task_data
 from propulsion.data.tasks import get_task
 from propulsion.training import TrainingOptions
 
@@ -82,6 +85,10 @@ SMALLEST = {
     "width_convergence": lambda model: {"activations": ("relu",), "widths": (16, 32), "draws": 2},
 }  # fmt: skip
 """By analysis, the options of its smallest sensible configuration, of a model in a folder."""
+
+
+ENCODERS = dict.fromkeys(("complexity", "johnson_lindenstrauss", "parameter_count", "width_convergence"), False)
+"""Analyses without a pre-trained model; all others store the fingerprint of theirs."""
 
 
 def every_analysis() -> dict[str, Analysis]:
@@ -157,6 +164,8 @@ def test_a_killed_run_leaves_no_result_and_the_same_command_makes_it(asked, monk
     analysis.publish(config)
     result = load_result(folder, analysis=analysis.name)
     assert result.metrics
+    of_a_network = ENCODERS.get(analysis.name, True)
+    assert ("fingerprint" in result.model) == of_a_network
     assert result.config.keys() == vars(config).keys()
     assert {name: content for name, content in files(cells).items() if name in before} == before
     assert not [path for path in folder.parent.iterdir() if "partial" in path.name]
@@ -333,6 +342,55 @@ def test_cells_follow_rows_and_weights_and_no_names(analysis, rows, models, tmp_
     assert settings("moved", "one") == first
     for data, model in (("other", "one"), ("one", "weight"), ("one", "config")):
         assert settings(data, model) != first, (data, model)
+
+
+READS = {"comparison": "method_comparison", "rates_from": "method_comparison", "convergence": "convergence"}
+"""Analysis of the earlier result that an option names."""
+
+
+@pytest.mark.parametrize("differs", ["", "rows", "model", "task"])
+@pytest.mark.parametrize(
+    ("analysis", "option"),
+    [pytest.param(a, f.name, id=f"{n}-{f.name}") for n, a in ANALYSES.items() for f in dataclasses.fields(a.config)
+     if f.name in READS],
+)  # fmt: skip
+def test_an_earlier_result_must_be_of_the_same_task_rows_and_model(
+    analysis, option, differs, rows, models, tmp_path, monkeypatch
+):
+    inputs = {"data_dir": rows["one"], "model": str(models["one"])}
+    config = analysis.config(output_dir=tmp_path / "result", **{option: tmp_path / "earlier"})
+    methods = ("full", "lora", "head")
+    config = replace(config, methods=methods)
+    if hasattr(config, "run"):
+        config = replace(
+            config, run=replace(config.run, training=replace(config.run.training, max_length=32), **inputs)
+        )
+    else:
+        config = replace(config, **inputs)
+    task = "sst2" if differs == "task" else "demo"
+    all_rows = load_task_data("demo", data_dir=rows["other" if differs == "rows" else "one"]).all_rows
+    planted = Result(
+        analysis=READS[option], config={"run": {"training": {}}}, seed=0, arrays={}, environment={}, seconds={},
+        metrics=[Metric(MEASURED, 3.0, None, None, "steps", "trained", method, "") for method in methods],
+        tables={"summary": [{"task": "demo", "method": method, "rate_factor": 1.0} for method in methods]},
+        model=model_identity(str(models["weight" if differs == "model" else "copy"]), "auto"), coverage={},
+        dataset={"name": task, "tasks": {task: {"all_rows": all_rows}}},
+    )  # fmt: skip
+    write_result(planted, tmp_path / "earlier")
+
+    def stop(*_, **__):
+        raise Asked
+
+    monkeypatch.setattr(Grid, "cell", stop)
+    for module in ("delta_weights.training_run", "spectrum._kernels"):
+        monkeypatch.setattr(f"analyses.{module}", stop)
+    if not differs:
+        with pytest.raises(Asked):
+            analysis.run(config)
+        return
+    words = {"rows": "is of other data of demo", "model": "is of another model", "task": "is of sst2, not of demo"}
+    with pytest.raises(MISTAKES, match=words[differs]):
+        analysis.run(config)
 
 
 def leaves(config, prefix=""):
