@@ -2,6 +2,7 @@
 
 import base64
 import io
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from analyses.claims.report import (
     number_in_words,
     verdict_in_words,
 )
+from analyses.records import RecordError
+from analyses.records.errors import one_line
 
 THEOREM = ("theorem1-literal", "theorem1-corrected", "theorem1-scale")
 """Claims at the top of the page."""
@@ -55,11 +58,19 @@ def pictures(root: Path, folders: Iterable[str], captions: Mapping[str, str]) ->
         root: The folder of all results.
         folders: The result folders below it.
         captions: Captions by the figure's file name without suffix.
+
+    Raises:
+        RecordError: A PNG is damaged.
     """
     found = []
     for folder in folders:
         for path in sorted((root / folder).glob("*.png")):
-            data, width, height = _reduced(path)
+            try:
+                data, width, height = _reduced(path)
+            except (OSError, SyntaxError, ValueError, zlib.error) as error:  # What Pillow raises of damaged files.
+                raise RecordError(
+                    f"{path} is damaged ({one_line(error)}): draw it again with python -m figures.all {root}"
+                ) from error
             found.append(Picture(f"{folder}/{path.stem}", data, width, height, captions.get(path.stem, path.stem)))
     return found
 

@@ -21,7 +21,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         UserError: Another process holds the lock, which the message names; or the file cannot be written.
     """
-    folder = folder.expanduser().absolute()
+    folder = Path(os.path.realpath(folder.expanduser()))  # The same folder has one lock by all of its names.
     path = folder.with_name(f".{folder.name}.lock")
     lock = FileLock(path)
     with explained(f"lock the folder {folder}"):

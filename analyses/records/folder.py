@@ -381,7 +381,7 @@ def _renamed(config: dict[str, Any]) -> dict[str, Any]:
 def _metric(stored: dict[str, Any]) -> Metric:
     # JSON has one type of number: 1.0 may be written as 1 by another tool, and is then read as an integer.
     value = stored["value"]
-    ends = {end: None if stored[end] is None else float(stored[end]) for end in ("low", "high")}
+    ends: dict[str, Any] = {end: None if stored[end] is None else float(stored[end]) for end in ("low", "high")}
     return Metric(**stored | ends | {"value": math.nan if value is None else float(value)})
 
 

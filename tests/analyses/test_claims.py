@@ -22,10 +22,11 @@ from analyses.claims import __main__ as claims
 from analyses.claims import commands, report
 from analyses.claims import plan as runs
 from analyses.claims.judge import CLAIMS, load_tree
+from analyses.claims.page import pictures
 from analyses.core.cells import Grid
 from analyses.core.command_line import configured, default_options, options_of
 from analyses.core.errors import MISTAKES
-from analyses.records import RESULT_FILE
+from analyses.records import RESULT_FILE, RecordError
 from figures.all import captions
 from propulsion.errors import UserError
 
@@ -422,6 +423,19 @@ def test_mistakes(tmp_path):
     assert "holds a quick run" in message(output_dir=tmp_path)
     (tmp_path / "file").touch()
     assert "cannot write" in message(output_dir=tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "flipped"])
+def test_a_broken_figure_is_named(tmp_path, damage):
+    """By its path in one line, with the command that draws it again."""
+    content = (ROOT / STORED / "theorem1" / "theorem1.png").read_bytes()
+    damaged = {"empty": b"", "cut": content[: len(content) // 2], "text": b"no figure",
+               "flipped": content[:40] + b"\xff\xff\xff\xff" + content[44:]}  # fmt: skip
+    (tmp_path / "theorem1").mkdir()
+    path = tmp_path / "theorem1" / "theorem1.png"
+    path.write_bytes(damaged[damage])
+    with pytest.raises(RecordError, match=f"^{path} is damaged .*python -m figures.all {tmp_path}$"):
+        pictures(tmp_path, ["theorem1"], {})
 
 
 def test_figures_of_the_page_have_captions():

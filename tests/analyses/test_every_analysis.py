@@ -173,6 +173,26 @@ def test_a_killed_run_leaves_no_result_and_the_same_command_makes_it(asked, monk
     assert "\n| " in f"\n{analysis.summary(result, markdown=True)}"
 
 
+def test_cells_are_published_under_the_name_of_the_model_that_was_asked_for(asked, models, tmp_path):
+    """Cells of a model serve its copy in another folder, whose name the result then has."""
+    analysis, config, folder = asked
+    if not isinstance(config, GridOutput):
+        return
+    copy = {"model": str(models["copy"])}
+    new = replace(config, **({"run": replace(config.run, **copy)} if hasattr(config, "run") else copy),
+                  output_dir=tmp_path / "result", runs_dir=folder.with_name("result-runs"))  # fmt: skip
+    before = files(new.runs_dir)
+    result, first = analysis.run(new), load_result(folder)
+    assert files(new.runs_dir) == before
+    assert result.model["fingerprint"] == first.model["fingerprint"]
+    by_path = {key for key, value in first.model.items() if value == model_of(config)}
+    assert {key: result.model[key] for key in by_path} == dict.fromkeys(by_path, copy["model"])
+
+
+def model_of(config):
+    return getattr(config, "run", config).model
+
+
 def test_its_figure_is_drawn_again_to_the_same_bytes(asked, tmp_path):
     analysis, _, folder = asked
     own = ("result.json", "kernels.npz", "SHA256SUMS")
