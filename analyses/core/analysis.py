@@ -163,7 +163,7 @@ class Analysis(Generic[C]):
                 raise UserError(f"{name} must be finite; got {value}")
             if isinstance(value, tuple) and (again := [one for one in value if value.count(one) > 1]):
                 raise UserError(f"{name} must be different from each other; {again[0]} is given more than once")
-        for task in (*getattr(config, "tasks", ()), *([config.task] if hasattr(config, "task") else ())):
+        for task in filter(None, (*getattr(config, "tasks", ()), getattr(config, "task", None))):
             get_task(task)
         if isinstance(methods := getattr(config, "methods", None), tuple):
             parse_methods(methods)

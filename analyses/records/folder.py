@@ -381,8 +381,9 @@ def _renamed(config: dict[str, Any]) -> dict[str, Any]:
 def _metric(stored: dict[str, Any]) -> Metric:
     # JSON has one type of number: 1.0 may be written as 1 by another tool, and is then read as an integer.
     value = stored["value"]
-    ends: dict[str, Any] = {end: None if stored[end] is None else float(stored[end]) for end in ("low", "high")}
-    return Metric(**stored | ends | {"value": math.nan if value is None else float(value)})
+    numbers: dict[str, Any] = {end: None if stored[end] is None else float(stored[end]) for end in ("low", "high")}
+    numbers["value"] = math.nan if value is None else float(value)
+    return Metric(**stored | numbers)
 
 
 # What numpy raises of damaged files: of a header that claims too much memory, of an unknown compression, of a flag
