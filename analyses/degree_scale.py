@@ -117,7 +117,7 @@ def architecture_rows(config: Config) -> Iterator[dict[str, Any]]:
         for name, model_config in architectures(width).items():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
-                model = hf.AutoModelForSequenceClassification.from_config(model_config)
+                model = hf.AutoModelForSequenceClassification.from_config(model_config, trust_remote_code=False)
             yield _row("random architecture", name, *_diagonals(model, inputs), config, width=width, depth=4,
                        expected=1 / model_config.initializer_range)  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk import outputs
@@ -19,6 +21,10 @@ from ntk.own_state import OwnState, parameter_hooks
 Parameters = dict[str, Tensor]
 Leaves = dict[str, nn.Parameter]
 ParameterChoice = str | Callable[[str, nn.Parameter], bool]
+
+# Kernels of one process are computed one after another: each changes the mode and gradients of its model, and settings
+# and random states that torch has once for the whole process. A thread may take the lock again.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def select_parameters(model: nn.Module, params: ParameterChoice = "all") -> Parameters:
@@ -147,7 +153,15 @@ class RandomNumbers(ValueError):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without the fused path of attention and without compilation; every module's mode is restored."""
+    """Evaluation mode, without the fused path of attention and without compilation; every module's mode is restored.
+
+    Other threads wait at this place until the block is done.
+    """
+    with _ONE_AT_A_TIME:
+        yield from _evaluating(model)
+
+
+def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     # torch._dynamo takes seconds to import, and nothing is compiled unless it is imported already.
@@ -171,6 +185,9 @@ def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
     attention does not use its fused kernels, which lack some derivatives; hooks on parameters' gradients do not run.
     It works inside of ``torch.inference_mode`` too. Memory: a copy of the buffers.
 
+    Other threads that compute a kernel wait until the block is done. Meanwhile they may draw random numbers, but must
+    not call, train or change this model.
+
     Raises:
         ValueError: a batch is on another device than the model, or not finite; the model was made in inference mode;
             the block drew random numbers or changed a parameter or buffer, so that the outputs are not a function of
@@ -179,10 +196,15 @@ def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
     check_devices(model, batches)
     check_finite(batches)
     _check_made_for_gradients(model)
+    with _ONE_AT_A_TIME:
+        yield from _evaluation(model, batches)
+
+
+def _evaluation(model: nn.Module, batches: tuple[Inputs | None, ...]) -> Iterator[None]:
     hooks = [(table, dict(table)) for table in parameter_hooks(model)]
     before, others = _random_state(), (random.getstate(), np.random.get_state())  # noqa: NPY002  (others' draws)
     state, versions = OwnState(model), _versions(model)
-    start = None
+    start, drawn_elsewhere, alone = None, False, threading.active_count() == 1
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         try:
             for table, _ in hooks:
@@ -198,8 +220,11 @@ def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
         else:
             _check_unchanged(model, versions)
             if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
-                _check_settings(state, None)
-                raise RandomNumbers
+                alone = (alone and threading.active_count() == 1) or not any(batch is not None for batch in batches)
+                drawn_elsewhere = not alone and not _draws(model, batches)
+                if not drawn_elsewhere:
+                    _check_settings(state, None)
+                    raise RandomNumbers
         finally:
             if start is not None:
                 start.remove()
@@ -208,10 +233,40 @@ def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
             state.restore(finally_=True)
             random.setstate(others[0])
             np.random.set_state(others[1])  # noqa: NPY002
-            if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
+            moved = not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True))
+            if moved and not drawn_elsewhere:
                 torch.set_rng_state(before[0])
                 if before[1:]:
                     torch.cuda.set_rng_state_all(before[1:])
+
+
+class _SeenDraws(TorchDispatchMode):
+    """Notes whether an operation of the calling thread draws random numbers, by torch's own tag of such operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+            given |= dict(zip((a.name for a in func._schema.arguments), args)) | (kwargs or {})
+            # Attention and noisy activations have the tag also where they draw nothing.
+            self.any |= all(given.get(name) not in (False, 0) for name in ("dropout_p", "train", "training"))
+        return func(*args, **(kwargs or {}))
+
+
+def _draws(model: nn.Module, batches: tuple[Inputs | None, ...]) -> bool:
+    """Whether the model itself draws random numbers, and not another thread: all share one generator.
+
+    The model is called once more, under a mode that sees the operations of this thread alone.
+    """
+    with _SeenDraws() as seen:
+        for batch in batches:
+            if batch is not None:
+                copied = fresh(batch)
+                _ = model(copied) if isinstance(copied, Tensor) else model(**copied)
+    return seen.any
 
 
 def _check_made_for_gradients(model: nn.Module) -> None:

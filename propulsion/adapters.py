@@ -1,18 +1,19 @@
 """Saved adapters, with a record of the base model that each belongs to."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from safetensors import SafetensorError
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
 
 from propulsion.atomic import write_json
-from propulsion.errors import UserError, first_line
+from propulsion.errors import UserError, explained, library_errors, listed
 from propulsion.pretrained import fingerprint, pooling_of
+from propulsion.user_files import expanded, read_json
 
-BASE_FILE = "base_model.json"
+BASE_FILE, CONFIG_FILE = "base_model.json", "adapter_config.json"
 
 
 def save_base(folder: Path, base: str, config: Any = None, pooling: str = "pooler") -> None:
@@ -71,23 +72,44 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         The model with the adapter and its names of labels.
 
     Raises:
-        UserError: The folder holds no adapter, or an adapter of another base model.
+        UserError: The folder holds no adapter, an adapter of another base model, or files that are damaged: weights
+            that are not finite, or not those that the adapter has on this model.
     """
-    folder = folder.expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} holds no adapter: it has no adapter_config.json")
-    record = folder / BASE_FILE
-    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    folder = expanded(folder)
+    with explained(f"read the folder {folder}"):
+        if not (folder / CONFIG_FILE).is_file():
+            raise UserError(f"{folder} holds no adapter: it has no {CONFIG_FILE}")
+        record = folder / BASE_FILE
+        known = read_json(record, needed="fingerprint") if record.is_file() else {}
+    read_json(folder / CONFIG_FILE, needed="peft_type")
     if known and (trained := known.get("pooling", "pooler")) != (here := pooling_of(model)):
         raise UserError(f"the adapter in {folder} was trained with pooling {trained}, and the model has {here}")
     if known and fingerprint(model) != known["fingerprint"]:
         raise UserError(f"the adapter in {folder} is of another base model: this model has other weights")
-    try:
+    with library_errors(
+        f"the adapter in {folder} does not fit this model; it is damaged, or may be of another base model"
+    ):
+        weights = load_peft_weights(str(folder), device="cpu")
         loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        raise UserError(
-            f"the adapter in {folder} does not fit this model, and may be of another base model: {first_line(error)}"
-        ) from error
+        _check_weights(loaded, weights, folder)
     if len(names := known.get("label_names", ())) == getattr(model.config, "num_labels", None):
         name_labels(model.config, names)
     return loaded
+
+
+def _check_weights(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Check that the weights of a saved adapter are finite, and that they are all that the adapter has on this model.
+
+    peft keeps the random start of weights that the file lacks, and ignores those that it does not know.
+    """
+    if damaged := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
+        raise UserError(f"the adapter in {folder} is damaged: {damaged[0]} holds values that are not finite")
+    # Weights of the base model's embeddings may be saved with an adapter, or not.
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    allowed = get_peft_model_state_dict(model, save_embedding_layers=True)
+    absent, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - allowed.keys())
+    problems = [f"it lacks {listed(absent)}"] if absent else []
+    if unknown:
+        problems.append(f"there is no place for {listed(unknown)}")
+    if problems:
+        raise UserError(f"the adapter in {folder} does not fit this model: {'; '.join(problems)}")

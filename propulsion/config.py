@@ -9,11 +9,15 @@ from typing import ClassVar
 
 from peft import PeftConfig
 
+from propulsion.errors import did_you_mean
 from propulsion.positions import POSITIONS
 from propulsion.registration import METHOD, PROPULSION
 from propulsion.scale import POOLINGS
 
 BIASES = ("none", "all", f"{METHOD}_only")
+
+# Near 1, neighbouring float32 values of z are 1e-7 apart, and change z^k by a tenth at this degree.
+LARGEST_DEGREE = 1_000_000
 
 
 @dataclass
@@ -91,7 +95,8 @@ class PropulsionConfig(PeftConfig):
         elif not self.target_modules:
             raise ValueError(f"expected at least one target module, got {self.target_modules!r}: name some, or drop it")
         if self.bias not in BIASES:
-            raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}; got {self.bias!r}")
+            close = did_you_mean(str(self.bias), BIASES)
+            raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}; got {self.bias!r}{close}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, got None: give the indices of the blocks")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -110,10 +115,14 @@ class PropulsionConfig(PeftConfig):
 
 def _checked_degree(degree: int | float) -> int | float:
     """Return an integral degree as an int, so that z^k is then an integer power however k was written."""
-    # Larger degrees have no finite powers, and some do not convert to a float.
     is_number = isinstance(degree, numbers.Real) and not isinstance(degree, bool)
-    if not is_number or not 0 < degree < 1e38:
+    if not is_number or not 0 < degree < float("inf"):
         raise ValueError(f"degree must be a finite number > 0, got {degree!r}: use for example 15, the paper's")
+    if degree > LARGEST_DEGREE:
+        raise ValueError(
+            f"degree must be at most {LARGEST_DEGREE:,}, got {degree!r}: z^k would change too much between "
+            "neighbouring float32 values of z"
+        )
     return int(degree) if degree == int(degree) else float(degree)
 
 
@@ -144,7 +153,8 @@ def _check_start(config: PropulsionConfig) -> None:
     if config.lean not in (None, True, False):
         raise ValueError(f"lean must be True, False or None, got {config.lean!r}")
     if config.pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}; got {config.pooling!r}")
+        close = did_you_mean(str(config.pooling), POOLINGS)
+        raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}; got {config.pooling!r}{close}")
     if config.vectors > 1 and config.init_value <= 0:
         raise ValueError(
             f"several vectors need an init_value > 0, got {config.init_value!r}: their initial values are spread in "
@@ -157,8 +167,9 @@ def _checked_positions(positions: list[str] | tuple[str, ...] | str) -> list[str
     names: list = list(positions) if is_several else [positions]
     unknown = [name for name in names if name not in POSITIONS]
     if unknown or not names:
+        close = did_you_mean(str(unknown[0]), POSITIONS) if unknown else ""
         raise ValueError(
-            f"positions must be one or several of {', '.join(map(repr, POSITIONS))}; got {positions!r}. "
+            f"positions must be one or several of {', '.join(map(repr, POSITIONS))}; got {positions!r}{close}. "
             "Name other modules with target_modules"
         )
     return positions if isinstance(positions, str) else names

@@ -1,13 +1,17 @@
 """Exceptions for mistakes of the user, and their report by commands in one line."""
 
+import difflib
+import errno
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+import torch
 
 
 class UserError(ValueError):
@@ -45,6 +49,10 @@ class Diverged(UserError):
     """The loss or a weight stopped being finite in training."""
 
 
+class NotFinite(UserError):
+    """The outputs of a model are not finite, so that they predict nothing."""
+
+
 class Interrupted(KeyboardInterrupt):
     """An interrupt of work that can be resumed: its message says what is kept and how to resume."""
 
@@ -53,11 +61,18 @@ class Terminated(KeyboardInterrupt):
     """The signal SIGTERM, which a batch system sends when the time of a job is over."""
 
 
+# Errors of the operating system about a path that the user named, or about a disk that cannot be written.
+_ABOUT_PATHS = (
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+)  # fmt: skip
+
+
 def run_command(main: Callable[[], None], *, mistakes: tuple[type[Exception], ...] = (UserError,)) -> None:
     """Run a command's main function, turning the user's mistakes into one line on stderr.
 
-    Exit codes: 2 after one of the mistakes, 130 after an interrupt and 143 after SIGTERM, as in shells. Any other
-    exception is a defect of this package and keeps its traceback.
+    Exit codes: 2 after one of the mistakes, or a path that cannot be used (a name that is too long, a folder that may
+    not be read, a full disk); 130 after an interrupt and 143 after SIGTERM, as in shells. Any other exception is a
+    defect of this package and keeps its traceback.
     """
     # Such warnings announce changes of libraries, and the user of a command can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -66,6 +81,11 @@ def run_command(main: Callable[[], None], *, mistakes: tuple[type[Exception], ..
             main()
     except mistakes as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _ABOUT_PATHS or error.filename is None:
+            raise
+        print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)
@@ -99,6 +119,30 @@ def explained(what: str, more: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot {what}: {error.strerror or error}{more}") from error
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turn whatever a library raises in the block into a `UserError`: "WHAT: REASON".
+
+    It is for calls that hand a library the user's files or options. Libraries check few of these, and a wrong one may
+    raise any exception. Mistakes that are found already and a lack of memory pass unchanged.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Messages of other types, such as KeyError and TypeError, are fragments without the name of the type.
+        explains = isinstance(error, (OSError, ValueError, RuntimeError, ImportError, AssertionError))
+        name = "" if explains and str(error) else f"{type(error).__name__}: "
+        raise UserError(f"{what}: {name}{first_line(error)}") from error
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean X?)" for the known names that are similar to an unknown one; "" if none is."""
+    close = difflib.get_close_matches(name, list(known), n=2)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 _SHOWN = 3  # Number of items that a message lists.

@@ -1,5 +1,6 @@
 """Replacement of a loaded adapter by a saved one, without compiling a compiled model again."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import nn
 from propulsion.config import PropulsionConfig
 from propulsion.layer import adapted_layers
 
+# Two swaps at once would leave a mixture of two adapters.
+_ONE_AT_A_TIME = threading.Lock()
+
 # Fields of the configuration that are constants in a compiled model.
 _FIXED = ("degree", "degree_pattern", "vectors", "pooling")
 
@@ -18,7 +22,8 @@ _FIXED = ("degree", "degree_pattern", "vectors", "pooling")
 def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "default") -> None:
     """Overwrite an adapter by one that `save_pretrained` wrote, in place, as `peft.utils.hotswap` does for LoRA.
 
-    Modules that were trained in full, such as a head, are overwritten too.
+    Modules that were trained in full, such as a head, are overwritten too. No thread may run the model meanwhile: its
+    outputs would mix the two adapters.
 
     Args:
         model: a PeftModel with the adapter, compiled or not.
@@ -54,6 +59,6 @@ def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "d
     for name, p in own.items():
         if p.shape != values[name].shape:
             raise ValueError(f"expected {name} of shape {tuple(p.shape)}, got {tuple(values[name].shape)}")
-    with torch.no_grad():
+    with _ONE_AT_A_TIME, torch.no_grad():
         for name, p in own.items():  # In place, since a compiled model holds the parameters' memory.
             p.copy_(values[name])

@@ -1,5 +1,6 @@
 """The layer of Propulsion: y = z^k * v (Kowsher et al. 2024, Eq. 1-3)."""
 
+import threading
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -74,7 +75,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self._together: list[PropulsionLayer] = []
         self._key = name
         self._was_read = False
-        self._of_examples: list[str] | None = None
+        self._of_examples: dict[int, list[str]] = {}  # By the thread that runs the batch.
         # Last, since attributes that the layer beneath has would be set on it (`__setattr__`).
         self.base_layer = base_layer
         self.propulsion_z = Scales()
@@ -122,8 +123,9 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         value: Any = self.base_weight if name == "weight" else self.get_base_layer().bias
         if value is None or self.disable_adapters or self.merged or quantised.is_quantised(value):
             return value
-        names = self.active_adapters if self._of_examples is None else self._of_examples
-        if self._of_examples is not None and len(set(names)) > 1 and set(names) & set(self.propulsion_z):
+        mixed = self._of_examples.get(threading.get_ident()) if self._of_examples else None
+        names = self.active_adapters if mixed is None else mixed
+        if mixed is not None and len(set(mixed)) > 1 and set(mixed) & set(self.propulsion_z):
             return OfSeveralAdapters.of(value, self._key)
         scale = self.scale(list(dict.fromkeys(names)))
         if scale is None:
@@ -253,7 +255,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy the layer without references to the model's other layers."""
-        return {**self.__dict__, "_together": [], "_far": ((), False)}
+        return {**self.__dict__, "_together": [], "_far": ((), False), "_of_examples": {}}
 
     def _state(self) -> tuple:
         """A value that changes whenever any z, or the set of active adapters, does."""

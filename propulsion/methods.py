@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from propulsion import registration as _registration  # noqa: F401  Importing the package registers Propulsion.
-from propulsion.errors import UserError, one_line
+from propulsion.errors import UserError, did_you_mean, library_errors
 from propulsion.heads import HEADED, head_modules
 from propulsion.positions import is_norm
 
@@ -102,7 +102,8 @@ def check_name(name: str) -> None:
         UserError: There is no such method; the message lists all.
     """
     if name not in method_names():
-        raise UserError(f"unknown method {name!r}: the methods are {', '.join(method_names())}")
+        close = did_you_mean(name, method_names())
+        raise UserError(f"unknown method {name!r}{close}: the methods are {', '.join(method_names())}")
 
 
 def option_names(name: str) -> set[str]:
@@ -129,24 +130,23 @@ def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed
         UserError: The method or an option is unknown, or cannot be used on this model.
     """
     check_name(method.name)
-    if unknown := set(method.options) - option_names(method.name):
-        known = ", ".join(sorted(option_names(method.name) - set(_RESERVED))) or "none"
-        raise UserError(f"method {method.name} has no option {', '.join(sorted(unknown))}; its options: {known}")
+    if unknown := sorted(set(method.options) - option_names(method.name)):
+        options = sorted(option_names(method.name) - set(_RESERVED))
+        close = did_you_mean(unknown[0], options)
+        known = ", ".join(options) or "none"
+        raise UserError(f"method {method.name} has no option {', '.join(unknown)}{close}; its options: {known}")
     if reserved := set(method.options) & set(_RESERVED):
         raise UserError(f"option {', '.join(sorted(reserved))} follows from the task and cannot be given")
     head = head_modules(model) if task_type in HEADED else []
     if method.name in _OWN:
         _apply_own(model, method.name, head)
         return model
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return get_peft_model(model, _config(model, method, task_type, head))
-    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, AssertionError) as error:
-        # peft does not check the types of options, and its TypeError does not name the option.
-        options = [f"{n}={v}" for n, v in method.options.items()] if isinstance(error, TypeError) else []
-        given = f", with {', '.join(options)}," if options else ""
-        raise UserError(f"method {method.name}{given} cannot be used here: {one_line(error)}") from error
+    # peft checks few of its options, and its messages may not name them.
+    given = ", ".join(f"{name}={value}" for name, value in method.options.items())
+    what = f"method {method.name}{f', with {given},' if given else ''} cannot be used here"
+    with library_errors(what), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, _config(model, method, task_type, head))
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -154,7 +155,7 @@ class PropulsionModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Pass `adapter_names`, one for each example, to every adapted layer."""
+        """Pass `adapter_names`, one for each example, to every adapted layer that this thread calls."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -175,11 +176,13 @@ class PropulsionModel(BaseTuner):
         def of(module: nn.Module) -> list[str]:
             return names if id(module) in inside else repeated  # the encoder runs before rows are repeated for beams
 
-        def hand_over(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            return args, {**kwargs, "adapter_names": of(module)}
+        thread = threading.get_ident()  # Hooks also run where another thread calls the model.
+
+        def hand_over(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            return (args, {**kwargs, "adapter_names": of(module)}) if threading.get_ident() == thread else None
 
         def by_own_copies(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            return heads.of_each_example(module, of(module), args, kwargs)
+            return heads.of_each_example(module, of(module), args, kwargs) if threading.get_ident() == thread else None
 
         handles = []
         try:
@@ -279,15 +282,18 @@ class PropulsionModel(BaseTuner):
 
 @contextmanager
 def _read_as(model: nn.Module, adapter_names: list[str]) -> Iterator[None]:
-    """In the block, weights that the model reads from layers are scaled by these adapters, not by the active ones."""
-    layers = adapted_layers(model)
+    """In the block, weights that the model reads from layers are scaled by these adapters, not by the active ones.
+
+    This holds for the calling thread alone.
+    """
+    layers, thread = adapted_layers(model), threading.get_ident()
     for layer in layers:
-        layer._of_examples = adapter_names
+        layer._of_examples[thread] = adapter_names
     try:
         yield
     finally:
         for layer in layers:
-            layer._of_examples = None
+            del layer._of_examples[thread]
 
 
 def _weighed(scale: Any, weight: float) -> Any:

@@ -32,7 +32,7 @@ from propulsion.adapters import load_adapter, name_labels
 from propulsion.data import TaskData, check_inputs, load_task_data
 from propulsion.data.kinds import kind_of
 from propulsion.data.tasks import get_task
-from propulsion.errors import Interrupted, UserError, one_line, run_command
+from propulsion.errors import Interrupted, UserError, did_you_mean, one_line, run_command
 from propulsion.identity import model_content, weights_identity
 from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
 from propulsion.pretrained import fingerprint, load_model, pooling_of
@@ -46,6 +46,7 @@ from propulsion.training.nothing_learnt import signs
 from propulsion.training.presets import PRESETS, describe, get_preset
 from propulsion.training.sharding import check_sharding, prepare_sharding
 from propulsion.training.trainer import WITHOUT_OVERWRITE, TaskTrainer, isolated_randomness
+from propulsion.user_files import absolute
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def run(config: TrainConfig) -> TrainResult:
         Interrupted: The process was interrupted; the message says what is kept.
     """
     started = time.perf_counter()
-    output = config.output_dir.expanduser().resolve()
+    output = absolute(config.output_dir)
     task = get_task(config.task)
     check_reporting(config.report_to)
     sharded = prepare_sharding() and config.max_steps != 0
@@ -117,7 +118,8 @@ def run(config: TrainConfig) -> TrainResult:
     kind = kind_of(task)
     model, tokenizer = load_model(
         config.model, task_type=kind.task_type, num_labels=task.num_labels, pooling=config.pooling, seed=config.seed,
-        device=device, dtype=getattr(torch, config.dtype),
+        device=device, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code,
+        allow_unfitting_weights=config.allow_unfitting_weights,
     )  # fmt: skip
     if kind.task_type in ("SEQ_CLS", "TOKEN_CLS") and task.label_names:
         name_labels(model.config, task.label_names)
@@ -205,7 +207,8 @@ def _check_best(config: TrainConfig, evaluation: Evaluation) -> None:
     if config.metric_for_best_model is not None:
         best, names = config.metric_for_best_model.removeprefix("eval_"), evaluation.names()
         if best not in names:
-            raise UserError(f"metric_for_best_model is {best}, expected one of {', '.join(names)}")
+            close = did_you_mean(best, names)
+            raise UserError(f"metric_for_best_model is {best}{close}, expected one of {', '.join(names)}")
 
 
 def _how_to_go_on(config: TrainConfig, output: Path) -> str:
@@ -279,7 +282,8 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
     best = config.metric_for_best_model or data.task.metrics[0]
     more = parse_options(config.training_options)
     if unknown := sorted(more.keys() - named):
-        raise UserError(f"transformers.TrainingArguments has no field {', '.join(unknown)}")
+        close = did_you_mean(unknown[0], named)
+        raise UserError(f"transformers.TrainingArguments has no field {', '.join(unknown)}{close}")
     if given := sorted(more.keys() & ({field.name for field in dataclasses.fields(config)} | _FIXED)):
         raise UserError(f"training_options cannot set {given[0]}: it has an option of its own here, or is fixed")
     values = {

@@ -1,5 +1,6 @@
 """Metrics of predictions, computed by established libraries. Larger values are better for all of them."""
 
+import functools
 import re
 import string
 from collections import Counter
@@ -11,29 +12,52 @@ from jaxtyping import Shaped
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
+from propulsion.errors import UserError
+
 Values = Shaped[np.ndarray, "n"]
 
 
+def _of_finite(metric: Callable[[Values, Values], float]) -> Callable[[Values, Values], float]:
+    """Let a metric raise `UserError` if a prediction or a label is not finite."""
+
+    @functools.wraps(metric)
+    def checked(predictions: Values, labels: Values) -> float:
+        for what, values in (("predictions", predictions), ("labels", labels)):
+            if wrong := np.flatnonzero(~np.isfinite(values)).tolist():
+                raise UserError(
+                    f"{metric.__name__} needs finite {what}: {len(wrong)} of {len(values)} are not, the first at "
+                    f"index {wrong[0]}"
+                )
+        return metric(predictions, labels)
+
+    return checked
+
+
+@_of_finite
 def accuracy(predictions: Values, labels: Values) -> float:
     """Share of examples whose prediction equals the label."""
     return float(sklearn_metrics.accuracy_score(labels, predictions))
 
 
+@_of_finite
 def f1(predictions: Values, labels: Values) -> float:
     """F1 of label 1; 0 if it is neither predicted nor present."""
     return float(sklearn_metrics.f1_score(labels, predictions, zero_division=0))  # pyright: ignore[reportArgumentType]
 
 
+@_of_finite
 def matthews(predictions: Values, labels: Values) -> float:
     """Matthews correlation; 0 if one class is never predicted."""
     return float(sklearn_metrics.matthews_corrcoef(labels, predictions))
 
 
+@_of_finite
 def pearson(predictions: Values, labels: Values) -> float:
     """Pearson correlation; not-a-number if either side is constant, where it is undefined."""
     return _correlation(stats.pearsonr, predictions, labels)
 
 
+@_of_finite
 def spearman(predictions: Values, labels: Values) -> float:
     """Spearman rank correlation; not-a-number if either side is constant, where it is undefined."""
     return _correlation(stats.spearmanr, predictions, labels)

@@ -10,6 +10,7 @@ import datasets
 from propulsion.data.tables import SUFFIXES, Row, read_rows, rows_of_batches, suffix_of
 from propulsion.data.tasks import Task, get_task
 from propulsion.errors import UserError, explained, first_line
+from propulsion.user_files import expanded
 
 LABEL = "label"
 EMBEDDED = "demo"
@@ -120,7 +121,7 @@ def task_folder(task: Task, data_dir: Path) -> Path | None:
         The folder; None if the task's rows are embedded in the package and `data_dir` holds folders (of other tasks)
         but no file.
     """
-    folder = data_dir.expanduser()
+    folder = expanded(data_dir)
     with explained(f"read the folder {folder}"):
         if (own := folder / task.name).is_dir():
             return own
@@ -139,7 +140,7 @@ def check_folders(tasks: Sequence[str], data_dir: Path | None) -> None:
         return
     folders = [folder for task in dict.fromkeys(tasks) if (folder := task_folder(get_task(task), data_dir)) is not None]
     if len(set(folders)) < len(folders):
-        names = " and ".join(task for task in tasks if task_folder(get_task(task), data_dir) == data_dir.expanduser())
+        names = " and ".join(task for task in tasks if task_folder(get_task(task), data_dir) == expanded(data_dir))
         raise UserError(f"{names} have no folders of their own in {data_dir}: give the folder that holds {names}")
 
 

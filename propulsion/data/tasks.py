@@ -7,7 +7,7 @@ from typing import Any
 from propulsion.data import instructions
 from propulsion.data.instructions import Exchange
 from propulsion.data.row_values import as_number
-from propulsion.errors import UserError
+from propulsion.errors import UserError, did_you_mean
 
 KINDS = (
     "classification", "regression", "token_classification", "question_answering", "summarisation", "instruction",
@@ -194,5 +194,5 @@ def get_task(name: str) -> Task:
         UserError: If there is no such task; the message lists all tasks.
     """
     if name not in TASKS:
-        raise UserError(f"unknown task {name!r}: the tasks are {', '.join(TASKS)}")
+        raise UserError(f"unknown task {name!r}{did_you_mean(name, TASKS)}: the tasks are {', '.join(TASKS)}")
     return TASKS[name]

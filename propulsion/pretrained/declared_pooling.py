@@ -94,7 +94,9 @@ def _modes(source: str, folder: str) -> Sequence[str]:
     if modes is None:
         modes = [mode for flag, mode in _FLAGS.items() if config.get(flag)]
         modes += [flag for flag, on in config.items() if flag.startswith("pooling_mode_") and on and flag not in _FLAGS]
-    modes = [modes] if isinstance(modes, str) else list(modes)
+    modes = [modes] if isinstance(modes, str) else modes
+    if not isinstance(modes, list):
+        raise UserError(f"{name} of {source} is damaged: pooling_mode is {modes!r}, expected text or a list")
     return [str(mode) for mode in modes] or ["mean"]  # sentence-transformers' own default.
 
 

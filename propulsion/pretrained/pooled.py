@@ -99,7 +99,8 @@ class PooledClassifier(PreTrainedModel):
             # `from_pretrained` sets the chosen implementation of attention on the whole configuration.
             if (attention := getattr(config, "_attn_implementation_internal", None)) is not None:
                 body_config._attn_implementation = attention
-            body = body_class(body_config).from_config(body_config)
+            # Code that a checkpoint brings for its body is not run.
+            body = body_class(body_config).from_config(body_config, trust_remote_code=False)
             assert body is not None
         else:
             for module in body.modules():

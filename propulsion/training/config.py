@@ -14,7 +14,7 @@ from transformers.integrations import integration_utils
 
 from propulsion.atomic import json_text
 from propulsion.data import Limits, TaskData
-from propulsion.errors import UserError
+from propulsion.errors import UserError, did_you_mean
 from propulsion.pretrained import Pooling
 from propulsion.training.learning_rates import RateChoice, is_rate
 
@@ -80,7 +80,7 @@ class TrainingOptions:
             raise UserError(f"seed is {self.seed}, expected less than 2**32")
         for name, known in (("lr_scheduler_type", _SCHEDULES), ("train_sampling_strategy", _ORDERS)):
             if (value := getattr(self, name)) not in known:
-                raise UserError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+                raise UserError(f"{name} is {value!r}{did_you_mean(value, known)}, expected one of {', '.join(known)}")
 
 
 def check_reporting(report_to: Sequence[str]) -> None:
@@ -95,7 +95,9 @@ def check_reporting(report_to: Sequence[str]) -> None:
             if len(report_to) > 1:
                 raise UserError(f"report_to {name} stands alone: give it, or names of reporters")
         elif name not in known:
-            raise UserError(f"cannot report to {name!r}: choose none, all, {', '.join(known)}")
+            raise UserError(
+                f"cannot report to {name!r}{did_you_mean(name, known)}: choose none, all, {', '.join(known)}"
+            )
         # For a reporter without such a function in transformers, the reporter's own callback raises.
         elif not getattr(integration_utils, f"is_{name}_available", lambda: True)():
             raise UserError(f"cannot report to {name}: it is not installed here (pip install {name})")
@@ -125,6 +127,10 @@ class Subject:
     """Folder of the task's files, or of several tasks' folders; by default rows come from the Hugging Face hub."""
     model: str | None = None
     """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    allow_unfitting_weights: bool = False
+    """Train from weights that do not fit the model's config.json, those that are missing at random."""
     pooling: Pooling = "auto"
     """What a classifier's head reads: mean or first of the tokens' last hidden states; pooler, the input of
     transformers' own classifier; or auto, the pooling that the checkpoint declares."""
@@ -247,7 +253,7 @@ _NEWER = ("generation_max_length", "generation_num_beams", "rate_multiplier", "t
 # Fields that may differ when a run is resumed: they do not change the weights, or name what is recorded by its content.
 _FREE = frozenset(
     {"output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "disable_tqdm", "logging_steps", "data_dir",
-     "per_device_eval_batch_size", "model", "adapter"}
+     "per_device_eval_batch_size", "model", "adapter", "trust_remote_code", "allow_unfitting_weights"}
 )  # fmt: skip
 
 

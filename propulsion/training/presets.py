@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from propulsion.data.tasks import TASKS, get_task
-from propulsion.errors import UserError
+from propulsion.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         close = [known for known in PRESETS if name.split("-")[0] in known][:6]
         raise UserError(
-            f"unknown preset {name!r}: --show-presets lists them{', such as ' * bool(close)}{', '.join(close)}"
+            f"unknown preset {name!r}{did_you_mean(name, PRESETS)}: --show-presets lists them"
+            f"{', such as ' * bool(close)}{', '.join(close)}"
         )
     return PRESETS[name]
 

@@ -22,6 +22,7 @@ from propulsion.training.checkpoints import checkpoints, clear_leftovers, latest
 from propulsion.training.learning_rates import RoleRate
 from propulsion.training.manifest import Manifest
 from propulsion.training.trainer import TaskTrainer
+from propulsion.user_files import expanded
 
 RECORD, RATES, RESULT, PREDICTIONS, MODEL = "run.json", "rates.json", "result.json", "predictions.json", "model"
 LENGTHS = ("max_steps", "num_train_epochs")
@@ -53,9 +54,10 @@ def check_folder(output: Path, *, overwrite: bool) -> None:
     Raises:
         UserError: It is a file, or holds other files.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file, expected a folder: {_ANOTHER}")
     with explained(f"use the folder {output}"):
+        if (output.exists() or output.is_symlink()) and not output.is_dir():
+            what = "a link to itself" if output.is_symlink() else "a file"
+            raise UserError(f"{output} is {what}, expected a folder: {_ANOTHER}")
         manifest = Manifest(output)
         names, known = manifest.others(), manifest.exists
         if known and overwrite:
@@ -245,7 +247,7 @@ def predictions_of(output: Path) -> list[Any] | None:
     Raises:
         UserError: The file is damaged.
     """
-    return _read(output.expanduser() / PREDICTIONS, list)
+    return _read(expanded(output) / PREDICTIONS, list)
 
 
 def store_rates(output: Path, rates: Mapping[str, RoleRate]) -> None:

@@ -22,7 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from propulsion.errors import Diverged, UserError, first_line
+from propulsion.errors import Diverged, NotFinite, UserError, first_line
 from propulsion.methods import update_ranks
 from propulsion.training.checkpoints import (
     STAGING,
@@ -135,8 +135,15 @@ class TaskTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Compute and log the task's metrics."""
         assert self._score is not None
+        if self.state.global_step:
+            self.check_finite()
         with isolated_randomness():
-            scores = self._score()
+            try:
+                scores = self._score()
+            except NotFinite as error:
+                if not self.state.global_step:
+                    raise
+                raise self._divergence(str(error), self.state.global_step) from error
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))  # A copy, since logging adds the epoch.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

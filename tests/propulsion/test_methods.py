@@ -141,15 +141,18 @@ def test_methods_that_need_an_option(tiny_models, text, options):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lorra", "unknown method 'lorra': the methods are full, bitfit, head, none, adalora"),
+        ("lorra", "unknown method 'lorra' .did you mean lora.*: the methods are full, bitfit, head, none, adalora"),
         ("lora:rank=2", "method lora has no option rank; its options: .*r,"),
         ("full:r=2", "method full has no option r; its options: none"),
         ("lora:r", "'r' is not of the form OPTION=VALUE"),
         ("lora:task_type=CAUSAL_LM", "option task_type follows from the task"),
         ("lora:r=abc", "method lora, with r=abc, cannot be used here"),
-        ("lora:r=0", "method lora cannot be used here: .*r.*"),
-        ("lora:target_modules=nowhere", "method lora cannot be used here: .*target_modules"),
-        ("propulsion:degree=-1", "method propulsion cannot be used here: degree must be"),
+        ("lora:r=0", "method lora, with r=0, cannot be used here: .*r.*"),
+        (
+            "lora:target_modules=nowhere",
+            "method lora, with target_modules=nowhere, cannot be used here: .*target_modules",
+        ),
+        ("propulsion:degree=-1", "method propulsion, with degree=-1, cannot be used here: degree must be"),
         ("cpt", "method cpt cannot be used here: .*CAUSAL_LM"),
     ],
 )

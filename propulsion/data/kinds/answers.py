@@ -108,7 +108,9 @@ def predict(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, columns:
     """The answer to every question; empty where the model predicts that there is none."""
     batch, questions = inputs(columns, tokenizer, task, limits)
     offsets = batch.pop("offset_mapping")
-    outputs = run_batches(model, tokenizer, dict(batch), limits.batch_size, ("start_logits", "end_logits"))
+    outputs = run_batches(
+        model, tokenizer, dict(batch), limits.batch_size, ("start_logits", "end_logits"), by_token=True
+    )
     best: dict[int, tuple[float, str]] = {}
     null: dict[int, float] = {}
     for window, (question, spans) in enumerate(zip(questions, offsets)):

@@ -1,16 +1,20 @@
 """The interface of a kind of task, and functions that several kinds share."""
 
+import contextlib
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import torch
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from torch import nn
+from transformers import DataCollatorWithPadding, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from propulsion.data.tables import Columns
 from propulsion.data.tasks import Task
-from propulsion.errors import Unusable, UserError
+from propulsion.errors import NotFinite, Unusable, UserError
 
 
 @dataclass(frozen=True)
@@ -113,49 +117,109 @@ def _padded_batches(model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Col
         yield tokenizer.pad(rows, return_tensors="pt").to(model.device)
 
 
-@torch.no_grad()
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients in the block; the mode of every module is restored.
+
+    Threads that evaluate the same model wait for one another: otherwise one of them would restore the training mode
+    while another still predicts. A thread that trains the model at the same time is not kept out.
+    """
+    with _LOCKS_LOCK:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock, torch.no_grad():
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
 def run_batches(
-    model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, size: int, outputs: Sequence[str]
-) -> list[tuple[torch.Tensor, ...]]:
+    model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, size: int, outputs: Sequence[str], *,
+    by_token: bool = False,
+) -> list[tuple[torch.Tensor, ...]]:  # fmt: skip
     """Run a model on encoded rows in evaluation mode, and return the named outputs of every row, on the CPU.
 
-    Rows come back padded to their batch's length.
+    Rows come back padded to their batch's length. With `by_token`, the second axis of the outputs is that of tokens,
+    and outputs at padding may have any value.
+
+    Raises:
+        NotFinite: An output is not finite.
     """
-    mode = model.training
-    model.eval()
     rows = []
-    try:
+    with evaluating(model):
         for batch in _padded_batches(model, tokenizer, encoded, size):
             output = model(**batch)
-            rows += zip(*(getattr(output, name).float().cpu() for name in outputs))
-    finally:
-        model.train(mode)
+            values = [getattr(output, name).float().cpu() for name in outputs]
+            real = batch["attention_mask"].bool().cpu() if by_token else None
+            for value in values:
+                _check_finite(model, value, real, len(rows))
+            rows += zip(*values)
     return rows
 
 
-@torch.no_grad()
+def _check_finite(model: nn.Module, values: torch.Tensor, real: torch.Tensor | None, before: int) -> None:
+    """Check the outputs of a batch, ``(n, ...)``, at the real tokens ``(n, t)`` if these are given."""
+    wrong = ~values.isfinite()
+    if real is not None:
+        wrong = wrong & real.reshape(*real.shape, *(1,) * (wrong.ndim - 2))
+    if wrong.any():
+        example = before + int(wrong.flatten(1).any(dim=1).nonzero()[0]) + 1
+        raise not_finite(model, f"example {example}")
+
+
+def not_finite(model: nn.Module, where: str) -> NotFinite:
+    """The error to raise if outputs of a model are not finite, which would be scored as if they were predictions."""
+    damaged = (name for name, weight in model.named_parameters() if not weight.isfinite().all())
+    if (name := next(damaged, None)) is not None:
+        cause = f"{name} holds values that are not finite: load or train it again"
+    else:
+        cause = "its activations overflow: use a wider dtype, such as float32"
+    return NotFinite(f"the model's outputs are not finite for {where}, so that nothing can be predicted; {cause}")
+
+
+class _FiniteScores(LogitsProcessor):
+    """Raises `NotFinite` if the scores of the next token are not finite; those of forbidden tokens are -inf."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.amax(dim=-1).isfinite().all():
+            raise not_finite(self._model, "generated text")
+        return scores
+
+
 def generate(model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Columns, limits: Limits) -> list[str]:
-    """Continue every encoded row by greedy or beam search, and return the new text of each."""
-    mode, side = model.training, tokenizer.padding_side
-    cached = getattr(model.config, "use_cache", None)
-    model.eval()
+    """Continue every encoded row by greedy or beam search, and return the new text of each.
+
+    Raises:
+        NotFinite: The scores of the next token are not finite.
+    """
     texts = []
     is_decoder = not model.config.is_encoder_decoder
-    try:
-        if is_decoder:
-            tokenizer.padding_side = "left"  # New text follows the prompt's last token, in every row.
-        if cached is not None:
-            model.config.use_cache = True  # Gradient checkpointing turns it off, which makes generation slow.
-        for batch in _padded_batches(model, tokenizer, encoded, limits.batch_size):
-            ids = model.generate(
-                **batch, max_new_tokens=limits.max_new_tokens, do_sample=False, num_beams=limits.num_beams,
-                pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-            new = ids[:, batch["input_ids"].shape[1] :] if is_decoder else ids
-            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
-    finally:
-        tokenizer.padding_side = side
-        if cached is not None:
-            model.config.use_cache = cached
-        model.train(mode)
+    with evaluating(model):
+        side, cached = tokenizer.padding_side, getattr(model.config, "use_cache", None)
+        try:
+            if is_decoder:
+                tokenizer.padding_side = "left"  # New text follows the prompt's last token, in every row.
+            if cached is not None:
+                model.config.use_cache = True  # Gradient checkpointing turns it off, which makes generation slow.
+            for batch in _padded_batches(model, tokenizer, encoded, limits.batch_size):
+                ids = model.generate(
+                    **batch, max_new_tokens=limits.max_new_tokens, do_sample=False, num_beams=limits.num_beams,
+                    pad_token_id=tokenizer.pad_token_id, logits_processor=LogitsProcessorList([_FiniteScores(model)]),
+                )  # fmt: skip
+                new = ids[:, batch["input_ids"].shape[1] :] if is_decoder else ids
+                texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+        finally:
+            tokenizer.padding_side = side
+            if cached is not None:
+                model.config.use_cache = cached
     return [text.strip() for text in texts]

@@ -71,7 +71,7 @@ def predict(
     encoded, words_column = inputs(columns, tokenizer, task, limits), task.text_columns[0]
     word_starts = encoded.pop("labels")
     predictions = []
-    outputs = run_batches(model, tokenizer, encoded, limits.batch_size, ("logits",))
+    outputs = run_batches(model, tokenizer, encoded, limits.batch_size, ("logits",), by_token=True)
     for words, starts, (row,) in zip(columns[words_column], word_starts, outputs, strict=True):
         tags = [OUTSIDE] * len(words)
         offset = len(row) - len(starts) if tokenizer.padding_side == "left" else 0

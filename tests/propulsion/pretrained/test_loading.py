@@ -134,13 +134,15 @@ def test_damaged_weights_are_named(checkpoint):
 
 def test_weights_that_do_not_fit_the_configuration(checkpoint):
     edit_weights(checkpoint, lambda weights: weights.update({WORDS: weights[WORDS][:, :16].clone()}))
-    with pytest.raises(UserError, match=f"do not fit its config.json: {WORDS} has another shape"):
+    with pytest.raises(UserError, match=f"do not fit its config.json: of another shape: {WORDS}"):
         load_classifier(checkpoint, num_labels=2)
 
 
 def test_absent_body_weights_are_reported(checkpoint):
     edit_weights(checkpoint, lambda weights: weights.pop(WORDS))
     with pytest.warns(UserWarning, match=f"lacks weights, which start at random: {WORDS}"):
+        load_classifier(checkpoint, num_labels=2, allow_unfitting_weights=True)
+    with pytest.raises(UserError, match=f"missing: {WORDS}"):
         load_classifier(checkpoint, num_labels=2)
 
 
@@ -163,7 +165,7 @@ def remove(folder, *names):
     [
         (lambda folder: remove(folder, "model.safetensors"), "cannot load the weights of"),
         (lambda folder: remove(folder, "config.json"), "cannot load a model from folder"),
-        (lambda folder: (folder / "config.json").write_text("{"), "cannot load a model from folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
         (lambda folder: remove(folder, "tokenizer", "vocab"), "cannot load a tokenizer of"),
     ],
 )

@@ -336,7 +336,7 @@ def test_a_disk_that_is_full_at_the_end(config, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "lorra"}, "unknown method 'lorra': the methods are full, bitfit, head"),
+        ({"method": "lorra"}, "unknown method 'lorra' .did you mean lora or .*: the methods are full, bitfit, head"),
         ({"method": "lora", "method_options": ("rank=3",)}, "method lora has no option rank; its options: "),
         ({"method_options": ("r",)}, "option 'r' is not of the form"),
         ({"method": "none"}, "method none trains nothing"),
