@@ -8,8 +8,10 @@ weights' entries, so that k* is about 1 / their standard deviation.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from analyses.subjects.parameters import backbone_prefix, backbone_tuning, is_ba
 from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels
 from ntk.infinite.networks import MLP, Recipe, is_multiplier
-from propulsion.data import check_folders, load_task_data
+from propulsion.data import TaskData, check_folders, load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, load_classifier
@@ -122,11 +124,9 @@ def architecture_rows(config: Config) -> Iterator[dict[str, Any]]:
                        expected=1 / model_config.initializer_range)  # fmt: skip
 
 
-def pretrained_rows(config: Config) -> Iterator[dict[str, Any]]:
+def pretrained_rows(config: Config, tasks: Mapping[str, TaskData]) -> Iterator[dict[str, Any]]:
     """Yield rows of the packaged encoder, and of further models, on the sentences of every task."""
-    check_folders(config.tasks, config.data_dir)
-    for name, task in ((name, task) for name in (None, *config.models) for task in config.tasks):
-        data = load_task_data(task, data_dir=config.data_dir, seed=config.seed)
+    for name, (task, data) in product((None, *config.models), tasks.items()):
         model, tokenizer = load_classifier(
             name, num_labels=data.task.num_labels, pooling=config.pooling, seed=config.seed
         )
@@ -177,10 +177,12 @@ def _check(config: Config) -> None:
 
 def find(config: Config) -> Findings:
     """Measure random networks, random architectures and pre-trained models."""
+    check_folders(config.tasks, config.data_dir)
+    tasks = {task: load_task_data(task, data_dir=config.data_dir, seed=config.seed) for task in config.tasks}
     rows = []
-    for part in (mlp_rows, architecture_rows, pretrained_rows):
-        print(f"{part.__name__} ...", flush=True)
+    for part in (mlp_rows, architecture_rows, partial(pretrained_rows, tasks=tasks)):
         rows += list(part(config))
+        print(f"{len(rows)} networks measured", flush=True)
     encoders = [model_identity(name, config.pooling) for name in (None, *config.models)]
     return Findings(
         metrics=[
@@ -192,7 +194,7 @@ def find(config: Config) -> Findings:
         model={"name": ", ".join(("random networks", "the packaged encoder", *config.models)),
                "pooling": [encoder["pooling"] for encoder in encoders],
                "fingerprint": [encoder["fingerprint"] for encoder in encoders]},
-        dataset={"name": ", ".join(config.tasks)},
+        dataset={"name": ", ".join(tasks), "fingerprint": {task: data.fingerprint for task, data in tasks.items()}},
         coverage={"full": "every parameter but the head", "propulsion": "a multiplier on every layer but the head"},
     )  # fmt: skip
 

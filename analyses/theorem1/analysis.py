@@ -18,7 +18,7 @@ from analyses.theorem1.positions import POSITIONS, distances, encoder_kernels, r
 from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels, residual_kernels
 from ntk.infinite.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
-from propulsion.data import load_task_data
+from propulsion.data import TaskData, load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, load_classifier
@@ -148,8 +148,12 @@ def _finite(network: torch.nn.Module, x: Tensor) -> Kernels:
     return full, weights, multipliers
 
 
+def _rows(config: Config) -> TaskData:
+    return load_task_data(config.task, data_dir=config.data_dir, seed=config.seed)
+
+
 def _encoder(config: Config) -> tuple[Any, dict[str, Tensor]]:
-    data = load_task_data(config.task, data_dir=config.data_dir, seed=config.seed)
+    data = _rows(config)
     model, tokenizer = load_classifier(num_labels=data.task.num_labels, pooling=config.pooling, seed=config.seed)
     return model, held_out(data, tokenizer, config.n_examples, config.seed)[0]
 
@@ -189,7 +193,7 @@ def find(config: Config) -> Findings:
         tables={"cases": rows, "positions": by_position},
         arrays=arrays,
         model=model_identity(None, config.pooling) | {"name": "random networks and the packaged encoder"},
-        dataset={"name": f"Gaussian inputs, {config.task}"},
+        dataset={"name": f"Gaussian inputs, {config.task}", "fingerprint": _rows(config).fingerprint},
         coverage={"full": "every parameter but a transformer's head", "weights": "matrices and embeddings",
                   "propulsion": "a multiplier on every layer but the readout"},
     )  # fmt: skip

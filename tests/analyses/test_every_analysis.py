@@ -88,7 +88,7 @@ SMALLEST = {
 
 
 ENCODERS = dict.fromkeys(("complexity", "johnson_lindenstrauss", "parameter_count", "width_convergence"), False)
-"""Analyses without a pre-trained model; all others store the fingerprint of theirs."""
+"""Analyses without a pre-trained model; all others store its fingerprint and that of their rows."""
 
 
 def every_analysis() -> dict[str, Analysis]:
@@ -164,8 +164,9 @@ def test_a_killed_run_leaves_no_result_and_the_same_command_makes_it(asked, monk
     analysis.publish(config)
     result = load_result(folder, analysis=analysis.name)
     assert result.metrics
-    of_a_network = ENCODERS.get(analysis.name, True)
-    assert ("fingerprint" in result.model) == of_a_network
+    identified = ENCODERS.get(analysis.name, True)
+    assert ("fingerprint" in result.model) == identified
+    assert any("fingerprint" in name or name == "tasks" for name in result.dataset) == identified
     assert result.config.keys() == vars(config).keys()
     assert {name: content for name, content in files(cells).items() if name in before} == before
     assert not [path for path in folder.parent.iterdir() if "partial" in path.name]
