@@ -116,7 +116,7 @@ def gelu(pairs: Pairs) -> Moments:
 
         E[phi phi']  = c/4 + (1/2pi) [ (c^2 + q q' Delta) / ((1 + q)(1 + q') sqrt(Delta)) + c arctan(c / sqrt(Delta)) ]
         E[phi' phi'] = 1/4 + (1/2pi) [ arctan(c / sqrt(Delta))
-                                       + c/sqrt(Delta) (1/Delta + (1 - q q') / ((1 + q)(1 + q')) + 1) ]
+                                       + c/sqrt(Delta) (1/Delta + 1/(1 + q) + 1/(1 + q')) ]
 
     phi'(h) = Phi + h N with N the normal density, so E[h h' phi' phi'] has four terms: E[phi phi'], E[h^2 N h' Phi'],
     the same with h and h' exchanged, and E[h^2 N h'^2 N']. Each N changes the covariance; Stein's lemma gives
@@ -130,7 +130,7 @@ def gelu(pairs: Pairs) -> Moments:
     root = delta.sqrt()
     angle = torch.atan2(c, root)
     product = c / 4 + ((c**2 + q1 * q2 * delta) / (one1 * one2 * root) + c * angle) / (2 * math.pi)
-    slopes = 1 / 4 + (angle + c / root * (1 / delta + (1 - q1 * q2) / (one1 * one2) + 1)) / (2 * math.pi)
+    slopes = 1 / 4 + (angle + c / root * (1 / delta + 1 / one1 + 1 / one2)) / (2 * math.pi)
     one_sided = (
         q1 * (q2 + det) / one1**2
         + q2 * (q1 + det) / one2**2

@@ -521,6 +521,22 @@ def test_any_differentiable_function_is_an_activation():
     assert close(sine.nngp, torch.exp(-(q + q[:, None]) / 2) * torch.sinh(c), 1e-13)
 
 
+@pytest.mark.parametrize("q", [1e8, 1e20])
+def test_slopes_of_gelu_at_opposite_inputs_of_large_variance(q):
+    """phi'(-h) = 1 - phi'(h), so that E[phi'(h) phi'(-h)] = E[phi'(h)] - E[phi'(h)^2] = 1/2 - E[phi'(h)^2]."""
+    variance, none = torch.tensor(q, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+    opposite = infinite.Pairs(variance, variance, -variance, none + 2, none)
+    with mpmath.workdps(60):
+        v = mpmath.mpf(q)
+        delta = 1 + 2 * v
+        root = mpmath.sqrt(delta)
+        square = mpmath.mpf(1) / 4 + (
+            mpmath.atan(v / root) + v / root * (1 / delta + (1 - v**2) / (1 + v) ** 2 + 1)
+        ) / (2 * mpmath.pi)
+        expected = float(mpmath.mpf(1) / 2 - square)
+    assert float(ACTIVATIONS["gelu"].moments(opposite).slopes) == pytest.approx(expected, abs=1e-15)
+
+
 def exp_moments(q1, q2, c):
     size = mpmath.exp((q1 + q2) / 2 + c)
     return size, size, (c + (q1 + c) * (q2 + c)) * size
