@@ -24,8 +24,12 @@ def publish(written: Path, path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write content as a JSON file that replaces `path` only when it is complete."""
     partial = beside(path)
-    partial.write_text(json_text(content), encoding="utf-8")
-    publish(partial, path)
+    try:
+        partial.write_text(json_text(content), encoding="utf-8")
+        publish(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # It takes space on a disk that may be full.
+        raise
 
 
 def json_text(content: Any) -> str:

@@ -2,6 +2,8 @@
 
 import difflib
 import errno
+import os
+import re
 import signal
 import sys
 import threading
@@ -46,10 +48,14 @@ class Unusable(UserError):
 
 
 class Diverged(UserError):
-    """The loss or a weight stopped being finite in training."""
+    """A loss, a weight or an output of a model is not finite."""
 
 
-class NotFinite(UserError):
+class WriteError(UserError):
+    """A checkpoint or a result could not be written."""
+
+
+class NotFinite(Diverged):
     """The outputs of a model are not finite, so that they predict nothing."""
 
 
@@ -105,20 +111,61 @@ def _ended_as_if_interrupted() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
+    def send_again(dropped: Any) -> None:
+        # Python drops an exception that a signal raises in a destructor, and the command would go on.
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            report(dropped)
+            return
+        number = signal.SIGTERM if isinstance(dropped.exc_value, Terminated) else signal.SIGINT
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    report = sys.unraisablehook
     signal.signal(signal.SIGTERM, end)
+    sys.unraisablehook = send_again
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.unraisablehook = report
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """The system's words if an error, or one that caused it, says that a disk or quota is full; otherwise None.
+
+    Python raises `OSError` then. Libraries that write by code of their own (safetensors, tokenizers, torch) raise other
+    exceptions, which can be recognised by their text alone.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        numbers = [int(number) for number in re.findall(r"os error (\d+)", str(error))]
+        for number in [getattr(error, "errno", None), *numbers]:
+            if number in _FULL:
+                return os.strerror(number)
+        if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|unexpected pos", str(error)):
+            return first_line(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager
-def explained(what: str, more: str = "") -> Iterator[None]:
-    """Turn an `OSError` in the block into a `UserError`: "cannot WHAT: REASON", followed by `more`."""
+def explained(what: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Turn an error of the system, or of a full disk, in the block into a `UserError`: "cannot WHAT: its reason"."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot {what}: {error.strerror or error}{more}") from error
+    except Exception as error:
+        reason = full_disk(error)
+        # An OSError without a number is not the system's, such as that of a lock that is held.
+        if reason is None and isinstance(error, OSError) and error.errno is not None:
+            reason = error.strerror or str(error)
+        if reason is None or isinstance(error, UserError):
+            raise
+        raise kind(f"cannot {what}: {reason}") from error
 
 
 @contextmanager

@@ -9,7 +9,9 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +131,22 @@ def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed
     Raises:
         UserError: The method or an option is unknown, or cannot be used on this model.
     """
+    check_options(method)
+    head = head_modules(model) if task_type in HEADED else []
+    if method.name in _OWN:
+        _apply_own(model, method.name, head)
+        return model
+    with _usable(method), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, _config(model, method, task_type, head))
+
+
+def check_options(method: Method) -> None:
+    """Check a method and its options as far as that needs no model.
+
+    Raises:
+        UserError: The method or an option is unknown, or a value cannot be used.
+    """
     check_name(method.name)
     if unknown := sorted(set(method.options) - option_names(method.name)):
         options = sorted(option_names(method.name) - set(_RESERVED))
@@ -137,16 +155,16 @@ def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed
         raise UserError(f"method {method.name} has no option {', '.join(unknown)}{close}; its options: {known}")
     if reserved := set(method.options) & set(_RESERVED):
         raise UserError(f"option {', '.join(sorted(reserved))} follows from the task and cannot be given")
-    head = head_modules(model) if task_type in HEADED else []
-    if method.name in _OWN:
-        _apply_own(model, method.name, head)
-        return model
-    # peft checks few of its options, and its messages may not name them.
+    if method.name not in _OWN:
+        # peft warns again when the method is applied.
+        with _usable(method), warnings.catch_warnings(action="ignore"):
+            option_config(method.name, _NEEDED.get(method.name, {}) | dict(method.options))
+
+
+def _usable(method: Method) -> AbstractContextManager[None]:
+    """Name the options of a method in the errors of peft, which checks few of them and may not name them."""
     given = ", ".join(f"{name}={value}" for name, value in method.options.items())
-    what = f"method {method.name}{f', with {given},' if given else ''} cannot be used here"
-    with library_errors(what), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return get_peft_model(model, _config(model, method, task_type, head))
+    return library_errors(f"method {method.name}{f', with {given},' if given else ''} cannot be used here")
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -207,6 +225,42 @@ def _config(model: PreTrainedModel, method: Method, task_type: str, head: list[s
         # peft finds heads by their usual names; others, and heads of several modules, must be named.
         options["modules_to_save"] = [*head, *(options.get("modules_to_save") or [])]
     return _peft_configs()[method.name](task_type=TaskType(task_type), **options)
+
+
+_RANKS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # Statistics that AdaLoRA keeps of each parameter outside its weights.
+
+
+def _rank_allocator(model: Any) -> Any:
+    return getattr(getattr(model, "base_model", None), "rankallocator", None)
+
+
+@contextmanager
+def all_ranks(model: Any) -> Iterator[None]:
+    """Save and load all ranks in the block; peft leaves out those that AdaLoRA has pruned, which may come back."""
+    if (allocator := _rank_allocator(model)) is None:
+        yield
+        return
+    pattern, allocator.peft_config.rank_pattern = allocator.peft_config.rank_pattern, None
+    try:
+        yield
+    finally:
+        allocator.peft_config.rank_pattern = pattern
+
+
+def rank_state(model: Any) -> dict[str, Any]:
+    """State outside the weights of a method that reassigns ranks between layers (AdaLoRA); empty for other methods."""
+    if (allocator := _rank_allocator(model)) is None:
+        return {}
+    return {name: getattr(allocator, name) for name in _RANKS} | {"pattern": allocator.peft_config.rank_pattern}
+
+
+def restore_rank_state(model: Any, state: Mapping[str, Any]) -> None:
+    """Restore what `rank_state` returned."""
+    if state:
+        allocator = _rank_allocator(model)
+        for name in _RANKS:
+            setattr(allocator, name, state[name])
+        allocator.peft_config.rank_pattern = state["pattern"]
 
 
 def update_ranks(model: Any, step: int) -> None:

@@ -13,6 +13,7 @@ several devices. The output folder holds:
     result.json       metrics, losses, learning rates, number of trained parameters, times
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -29,21 +30,23 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 from propulsion.adapters import load_adapter, name_labels
-from propulsion.data import TaskData, check_inputs, load_task_data
+from propulsion.data import check_inputs, load_task_data
 from propulsion.data.kinds import kind_of
-from propulsion.data.tasks import get_task
-from propulsion.errors import Interrupted, UserError, did_you_mean, one_line, run_command
+from propulsion.data.tasks import Task, get_task
+from propulsion.errors import Interrupted, UserError, WriteError, did_you_mean, full_disk, one_line, run_command
 from propulsion.identity import model_content, weights_identity
-from propulsion.methods import Method, apply_method, check_name, parse_options, trainable_parameters
+from propulsion.methods import Method, apply_method, check_options, parse_options, trainable_parameters
 from propulsion.pretrained import fingerprint, load_model, pooling_of
 from propulsion.training import run_folder
 from propulsion.training.checkpoints import latest_checkpoint
 from propulsion.training.config import TrainConfig, check_reporting, identity, training_arguments
 from propulsion.training.evaluation import Evaluation
 from propulsion.training.learning_rates import Rates, RoleRate, describe_rates, model_degree, parameter_groups
+from propulsion.training.lock import locked
 from propulsion.training.measured_rates import with_measured
 from propulsion.training.nothing_learnt import signs
 from propulsion.training.presets import PRESETS, describe, get_preset
+from propulsion.training.rehearsal import rehearse
 from propulsion.training.sharding import check_sharding, prepare_sharding
 from propulsion.training.trainer import WITHOUT_OVERWRITE, TaskTrainer, isolated_randomness
 from propulsion.user_files import absolute
@@ -82,11 +85,11 @@ class TrainResult:
 
 _SHUFFLED = 1000  # Size of the buffer in which streamed rows are shuffled.
 
-# Fields of transformers.TrainingArguments that cannot be set: the optimizer is AdamW with rates by role, and the
-# columns and their order are the task's.
+# Fields of transformers.TrainingArguments that cannot be set: the optimizer is AdamW with rates by role, the columns
+# and their order are the task's, and a resumed run continues as if it had not been stopped.
 _FIXED = frozenset(
     {"optim", "optim_args", "optim_target_modules", "data_seed", "greater_is_better", "label_names",
-     "remove_unused_columns"}
+     "remove_unused_columns", "ignore_data_skip", "restore_callback_states_from_checkpoint"}
 )  # fmt: skip
 
 
@@ -101,14 +104,36 @@ def run(config: TrainConfig) -> TrainResult:
             diverged, or the disk is full.
         Interrupted: The process was interrupted; the message says what is kept.
     """
-    started = time.perf_counter()
     output = absolute(config.output_dir)
-    task = get_task(config.task)
+    try:
+        return _run(config, output, get_task(config.task))
+    except Exception as error:
+        reason = full_disk(error)
+        if reason is None and not isinstance(error, WriteError):
+            raise
+        words = str(error) if isinstance(error, UserError) else f"cannot write: {reason}"
+        space = ", once there is space" if reason else ""
+        raise UserError(f"{words}; {_how_to_go_on(config, output)}{space}") from error
+
+
+def _run(config: TrainConfig, output: Path, task: Task) -> TrainResult:
     check_reporting(config.report_to)
+    check_options(_method(config))
     sharded = prepare_sharding() and config.max_steps != 0
     state = PartialState(cpu=config.on_cpu)
     if state.is_main_process:
         run_folder.check_folder(output, overwrite=config.overwrite_output_dir)
+    if not sharded:
+        rehearse(_arguments(config, output, task))
+    for saved in (config.adapter, config.model):
+        if saved is not None:
+            run_folder.check_saved(Path(saved))
+    with locked(output) if state.is_main_process else contextlib.nullcontext():
+        return _train(config, output, task, state, sharded)
+
+
+def _train(config: TrainConfig, output: Path, task: Task, state: PartialState, sharded: bool) -> TrainResult:
+    started = time.perf_counter()
     data = load_task_data(
         config.task, data_dir=config.data_dir, n_train=config.max_train_samples, n_validation=config.max_eval_samples,
         seed=config.seed, streaming=config.streaming,
@@ -215,7 +240,8 @@ def _how_to_go_on(config: TrainConfig, output: Path) -> str:
     checkpoint = latest_checkpoint(output)
     again = f"the same command{WITHOUT_OVERWRITE if config.overwrite_output_dir else ''}"
     if checkpoint is None:
-        return f"{output} has no checkpoint yet (--save-steps {config.save_steps}): {again} starts from the first step"
+        steps = f" (--save-steps {config.save_steps})" if config.save_strategy == "steps" else ""
+        return f"{output} has no checkpoint yet{steps}: {again} starts from the first step"
     return f"{checkpoint} is complete: {again} resumes from it"
 
 
@@ -226,9 +252,13 @@ def _streamed_rows(config: TrainConfig, state: PartialState) -> int:
 
 
 def _adapted(config: TrainConfig, model: Any, task_type: str) -> Any:
-    check_name(config.method)
     if config.adapter is not None:
         return load_adapter(model, config.adapter, trainable=config.max_steps != 0)
+    return apply_method(model, _method(config), task_type=task_type, seed=config.seed)
+
+
+def _method(config: TrainConfig) -> Method:
+    """The method with its options, of which some have options of their own in the configuration."""
     options = parse_options(config.method_options)
     if config.method == "propulsion":
         degree = get_task(config.task).degree if config.degree is None else config.degree
@@ -237,7 +267,7 @@ def _adapted(config: TrainConfig, model: Any, task_type: str) -> Any:
         options = own | options
     if config.method == "adalora" and config.max_steps > 0:
         options = {"total_step": config.max_steps} | options
-    return apply_method(model, Method(config.method, options), task_type=task_type, seed=config.seed)
+    return Method(config.method, options)
 
 
 def _measured(
@@ -266,7 +296,7 @@ def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation, encoded:
         encoded = encoded.shuffle(seed=config.seed, buffer_size=_SHUFFLED)
     patience = config.early_stopping_patience
     callbacks = [] if patience is None else [EarlyStoppingCallback(patience)]
-    arguments = _arguments(config, output, data)
+    arguments = _arguments(config, output, data.task)
     try:
         return TaskTrainer(
             model=model, args=arguments, train_dataset=encoded, eval_dataset=data.validation,
@@ -277,9 +307,9 @@ def _trainer(config: TrainConfig, output: Path, evaluation: Evaluation, encoded:
         raise UserError(f"options that do not go together: {one_line(error)}") from error
 
 
-def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArguments:
+def _arguments(config: TrainConfig, output: Path, task: Task) -> TrainingArguments:
     named = {field.name for field in dataclasses.fields(TrainingArguments)}
-    best = config.metric_for_best_model or data.task.metrics[0]
+    best = config.metric_for_best_model or task.metrics[0]
     more = parse_options(config.training_options)
     if unknown := sorted(more.keys() - named):
         close = did_you_mean(unknown[0], named)
@@ -294,9 +324,10 @@ def _arguments(config: TrainConfig, output: Path, data: TaskData) -> TrainingArg
         "save_total_limit": None,  # `TaskTrainer` removes old checkpoints.
         "use_cpu": config.on_cpu,  # Without it, processes without accelerators would not find each other.
         "dataloader_pin_memory": not config.on_cpu and torch.cuda.is_available(),
-        "label_names": ["labels"] if data.task.kind != "question_answering" else ["start_positions", "end_positions"],
+        "label_names": ["labels"] if task.kind != "question_answering" else ["start_positions", "end_positions"],
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
         "ddp_find_unused_parameters": False,
+        "restore_callback_states_from_checkpoint": True,  # Such as the patience of early stopping.
     }
     try:
         return training_arguments(config, **(values | more))

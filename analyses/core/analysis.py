@@ -17,11 +17,12 @@ import math
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 import tyro
 
 from analyses.core.cells import Cells, Grid, leaves, settings_of
@@ -29,7 +30,7 @@ from analyses.core.errors import run_command
 from analyses.core.locks import held
 from analyses.records import Metric, Result, check_writable, environment, write_result
 from propulsion.data import TaskData, get_task
-from propulsion.errors import UserError
+from propulsion.errors import UserError, did_you_mean, first_line
 from propulsion.methods import parse_methods
 
 
@@ -165,6 +166,8 @@ class Analysis(Generic[C]):
                 raise UserError(f"{name} must be different from each other; {again[0]} is given more than once")
         for task in filter(None, (*getattr(config, "tasks", ()), getattr(config, "task", None))):
             get_task(task)
+        for device in _devices(config):
+            check_device(device)
         if isinstance(methods := getattr(config, "methods", None), tuple):
             parse_methods(methods)
         self.check(config)
@@ -218,6 +221,26 @@ def seeds_of(config: Any) -> tuple[int, ...]:
     """The seeds of a configuration: its field `seeds`, or else its field `seed`; 0 if it has neither field."""
     one = getattr(config, "seed", None if hasattr(config, "seeds") else 0)
     return tuple(getattr(config, "seeds", ())) or (() if one is None else (one,))
+
+
+def _devices(config: Any) -> set[str]:
+    """The devices that a configuration, and the configurations in its fields, name."""
+    own = {config.device} if hasattr(config, "device") else set()
+    parts = [value for field in fields(config) if is_dataclass(value := getattr(config, field.name))]
+    return own.union(*map(_devices, parts))
+
+
+def check_device(name: str) -> None:
+    """Check that a device can compute.
+
+    Raises:
+        UserError: There is no such device here, or, like meta, it holds no values.
+    """
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        close = did_you_mean(name, ("cpu", "cuda", "mps", "xpu"))
+        raise UserError(f"device {name!r}{close} cannot be used here: {first_line(error)}") from error
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

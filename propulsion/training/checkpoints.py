@@ -26,10 +26,15 @@ def reading(checkpoint: Path | str | None) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError,
             SafetensorError) as error:  # fmt: skip
-        raise UserError(
-            f"{checkpoint} is damaged ({first_line(error)}): remove it, and the same command resumes from the "
-            "checkpoint before it, or starts anew"
-        ) from error
+        raise error if isinstance(error, UserError) else damaged(checkpoint, first_line(error)) from error
+
+
+def damaged(checkpoint: Path | str | None, what: str) -> UserError:
+    """The error to raise for a checkpoint that is damaged, with the remedy."""
+    return UserError(
+        f"{checkpoint} is damaged ({what}): remove it, and the same command resumes from the checkpoint before it, or "
+        "starts anew"
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -2,19 +2,20 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils
 
 from propulsion.atomic import json_text
 from propulsion.data import Limits, TaskData
-from propulsion.errors import UserError, did_you_mean
+from propulsion.errors import UserError, did_you_mean, one_line
+from propulsion.methods import parse_options
 from propulsion.pretrained import Pooling
 from propulsion.training.learning_rates import RateChoice, is_rate
 
@@ -60,7 +61,7 @@ class TrainingOptions:
 
     LEAST: ClassVar[dict[str, float]] = {
         "max_steps": 1, "per_device_train_batch_size": 1, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0,
-        "seed": 0,
+        "max_length": 1, "seed": 0,
     }  # fmt: skip
     """The smallest allowed value of each option that has one."""
     POSITIVE: ClassVar[tuple[str, ...]] = ("rate_multiplier",)
@@ -81,6 +82,27 @@ class TrainingOptions:
         for name, known in (("lr_scheduler_type", _SCHEDULES), ("train_sampling_strategy", _ORDERS)):
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"{name} is {value!r}{did_you_mean(value, known)}, expected one of {', '.join(known)}")
+        check_schedule(self.lr_scheduler_type, self._schedule_options())
+
+    def _schedule_options(self) -> dict[str, Any]:
+        """Further parameters of the schedule."""
+        return {}
+
+
+def check_schedule(name: str, options: Mapping[str, Any]) -> None:
+    """Check that a schedule of the learning rate can be made.
+
+    Raises:
+        UserError: It needs parameters that are not given, or has none of these names.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        get_scheduler(name, optimizer, 1, 2, dict(options))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"lr_scheduler_type {name} cannot be used: {one_line(error)} (propulsion.train takes its parameters as "
+            "--training-options lr_scheduler_kwargs={...})"
+        ) from error
 
 
 def check_reporting(report_to: Sequence[str]) -> None:
@@ -214,12 +236,16 @@ class TrainConfig(TrainingOptions, Subject):
     LEAST: ClassVar[dict[str, float]] = TrainingOptions.LEAST | {
         "max_steps": -1, "per_device_eval_batch_size": 1, "eval_steps": 1, "gradient_accumulation_steps": 1,
         "save_steps": 1, "logging_steps": 1, "max_target_length": 1, "generation_num_beams": 1, "save_total_limit": 1,
-        "generation_max_length": 1,
+        "generation_max_length": 1, "max_train_samples": 1, "max_eval_samples": 1,
     }  # fmt: skip
     POSITIVE: ClassVar[tuple[str, ...]] = ("rate_multiplier", "num_train_epochs", "early_stopping_patience")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        further = parse_options(self.training_options)
+        if further.get("logging_strategy") == "epoch" and self.save_strategy == "steps":
+            # A run resumed from a checkpoint at the last step of an epoch would miss the log at its end.
+            raise UserError("logging_strategy epoch needs save_strategy epoch or no")
         if self.streaming and self.max_steps < 0:
             raise UserError("the number of streamed rows is not known: give max_steps")
         if "epoch" in (self.eval_strategy, self.save_strategy) and self.eval_strategy != self.save_strategy != "no":
@@ -231,6 +257,12 @@ class TrainConfig(TrainingOptions, Subject):
             raise UserError("load_best_model_at_end needs the same eval_strategy and save_strategy, steps or epoch")
         if self.load_best_model_at_end and self.eval_strategy == "steps" and self.save_steps % self.eval_steps:
             raise UserError("load_best_model_at_end needs save_steps to be a multiple of eval_steps")
+
+    def _schedule_options(self) -> dict[str, Any]:
+        options = parse_options(self.training_options).get("lr_scheduler_kwargs") or {}
+        if not isinstance(options, dict):
+            raise UserError(f'lr_scheduler_kwargs is {options!r}, expected JSON such as {{"min_lr": 1e-5}}')
+        return options
 
     @property
     def on_cpu(self) -> bool:

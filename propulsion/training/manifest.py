@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from propulsion.atomic import beside, json_text, publish, write_json
+from propulsion.training.lock import HOLDER, LOCK
 
 MANIFEST = "files.json"
 _FORMAT = 1
@@ -29,10 +30,10 @@ class Manifest:
         return self._read() is not None
 
     def others(self) -> list[str]:
-        """Names of everything in the folder except the list itself, sorted."""
+        """Names of everything in the folder except the list itself and the lock, sorted."""
         if not self.folder.is_dir():
             return []
-        kept = (MANIFEST, beside(self.folder / MANIFEST).name)
+        kept = (MANIFEST, beside(self.folder / MANIFEST).name, LOCK, HOLDER)
         return sorted(path.name for path in self.folder.iterdir() if path.name not in kept)
 
     def start(self) -> None:
@@ -60,9 +61,29 @@ class Manifest:
 
     def publish(self, written: Path, destination: Path) -> None:
         """List the files below a complete folder, and rename the folder to `destination`, which must not exist."""
-        files = (path for path in written.rglob("*") if path.is_file())
-        self.record({f"{self._name(destination)}/{path.relative_to(written).as_posix()}": path for path in files})
+        within, files = f"{self._name(destination)}/", [path for path in written.rglob("*") if path.is_file()]
+        # Entries of an earlier folder of this name, which is gone, would count as missing files of the new one.
+        others = {name: entry for name, entry in (self._read() or {}).items() if not name.startswith(within)}
+        self._write(others | {f"{within}{path.relative_to(written).as_posix()}": _entry(path) for path in files})
         publish(written, destination)
+
+    def damaged(self, path: Path, *, complete: bool = True) -> str | None:
+        """What is wrong with a file, or with a file below a folder, in words; None if all have their listed content.
+
+        Added files do no harm, nor do missing ones unless the folder must be `complete`. Reads every file in full,
+        since a flipped bit changes neither size nor time.
+        """
+        name = self._name(path)
+        known = {n: entry for n, entry in (self._read() or {}).items() if n == name or n.startswith(f"{name}/")}
+        if not known:
+            return f"{name} is not in {MANIFEST}"
+        for file, entry in known.items():
+            written = self.folder.joinpath(*PurePosixPath(file).parts)
+            if complete and not written.is_file():
+                return f"{file} is missing"
+            if written.is_file() and _digest(written) != entry["sha256"]:
+                return f"{file} is not as it was written"
+        return None
 
     def not_own(self, path: Path) -> list[Path]:
         """Files, links and empty folders at or below a path that are not the program's own."""

@@ -1,11 +1,12 @@
 """The folder of a training run: finding out which run it holds, and writing results into it."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from propulsion.adapters import explain_loading, save_base
 from propulsion.atomic import beside
-from propulsion.errors import UserError, explained
+from propulsion.errors import UserError, WriteError, explained
 from propulsion.pretrained import pooling_of
 from propulsion.training.checkpoints import checkpoints, clear_leftovers, latest_checkpoint, remove_checkpoint, steps_of
 from propulsion.training.learning_rates import RoleRate
@@ -30,7 +31,6 @@ LENGTHS = ("max_steps", "num_train_epochs")
 _EXTENDED = "extended_at"
 _ANOTHER = "name another --output-dir"
 _ANEW = f"{_ANOTHER}, or pass --overwrite-output-dir to start anew"
-_KEPT = "; the checkpoints are kept"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def folder_state(output: Path, identity: Mapping[str, Any], *, overwrite: bool) 
     `overwrite`, an earlier run is to be removed, whatever its identity.
 
     Raises:
-        UserError: It holds another run.
+        UserError: It holds another run, or a finished one whose files are damaged or missing.
     """
     if overwrite:
         return FolderState(replaces=bool(Manifest(output).others()))
@@ -87,12 +87,39 @@ def folder_state(output: Path, identity: Mapping[str, Any], *, overwrite: bool) 
         return FolderState()
     extended = tuple(stored.pop(_EXTENDED, ()))
     if stored == identity:
-        return FolderState(result_of(output), extended)
+        if (finished := result_of(output)) is not None:
+            _check_finished(output)
+        return FolderState(finished, extended)
     names = sorted(name for name in {*stored, *identity} if stored.get(name) != identity.get(name))
     if set(names) <= set(LENGTHS) and _longer(output, stored, identity):
         return FolderState(None, (*extended, _to_go_on_from(output, identity)))
     shown = ", ".join(f"{name} {_short(stored.get(name))} there, {_short(identity.get(name))} here" for name in names)
     raise UserError(f"{output} holds a run of another configuration ({shown}): {_ANEW}")
+
+
+def _check_finished(output: Path) -> None:
+    """Check that the results of a finished run are as the run wrote them."""
+    for path in (output / MODEL, output / PREDICTIONS, output / RESULT):
+        if damage := Manifest(output).damaged(path):
+            last = latest_checkpoint(output)
+            again = "trains again" if last is None else f"writes both again from {last.name}"
+            raise UserError(
+                f"{output} holds a finished run, but {damage}: put it back, or remove {path.name} and {RESULT}, and "
+                f"the same command {again}"
+            )
+
+
+def check_saved(model: Path) -> None:
+    """Check a model or adapter that a run saved and that another run starts from. Other folders are not checked.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    manifest = Manifest(model.expanduser().resolve().parent)
+    if model.name != MODEL or not manifest.exists:
+        return
+    if damage := manifest.damaged(manifest.folder / MODEL, complete=False):
+        raise UserError(f"{model} is damaged ({damage}); to use it as it is, copy it to another folder")
 
 
 def claim(output: Path, identity: Mapping[str, Any], state: FolderState) -> None:
@@ -194,7 +221,7 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
         UserError: It cannot be written.
     """
     partial = beside(destination)
-    with explained(f"write {destination}", _KEPT):
+    with explained(f"write {destination}", WriteError), _removed_after_an_error(partial):
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
@@ -210,8 +237,18 @@ def save_model(trainer: TaskTrainer, destination: Path, tokenizer: PreTrainedTok
             if destination.exists():
                 # `claim` has checked this before training; files may have been added since.
                 _refuse_to_lose(manifest, [destination])
-                shutil.rmtree(destination)
+                remove_checkpoint(destination)  # Renames it first, as a model may not be half removed either.
             manifest.publish(partial, destination)
+
+
+@contextlib.contextmanager
+def _removed_after_an_error(partial: Path) -> Iterator[None]:
+    """Remove a partial folder if the block raises, since it takes space on a disk that may be full."""
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) -> None:
@@ -221,7 +258,7 @@ def finish(output: Path, result: Mapping[str, Any], predictions: Sequence[Any]) 
         UserError: It cannot be written.
     """
     manifest = Manifest(output)
-    with explained(f"write {output / RESULT}", _KEPT):
+    with explained(f"write {output / RESULT}", WriteError):
         for path, content in ((output / PREDICTIONS, predictions), (output / RESULT, result)):
             if path.exists():  # From a call that was killed between the two, or from somebody else.
                 _refuse_to_lose(manifest, [path])
@@ -269,6 +306,8 @@ def rates_of(output: Path) -> dict[str, RoleRate] | None:
     """
     _refuse_to_lose(Manifest(output), [output / RATES])
     rates = _read(output / RATES, dict)
+    if rates is not None and (damage := Manifest(output).damaged(output / RATES)):
+        raise UserError(f"{output / RATES} is damaged ({damage}): {_ANEW}")
     if rates is None and (last := latest_checkpoint(output)) is not None:
         raise UserError(f"{last} is there, but not the learning rates it was trained at, {output / RATES}: {_ANEW}")
     return rates and {role: RoleRate(**rate) for role, rate in rates.items()}

@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import traceback
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from importlib import resources
 from operator import attrgetter
 from pathlib import Path
@@ -215,6 +215,7 @@ def test_a_result_is_not_replaced_unasked(asked):
 def test_a_bad_option_is_named_before_anything_is_written(asked, tmp_path):
     analysis, config, _ = asked
     limits = [(name, least - 1) for name, least in analysis.least.items()] + list(analysis.above.items())
+    limits += [(path, name) for path in devices(config) for name in ("meta", "foo")]
     for path, value in limits:
         if isinstance(attrgetter(path)(config), tuple):
             value = (value,)
@@ -278,6 +279,16 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path, monkeypatch):
         with pytest.raises(pytest.fail.Exception, match="let in"):  # A killed process holds nothing.
             analysis.publish(one)
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".lock"]
+
+
+def devices(config):
+    """The paths of the fields that name a device."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name == "device":
+            yield field.name
+        elif is_dataclass(value):
+            yield from (f"{field.name}.{path}" for path in devices(value))
 
 
 def changed(config, path, value):
