@@ -23,7 +23,7 @@ from propulsion.training.checkpoints import checkpoints, clear_leftovers, latest
 from propulsion.training.learning_rates import RoleRate
 from propulsion.training.manifest import Manifest
 from propulsion.training.trainer import TaskTrainer
-from propulsion.user_files import expanded
+from propulsion.user_files import absolute, expanded
 
 RECORD, RATES, RESULT, PREDICTIONS, MODEL = "run.json", "rates.json", "result.json", "predictions.json", "model"
 LENGTHS = ("max_steps", "num_train_epochs")
@@ -115,7 +115,7 @@ def check_saved(model: Path) -> None:
     Raises:
         UserError: It is damaged.
     """
-    manifest = Manifest(model.expanduser().resolve().parent)
+    manifest = Manifest(absolute(model).parent)
     if model.name != MODEL or not manifest.exists:
         return
     if damage := manifest.damaged(manifest.folder / MODEL, complete=False):
