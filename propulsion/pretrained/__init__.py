@@ -5,6 +5,7 @@ from propulsion.pretrained.loading import (
     Pooling,
     check_pooling,
     default_model_folder,
+    find_config,
     find_pooling,
     fingerprint,
     load_classifier,
@@ -15,5 +16,5 @@ from propulsion.pretrained.pooled import PooledClassifier, PooledConfig
 
 __all__ = [
     "DEFAULT_MODEL_NAME", "PooledClassifier", "PooledConfig", "Pooling", "check_pooling", "default_model_folder",
-    "find_pooling", "fingerprint", "load_classifier", "load_model", "pooling_of",
+    "find_config", "find_pooling", "fingerprint", "load_classifier", "load_model", "pooling_of",
 ]  # fmt: skip
