@@ -13,6 +13,7 @@ from analyses.claims import plan, report
 from analyses.claims.judge import TASKS, choose, judge, load_tree
 from analyses.claims.page import page, pictures
 from analyses.core.errors import run_command
+from analyses.core.locks import held
 from analyses.records import Result
 from analyses.records.atomic import write_texts
 from propulsion.errors import UserError
@@ -45,7 +46,8 @@ def main(config: Config) -> None:
     """Run or load, judge, print, write.
 
     Raises:
-        UserError: Options that contradict each other, an unknown claim, folders that cannot be read or written.
+        UserError: Options that contradict each other, an unknown claim, folders that cannot be read or written, or a
+            folder in which another process works.
     """
     claims = choose(config.only)
     if config.load is not None:
@@ -59,14 +61,15 @@ def main(config: Config) -> None:
         for run in runs:
             print(" ".join(run.command(root)))
         return
-    plan.check_root(root, quick=config.quick)
-    try:
-        failed = plan.carry_out(runs, root)
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-    # A folder that holds another run, or a damaged one, is no evidence.
-    write(config, load_tree(root, [run.name for run in runs if run.name not in failed]), root, root)
+    with held(root):
+        plan.check_root(root, quick=config.quick)
+        try:
+            failed = plan.carry_out(runs, root)
+        except KeyboardInterrupt:
+            print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+            raise SystemExit(130) from None
+        # A folder that holds another run, or a damaged one, is no evidence.
+        write(config, load_tree(root, [run.name for run in runs if run.name not in failed]), root, root)
     if failed:
         for name, message in failed.items():
             print(f"{name}: {message}; log in {root / plan.LOGS}", file=sys.stderr)

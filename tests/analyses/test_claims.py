@@ -3,6 +3,7 @@
 import html
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -26,6 +27,7 @@ from analyses.claims.page import pictures
 from analyses.core.cells import Grid
 from analyses.core.command_line import configured, default_options, options_of
 from analyses.core.errors import MISTAKES
+from analyses.core.locks import held
 from analyses.records import RESULT_FILE, RecordError
 from figures.all import captions
 from propulsion.errors import UserError
@@ -296,6 +298,13 @@ def test_the_result_of_another_run_is_not_taken_for_this_one(options, words, pla
     assert words in failed["parameter_count"]
     assert failed["convergence"] == "waits for parameter_count"
     assert load_tree(tmp_path, ["convergence"]) == {}
+
+
+def test_one_process_at_a_time_works_on_a_folder(tmp_path):
+    root = tmp_path / "claims"
+    with held(root), pytest.raises(UserError, match=rf"claims is in use by process {os.getpid()} on"):
+        claims.main(claims.Config(quick=True, only=("jl-bound",), output_dir=root))
+    assert not root.exists()
 
 
 def test_a_damaged_result_is_not_taken_for_a_run(plan, tmp_path):
