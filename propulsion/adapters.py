@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 
 from propulsion.atomic import write_json
@@ -13,7 +14,7 @@ from propulsion.errors import UserError, explained, library_errors, listed
 from propulsion.pretrained import fingerprint, pooling_of
 from propulsion.user_files import expanded, read_json
 
-BASE_FILE, CONFIG_FILE = "base_model.json", "adapter_config.json"
+BASE_FILE = "base_model.json"
 
 
 def save_base(folder: Path, base: str, config: Any = None, pooling: str = "pooler") -> None:
@@ -77,11 +78,11 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     """
     folder = expanded(folder)
     with explained(f"read the folder {folder}"):
-        if not (folder / CONFIG_FILE).is_file():
-            raise UserError(f"{folder} holds no adapter: it has no {CONFIG_FILE}")
+        if not (folder / CONFIG_NAME).is_file():
+            raise UserError(f"{folder} holds no adapter: it has no {CONFIG_NAME}")
         record = folder / BASE_FILE
         known = read_json(record, needed="fingerprint") if record.is_file() else {}
-    read_json(folder / CONFIG_FILE, needed="peft_type")
+    read_json(folder / CONFIG_NAME, needed="peft_type")
     if known and (trained := known.get("pooling", "pooler")) != (here := pooling_of(model)):
         raise UserError(f"the adapter in {folder} was trained with pooling {trained}, and the model has {here}")
     if known and fingerprint(model) != known["fingerprint"]:

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
 from propulsion.config import PropulsionConfig
 from propulsion.layer import adapted_layers
+from propulsion.user_files import read_json
 
 # Two swaps at once would leave a mixture of two adapters.
 _ONE_AT_A_TIME = threading.Lock()
@@ -31,12 +33,14 @@ def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "d
         adapter_name: name of the loaded adapter.
 
     Raises:
-        ValueError: there is no such adapter, the adapters differ in degree, vectors, pooling, modules or shapes, or the
-            adapter is merged. Nothing has changed then.
+        ValueError: there is no such adapter, the adapters differ in degree, vectors, pooling, modules or shapes, the
+            saved one is damaged or not finite, or the adapter is merged. Nothing has changed then.
     """
     network: Any = getattr(model, "_orig_mod", model)
     if adapter_name not in network.peft_config:
         raise ValueError(f"expected an existing adapter, got {adapter_name!r}; there are {list(network.peft_config)}")
+    if Path(folder).is_dir():
+        read_json(Path(folder) / CONFIG_NAME, needed="peft_type")
     old, new = network.peft_config[adapter_name], PeftConfig.from_pretrained(str(folder))
     if not isinstance(new, PropulsionConfig):
         raise ValueError(f"expected a Propulsion adapter in {folder}, got {new.peft_type}")
@@ -59,6 +63,8 @@ def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "d
     for name, p in own.items():
         if p.shape != values[name].shape:
             raise ValueError(f"expected {name} of shape {tuple(p.shape)}, got {tuple(values[name].shape)}")
+        if not torch.isfinite(values[name]).all():
+            raise ValueError(f"expected finite values, got others in {name} of {folder}: the adapter is damaged")
     with _ONE_AT_A_TIME, torch.no_grad():
         for name, p in own.items():  # In place, since a compiled model holds the parameters' memory.
             p.copy_(values[name])

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from propulsion.errors import UserError, first_line
+from propulsion.errors import UserError, explained, first_line
 
 
 def expanded(path: Path | str) -> Path:
@@ -30,8 +30,11 @@ def read_json(path: Path, kind: type = dict, *, needed: str = "") -> Any:
         UserError: The file cannot be read, is not JSON, has another type, or lacks the key.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        with explained(f"read {path}"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is damaged: {first_line(error)}") from error
     if not isinstance(content, kind):
         names = {dict: "an object", list: "a list"}

@@ -214,3 +214,18 @@ def test_hotswapping_an_adapter_that_is_not_there(tmp_path):
 def test_a_head_that_is_scaled_but_not_trained_is_pointed_out():
     with pytest.warns(UserWarning, match=r"'classifier' is part of the head .* task_type"):
         get_peft_model(build("bert"), PropulsionConfig(positions="all"))
+
+
+def test_a_damaged_adapter_is_not_swapped_in(tmp_path):
+    model = model_with_two("bert")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    randomize(model, spread=float("inf")).save_pretrained(tmp_path / "infinite")
+    for name, p in model.named_parameters():
+        p.data.copy_(before[name])
+    with pytest.raises(ValueError, match="expected finite values, got others in"):
+        hotswap_adapter(model, tmp_path / "infinite")
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"adapter_config.json is damaged: expected an object"):
+        hotswap_adapter(model, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
