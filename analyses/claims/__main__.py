@@ -61,8 +61,8 @@ def main(config: Config) -> None:
         for run in runs:
             print(" ".join(run.command(root)))
         return
+    plan.check_root(root, quick=config.quick)
     with held(root):
-        plan.check_root(root, quick=config.quick)
         try:
             failed = plan.carry_out(runs, root)
         except KeyboardInterrupt:

@@ -1,9 +1,10 @@
 """Configurations and results as options of a command line, by which each can be computed again."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from analyses.core.cells import leaves
 from analyses.records import plain
 from propulsion.errors import UserError
 
@@ -27,7 +28,7 @@ def configured(config: type[C], options: Mapping[str, Any]) -> C:
 
 def options_of(config: Any) -> dict[str, Any]:
     """Return the options of a configuration, or of one as a result stores it, by name and as JSON has them."""
-    return dict(leaves(config if isinstance(config, Mapping) else plain(dataclasses.asdict(config))))
+    return _by_name(config if isinstance(config, Mapping) else plain(dataclasses.asdict(config)))
 
 
 def default_options(config: type[Any]) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def default_options(config: type[Any]) -> dict[str, Any]:
             found[field.name] = plain(field.default)
         elif field.default_factory is not dataclasses.MISSING:
             found[field.name] = plain(field.default_factory())
-    return dict(leaves(found))
+    return _by_name(found)
 
 
 def words(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
@@ -49,13 +50,9 @@ def words(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield each option by name; an option of a configuration within has no prefix."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value)
-        else:
-            yield name, value
+def _by_name(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by the last part of their paths, since those of nested configurations have no prefix."""
+    return {path.rpartition(".")[2]: value for path, value in leaves(config)}
 
 
 def _changed(config: Any, options: Mapping[str, Any]) -> tuple[Any, set[str]]:

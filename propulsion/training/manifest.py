@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from propulsion.atomic import beside, json_text, publish, write_json
-from propulsion.training.lock import HOLDER, LOCK
+from propulsion.training.lock import LOCK
 
 MANIFEST = "files.json"
 _FORMAT = 1
@@ -33,7 +33,7 @@ class Manifest:
         """Names of everything in the folder except the list itself and the lock, sorted."""
         if not self.folder.is_dir():
             return []
-        kept = (MANIFEST, beside(self.folder / MANIFEST).name, LOCK, HOLDER)
+        kept = (MANIFEST, beside(self.folder / MANIFEST).name, LOCK)
         return sorted(path.name for path in self.folder.iterdir() if path.name not in kept)
 
     def start(self) -> None:

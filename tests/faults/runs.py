@@ -1,6 +1,5 @@
 """Tiny training runs of which every part is compared: weights, metrics, history, predictions, number of steps."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -81,15 +80,18 @@ def differences(output: Path, expected: Path) -> list[str]:
     return names
 
 
-def arguments(config: TrainConfig) -> list[str]:
-    """A configuration as a command line."""
-    words = []
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), field.name.replace("_", "-")
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return words
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def fail_at(patch, owner, function, call, error=Killed):
+    """Make one call of a function, counted from 1, raise an error."""
+    original, calls = getattr(owner, function), []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, function, failing)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from task_rows import ROWS, write_rows
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from analyses.core.command_line import default_options, options_of, words
 from propulsion.adapters import load_adapter
 from propulsion.data import load_task_data
 from propulsion.data.kinds import kind_of
@@ -29,6 +30,7 @@ from propulsion.training import evaluate, manifest, run_folder
 from propulsion.training import trainer as trainer_module
 from propulsion.training.learning_rates import SCALE_RATE
 from propulsion.training.run_folder import RESULT
+from tests.faults.runs import Killed, fail_at
 
 ROOT = Path(__file__).parents[3]
 
@@ -50,16 +52,7 @@ def config(base_config, tmp_path):
 
 def arguments(config):
     """The command line of a configuration."""
-    words = []
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), field.name.replace("_", "-")
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return words
+    return words(options_of(config), default_options(type(config)))
 
 
 def weights(folder):
@@ -98,10 +91,6 @@ def test_a_killed_process_ends_with_the_same_bits(config, uninterrupted):
     assert_same(run(config), config.output_dir, *uninterrupted)
 
 
-class Killed(BaseException):
-    """An exception that no code catches."""
-
-
 @pytest.mark.parametrize(
     ("owner", "function", "call"),
     [
@@ -118,16 +107,8 @@ class Killed(BaseException):
     ],
 )
 def test_killed_at_any_moment(config, uninterrupted, monkeypatch, owner, function, call):
-    original, calls = getattr(owner, function), []
-
-    def kill(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise Killed
-        return original(*args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, function, kill)
+        fail_at(patch, owner, function, call)
         with pytest.raises(Killed):
             run(config)
     names = [path.name for path in config.output_dir.glob("checkpoint-*")]
