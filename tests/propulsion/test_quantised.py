@@ -100,7 +100,7 @@ def test_an_embedding_is_adapted_and_not_merged(kind):
     base = base.to("cpu")
     layer, ids = layer_class(base)(base, "default", PropulsionConfig(degree=2, init_value=1.1)), torch.arange(8)
     torch.testing.assert_close(layer(ids), base(ids) * 1.1**2)
-    with pytest.raises(ValueError, match="its scales are those of rows"):
+    with pytest.raises(ValueError, match="one scale for each row, but its outputs are columns"):
         layer.merge()
 
 
