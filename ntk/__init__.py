@@ -19,9 +19,11 @@ from ntk.metrics import (
     cka,
     effective_rank,
     eigenspace_overlap,
+    equivalent_directions,
     kernel_alignment,
     kernel_distance,
     matching_degree,
+    participation_ratio,
     principal_angles,
     spectrum,
     trace,
@@ -32,6 +34,7 @@ from ntk.sign_gradient import sign_gradient_kernels, sign_gradient_regression
 
 __all__ = ["METHODS", "adapter_kernels", "empirical_ntk", "flatten", "layer_kernels", "reduce_outputs"]
 __all__ += ["UndefinedMetricError", "best_scale", "center", "cka", "effective_rank", "eigenspace_overlap"]
+__all__ += ["equivalent_directions", "participation_ratio"]
 __all__ += ["kernel_alignment", "kernel_distance", "matching_degree", "principal_angles", "spectrum"]
 __all__ += ["trace", "trace_ratio"]
 __all__ += ["gaussian_sketch", "hidden_state_kernel", "permuted", "random_subset_ntk"]

@@ -6,6 +6,8 @@ that is complex or not finite raises ``ValueError``, a result beyond the range o
 of two kernels depend on the examples in the batch; compare them with those of the null models of :mod:`ntk.nulls`.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -80,13 +82,7 @@ def cka(K1: Kernel, K2: Kernel) -> float:
         raise ValueError(f"cka takes a symmetric kernel, (n, n) or (n, n, c, c); got {tuple(K1.shape)}")
     if K1.shape != K2.shape:
         raise ValueError(f"the kernels must have the same shape; got {tuple(K1.shape)} and {tuple(K2.shape)}")
-    centred = []
-    for name, kernel in (("K1", K1), ("K2", K2)):
-        K = normalised(real_and_finite(kernel, name))[0]
-        centred.append(kernel_matrix(center(K), name))
-        if float(centred[-1].norm()) <= 4 * _rounding(kernel) * float(K.norm()):
-            raise _zero(name)
-    return _cosine(*centred)
+    return _cosine(_centred(K1, "K1"), _centred(K2, "K2"))
 
 
 def center(kernel: Kernel) -> Kernel:
@@ -153,6 +149,46 @@ def effective_rank(kernel: Kernel) -> float:
     return float(torch.exp(torch.special.entr(p).sum()))
 
 
+def participation_ratio(kernel: Kernel) -> float:
+    """(sum of the eigenvalues)^2 / sum of their squares: (tr K)^2 / ||K||_F^2, between 1 and n c.
+
+    The number of equal eigenvalues that would give the same ratio. Unlike :func:`effective_rank` it needs no spectrum.
+
+    Raises:
+        UndefinedMetricError: the kernel is zero.
+    """
+    matrix = normalised(kernel_matrix(kernel, symmetric=True))[0]
+    return float(matrix.trace() / _norm(matrix, "the kernel")[0]) ** 2
+
+
+def equivalent_directions(K: Kernel, alignment: float) -> float:
+    """The number m of random directions whose Gaussian sketch of K would have this :func:`cka` with K.
+
+    A sketch J R R^T J^T by m directions (:func:`ntk.gaussian_sketch`) has mean K, and its entries' squares have the sum
+    ||K||^2 (1 + (1 + PR) / m) in the mean, with PR the :func:`participation_ratio`. Its alignment with K is therefore
+    close to 1 / sqrt(1 + (1 + PR) / m), which gives
+
+        m = (1 + PR) / (1 / alignment^2 - 1).
+
+    PR is that of the centred kernel, since the alignment is centred. Drawn sketches agree with it within a few percent
+    for PR above 20, and within 10 % at 13; for a kernel with one dominant direction, of PR 2, it is too large by a
+    factor of 2. m is 0 without any alignment and infinite for an alignment of 1.
+
+    Args:
+        K: The kernel that is compared with, symmetric, such as that of full fine-tuning.
+        alignment: Its CKA with another kernel, from 0 to 1.
+
+    Raises:
+        ValueError: the alignment is not from 0 to 1.
+        UndefinedMetricError: the kernel is constant over the examples.
+    """
+    if not 0 <= alignment <= 1:
+        raise ValueError(f"expected an alignment from 0 to 1; got {alignment}")
+    ratio = participation_ratio(_centred(K, "the kernel"))
+    missing = 1 - alignment**2
+    return (1 + ratio) * alignment**2 / missing if missing > 0 else math.inf
+
+
 def principal_angles(K1: Kernel, K2: Kernel, rank: int) -> Float[Tensor, "rank"]:
     """Angles between the spans of the kernels' top ``rank`` eigenvectors: ascending, in radians, from 0 to pi / 2.
 
@@ -199,6 +235,15 @@ def _pair(K1: Tensor, K2: Tensor) -> tuple[Tensor, Tensor]:
     if K1.shape != K2.shape:
         raise ValueError(f"the kernels must have the same shape; got {tuple(K1.shape)} and {tuple(K2.shape)}")
     return kernel_matrix(K1, "K1"), kernel_matrix(K2, "K2")
+
+
+def _centred(kernel: Tensor, name: str) -> Tensor:
+    """The flattened matrix of a kernel of order 1 after centring, in float64."""
+    K = normalised(real_and_finite(kernel, name))[0]
+    centred = kernel_matrix(center(K), name)
+    if float(centred.norm()) <= 4 * _rounding(kernel) * float(K.norm()):
+        raise _zero(name)
+    return centred
 
 
 def _rounding(kernel: Tensor) -> float:

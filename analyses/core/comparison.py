@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 import ntk
-from analyses.core.intervals import resampled, seed_interval
+from analyses.core.bootstrap import resampled, seed_interval
 from analyses.records import Metric
 from ntk import UndefinedMetricError
 

@@ -1,207 +1,220 @@
-"""Confidence intervals of metrics: over the examples of a kernel, over seeds, and over both."""
+"""Intervals and tests of means: over seeds, over seeds and the rows they share, and corrected for many comparisons.
+
+Seeds are independent repetitions. Seeds and rows are crossed if every seed is scored on the same rows. All intervals
+are of arithmetic means, two-sided, and at a level of 95 % unless another is given.
+"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from scipy import stats
-from torch import Tensor
+from jaxtyping import Float, Int
+from scipy import special
 
-import ntk
-from ntk import UndefinedMetricError
-from ntk.checks import normalised
-
-Kernel = Float[Tensor, "n n"]
-Counts = Float[Tensor, "B n"]
-Values = Float[Tensor, "B"]
-
-# A kernel counts as constant if centring leaves less than this share of its squared norm, which is rounding error.
-_ROUNDING = 1e-10
+Values = Sequence[float] | Float[np.ndarray, " n"]
+LEVEL = 0.95
 
 
-def over_seeds(seeds: Sequence[int], n_examples: int) -> str:
-    """A phrase for tables that says over what an interval of `seed_interval` is taken."""
-    each = f"{len(seeds)} seeds and, in each, " if len(seeds) > 1 else ""
-    return f"bootstrap over {each}{n_examples} examples"
+class Interval(NamedTuple):
+    """A mean with the ends of its interval; the ends are NaN where the variance cannot be estimated."""
+
+    value: float
+    low: float
+    high: float
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean of independent runs with Student's interval: (mean, low, high); the ends are NaN for a single run."""
-    sample = np.asarray(values, dtype=float)
-    mean = float(sample.mean())
-    if len(sample) < 2:
-        return mean, math.nan, math.nan
-    half = stats.t.ppf((1 + level) / 2, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample))
-    return mean, mean - float(half), mean + float(half)
+@dataclass(frozen=True)
+class Scale:
+    """A scale on which a bounded quantity is unbounded.
+
+    Attributes:
+        low: Smallest possible value of the quantity.
+        high: Largest possible value.
+        to: From the quantity to the scale, increasing.
+        back: The inverse of `to`.
+        slope: Derivative of `to`.
+    """
+
+    low: float
+    high: float
+    to: Callable[[float], float]
+    back: Callable[[float], float]
+    slope: Callable[[float], float]
 
 
-def bootstrap_interval(
-    metric: Callable[..., float],
-    kernels: Sequence[Tensor],
-    *,
-    resamples: int,
-    seed: int,
-    level: float = 0.95,
-) -> tuple[float, float, float]:
-    """A metric of kernels over the same n examples, with its bootstrap interval: (value, low, high).
+IDENTITY = Scale(-math.inf, math.inf, lambda x: x, lambda y: y, lambda x: 1.0)
+"""For differences, which may have either sign."""
+LOG = Scale(0.0, math.inf, np.log, np.exp, lambda x: 1 / x)
+"""For distances, ratios and other quantities that are not negative."""
+LOGIT = Scale(0.0, 1.0, special.logit, special.expit, lambda x: 1 / (x * (1 - x)))
+"""For shares, accuracies, and the CKA of kernels."""
+FISHER = Scale(-1.0, 1.0, np.arctanh, np.tanh, lambda x: 1 / (1 - x * x))
+"""For correlations (Fisher 1915)."""
+_ROUNDING = 1e-9
+"""How far rounding may carry a value beyond its bounds."""
 
-    Each resample draws n examples with replacement and takes the same rows and columns of every kernel (Efron and
-    Tibshirani 1993, ch. 8 and 13). An example drawn twice puts diagonal entries off the diagonal, about as many as the
-    diagonal has; they shift all resampled values of a metric alike. The interval therefore takes the percentiles'
-    distance from the bootstrap mean, and not the percentiles themselves, to either side of the value:
 
-        value + (q_low - mean),  value + (q_high - mean)
+def mean_interval(values: Values, scale: Scale = IDENTITY, level: float = LEVEL) -> Interval:
+    """Mean of n independent values with Student's interval, whose ends are computed on a scale.
 
-    Resamples on which the metric is undefined (as of a constant kernel) are left out. The value and its ends are NaN if
-    the metric of the kernels themselves is undefined.
+    With standard error e = s / sqrt(n), t the quantile of Student's distribution with n - 1 degrees of freedom, and g
+    the scale,
+
+        g^-1(g(mean) -+ t e g'(mean)),
+
+    which never leaves the possible values. On the logit scale it is the interval of Korn and Graubard (1998) for
+    proportions, on the log scale that of Meeker and Escobar (1998, sec. 7.3) for positive quantities. It is an interval
+    of the mean, not of the mean of g, so that no value at a bound makes it infinite. Its coverage is close to the
+    level up to a relative scatter of one half, and falls to 88 to 92 % for a log-normal quantity with a relative
+    scatter of 1.3, at 3 to 10 values.
+
+    One value has no interval: both ends are NaN. If all values are equal, the interval is that value alone; the values
+    then show no scatter, which a few of them do not exclude. A value that is not finite leaves everything NaN.
 
     Raises:
-        ValueError: no kernel, kernels over different numbers of examples, or ``level`` outside (0, 1).
+        ValueError: No value, a value outside the scale's bounds, or ``level`` outside (0, 1).
     """
-    return seed_interval([resampled(metric, kernels, resamples=resamples, seed=seed)], seed=seed, level=level)
+    sample = np.asarray(values, dtype=float)
+    if not len(sample):
+        raise ValueError("an interval needs at least one value")
+    mean = _mean_within(sample, scale)
+    error = float(sample.std(ddof=1)) / math.sqrt(len(sample)) if len(sample) > 1 else math.nan
+    return _interval(mean, error, len(sample) - 1, scale, level)
 
 
-def seed_interval(
-    each: Sequence[tuple[float, np.ndarray]], *, seed: int, level: float = 0.95
-) -> tuple[float, float, float]:
-    """The mean over S seeds of a metric, with an interval over seeds and examples: (value, low, high).
+def crossed_interval(values: Float[np.ndarray, "S R"], scale: Scale = IDENTITY, level: float = LEVEL) -> Interval:
+    """Mean over S seeds and R rows that all seeds share, with an interval for other seeds and other rows.
 
-    A hierarchical bootstrap (Davison and Hinkley 1997, sec. 3.8): each resample draws S seeds with replacement, and for
-    each drawn seed a resample of its examples. Student's interval over seeds would cover both sources of variance too,
-    since every seed draws its own examples. With three seeds, however, it extends 4.3 standard errors to either side,
-    often beyond the values that a metric can take. If most of the variance comes from examples, this interval is too
-    wide, by a factor of at most sqrt(2 - 1/S), since examples vary both within and between seeds. If most of it comes
-    from seeds, the interval is too narrow, by a factor of at least sqrt(1 - 1/S). With one seed it equals
-    :func:`bootstrap_interval` and does not cover other seeds.
+    Seeds, rows and their interaction are random effects, y_sr = m + a_s + b_r + e_sr. With the variance A of the seeds'
+    means over rows, and the variance B of the rows' means over seeds, the squared standard error and Satterthwaite's
+    (1946) degrees of freedom are
+
+        e^2 = A / S + B / R,        e^4 / ((A / S)^2 / (S - 1) + (B / R)^2 / (R - 1)).
+
+    A and B both contain the interaction's variance, divided by R and by S, so that e^2 counts it twice. The interval
+    is therefore wider than necessary where the interaction dominates, and never too narrow: :func:`variance_components`
+    says how much each effect contributes. The ends are computed on `scale` as those of :func:`mean_interval`.
+
+    One seed or one row has no interval: both ends are NaN. If all values are equal, the interval is that value alone.
+
+    Raises:
+        ValueError: No value, a mean outside the scale's bounds, or ``level`` outside (0, 1).
+    """
+    value, error, degrees = crossed_error(values)
+    return _interval(_mean_within(np.array([value]), scale), error, degrees, scale, level)
+
+
+def crossed_error(values: Float[np.ndarray, "S R"]) -> tuple[float, float, float]:
+    """Mean, standard error and degrees of freedom of :func:`crossed_interval`."""
+    if not values.size:
+        raise ValueError("an interval needs at least one seed and one row")
+    S, R = values.shape
+    mean = float(values.mean())
+    if min(S, R) < 2:
+        return mean, math.nan, math.nan
+    seeds, rows = float(values.mean(1).var(ddof=1)) / S, float(values.mean(0).var(ddof=1)) / R
+    below = seeds**2 / (S - 1) + rows**2 / (R - 1)
+    return mean, math.sqrt(seeds + rows), (seeds + rows) ** 2 / below if below > 0 else math.inf
+
+
+class Components(NamedTuple):
+    """Variances of the random effects of seeds, rows and their interaction."""
+
+    seeds: float
+    rows: float
+    interaction: float
+
+
+def variance_components(values: Float[np.ndarray, "S R"]) -> Components:
+    """Estimates of the variance components of y_sr = m + a_s + b_r + e_sr, by the analysis of variance.
+
+    With the mean squares MS of a two-way table, (MS_seeds - MS_e) / R, (MS_rows - MS_e) / S and MS_e (Searle, Casella
+    and McCulloch 1992, sec. 4.3), each not below zero. The interaction includes whatever else differs in one cell.
+
+    Raises:
+        ValueError: Fewer than two seeds or two rows.
+    """
+    S, R = values.shape
+    if min(S, R) < 2:
+        raise ValueError(f"variance components need two seeds and two rows at least; got {values.shape}")
+    seeds, rows = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
+    left = values - seeds - rows + values.mean()
+    residual = float((left**2).sum()) / ((S - 1) * (R - 1))
+    of_seeds, of_rows = R * float(seeds.var(ddof=1)), S * float(rows.var(ddof=1))
+    return Components(max(0.0, (of_seeds - residual) / R), max(0.0, (of_rows - residual) / S), residual)
+
+
+def row_values(
+    score: Callable[[Int[np.ndarray, " k"]], float], n: int, *, groups: int = 1000
+) -> Float[np.ndarray, " g"]:
+    """A score's value for each of its n rows: numbers whose mean is the score, and whose scatter is that of the rows.
+
+    They are the jackknife's pseudo-values n T - (n - 1) T_(r), with T_(r) the score without row r (Tukey 1958; Efron
+    and Tibshirani 1993, ch. 11), shifted so that their mean is T. For a mean over rows they are the rows' own values.
+    For a score that is not a mean, as a correlation, they take the place of rows in :func:`crossed_interval` (Dorfman,
+    Berbaum and Metz 1992). More than `groups` rows are left out in that many groups, which then count as the rows; the
+    groups are drawn at random, and are the same in every call. Cost: the smaller of n and `groups` evaluations.
 
     Args:
-        each: For each seed, what :func:`resampled` returns, with the same number of resamples.
-        seed: Seed of the draws of seeds.
-        level: Coverage of the interval.
-
-    Raises:
-        ValueError: no seed, or ``level`` outside (0, 1).
+        score: The score of the rows with the given indices.
+        n: Number of rows.
+        groups: Largest number of evaluations.
     """
-    if not each:
-        raise ValueError("seed_interval takes at least one seed")
+    order = np.random.default_rng(0).permutation(n) if n > groups else np.arange(n)
+    parts = np.array_split(order, min(n, groups))
+    kept = np.ones(n, dtype=bool)
+    without = []
+    for part in parts:
+        kept[part] = False
+        without.append(score(np.flatnonzero(kept)) if kept.any() else math.nan)
+        kept[part] = True
+    left_out = np.array(without)
+    return score(np.arange(n)) - (len(parts) - 1) * (left_out - left_out.mean())
+
+
+def p_value(estimate: float, error: float, degrees: float, limit: float = 0.0) -> float:
+    """Two-sided p-value of Student's test that a mean, with its standard error, equals a limit.
+
+    It is below 1 - level exactly where the interval of that level, on the identity scale, does not contain the limit.
+    NaN without a standard error. With an error of 0 it is 0, or 1 for an estimate at the limit.
+    """
+    if error == 0:
+        return float(estimate == limit)
+    return float(2 * special.stdtr(degrees, -abs(estimate - limit) / error))
+
+
+def holm(p: Values) -> list[float]:
+    """Adjusted p-values of a family of m tests (Holm 1979): the chance of any false rejection is at most that level.
+
+    With the p-values in ascending order, the i-th is max over j <= i of (m - j + 1) p_(j), at most 1; the result is in
+    the order of the arguments. All tests whose adjusted value is at most 5 % may be rejected together. A test without a
+    p-value (NaN) rejects nothing, but counts as one of the m.
+    """
+    values = np.asarray(p, dtype=float)
+    order = np.argsort(values)  # NaN comes last.
+    steps = np.arange(len(values), 0, -1)
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps * values[order]), 1)
+    return adjusted.tolist()
+
+
+def _mean_within(values: np.ndarray, scale: Scale) -> float:
+    """The mean of values that must lie within the bounds of a scale, up to rounding."""
+    beyond = (values < scale.low - _ROUNDING) | (values > scale.high + _ROUNDING)
+    if beyond.any():
+        raise ValueError(f"expected values from {scale.low:g} to {scale.high:g}; got {values[beyond][0]}")
+    return min(max(float(values.mean()), scale.low), scale.high) if np.isfinite(values).all() else math.nan
+
+
+def _interval(mean: float, error: float, degrees: float, scale: Scale, level: float) -> Interval:
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1; got {level}")
-    value = float(np.mean([found for found, _ in each]))
-    # Each seed's resamples are shifted so that their mean is its value, which removes the effect of repeated examples.
-    moved = [found + values - np.nanmean(values) if np.isfinite(values).any() else values for found, values in each]
-    count, generator = len(each), np.random.default_rng(seed)
-    places = np.arange(len(moved[0]))
-    drawn = generator.integers(0, count, size=(count, len(places)))
-    slots = [
-        # A seed that is drawn twice contributes two different resamples.
-        np.stack(moved)[drawn[slot], places if slot == 0 else generator.permutation(places)]
-        for slot in range(count)
-    ]
-    means = np.mean(slots, axis=0)
-    means = means[np.isfinite(means)]
-    if not np.isfinite(value) or not means.size:
-        return value, float("nan"), float("nan")
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail]) - means.mean()
-    return value, value + float(low), value + float(high)
-
-
-def resampled(
-    metric: Callable[..., float], kernels: Sequence[Tensor], *, resamples: int, seed: int
-) -> tuple[float, np.ndarray]:
-    """A metric of kernels over the same n examples, and its value on each resample of them; NaN where undefined.
-
-    Metrics in `RESAMPLED` are computed on all resamples at once.
-
-    Raises:
-        ValueError: no kernel, or kernels over different numbers of examples.
-    """
-    if not kernels or len({len(kernel) for kernel in kernels}) != 1:
-        raise ValueError("bootstrap_interval takes kernels over the same examples")
-    try:
-        value = metric(*kernels)
-    except UndefinedMetricError:
-        return float("nan"), np.full(resamples, np.nan)
-    generator = np.random.default_rng(seed)
-    n = len(kernels[0])
-    draws = generator.integers(0, n, size=(resamples, n))
-    at_once = RESAMPLED.get(metric)
-    if at_once is not None and all(kernel.ndim == 2 for kernel in kernels):
-        counts = np.stack([np.bincount(rows, minlength=n) for rows in draws]) if resamples else np.zeros((0, n))
-        return value, at_once(torch.from_numpy(counts).double(), *(kernel.double() for kernel in kernels)).numpy()
-    values = np.full(resamples, np.nan)
-    for place, rows in enumerate(torch.from_numpy(draws)):
-        try:
-            values[place] = metric(*(kernel[rows][:, rows] for kernel in kernels))
-        except UndefinedMetricError:
-            continue
-    return value, values
-
-
-# --- metrics on many resamples at once ---
-#
-# A resample takes rows and columns of a kernel K with repetition; example i is drawn w_i times, sum_i w_i = n. Sums
-# over the resampled matrix are then sums over K itself,
-#
-#     <K, L>_w = sum_ij w_i w_j K_ij L_ij,      tr_w K = sum_i w_i K_ii,
-#
-# and the inner product of both after centring is <K, L>_w - (2 / n) sum_i w_i (K w)_i (L w)_i + (w K w)(w L w) / n^2.
-# B resamples cost three products (B, n) x (n, n); one at a time they would need B copies of every kernel. Metrics that
-# are not such sums, as those of spectra, are computed one resample at a time (`resampled`).
-
-
-def alignment(counts: Counts, K: Kernel, L: Kernel) -> Values:
-    """:func:`ntk.kernel_alignment` on each resample; NaN where a kernel is zero."""
-    K, L = normalised(K)[0], normalised(L)[0]  # so that products of their entries do not overflow
-    product, left, right = _inner(counts, K, L), _inner(counts, K, K), _inner(counts, L, L)
-    return product / _positive(left * right, 0 * left).sqrt()
-
-
-def cka(counts: Counts, K: Kernel, L: Kernel) -> Values:
-    """:func:`ntk.cka` on each resample; NaN where a kernel is constant."""
-    # Centring over all examples first reduces rounding errors; it does not change what is centred again below.
-    K, L = (ntk.metrics.center(normalised(A)[0]) for A in (K, L))
-    left, right = (_positive(_centred(counts, A, A), _ROUNDING * _inner(counts, A, A)) for A in (K, L))
-    return _centred(counts, K, L) / (left * right).sqrt()
-
-
-def trace(counts: Counts, K: Kernel) -> Values:
-    """:func:`ntk.trace` on each resample."""
-    return counts @ K.diagonal()
-
-
-def trace_ratio(counts: Counts, K: Kernel, L: Kernel) -> Values:
-    """:func:`ntk.trace_ratio` on each resample; NaN where tr L is zero."""
-    below = trace(counts, L)
-    return trace(counts, K) / torch.where(below != 0, below, torch.nan)
-
-
-def matching_degree(counts: Counts, K: Kernel, L: Kernel) -> Values:
-    """:func:`ntk.matching_degree` on each resample."""
-    return trace_ratio(counts, K, L).sqrt()
-
-
-RESAMPLED: Mapping[Callable[..., float], Callable[..., Tensor]] = {
-    ntk.kernel_alignment: alignment,
-    ntk.cka: cka,
-    ntk.trace: trace,
-    ntk.trace_ratio: trace_ratio,
-    ntk.matching_degree: matching_degree,
-}
-
-
-def _inner(counts: Counts, K: Kernel, L: Kernel) -> Values:
-    return ((counts @ (K * L)) * counts).sum(1)
-
-
-def _centred(counts: Counts, K: Kernel, L: Kernel) -> Values:
-    n = counts.shape[1]
-    left, right = counts @ K, counts @ L
-    means = (left * counts).sum(1) * (right * counts).sum(1) / n**2
-    return _inner(counts, K, L) - 2 / n * (counts * left * right).sum(1) + means
-
-
-def _positive(values: Values, least: Values) -> Values:
-    return torch.where(values > least, values, torch.nan)
+    if not (math.isfinite(mean) and math.isfinite(error)):
+        return Interval(mean, math.nan, math.nan)
+    if error == 0 or mean in (scale.low, scale.high):
+        return Interval(mean, mean, mean)
+    half = float(special.stdtrit(degrees, (1 + level) / 2)) * error * scale.slope(mean)
+    middle = scale.to(mean)
+    return Interval(mean, float(scale.back(middle - half)), float(scale.back(middle + half)))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs, seeds_of
+from analyses.core.bootstrap import over_seeds
 from analyses.core.comparison import SeedComparison, draw_name
-from analyses.core.intervals import over_seeds
 from analyses.kernel_distance.kernels import ADAPTER, FULL, KERNELS, PAIRS, ModelKernels, model_kernels
 from analyses.kernel_distance.tables import summary
 from analyses.records import STAGES, Metric

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import ntk
-from analyses.core.intervals import bootstrap_interval, mean_interval
+from analyses.core.bootstrap import bootstrap_interval
+from analyses.core.intervals import mean_interval
 from analyses.records import STAGES, Metric
 from ntk.dynamics import linearization_error, relative_drift
 
@@ -113,7 +114,7 @@ def of_rows(metric: Callable[..., float], runs: Sequence[tuple[Tensor, ...]], re
         drawn.append(np.mean([_or_nan(metric, *(t[index] for t in rows)) for rows in runs]))
     if not np.isfinite(drawn).any():
         return found
-    # The ends are the value plus the quantiles' distances from the resamples' mean, as in `analyses.core.intervals`.
+    # The ends are the value plus the quantiles' distances from the resamples' mean, as in `analyses.core.bootstrap`.
     low, high = np.nanquantile(drawn, [0.025, 0.975]) - np.nanmean(drawn)
     return replace(found, examples=(found.value + float(low), found.value + float(high)))
 

@@ -7,7 +7,7 @@ linear layer's input (`analyses.peft_kernels.mean_split`), and which layers it c
 (`analyses.peft_kernels.layers`). Kernels are traced over the outputs, in standard parametrisation.
 
 Each seed draws its own examples, head, random matrices and null models. Numbers are means over seeds; intervals are by
-a hierarchical bootstrap over seeds and, within each seed, examples (`analyses.core.intervals.seed_interval`).
+a hierarchical bootstrap over seeds and, within each seed, examples (`analyses.core.bootstrap.seed_interval`).
 
     python -m analyses.peft_kernels --task sst2 --data-dir DIR --seeds 0 1 2 --output-dir results/peft_kernels
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
+from analyses.core.bootstrap import over_seeds
 from analyses.core.comparison import SeedComparison, draw_name
-from analyses.core.intervals import over_seeds
 from analyses.parameter_count import width
 from analyses.peft_kernels.layers import Place, agreement, place_methods, places_of
 from analyses.peft_kernels.mean_split import mean_inputs, split_methods

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ntk
-from analyses.core.intervals import RESAMPLED, bootstrap_interval, resampled, seed_interval
+from analyses.core.bootstrap import RESAMPLED, bootstrap_interval, resampled, seed_interval
 
 
 def kernels(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -106,3 +106,42 @@ def test_principal_angles_of_planted_eigenspaces():
         ntk.principal_angles(K1, torch.ones(5, 5), 2)
     with pytest.raises(ValueError, match="rank must be between 1 and 5"):
         ntk.principal_angles(K1, K2, 6)
+
+
+# --- equivalent random directions -----------------------------------------------------------------------------------
+
+
+def test_the_participation_ratio_counts_equal_eigenvalues():
+    assert ntk.participation_ratio(torch.diag(torch.tensor([2.0, 2.0, 2.0, 0.0]))) == pytest.approx(3)
+    assert ntk.participation_ratio(1e200 * torch.ones(4, 4, dtype=torch.float64)) == pytest.approx(1)
+    K = gram(4, 3, 0, c=2)
+    values = ntk.spectrum(K)
+    assert ntk.participation_ratio(K) == pytest.approx(float(values.sum() ** 2 / values.square().sum()))
+    with pytest.raises(ntk.UndefinedMetricError):
+        ntk.participation_ratio(torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("m", [10, 100, 1000])
+@pytest.mark.parametrize(("n", "decay"), [(40, 0.0), (80, 0.25)], ids=["flat", "decaying"])
+def test_random_projections_count_as_their_own_number_of_directions(n, decay, m):
+    generator = torch.Generator().manual_seed(m)
+    J = torch.randn(n, 200, generator=generator, dtype=torch.float64) * torch.arange(1, 201).double() ** -decay
+    K = J @ J.T + 5.0  # The mean that CKA removes does not count.
+    projections = [torch.randn(200, m, generator=generator, dtype=torch.float64) for _ in range(10)]
+    found = [ntk.equivalent_directions(K, ntk.cka(K, J @ R @ R.T @ J.T)) for R in projections]
+    assert ntk.participation_ratio(ntk.center(K)) > 20
+    # Ten draws of a number whose relative scatter is below 10 %.
+    assert sum(found) / 10 == pytest.approx(m, rel=0.1)
+
+
+def test_limits_of_the_equivalent_number_of_directions():
+    K = gram(10, 20, 0)
+    assert ntk.equivalent_directions(K, 0.0) == 0
+    assert ntk.equivalent_directions(K, 1.0) == math.inf
+    assert ntk.equivalent_directions(3 * K, 0.5) == pytest.approx(ntk.equivalent_directions(K, 0.5))
+    expected = (1 + ntk.participation_ratio(ntk.center(K))) / (1 / 0.8**2 - 1)
+    assert ntk.equivalent_directions(K, 0.8) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        ntk.equivalent_directions(K, 1.1)
+    with pytest.raises(ntk.UndefinedMetricError):
+        ntk.equivalent_directions(torch.ones(3, 3), 0.5)
