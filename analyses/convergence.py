@@ -18,7 +18,7 @@ from analyses.method_comparison import Config as ComparisonConfig
 from analyses.records import Block, Metric, Result, metric_cell, summary_of_blocks
 from analyses.subjects.cost import StepClock
 from analyses.subjects.learning_rates import check_origin
-from analyses.subjects.training_run import RatedRuns, RunConfig, method_cells, training_run
+from analyses.subjects.training_run import RatedRuns, RunConfig, chance_score, method_cells, training_run
 from propulsion.data import TaskData
 from propulsion.methods import Method, parse_methods
 from propulsion.training import evaluate
@@ -105,8 +105,8 @@ def _summarised(config: Config, data: TaskData, cells: dict[str, list[dict[str, 
                        "trained_parameters": runs[0]["trained_parameters"]})  # fmt: skip
     return Findings(
         metrics=metrics, tables={"methods": curves}, arrays=arrays, model=config.run.model_identity(),
-        dataset={"name": config.task, "metric": data.task.metrics[0], "fingerprint": data.fingerprint,
-                 "all_rows": data.all_rows},
+        dataset={"name": config.task, "metric": data.task.metrics[0], "chance": chance_score(data),
+                 "fingerprint": data.fingerprint, "all_rows": data.all_rows},
     )  # fmt: skip
 
 

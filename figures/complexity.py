@@ -19,12 +19,12 @@ def draw(result: Result) -> Figure:
     ax.plot([row["operations_ratio"] for row in rows], places, "o", color=PALETTE[0], markersize=4,
             label="multiply-adds")  # fmt: skip
     ax.plot([row["time_ratio"] for row in rows], places, "D", color=PALETTE[1], markersize=4, label="time")
-    ax.axvline(1, color="0.5", linewidth=0.6)
+    ax.axvline(1, color="0.5", linewidth=0.6, label="frozen layer")
     ax.set_yticks(places, [row["method"] for row in rows])
     ax.invert_yaxis()
     ax.set_xlabel("over the frozen layer")
     ax.grid(axis="x", linewidth=0.3, alpha=0.6)
-    page.legend(loc="outside upper center", ncols=2)
+    page.legend(loc="outside lower center", ncols=3)
     return page
 
 

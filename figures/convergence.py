@@ -5,8 +5,8 @@ from matplotlib.figure import Figure
 
 from analyses.records import Result
 from figures.figure import figure
-from figures.methods import color_of_line, short
-from figures.style import PAGE_WIDTH, PALETTE
+from figures.methods import color_of_line, draw_one_answer, short
+from figures.style import PAGE_WIDTH, PALETTE, band_handle
 
 _SMOOTHED = 10  # Steps of the moving mean of losses.
 
@@ -18,7 +18,7 @@ def draw(result: Result) -> Figure:
     """
     methods = [row["method"] for row in result.tables["methods"]]
     steps = result.arrays["steps"]
-    page = Figure(figsize=(PAGE_WIDTH, 2.6), layout="constrained")
+    page = Figure(figsize=(PAGE_WIDTH, 2.7), layout="constrained")
     left, right = page.subplots(1, 2)
     for place, method in enumerate(methods):
         line = {"color": color_of_line(place), "label": short(method)}
@@ -32,7 +32,9 @@ def draw(result: Result) -> Figure:
         right.fill_between(steps, scores.min(axis=0), scores.max(axis=0), color=line["color"], alpha=0.12, lw=0)
     left.set(xlabel="optimizer step", ylabel=f"training loss, mean of {_SMOOTHED} steps")
     right.set(xlabel="optimizer step", ylabel=f"{result.dataset['metric']}, validation")
-    page.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    draw_one_answer(right, result.dataset)
+    handles = [*right.get_legend_handles_labels()[0], band_handle()]
+    page.legend(handles=handles, loc="outside lower center", ncols=5)
     return page
 
 

@@ -5,12 +5,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analyses.records import Result
 from figures.figure import figure
-from figures.style import PAGE_WIDTH, PALETTE
+from figures.style import PAGE_WIDTH, PALETTE, bar_handle, mark_handle
 
 PAPER_BEST = (25, 75)
+_EXPECTED: dict[str, Any] = {"color": "black", "linewidth": 0.9, "zorder": 1.5, "label": "expected"}
 
 
 @figure("degree_scale", settled=False)
@@ -19,59 +21,60 @@ def draw(result: Result) -> Figure:
     examples; the grey band is where the paper's ablation peaks.
     """
     rows = result.tables["ratios"]
-    page = Figure(figsize=(PAGE_WIDTH, 2.6), layout="constrained")
+    page = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
     left, middle, right = page.subplots(1, 3, sharey=True, width_ratios=(5, 5, 6))
     _random_networks(left, [r for r in rows if r["kind"] == "random network"])
     _architectures(middle, [r for r in rows if r["kind"] == "random architecture"])
     _pretrained(right, [r for r in rows if r["kind"] == "pre-trained"])
-    left.set_ylabel("k* = (tr K_F / tr K_P(1))$^{1/2}$")
+    left.set_ylabel(r"$k^* = (\mathrm{tr}\, K_F\,/\,\mathrm{tr}\, K_P(1))^{1/2}$")
+    marks = [mark_handle("$k^*$"), bar_handle("its 95 % interval"), Line2D([], [], **_EXPECTED)]
+    handles = [*marks, *right.get_legend_handles_labels()[0]]
     for axes in (left, middle, right):
-        axes.axhspan(*PAPER_BEST, color="0.92", zorder=0)
+        band = axes.axhspan(*PAPER_BEST, color="0.92", zorder=0, label="best degrees in the paper's ablation")
         axes.set_yscale("log")
         axes.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
         axes.minorticks_off()
-    left.annotate("best degrees in the paper's ablation", (0.97, 0.5 * sum(PAPER_BEST) * 0.88), color="0.4",
-                  xycoords=("axes fraction", "data"), va="center", ha="right")  # fmt: skip
+    page.legend(handles=[*handles, band], loc="outside lower center", ncols=5, columnspacing=1.2, handletextpad=0.4)
     return page
 
 
 def _random_networks(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for depth, color, line in _by_width(axes, rows, "depth"):
         if len(line) > 1:
-            axes.plot([r["width"] for r in line], [r["expected"] for r in line], color="0.6", zorder=0)
+            axes.plot([r["width"] for r in line], [r["expected"] for r in line], **_EXPECTED)
         _errorbar(axes, [r["width"] for r in line], line, color=color, label=f"depth {depth}")
-    axes.set_title("ReLU networks (line: limit)")
-    axes.legend(loc="lower right", ncols=2, handletextpad=0.1, columnspacing=0.8)
+    axes.set_title("ReLU networks\nexpected: infinite width")
+    axes.legend(handles=axes.containers, loc="upper left", ncols=2, handletextpad=0.1, columnspacing=0.8)
 
 
 def _architectures(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for name, color, line in _by_width(axes, rows, "model"):
         _errorbar(axes, [r["width"] for r in line], line, color=color, label=name)
     if rows:
-        axes.axhline(rows[0]["expected"], color="0.6", linewidth=0.8, zorder=0)
-    axes.set_title("Random weights (line: 1 / their std)")
-    axes.legend(loc="lower center", ncols=2, handletextpad=0.1, columnspacing=1)
+        # Above the band, in which the line lies.
+        axes.axhline(rows[0]["expected"], **_EXPECTED)
+    axes.set_title("Random weights\nexpected: 1 / standard deviation")
+    axes.legend(handles=axes.containers, loc="lower center", ncols=2, handletextpad=0.1, columnspacing=1)
 
 
 def _pretrained(axes: Axes, rows: list[dict[str, Any]]) -> None:
     places = np.arange(len(rows))
-    _errorbar(axes, places, rows, color=PALETTE[1], label="k*")
-    axes.plot(places, [r["expected"] for r in rows], "_", color="0.5", markersize=8, label="1 / rms weight")
+    _errorbar(axes, places, rows, color=PALETTE[1])
+    axes.hlines([r["expected"] for r in rows], places - 0.25, places + 0.25, color=_EXPECTED["color"], linewidth=1)
     degrees = [(i, r["paper_degree"]) for i, r in enumerate(rows) if r["paper_degree"]]
     if degrees:
         axes.plot(*zip(*degrees), "x", color=PALETTE[0], markersize=4, label="paper's degree")
     names = [row["model"].split(", ") for row in rows]
     axes.set_xticks(places, [task for _, task in names], rotation=90 if len(rows) > 5 else 0)
-    axes.set(xlim=(-0.6, len(rows) - 0.4), title="Pre-trained models")
+    axes.set(xlim=(-0.6, len(rows) - 0.4), title="Pre-trained models\nexpected: 1 / rms of the weights")
     for model in dict.fromkeys(model for model, _ in names):
         own = [i for i, (other, _) in enumerate(names) if other == model]
         axes.annotate(model, (np.mean(own), 0.97), xycoords=("data", "axes fraction"), ha="center", va="top")
         if own[0]:
             axes.axvline(own[0] - 0.5, color="0.6", linewidth=0.6)
-    axes.legend(loc="center right", bbox_to_anchor=(1.02, 0.66), handletextpad=0.1)
 
 
-def _errorbar(axes: Axes, x: Any, rows: list[dict[str, Any]], *, color: str, label: str) -> None:
+def _errorbar(axes: Axes, x: Any, rows: list[dict[str, Any]], *, color: str, label: str = "_") -> None:
     y = np.array([r["matching_degree"] for r in rows])
     ends = np.clip([y - [r["low"] for r in rows], [r["high"] for r in rows] - y], 0, None)
     axes.errorbar(x, y, ends, fmt="o", markersize=3, linewidth=0.8, color=color, label=label)

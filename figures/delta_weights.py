@@ -32,7 +32,7 @@ def draw(result: Result) -> Figure:
             right.hist(values, bins=np.linspace(values.min(), values.max(), 60), histtype="step", color=color,
                        density=True, label=short(method))  # fmt: skip
     right.set(yscale="log", xlabel="z after training", ylabel="density")
-    page.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    page.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return page
 
 

@@ -9,12 +9,14 @@
     if __name__ == "__main__":
         draw.command(__doc__)
 
-A `Drawing` writes the files and provides the command that redraws a stored result.
+A `Drawing` writes the files and provides the command that redraws a stored result. Above every figure stands one grey
+line with the model, the task, the number of examples and the seeds of the result.
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,16 @@ from analyses.records.errors import one_line, run_command
 from figures.style import save, style
 
 Write = Callable[[Result, Path], list[Path]]
+_LINE = 0.15
+"""Inches of a line above the figure."""
+_LETTERS = 19
+"""Letters of that line on an inch."""
+_COUNTS = {
+    "n_examples": "{} examples", "n_test": "{} held-out rows", "n_train": "{} training rows",
+    "n_validation": "up to {} validation rows", "max_train_samples": "{} training rows",
+    "max_eval_samples": "{} validation rows", "tokens": "{} tokens", "draws": "{} draws",
+}  # fmt: skip
+"""Options that give a number of examples, and how it is written. A task can have fewer validation rows than asked."""
 UNDRAWABLE = (LookupError, StopIteration, TypeError, ValueError)
 """What drawing raises if a result lacks a table, an array or a value, or has one of another form."""
 
@@ -55,7 +67,10 @@ class Drawing:
             RecordError: The result lacks something that the figure shows.
         """
         with style():
-            drawn = self.function(without_formulas(result), **options)
+            shown = without_formulas(result)
+            drawn = self.function(shown, **options)
+            if not drawn.get_suptitle():
+                head(drawn, subject(shown))
             if self.settled:
                 drawn.draw_without_rendering()
         return drawn
@@ -71,6 +86,33 @@ class Drawing:
     def command(self, description: str | None) -> None:
         """The command line of a module with a single figure, which has the name of its analysis."""
         command(self.stem, self.write, description)
+
+
+def head(page: Figure, words: str) -> None:
+    """Write words above a figure, which becomes higher by their lines."""
+    width, height = page.get_size_inches()
+    lines = textwrap.wrap(words, int(_LETTERS * width))
+    page.set_size_inches(width, height + _LINE * len(lines))
+    page.suptitle("\n".join(lines), x=0.01, ha="left", color="0.35", fontsize=7)
+
+
+def subject(result: Result) -> str:
+    """Model, task, number of examples and seeds of a result, in words."""
+    names = [part.get("name") for part in (result.model, result.dataset)]
+    options = dict(_leaves(result.config))
+    counts = [words.format(f"{options[name]:,}") for name, words in _COUNTS.items() if options.get(name)]
+    seeds = result.config.get("seeds") or [result.seed]
+    drawn = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    return ", ".join([*(name for name in names if name and name != "none"), *counts, *[drawn] * ("seed" in options)])
+
+
+def _leaves(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The options of a configuration, and of those in its fields, by name; `seed` for `seeds` too."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield ("seed" if name == "seeds" else name), value
 
 
 def without_formulas(result: Result) -> Result:

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from analyses.records import Result
 from figures.figure import figure
 from figures.methods import color_of_method, short
-from figures.style import PAGE_WIDTH, PALETTE
+from figures.style import PAGE_WIDTH, PALETTE, bar_handle, mark_handle
 
 UNTUNED = "none"
 _ROW_HEIGHT = 0.22
@@ -37,7 +37,9 @@ def draw(result: Result) -> Figure:
     right.set(xlabel="share of rows with an answer", xlim=(0, 1))
     for ax in (left, right):
         ax.grid(axis="x", linewidth=0.3, alpha=0.6)
-    page.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    marks = [mark_handle("accuracy"), bar_handle("95 % interval", horizontal=True)]
+    handles = [*marks, *left.get_legend_handles_labels()[0]]
+    page.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return page
 
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analyses.records import Result
 from figures.figure import figure
-from figures.style import PAGE_WIDTH, PALETTE
+from figures.style import PAGE_WIDTH, PALETTE, mark_handle
 
 
 @figure("johnson_lindenstrauss")
@@ -15,7 +16,7 @@ def draw(result: Result) -> Figure:
     """
     cells, rows, curves = (result.tables[name] for name in ("tail", "variance", "curves"))
     rho = curves[0]["rho"]
-    page = Figure(figsize=(PAGE_WIDTH, 2.5), layout="constrained")
+    page = Figure(figsize=(PAGE_WIDTH, 2.8), layout="constrained")
     left, right = page.subplots(1, 2, width_ratios=(3, 2))
     floor = 1 / (3 * result.config["draws"])
     epsilons = sorted({c["epsilon"] for c in cells})
@@ -29,18 +30,21 @@ def draw(result: Result) -> Figure:
         left.errorbar([c["d"] for c in seen], ends[1], np.diff(ends, axis=0), color=color, fmt="o", markersize=2.5,
                       linewidth=0.8)  # fmt: skip
     left.set(xscale="log", yscale="log", ylim=(floor, 2), xlabel="dimension d",
-             ylabel=r"Pr[ |S − ρ| ≥ ε ]", title=f"Tail at ρ = {rho:g}: exact, bound (dashed), drawn")  # fmt: skip
-    left.legend(loc="lower left")
+             ylabel=r"$\Pr[\,|S - \rho| \geq \varepsilon\,]$", title=rf"Tail at $\rho$ = {rho:g}")  # fmt: skip
+    kinds = [Line2D([], [], color="0.4", label="exact"),
+             Line2D([], [], color="0.4", linestyle="--", linewidth=0.9, label="bound"),
+             mark_handle(f"drawn, {result.config['confidence']:.1%} interval")]  # fmt: skip
+    page.legend(handles=[*left.get_legend_handles_labels()[0], *kinds], loc="outside lower center", ncols=4)
     fine = np.linspace(-1, 1, 101)
-    right.plot(fine, 1 + fine**2, color="0.3", label="exact, 1 + ρ²")
+    right.plot(fine, 1 + fine**2, color="0.3", label=r"exact, $1 + \rho^2$")
     dimensions = sorted({r["d"] for r in rows})
     for i, (d, color) in enumerate(zip(dimensions[:: max(1, len(dimensions) // 3)], PALETTE)):
         line = [r for r in rows if r["d"] == d]
         ends = d * np.array([[r["lower"], r["variance"], r["upper"]] for r in line]).T
         x = np.array([r["rho"] for r in line]) + 0.02 * i
         right.errorbar(x, ends[1], np.diff(ends, axis=0), color=color, fmt="o", markersize=2.5, linewidth=0.8,
-                       label=f"d = {d}")  # fmt: skip
-    right.set(xlabel="inner product ρ", ylabel="d · Var[S]", title="Variance")
+                       label=f"drawn, d = {d}")  # fmt: skip
+    right.set(xlabel=r"inner product $\rho$", ylabel=r"$d \cdot \mathrm{Var}[S]$", title="Variance")
     right.legend(loc="upper center")
     return page
 

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from analyses.records import STAGES, Metric, Result
 from analyses.records.errors import RecordError, run_command
-from figures.figure import figure, redraw
+from figures.figure import figure, head, redraw
 from figures.style import DIVERGING, PAGE_WIDTH, PALETTE, SEQUENTIAL, save
 
 FULL = "full_backbone"
@@ -31,8 +31,8 @@ ADAPTER = "propulsion_z"
 
 _HEADINGS = {"initialisation": "At initialisation", "trained": "After training"}
 _PERCENTILE = 99.0
-# The colours are symmetric about zero only if negative entries exceed this share of the largest one.
-_VISIBLE = 0.1
+# The colours are symmetric about zero if a negative entry differs visibly from zero: a colour map has 256 colours.
+_VISIBLE = 1 / 256
 _ROW_HEIGHT = 2.65
 # Class names are at least this share of a map's height apart, so that they do not overlap.
 _MIN_LABEL_GAP = 0.08
@@ -72,8 +72,8 @@ def draw(result: Result, *, full: str = FULL, adapter: str = ADAPTER) -> Figure:
     if names is not None and not set(labels.tolist()) <= set(range(len(names))):
         raise RecordError(f"the result has labels outside 0 to {len(names) - 1}, the places of its label_names")
     order = np.argsort(labels, kind="stable")
-    page = Figure(figsize=(PAGE_WIDTH, _ROW_HEIGHT * len(rows) + 0.2), layout="constrained")
-    page.suptitle(_subject(result, labels.size), x=0.01, ha="left", color="0.35", fontsize=7)
+    page = Figure(figsize=(PAGE_WIDTH, _ROW_HEIGHT * len(rows)), layout="constrained")
+    head(page, _subject(result, labels.size))
     panels = page.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for panel, row in zip(panels, rows, strict=True):
         _draw_row(panel, row, result, labels, order, (full, adapter))

@@ -25,7 +25,7 @@ def draw(result: Result) -> Figure:
     ax.invert_yaxis()
     ax.set(xscale="log", xlabel="parameters")
     ax.grid(axis="x", linewidth=0.3, alpha=0.6)
-    page.legend(loc="outside upper center", ncols=len(_SHOWN))
+    page.legend(loc="outside lower center", ncols=len(_SHOWN))
     return page
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import matplotlib as mpl
 from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from analyses.records import RecordError
 from analyses.records.atomic import whole
@@ -52,6 +54,22 @@ _SETTINGS: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
 }
+
+
+def band_handle(words: str = "lowest to highest seed") -> Patch:
+    """An entry of a legend for the shaded bands around lines."""
+    return Patch(color="0.5", alpha=0.25, linewidth=0, label=words)
+
+
+def mark_handle(words: str, marker: str = "o", **look: Any) -> Line2D:
+    """An entry of a legend for a mark without a line, grey unless a colour is given."""
+    look = {"color": "0.4", "linestyle": "", "markersize": 3.5} | look
+    return Line2D([], [], marker=marker, label=words, **look)
+
+
+def bar_handle(words: str, *, horizontal: bool = False) -> Line2D:
+    """An entry of a legend for bars that show intervals."""
+    return mark_handle(words, "_" if horizontal else "|", markersize=8)
 
 
 @contextmanager

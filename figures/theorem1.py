@@ -42,7 +42,7 @@ def _cases(axes: Axes, rows: list[dict]) -> None:
             text = "exact" if len(exact) == 2 else f"{exact[0]}: exact"
             axes.annotate(text, (0.0, place), (9 if len(exact) == 2 else 4, 4), textcoords="offset points", color="0.4")
     _lines(axes, places)
-    words = "relative distance of K_P, ‖K − K_P‖ / ‖K‖"
+    words = r"relative distance of $K_P$, $\|K - K_P\|\,/\,\|K\|$"
     axes.set(xlim=(-0.04, 1.08), xlabel=words, title="From full fine-tuning, by case")
     axes.set_yticks(places, [r["case"] + ("" if "," in r["case"] else f", {r['compared']}") for r in rows])
 

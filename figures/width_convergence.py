@@ -1,7 +1,11 @@
 """Finite networks and their limits: error, gap between the kernels, and ratio of their traces, by width."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analyses.records import Result
 from figures.figure import figure
@@ -48,9 +52,13 @@ def draw(result: Result) -> Figure:
         axes.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0.02", "0.05", "0.1", "0.2", "0.5", "1"])
         axes.set_ylim(max(0.01, low), high)
     left.set(ylabel="relative error", title="Propulsion's kernel and its limit")
-    middle.set(ylabel="relative to K_F of the hidden layers", title="Gap (solid), its scatter (dashed)")
-    right.set(ylabel="tr K_F / tr K_P", title="Sizes: NTK (solid), standard (dashed)")
-    page.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(activations))
+    middle.set(ylabel="relative to $K_F$ of the hidden layers", title="Gap between the kernels")
+    right.set(ylabel=r"tr $K_F$ / tr $K_P$", title="Sizes of the kernels")
+    styles: Sequence[tuple[str, Any]] = (("mean (right: NTK parametrisation)", "-"),
+              ("scatter of networks (right: standard parametrisation)", "--"), ("limit", ":"))  # fmt: skip
+    grey = [Line2D([], [], color="0.4", linewidth=1, linestyle=dashes, label=words) for words, dashes in styles]
+    handles = [*left.get_legend_handles_labels()[0], *grey]
+    page.legend(handles=handles, loc="outside lower center", ncols=5, columnspacing=1.2)
     return page
 
 

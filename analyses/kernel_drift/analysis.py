@@ -17,7 +17,7 @@ from analyses.records import STAGES
 from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
 from analyses.subjects.learning_rates import check_origin, factors_of
-from analyses.subjects.training_run import RatedRuns, dataset_identity, method_cells, training_run
+from analyses.subjects.training_run import RatedRuns, chance_score, dataset_identity, method_cells, training_run
 from propulsion.data import TaskData
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
@@ -128,7 +128,7 @@ def _summarised(config: Config, data: TaskData, labels: np.ndarray, cells: Cells
         tables={"methods": methods, "checkpoints": checkpoints, "pairs": pairs},
         arrays=arrays,
         model=config.run.model_identity(),
-        dataset=dataset_identity(data) | {"metric": data.task.metrics[0]},
+        dataset=dataset_identity(data) | {"metric": data.task.metrics[0], "chance": chance_score(data)},
         seconds={text: float(np.mean([run["seconds"]["all"] for run in runs])) for text, runs in cells.items()},
         coverage={
             row["method"]: f"{row['own_parameters']:,} parameters of the backbone that it trains, without the head"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from analyses.records import STAGES, Metric, Result
 from figures.figure import figure
 from figures.methods import color_of_method
-from figures.style import COLUMN_WIDTH
+from figures.style import COLUMN_WIDTH, bar_handle, mark_handle
 
 _STAGE = STAGES[0]
 _ROW = 0.135
@@ -32,8 +32,12 @@ def draw(result: Result) -> Figure:
     nulls = [row["null"] for row in result.tables["nulls"]]
     found = {name: result.metric("cka", stage=_STAGE, left=full, right=name) for name in (*others, *nulls)}
     order = sorted(others, key=lambda name: -np.nan_to_num(found[name].value, nan=-1))
-    page = Figure(figsize=(COLUMN_WIDTH, _ROW * len(found) + 0.5), layout="constrained")
+    page = Figure(figsize=(COLUMN_WIDTH, _ROW * len(found) + 0.7), layout="constrained")
     _dots(page.subplots(), [found[name] for name in (*order, *nulls)], len(nulls))
+    handles = [mark_handle("Propulsion", color=color_of_method("Propulsion")),
+               mark_handle("other", color=color_of_method("other")), mark_handle("null model", "s", color="0.45"),
+               bar_handle("95 % interval", horizontal=True)]  # fmt: skip
+    page.legend(handles=handles, loc="outside lower center", ncols=4, handletextpad=0.1, columnspacing=0.8)
     return page
 
 

@@ -1,9 +1,10 @@
 """Agreement of full fine-tuning and Propulsion layer by layer, as heat maps of block and kind of layer.
 
 A cell shows one layer's part of the kernels; a row that spans all kinds is a layer outside of the blocks. Shares of
-traces are in per cent, with colours on a logarithmic scale.
+traces are in per cent, with colours on a logarithmic scale. Numbers are written in the cells of models with few blocks.
 """
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from analyses.records import Result
 from figures.figure import figure
@@ -18,6 +20,10 @@ from figures.style import PAGE_WIDTH, SEQUENTIAL
 
 _ROW = 0.14
 _TEXT = 6.0
+_WRITTEN = 16
+"""The largest number of lines with numbers in their cells."""
+_TALL_ROW = 0.16
+"""Inches of a line without numbers."""
 
 Row = dict[str, Any]
 
@@ -38,19 +44,28 @@ def draw(result: Result) -> Figure:
         ("share of the whole full kernel's trace, %", "full_share", share, _percent),
         ("share of the whole Propulsion kernel's trace, %", "propulsion_share", share, _percent),
     )
-    height = 2 * (_ROW * len(lines) + 0.22) + 0.6
+    # Numbers of many blocks would be too small to read: colours alone then, in panels side by side.
+    written = len(lines) <= _WRITTEN
+    height = 2 * (_ROW * len(lines) + 0.22) + 0.6 if written else _TALL_ROW * len(lines) + 1.3
     page = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
-    grid = page.subplots(2, 2, sharex=True, sharey=True)
+    grid = page.subplots(2, 2, sharex=True, sharey=True) if written else page.subplots(1, 4, sharex=True, sharey=True)
     for axes, (title, column, norm, words) in zip(grid.flat, panels, strict=True):
-        _panel(axes, rows, lines, kinds, column, norm, words)
-        axes.set_title(title[0].upper() + title[1:])
+        image = _panel(axes, rows, lines, kinds, column, norm, words if written else None)
+        title = title[0].upper() + title[1:]
+        axes.set_title(title if written else textwrap.fill(title, 24))
+        if not written:
+            bar = page.colorbar(image, ax=axes, location="bottom", aspect=12, pad=0.01)
+            if norm is share:
+                bar.ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
+            bar.set_label("%" if norm is share else "CKA")
     return page
 
 
 def _panel(
     axes: Axes, rows: Sequence[Row], lines: Sequence[tuple[str, int | None]], kinds: Sequence[str], column: str,
-    norm: Normalize, words: Callable[[float], str],
-) -> None:  # fmt: skip
+    norm: Normalize, words: Callable[[float], str] | None,
+) -> AxesImage:  # fmt: skip
+    """Draw one matrix, with the numbers in its cells as `words` writes them, or without if it is None."""
     matrix = np.full((len(lines), max(1, len(kinds))), np.nan)
     for row in rows:
         whole = row["block"] is None
@@ -58,18 +73,22 @@ def _panel(
         value = np.nan if row[column] is None else row[column]
         place = (matrix.shape[1] - 1) / 2 if whole else kinds.index(row["kind"])
         matrix[line, slice(None) if whole else int(place)] = value
-        if np.isfinite(value):
+        if words and np.isfinite(value):
             axes.text(place, line, words(value), ha="center", va="center", fontsize=_TEXT,
                       color="white" if norm(value) < 0.6 else "black")  # fmt: skip
     axes.set_facecolor("0.92")  # Visible where there is no value.
-    axes.imshow(np.ma.masked_invalid(matrix), cmap=SEQUENTIAL, norm=norm, aspect="auto")
+    image = axes.imshow(np.ma.masked_invalid(matrix), cmap=SEQUENTIAL, norm=norm, aspect="auto")
     axes.hlines(np.arange(1, len(lines)) - 0.5, -0.5, matrix.shape[1] - 0.5, color="white", linewidth=0.6)
     blocks = [i for i, (_, block) in enumerate(lines) if block is not None]
     if blocks:
         axes.vlines(np.arange(1, len(kinds)) - 0.5, blocks[0] - 0.5, blocks[-1] + 0.5, color="white", linewidth=0.6)
-    axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n") for kind in kinds], fontsize=_TEXT)
+    if words:
+        axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n") for kind in kinds], fontsize=_TEXT)
+    else:
+        axes.set_xticks(range(len(kinds)), kinds, rotation=90)
     axes.set_yticks(range(len(lines)), [kind if block is None else f"block {block}" for kind, block in lines])
     axes.tick_params(length=0)
+    return image
 
 
 def _cka(value: float) -> str:

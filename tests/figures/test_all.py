@@ -18,7 +18,8 @@ from analyses.linearized_prediction import measures as computed
 from analyses.records import RecordError, Result, load_result, write_result
 from figures import all as every
 from figures import linearized_prediction as drawn
-from figures.figure import redraw
+from figures.figure import head, redraw, subject
+from figures.methods import draw_one_answer
 
 ROOT = Path(__file__).parent.parent.parent
 STORED = ROOT / "docs" / "results"
@@ -31,6 +32,51 @@ def test_every_analysis_with_a_stored_figure_has_a_writer_and_each_figure_a_capt
     analyses = {load_result(folder).analysis for folder in {path.parent for path in stored}}
     assert all(every.writer(name) for name in analyses)
     assert not any(every.writer(name) for name in ("style", "figure", "methods", "all", "nothing", "peft_kernels.map"))
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in STORED.rglob("*.png")}), ids=lambda p: p.name)
+def test_a_figure_is_headed_by_its_model_task_number_of_examples_and_seeds(folder):
+    result = load_result(folder)
+    words = subject(result)
+    assert words.startswith(result.model["name"])
+    assert result.dataset["name"] == "none" or result.dataset["name"] in words
+    if seeds := result.config.get("seeds"):
+        assert words.endswith(f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}")
+    for option, unit in (("n_examples", "examples"), ("n_test", "held-out rows"), ("draws", "draws")):
+        if count := result.config.get(option):
+            assert f"{count:,} {unit}" in words
+
+
+def test_the_line_above_a_figure_makes_the_page_higher_and_is_wrapped():
+    page = Figure(figsize=(3.4, 2.0))
+    head(page, "word " * 40)
+    lines = page.get_suptitle().splitlines()
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 19 * 3.4
+    assert page.get_size_inches()[1] == pytest.approx(2.0 + 0.15 * len(lines))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [({"metric": "accuracy", "chance": 0.51}, [0.51]), ({"metric": "matthews"}, [0.0]), ({"metric": "accuracy"}, [])],
+)
+def test_the_best_single_answer_is_a_line_where_it_is_known(dataset, expected):
+    for vertical in (False, True):
+        axes = Figure().subplots()
+        draw_one_answer(axes, dataset, vertical=vertical)
+        data = [line.get_xdata() if vertical else line.get_ydata() for line in axes.get_lines()]
+        assert [list(values) for values in data] == [[value, value] for value in expected]
+
+
+def test_bars_of_scores_end_at_the_possible_values():
+    """Student's interval of three seeds can reach beyond 1; its bar ends there, and lies within the panel."""
+    page = drawn.draw(load_result(STORED / "linearized_prediction" / "cola"))
+    for panel in page.axes:
+        low, high = panel.get_ylim()
+        for bars in panel.collections:
+            ends = np.concatenate([path.vertices[:, 1] for path in bars.get_paths()])
+            assert low <= ends.min()
+            assert ends.max() <= min(high, 1.0)
 
 
 def test_captions_say_what_bars_and_bands_are():

@@ -75,6 +75,16 @@ def test_a_row_shares_one_scale_and_one_map(signed):
         assert low == (-high if signed else 0.0)
 
 
+def test_small_negative_entries_are_seen_on_a_map_with_white_at_zero():
+    """A share of 1 % of the largest entry is below zero; a colour map from zero would clip it to its first colour."""
+    kernel = np.full((20, 20), 100.0)
+    kernel[0, 1] = kernel[1, 0] = -1.0
+    assert color_limits(kernel, kernel) == (-100.0, 100.0)
+    # Rounding is no value below zero.
+    kernel[0, 1] = kernel[1, 0] = -1e-6
+    assert color_limits(kernel, kernel) == (0.0, 100.0)
+
+
 def test_the_diagonal_does_not_set_the_scale():
     rng = np.random.default_rng(0)
     kernel = rng.uniform(0.5, 1.0, (100, 100))

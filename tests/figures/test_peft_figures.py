@@ -94,6 +94,16 @@ def test_the_matrix_is_the_table_in_the_order_of_full_fine_tuning():
     assert names == {name.replace("_", " ") for name in METHODS}
 
 
+def test_the_map_says_how_often_it_is_wrong():
+    """On a line, one pair of three is drawn in the wrong order; a method without a CKA and one tied are in no order."""
+    points = {FULL: (0.0, 0.0), "a": (1.0, 0.0), "b": (0.0, 2.0), "c": (3.0, 0.0), "none": (9.0, 0.0)}
+    assert map.inverted(points, {"a": 0.9, "b": 0.5, "c": 0.6, "none": None}, FULL) == (1, 3)
+    assert map.inverted(points, {"a": 0.9, "b": 0.9 + 1e-15}, FULL) == (0, 1)
+    shown = result()
+    _, axes = map.draw(shown).axes
+    assert "of 66 pairs of methods are in the wrong order from full fine-tuning" in axes.get_title()
+
+
 def test_every_layer_has_its_value_once_and_nothing_where_there_is_none():
     shown = result()
     own, whole, *_ = layers.draw(shown).axes
@@ -114,7 +124,14 @@ def test_words_are_apart_and_on_the_page(figure):
 
 
 def test_many_blocks_stay_readable():
-    assert_apart_and_inside(layers.draw(result(blocks=30)))
+    """Numbers that would be too small give way to colours with a scale for each panel."""
+    page = layers.draw(result(blocks=30))
+    assert_apart_and_inside(page)
+    panels = [axes for axes in page.axes if axes.get_title()]
+    assert len(panels) == 4
+    assert not any(axes.texts for axes in panels)
+    assert len(page.axes) == 8
+    assert all(text.get_fontsize() >= 7 for text in texts(page))
 
 
 def test_three_figures_are_written(tmp_path):
