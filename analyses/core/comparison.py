@@ -1,16 +1,18 @@
 """Kernels of several seeds compared: every metric as the mean over seeds, its interval, and its value in each seed."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import ntk
 from analyses.core.bootstrap import resampled, seed_interval
-from analyses.records import Metric
+from analyses.records import Metric, Result, interval
 from ntk import UndefinedMetricError
 
 Function = Callable[..., float]
@@ -34,6 +36,29 @@ KERNEL_METRICS: dict[str, tuple[Callable[[Tensor], float], str]] = {
     "trace": (ntk.trace, KERNEL_UNIT),
     "effective_rank": (ntk.effective_rank, ""),
 }
+
+
+def directions(result: Result, kernel: str, cka: Metric | float | None) -> str:
+    """The text of a CKA's equivalent number of random directions (:func:`ntk.equivalent_directions`) with its interval.
+
+    The participation ratio is that of a stored kernel, which is of the first seed. The CKA is the mean over seeds, and
+    the ends belong to the ends of its interval. "-" stands for no CKA, no stored kernel, and a CKA of 1, which only
+    infinitely many directions reach.
+
+    Args:
+        result: The result.
+        kernel: Name of the array of the kernel that the CKA compares with.
+        cka: The CKA.
+    """
+    if cka is None or kernel not in result.arrays:
+        return "-"
+    K = torch.from_numpy(result.arrays[kernel]).double()
+    values = (cka.value, cka.low, cka.high) if isinstance(cka, Metric) else (cka, None, None)
+    return interval(*(None if x is None else _directions(K, x) for x in values))
+
+
+def _directions(K: Tensor, cka: float) -> float:
+    return math.nan if math.isnan(cka) else ntk.equivalent_directions(K, min(max(cka, 0.0), 1.0))
 
 
 def draw_name(null: str, draw: int) -> str:

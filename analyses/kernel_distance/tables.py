@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from analyses.core.comparison import directions
 from analyses.kernel_distance.kernels import ADAPTER, FULL, PAIRS
 from analyses.records import STAGES, Block, Result, metric_cell, number, summary_of_blocks
 
@@ -29,18 +30,30 @@ def summary(result: Result) -> Iterator[Block]:
     def at_both(name: str, left: str, right: str = "") -> list[str]:
         return [metric_cell(result.find(name, stage=stage, left=left, right=right)) for stage in STAGES]
 
+    def directions_at_both(left: str, right: str) -> list[str]:
+        found = [result.find("cka", stage=stage, left=left, right=right) for stage in STAGES]
+        return [directions(result, f"{stage}.{left}", cka) for stage, cka in zip(STAGES, found, strict=True)]
+
     stages = ["at initialisation", "after training"]
     for left, right in PAIRS:
         names = dict.fromkeys(m.name for m in result.metrics if (m.left, m.right) == (left, right))
-        yield [f"{left} against {right}", *stages], [[_READABLE[n], *at_both(n, left, right)] for n in names]
+        rows = [[_READABLE[n], *at_both(n, left, right)] for n in names]
+        place = list(names).index("cka") + 1
+        rows.insert(place, ["random directions with this CKA", *directions_at_both(left, right)])
+        yield [f"{left} against {right}", *stages], rows
     others = {right for _, right in PAIRS} | {""}
     nulls = dict.fromkeys(m.right for m in result.metrics if m.left == FULL and m.right not in others)
-    yield [f"CKA with {FULL} of", *stages], [[right, *at_both("cka", FULL, right)] for right in (ADAPTER, *nulls)]
+    yield (
+        [f"CKA with {FULL} of", *stages, "random directions at initialisation", "after training"],
+        [[right, *at_both("cka", FULL, right), *directions_at_both(FULL, right)] for right in (ADAPTER, *nulls)],
+    )
     rows = [
-        [row["kernel"], *at_both("trace", row["kernel"]), *at_both("effective_rank", row["kernel"]), number(row["cka"])]
+        [row["kernel"], *at_both("trace", row["kernel"]), *at_both("effective_rank", row["kernel"]), number(row["cka"]),
+         directions(result, f"{STAGES[0]}.{row['kernel']}", row["cka"])]
         for row in result.tables["drift"]
-    ]
-    yield ["kernel alone", "trace before", "after", "effective rank before", "after", "CKA before/after"], rows
+    ]  # fmt: skip
+    yield ["kernel alone", "trace before", "after", "effective rank before", "after", "CKA before/after",
+           "random directions"], rows  # fmt: skip
     scores = result.tables["scores"]
     names = [name for name in scores[0] if name != "model"]
     yield ["score on validation", *names], [[row["model"], *(number(row[n]) for n in names)] for row in scores]

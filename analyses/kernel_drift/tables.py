@@ -1,9 +1,10 @@
 """The tables of a result of `analyses.kernel_drift`, for the terminal and for documents."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from analyses.core.comparison import directions
 from analyses.kernel_drift.measures import PAIRS, PERMUTED
 from analyses.records import STAGES, Block, Metric, Result, metric_cell, number, summary_of_blocks
 
@@ -20,6 +21,8 @@ _COLUMNS = {
     "parameters moved": "parameter_drift",
     "head moved": "head_drift",
 }
+_CKA = _COLUMNS["CKA"]
+DIRECTIONS = "random directions"
 _NULLED = {column: _COLUMNS[column] for column in ("kernel drift", "alignment", "CKA", "Jacobian drift",
                                                    "linearisation error")}  # fmt: skip
 
@@ -50,8 +53,10 @@ def _methods(result: Result) -> tuple[list[str], list[list[str]]]:
         found = {name: result.metric(name, stage=STAGES[1], left=text) for name in _COLUMNS.values()}
         verdicts = [is_lazy(found[name]) for name in ("relative_jacobian_drift", "linearisation_error")]
         scores = [number(result.metric("score", stage=stage, left=text).value) for stage in STAGES]
-        rows.append([text, *map(metric_cell, found.values()), " to ".join(scores), *verdicts])
-    header = [f"{result.dataset['name']}, trained", *_COLUMNS, result.dataset["metric"], "features fixed", "linear"]
+        cells = {column: metric_cell(found[name]) for column, name in _COLUMNS.items()}
+        rows.append([text, *_beside(cells, _from_start(result, text, found[_CKA])), " to ".join(scores), *verdicts])
+    header = [f"{result.dataset['name']}, trained", *_beside(dict(zip(_COLUMNS, _COLUMNS)), DIRECTIONS),
+              result.dataset["metric"], "features fixed", "linear"]  # fmt: skip
     return header, rows
 
 
@@ -61,8 +66,10 @@ def _nulls(result: Result) -> tuple[list[str], list[list[str]]]:
         names = [f"null_{name}" for name in _NULLED.values()]
         for right in dict.fromkeys(m.right for m in result.metrics if m.left == text and m.name in names):
             found = [result.find(name, stage=STAGES[1], left=text, right=right) for name in names]
-            rows.append([f"{text}, {right}", *(metric_cell(metric) if metric else "" for metric in found)])
-    return ["null models, trained", *_NULLED], rows
+            cells = {column: metric_cell(m) if m else "" for column, m in zip(_NULLED, found, strict=True)}
+            cka = found[list(_NULLED).index("CKA")]
+            rows.append([f"{text}, {right}", *_beside(cells, _from_start(result, text, cka) if cka else "")])
+    return ["null models, trained", *_beside(dict(zip(_NULLED, _NULLED)), DIRECTIONS)], rows
 
 
 def _checkpoints(result: Result) -> tuple[list[str], list[list[str]]]:
@@ -71,11 +78,11 @@ def _checkpoints(result: Result) -> tuple[list[str], list[list[str]]]:
         table.setdefault((row["method"], row["step"]), {})[row["quantity"]] = row["value"]
     names = {**_COLUMNS, "trace ratio": "kernel_trace_ratio", "same class": "linearised_agreement",
              result.dataset["metric"]: "score"}  # fmt: skip
-    rows = [
-        [f"{text}, step {step}", *(number(found.get(name)) for name in names.values())]
-        for (text, step), found in table.items()
-    ]
-    return ["along training, means", *names], rows
+    rows = []
+    for (text, step), found in table.items():
+        cells = {column: number(found.get(name)) for column, name in names.items()}
+        rows.append([f"{text}, step {step}", *_beside(cells, _from_start(result, text, found.get(_CKA)))])
+    return ["along training, means", *_beside(dict(zip(names, names)), DIRECTIONS)], rows
 
 
 def _pairs(result: Result) -> tuple[list[str], list[list[str]]]:
@@ -85,9 +92,22 @@ def _pairs(result: Result) -> tuple[list[str], list[list[str]]]:
         for stage in STAGES:
             for null in (False, True):
                 name, other = ("null_", f"{right}, {PERMUTED}") if null else ("", right)
-                found = [result.metric(f"{name}{m}", stage=stage, left=left, right=other) for m in PAIRS]
-                rows.append([f"{left} and {other}, {stage}", *map(metric_cell, found)])
-    return ["kernels of two methods", *PAIRS], rows
+                found = {m: result.metric(f"{name}{m}", stage=stage, left=left, right=other) for m in PAIRS}
+                m = directions(result, f"{stage}.{left}.seed{result.seed}", found["cka"])
+                cells = {column: metric_cell(metric) for column, metric in found.items()}
+                rows.append([f"{left} and {other}, {stage}", *_beside(cells, m)])
+    return ["kernels of two methods", *_beside(dict(zip(PAIRS, PAIRS)), DIRECTIONS)], rows
+
+
+def _from_start(result: Result, text: str, cka: Metric | float | None) -> str:
+    """The number of random directions of a CKA with a method's kernel at the start."""
+    return directions(result, f"{STAGES[0]}.{text}.seed{result.seed}", cka)
+
+
+def _beside(cells: Mapping[str, str], directions: str) -> list[str]:
+    """The cells of a row by column, with the number of random directions after the CKA."""
+    return [text for column, cell in cells.items()
+            for text in ((cell, directions) if column.lower() == "cka" else (cell,))]  # fmt: skip
 
 
 def _notes(result: Result) -> str:

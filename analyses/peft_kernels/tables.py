@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from analyses.core.comparison import directions
 from analyses.peft_kernels.layers import label_of
 from analyses.peft_kernels.mean_split import PARTS
 from analyses.records import STAGES, Block, Result, interval, metric_cell, number, summary_of_blocks
@@ -20,21 +21,29 @@ def summary(result: Result) -> Iterator[Block]:
     def bounds(row: dict[str, Any], *columns: str) -> list[str]:
         return [interval(row[c], row[f"{c}_low"], row[f"{c}_high"]) for c in columns]
 
-    pairs = ("cka", "alignment", "eigenspace_overlap", "trace_ratio", "k_star")
-    rows = [[name, *(cell(metric, full, name) for metric in pairs)] for name in names[1:]]
-    yield [f"against {full}", "CKA", "cosine alignment", "eigenspace overlap", "trace ratio", "k*"], rows
+    def aligned(left: str, right: str) -> list[str]:
+        """A CKA and its number of random directions."""
+        cka = result.find("cka", stage=STAGES[0], left=left, right=right)
+        return [metric_cell(cka), directions(result, f"{STAGES[0]}.{left}", cka)]
+
+    others = ("alignment", "eigenspace_overlap", "trace_ratio", "k_star")
+    rows = [[name, *aligned(full, name), *(cell(metric, full, name) for metric in others)] for name in names[1:]]
+    yield [f"against {full}", "CKA", "random directions", "cosine alignment", "eigenspace overlap", "trace ratio",
+           "k*"], rows  # fmt: skip
     rows = [
         [name, cell("trace", name), cell("effective_rank", name), cell("label_cka", name, "labels")] for name in names
     ]
     yield ["kernel alone", "trace", "effective rank", "CKA with the labels"], rows
     nulls = [row["null"] for row in result.tables["nulls"]]
-    rows = [[null, cell("cka", full, null), cell("alignment", full, null)] for null in nulls]
-    yield [f"null model against {full}", "CKA", "cosine alignment"], rows
+    rows = [[null, *aligned(full, null), cell("alignment", full, null)] for null in nulls]
+    yield [f"null model against {full}", "CKA", "random directions", "cosine alignment"], rows
     rows = [
-        [part, *(cell("cka", f"linear: full, {part}", f"linear: {b}") for b in (f"Propulsion, {part}", "BitFit"))]
+        [part, *(text for b in (f"Propulsion, {part}", "BitFit")
+                 for text in aligned(f"linear: full, {part}", f"linear: {b}"))]
         for part in PARTS
-    ]
-    yield ["CKA with full fine-tuning of linear weights", "Propulsion", "BitFit"], rows
+    ]  # fmt: skip
+    yield ["CKA with full fine-tuning of linear weights", "Propulsion", "random directions", "BitFit",
+           "random directions"], rows  # fmt: skip
     split = result.tables["split"]
     rows = [[row["kernel"], *bounds(row, "common", "residual"), number(row["cross"])] for row in split]
     yield ["share of the trace", "common", "residual", "cross terms"], rows

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, Output
+from analyses.core.comparison import directions
 from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from analyses.subjects.batch import held_out
 from analyses.subjects.options import model_identity
@@ -180,9 +181,8 @@ def find(config: Config) -> Findings:
         full, weights, propulsion = compute()
         corrected = {"corrected": ntk.kernel_distance(weights, propulsion)}
         rows.append({"case": name, "compared": where} | distances(full, propulsion) | corrected)
-        key = name.replace(" ", "_").replace(",", "")
         for of, kernel in (("full", full), ("weights", weights), ("propulsion", propulsion)):
-            arrays[f"{key}.{of}"] = kernel.numpy()
+            arrays[f"{_key(name)}.{of}"] = kernel.numpy()
     print("transformers by position ...", flush=True)
     by_position = list(positions(config))
     return Findings(
@@ -199,11 +199,21 @@ def find(config: Config) -> Findings:
     )  # fmt: skip
 
 
+def _key(case: str) -> str:
+    """The name of a case in those of its arrays."""
+    return case.replace(" ", "_").replace(",", "")
+
+
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
     """One row for each case, then one for each position of transformers."""
-    header = ["case", "compared", "|K_F - K_P| / |K_F|", "of the weights", "best scale", "CKA", "tr K_F / tr K_P"]
-    yield header, [[r["case"], r["compared"], *(number(r[k]) for k in MEASURES)] for r in result.tables["cases"]]
+    header = ["case", "compared", "|K_F - K_P| / |K_F|", "of the weights", "best scale", "CKA", "random directions",
+              "tr K_F / tr K_P"]  # fmt: skip
+    yield header, [
+        [r["case"], r["compared"], *(number(r[k]) for k in MEASURES[:4]),
+         directions(result, f"{_key(r['case'])}.full", r["cka"]), number(r["trace_ratio"])]
+        for r in result.tables["cases"]
+    ]  # fmt: skip
     yield "best scale, each position against its own weights"
     by_position = result.tables["positions"]
     networks = list(dict.fromkeys(r["network"] for r in by_position))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from analyses import readme
-from analyses.records import RecordError
+from analyses.core.comparison import directions
+from analyses.records import STAGES, RecordError, load_result
 
 STORED = Path(__file__).parent.parent.parent / "docs" / "results"
 # Results whose tables are in no page, or only in part.
@@ -66,3 +67,19 @@ def test_a_block_that_cannot_be_written_is_named(copied, text, message):
 def test_a_folder_without_results_is_named(tmp_path):
     with pytest.raises(RecordError, match="holds no result folder"):
         readme.main(readme.Config(tmp_path))
+
+
+@pytest.mark.parametrize(("task", "outputs"), [("sst2", 2), ("rte", 2), ("cola", 2), ("stsb", 1)])
+def test_a_sketch_counts_as_its_number_of_random_directions_for_each_output(task, outputs):
+    result = load_result(STORED / "kernel_distance" / task)
+    null = next(m for m in result.metrics if m.name == "cka" and m.right == "Gaussian sketch of size 22,272")
+    assert null.stage == STAGES[0]
+    found = directions(result, f"{null.stage}.{null.left}", null.value)
+    assert float(found.replace(",", "")) == pytest.approx(22272 * outputs, rel=0.12)
+
+
+def test_without_a_cka_or_its_kernel_there_is_no_number_of_random_directions():
+    result = load_result(STORED / "kernel_distance" / "sst2")
+    kernel = f"{STAGES[0]}.full_backbone"
+    assert directions(result, kernel, None) == directions(result, "no such kernel", 0.5) == "-"
+    assert directions(result, kernel, 1.0) == directions(result, kernel, float("nan")) == "-"
