@@ -1,6 +1,6 @@
 """How well does each method tune a language model on instructions, judged by the text that it generates?
 
-    python -m analyses.instruction_tuning --data-dir glue/sst2 --model SmolLM2-135M-Instruct.Q4_1.gguf
+    python -m analyses.instruction_tuning --data-dir glue/sst2 --model smollm2-135m
 
 Every method is one run of `propulsion.train` in its own folder, with the same rows in the same order; an interrupted
 run resumes from its last checkpoint. A model in a GGUF file is dequantised first. The methods are compared with the
@@ -45,7 +45,7 @@ class Config(Output):
     """Options of the analysis."""
 
     model: str
-    """Hub name, folder or GGUF file of a language model."""
+    """Name (`python -m propulsion.models` lists them), hub name, folder or GGUF file of a language model."""
     task: str = "sst2_instruction"
     """Instruction task, such as sst2_instruction, boolq or gsm8k."""
     data_dir: Path | None = None

@@ -12,6 +12,7 @@ from peft.utils.save_and_load import load_peft_weights
 from propulsion.atomic import write_json
 from propulsion.errors import UserError, explained, library_errors, listed
 from propulsion.pretrained import fingerprint, pooling_of
+from propulsion.pretrained.packaged import shown
 from propulsion.user_files import expanded, read_json
 
 BASE_FILE = "base_model.json"
@@ -40,7 +41,7 @@ def explain_loading(folder: Path, model: Any) -> None:
     if pooling == "pooler":
         return
     if isinstance(model, PeftModel):
-        labels, base = model.config.num_labels, model.get_base_model().name_or_path  # pyright: ignore
+        labels, base = model.config.num_labels, shown(model.get_base_model().name_or_path)  # pyright: ignore
         code = (
             "from pathlib import Path\nfrom propulsion.adapters import load_adapter\n"
             "from propulsion.pretrained import load_classifier\n\n"

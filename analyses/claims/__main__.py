@@ -30,7 +30,7 @@ class Config:
     tasks: tuple[str, ...] = TASKS
     """Tasks of the full run; what is measured on one task takes the first."""
     language_model: Path | None = None
-    """GGUF file or folder of a causal language model, for the full run; without it, none is tuned."""
+    """Name, GGUF file or folder of a causal language model, for the full run; without it, none is tuned."""
     load: Path | None = None
     """Judge the result folders below this one, and run nothing."""
     only: tuple[str, ...] = ()

@@ -29,7 +29,8 @@ class Config(DataOptions, GridOutput):
     task: str = "demo"
     """Classification task of two classes."""
     model: str | None = None
-    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6, or SmolLM2 for label words."""
+    """Name (`python -m propulsion.models` lists them), hub name, folder or GGUF file of a pre-trained model; by default
+    minilm, or smollm2-135m for label words."""
     readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)
     """What the outputs are read from: a new head, or label words."""
     # A factory, since the documentation site reads words with a colon in a signature as a reference.

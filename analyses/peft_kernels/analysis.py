@@ -52,7 +52,8 @@ class Config(DataOptions, GridOutput):
     task: str = "demo"
     """Task: demo (embedded, no network), or sst2, rte, cola, stsb, mrpc, qqp, mnli, qnli."""
     model: str | None = None
-    """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    """Name (`python -m propulsion.models` lists them), hub name, folder or GGUF file of a pre-trained model; by default
+    minilm, the packaged MiniLM-L6 encoder."""
     readout: tyro.conf.OmitArgPrefixes[Readout] = field(default_factory=Readout)
     """The differentiated outputs: those of a classifier's new head, or the difference of two label words' logits."""
     n_examples: int = 24

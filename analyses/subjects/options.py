@@ -32,7 +32,8 @@ class EncoderOptions(DataOptions):
     """A pre-trained encoder with a new head."""
 
     model: str | None = None
-    """Hub name or folder of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    """Name (`python -m propulsion.models` lists them), hub name or folder of a pre-trained model; by default minilm,
+    the packaged MiniLM-L6 encoder."""
     pooling: Pooling = "auto"
     """How a classifier pools hidden states: mean; first; pooler, as transformers does; auto, as its checkpoint says."""
 

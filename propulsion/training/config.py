@@ -148,7 +148,8 @@ class Subject:
     data_dir: Path | None = None
     """Folder of the task's files, or of several tasks' folders; by default rows come from the Hugging Face hub."""
     model: str | None = None
-    """Hub name, folder or GGUF file of a pre-trained model; by default the packaged MiniLM-L6 encoder."""
+    """Name (`python -m propulsion.models` lists them), hub name, folder or GGUF file of a pre-trained model; by default
+    minilm, the packaged MiniLM-L6 encoder."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     allow_unfitting_weights: bool = False

