@@ -10,6 +10,7 @@ from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 
 from propulsion.atomic import write_json
+from propulsion.checksums import check_sums
 from propulsion.errors import UserError, explained, library_errors, listed
 from propulsion.pretrained import fingerprint, pooling_of
 from propulsion.pretrained.packaged import shown
@@ -74,10 +75,11 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         The model with the adapter and its names of labels.
 
     Raises:
-        UserError: The folder holds no adapter, an adapter of another base model, or files that are damaged: weights
-            that are not finite, or not those that the adapter has on this model.
+        UserError: The folder holds no adapter, an adapter of another base model, or files that are damaged: other than
+            their checksums, or weights that are not finite, or not those that the adapter has on this model.
     """
     folder = expanded(folder)
+    check_sums(folder)
     with explained(f"read the folder {folder}"):
         if not (folder / CONFIG_NAME).is_file():
             raise UserError(f"{folder} holds no adapter: it has no {CONFIG_NAME}")

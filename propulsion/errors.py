@@ -76,9 +76,9 @@ _ABOUT_PATHS = (
 def run_command(main: Callable[[], None], *, mistakes: tuple[type[Exception], ...] = (UserError,)) -> None:
     """Run a command's main function, turning the user's mistakes into one line on stderr.
 
-    Exit codes: 2 after one of the mistakes, or a path that cannot be used (a name that is too long, a folder that may
-    not be read, a full disk); 130 after an interrupt and 143 after SIGTERM, as in shells. Any other exception is a
-    defect of this package and keeps its traceback.
+    Exit codes: 2 after one of the mistakes, a path that cannot be used (a name that is too long, a folder that may not
+    be read), or a full disk, whichever library found it full; 130 after an interrupt and 143 after SIGTERM, as in
+    shells. Any other exception is a defect of this package and keeps its traceback.
     """
     # Such warnings announce changes of libraries, and the user of a command can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -88,10 +88,14 @@ def run_command(main: Callable[[], None], *, mistakes: tuple[type[Exception], ..
     except mistakes as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in _ABOUT_PATHS or error.filename is None:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _ABOUT_PATHS and error.filename is not None:
+            words = f"cannot use {error.filename}: {error.strerror}"
+        elif reason := full_disk(error):
+            words = "; ".join([f"cannot write: {reason}", *getattr(error, "__notes__", ())])
+        else:
             raise
-        print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {words}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)

@@ -10,6 +10,7 @@ from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
+from propulsion.checksums import check_sums
 from propulsion.config import PropulsionConfig
 from propulsion.layer import adapted_layers
 from propulsion.user_files import read_json
@@ -40,6 +41,7 @@ def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "d
     if adapter_name not in network.peft_config:
         raise ValueError(f"expected an existing adapter, got {adapter_name!r}; there are {list(network.peft_config)}")
     if Path(folder).is_dir():
+        check_sums(folder)
         read_json(Path(folder) / CONFIG_NAME, needed="peft_type")
     old, new = network.peft_config[adapter_name], PeftConfig.from_pretrained(str(folder))
     if not isinstance(new, PropulsionConfig):

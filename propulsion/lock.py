@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,10 @@ def held(path: Path, folder: Path) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str:
-    with contextlib.suppress(OSError, ValueError):
-        return path.read_text(encoding="utf-8") or "another process"
+    """The process that a lock file names; a process that has just locked it writes its name a moment later."""
+    for _ in range(20):
+        with contextlib.suppress(OSError, ValueError):
+            if name := path.read_text(encoding="utf-8"):
+                return name
+        time.sleep(0.05)
     return "another process"

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 from propulsion.adapters import load_adapter, name_labels
+from propulsion.checksums import check_sums
 from propulsion.data import check_inputs, load_task_data
 from propulsion.data.kinds import kind_of
 from propulsion.data.tasks import Task, get_task
@@ -127,7 +128,7 @@ def _run(config: TrainConfig, output: Path, task: Task) -> TrainResult:
         rehearse(_arguments(config, output, task))
     for saved in (config.adapter, config.model):
         if saved is not None:
-            run_folder.check_saved(Path(saved))
+            check_sums(saved)
     with locked(output) if state.is_main_process else contextlib.nullcontext():
         return _train(config, output, task, state, sharded)
 

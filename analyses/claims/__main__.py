@@ -16,7 +16,7 @@ from analyses.core.errors import run_command
 from analyses.core.locks import held
 from analyses.records import Result
 from analyses.records.atomic import write_texts
-from propulsion.errors import UserError
+from propulsion.errors import Interrupted, UserError
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def main(config: Config) -> None:
     Raises:
         UserError: Options that contradict each other, an unknown claim, folders that cannot be read or written, or a
             folder in which another process works.
+        Interrupted: The process was interrupted; the finished runs are kept.
     """
     claims = choose(config.only)
     if config.load is not None:
@@ -65,9 +66,8 @@ def main(config: Config) -> None:
     with held(root):
         try:
             failed = plan.carry_out(runs, root)
-        except KeyboardInterrupt:
-            print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-            raise SystemExit(130) from None
+        except KeyboardInterrupt as error:
+            raise Interrupted("the same command goes on from here") from error
         # A folder that holds another run, or a damaged one, is no evidence.
         write(config, load_tree(root, [run.name for run in runs if run.name not in failed]), root, root)
     if failed:

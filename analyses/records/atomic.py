@@ -30,6 +30,14 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder, in which no other process may be writing."""
+    for partial in folder.glob(".*.partial-*"):
+        if partial.is_file():
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
     """Write text files, given by their names, into a folder, which is created if missing. Each write is atomic.
 

@@ -13,8 +13,8 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read_checked(path: Path, expected: str | None) -> bytes:
-    """The bytes of a file, whose SHA-256 must be `expected` unless that is None.
+def read_checked(path: Path, expected: str | None, where: str = "stored with it") -> bytes:
+    """The bytes of a file, whose SHA-256 must be `expected` unless that is None; messages say `where` that is stored.
 
     Raises:
         RecordError: The file cannot be read, or has another SHA-256.
@@ -24,7 +24,7 @@ def read_checked(path: Path, expected: str | None) -> bytes:
     except (OSError, MemoryError) as error:
         raise RecordError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if expected is not None and sha256(content) != expected:
-        raise RecordError(f"{path} is damaged or was changed by hand: its SHA-256 is not the one stored with it")
+        raise RecordError(f"{path} is damaged or was changed by hand: its SHA-256 is not the one {where}")
     return content
 
 

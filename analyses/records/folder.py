@@ -37,6 +37,7 @@ from analyses.records.result import Metric, Result, plain
 RESULT_FILE = "result.json"
 ARRAYS_FILE = "kernels.npz"
 SUMS_FILE = "SHA256SUMS"
+_IN_SUMS = f"in {SUMS_FILE}"
 
 _FORMAT = 1
 _FIELDS: dict[str, type] = {
@@ -167,7 +168,7 @@ def load_result(path: Path | str, *, analysis: str | None = None) -> Result:
         raise RecordError(f"{folder} is incomplete: it has no {ARRAYS_FILE}")
     shapes = {name: stored["shape"] for name, stored in content.pop("arrays").items()}
     metrics = [_metric(stored) for stored in content.pop("metrics")]
-    arrays = read_arrays(folder / ARRAYS_FILE, shapes, _stored_sums(folder).get(ARRAYS_FILE))
+    arrays = read_arrays(folder / ARRAYS_FILE, shapes, _stored_sums(folder).get(ARRAYS_FILE), _IN_SUMS)
     content["config"] = _renamed(content["config"])
     return Result(metrics=metrics, arrays=arrays, **content)
 
@@ -312,7 +313,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             state = "incomplete" if (folder / ARRAYS_FILE).exists() else "not a result folder"
             raise RecordError(f"{folder} is {state}: it has no {RESULT_FILE}")
-        content = strict_json(read_checked(path, _stored_sums(folder).get(RESULT_FILE)))
+        content = strict_json(read_checked(path, _stored_sums(folder).get(RESULT_FILE), _IN_SUMS))
     except RecordError:
         raise
     except (OSError, ValueError) as error:
@@ -394,18 +395,21 @@ _DAMAGES = (
 )  # fmt: skip
 
 
-def read_arrays(path: Path, shapes: Mapping[str, list[int]], expected: str | None = None) -> dict[str, np.ndarray]:
+def read_arrays(
+    path: Path, shapes: Mapping[str, list[int]], expected: str | None = None, where: str = "stored with it"
+) -> dict[str, np.ndarray]:
     """Read the arrays of a file, which must be of these shapes.
 
     Args:
         path: The file.
         shapes: Shape of each array by its name.
         expected: SHA-256 of the file; not checked if None.
+        where: Where that is, in messages.
 
     Raises:
         RecordError: The file is absent or damaged, or holds other arrays.
     """
-    content = io.BytesIO(read_checked(path, expected))
+    content = io.BytesIO(read_checked(path, expected, where))
     try:
         with np.load(content, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}

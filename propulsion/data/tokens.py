@@ -1,6 +1,7 @@
 """Turns rows into model inputs: tokenizes them, checks them against the model's limits, and caches them."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.lib
 from datasets import Dataset, IterableDataset, config
 from transformers import PreTrainedTokenizerBase
 
+from propulsion.checksums import sha256_of
 from propulsion.data.kinds import Limits, kind_of
 from propulsion.data.kinds.base import columns_of
 from propulsion.data.loading import TaskData
@@ -94,7 +96,8 @@ def tokenize_cached(
     """Training rows as model inputs, read from the file of an earlier run if there is one.
 
     Streamed rows are encoded as they are read. Files are in `cache_dir`, by default a folder in the cache of
-    `datasets`; each is named by a hash of the rows, the tokenizer and the lengths.
+    `datasets`; each is named by a hash of the rows, the tokenizer and the lengths, and by its own checksum. A file
+    that is not that of its checksum is removed, and written again.
 
     Raises:
         UserError: As `tokenize` does.
@@ -109,11 +112,22 @@ def tokenize_cached(
     key = content_identity([data.fingerprint, data.task.name, tokenizer_identity(tokenizer), *lengths])[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = str(folder / f"{key}.arrow")
+        for file in folder.glob(f"{key}.*.arrow"):
+            if file.name == _cache_name(key, file):
+                return Dataset.from_file(str(file))
+            file.unlink()
+        written = folder / f".{key}-{os.getpid()}.arrow"
         with _without_progress_bar():
-            return data.train.map(encode, batch_size=None, cache_file_name=file, new_fingerprint=key, **options)
+            rows = data.train.map(encode, batch_size=None, cache_file_name=str(written), new_fingerprint=key, **options)
+        if written.is_file():  # Without rows, no file is written.
+            os.replace(written, folder / _cache_name(key, written))
+        return rows
     except (OSError, pyarrow.lib.ArrowInvalid):  # The cache cannot be written, or its file is damaged.
         return Dataset.from_dict(encode(data.train[:]))
+
+
+def _cache_name(key: str, file: Path) -> str:
+    return f"{key}.{sha256_of(file)}.arrow"
 
 
 def _encode(batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
+from propulsion.checksums import check_sums
 from propulsion.errors import UserError, did_you_mean, explained, library_errors, listed
 from propulsion.identity import weights_identity
 from propulsion.pretrained.checkpoint_files import CheckpointWeights
@@ -120,14 +121,16 @@ def load_model(
             the model has embeddings. A new head or pooler is fine.
 
     Raises:
-        UserError: If the model or its tokenizer cannot be found or read, if its architecture has no such head, if it
-            declares an unknown pooling, if its weights do not fit, or if a weight is not finite.
+        UserError: If the model or its tokenizer cannot be found or read, if a file is not that of its checksum
+            (`propulsion.checksums`), if its architecture has no such head, if it declares an unknown pooling, if its
+            weights do not fit, or if a weight is not finite.
     """
     if task_type == "SEQ_CLS":
         check_pooling(pooling)
     elif pooling != "auto":
         raise UserError(f"pooling {pooling} is for classifiers; leave it at auto for this task")
     source, options, declared = _located(model, task_type)
+    check_sums(source)
     options |= {"trust_remote_code": trust_remote_code}
     config = _load_config(source, options, task_type, num_labels)
     chosen, pooling = pooling != "auto", _resolve_pooling(source, config, pooling, declared)

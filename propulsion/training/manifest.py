@@ -1,7 +1,7 @@
 """A list, with hashes, of the files that a program wrote into a folder, so that the program removes no other files.
 
 The list is a file in the folder. A file counts as the program's own while it has the listed content; a file that
-somebody else has added, changed or replaced by a link does not, whatever its name.
+somebody else has added, changed or replaced by a link does not, whatever its name. The list holds a checksum of itself.
 """
 
 import hashlib
@@ -12,10 +12,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from propulsion.atomic import beside, json_text, publish, write_json
+from propulsion.checksums import SUMS, sha256_of, write_sums
 from propulsion.training.lock import LOCK
 
 MANIFEST = "files.json"
 _FORMAT = 1
+_CHECKSUM = "sha256"
+"""Key of the list's own checksum, which lists of earlier versions do not have."""
+_KEYS = {"bytes", "modified", "sha256"}
 
 
 class Manifest:
@@ -53,25 +57,36 @@ class Manifest:
         self._write((self._read() or {}) | {name: _entry(path) for name, path in files.items()})
 
     def write_json(self, path: Path, content: Any) -> None:
-        """List and write a JSON file; the caller has made sure that no foreign file is replaced."""
-        data = json_text(content).encode()
+        """List and write a JSON file; the caller has made sure that no foreign file is replaced.
+
+        Where it replaces a file, the entry also has the checksum of that one, so that the file counts as the program's
+        own if the process is killed before it is replaced.
+        """
+        data, files, name = json_text(content).encode(), self._read() or {}, self._name(path)
         entry = {"bytes": len(data), "modified": None, "sha256": hashlib.sha256(data).hexdigest()}
-        self._write((self._read() or {}) | {self._name(path): entry})
+        if path.exists():
+            entry["replaces"] = sha256_of(path)
+        self._write(files | {name: entry})
         write_json(path, content)
 
     def publish(self, written: Path, destination: Path) -> None:
-        """List the files below a complete folder, and rename the folder to `destination`, which must not exist."""
+        """List the files below a complete folder, and rename the folder to `destination`, which must not exist.
+
+        Their checksums are also written into the folder (`propulsion.checksums`).
+        """
         within, files = f"{self._name(destination)}/", [path for path in written.rglob("*") if path.is_file()]
+        entries = {path.relative_to(written).as_posix(): _entry(path) for path in files}
+        write_sums(written, {name: entry["sha256"] for name, entry in entries.items()})
+        entries[SUMS] = _entry(written / SUMS)
         # Entries of an earlier folder of this name, which is gone, would count as missing files of the new one.
         others = {name: entry for name, entry in (self._read() or {}).items() if not name.startswith(within)}
-        self._write(others | {f"{within}{path.relative_to(written).as_posix()}": _entry(path) for path in files})
+        self._write(others | {f"{within}{name}": entry for name, entry in entries.items()})
         publish(written, destination)
 
-    def damaged(self, path: Path, *, complete: bool = True) -> str | None:
+    def damaged(self, path: Path) -> str | None:
         """What is wrong with a file, or with a file below a folder, in words; None if all have their listed content.
 
-        Added files do no harm, nor do missing ones unless the folder must be `complete`. Reads every file in full,
-        since a flipped bit changes neither size nor time.
+        Added files do no harm. Reads every file in full, since a flipped bit changes neither size nor time.
         """
         name = self._name(path)
         known = {n: entry for n, entry in (self._read() or {}).items() if n == name or n.startswith(f"{name}/")}
@@ -79,10 +94,10 @@ class Manifest:
             return f"{name} is not in {MANIFEST}"
         for file, entry in known.items():
             written = self.folder.joinpath(*PurePosixPath(file).parts)
-            if complete and not written.is_file():
+            if not written.is_file():
                 return f"{file} is missing"
-            if written.is_file() and _digest(written) != entry["sha256"]:
-                return f"{file} is not as it was written"
+            if sha256_of(written) not in _digests(entry):
+                return f"{file} is not as it was written, by {MANIFEST}"
         return None
 
     def not_own(self, path: Path) -> list[Path]:
@@ -113,20 +128,25 @@ class Manifest:
         return path.relative_to(self.folder).as_posix()
 
     def _write(self, files: Mapping[str, Any]) -> None:
-        write_json(self.folder / MANIFEST, {"format": _FORMAT, "written by": "propulsion.train", "files": dict(files)})
+        content = {"format": _FORMAT, "written by": "propulsion.train", "files": dict(files)}
+        write_json(self.folder / MANIFEST, content | {_CHECKSUM: _sum_of(content)})
 
     def _read(self) -> dict[str, dict[str, Any]] | None:
         try:
             content = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            checksum, files = content.pop(_CHECKSUM, None), content["files"]
+            if content.keys() != {"format", "written by", "files"} or checksum not in (None, _sum_of(content)):
+                return None
             if content["format"] != _FORMAT or content["written by"] != "propulsion.train":
                 return None
-            files = content["files"]
-            good = all(
-                _is_inside(name) and entry.keys() == {"bytes", "modified", "sha256"} for name, entry in files.items()
-            )
+            good = all(_is_inside(name) and entry.keys() - {"replaces"} == _KEYS for name, entry in files.items())
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
         return files if good else None
+
+
+def _sum_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_text(content).encode()).hexdigest()
 
 
 def _is_inside(name: str) -> bool:
@@ -154,20 +174,22 @@ def _linked(folder: Path, path: Path) -> bool:
 
 def _entry(path: Path) -> dict[str, Any]:
     status = path.stat()
-    return {"bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": _digest(path)}
+    return {"bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": sha256_of(path)}
+
+
+def _digests(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """SHA-256 of the content that a file may have: the listed one, and the one that it may not have replaced yet."""
+    return (entry["sha256"], *((entry["replaces"],) if "replaces" in entry else ()))
 
 
 def _is(path: Path, entry: Mapping[str, Any] | None) -> bool:
     try:
         status = path.lstat()
-        if entry is None or not stat.S_ISREG(status.st_mode) or status.st_size != entry["bytes"]:
+        if entry is None or not stat.S_ISREG(status.st_mode):
+            return False
+        if status.st_size != entry["bytes"] and "replaces" not in entry:
             return False
         # Checkpoints are large: a file whose time of modification has not changed is not read again.
-        return status.st_mtime_ns == entry["modified"] or _digest(path) == entry["sha256"]
+        return status.st_mtime_ns == entry["modified"] or sha256_of(path) in _digests(entry)
     except OSError:
         return False
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,9 +21,9 @@ from propulsion.errors import UserError, WriteError, explained
 from propulsion.pretrained import pooling_of
 from propulsion.training.checkpoints import checkpoints, clear_leftovers, latest_checkpoint, remove_checkpoint, steps_of
 from propulsion.training.learning_rates import RoleRate
-from propulsion.training.manifest import Manifest
+from propulsion.training.manifest import MANIFEST, Manifest
 from propulsion.training.trainer import TaskTrainer
-from propulsion.user_files import absolute, expanded
+from propulsion.user_files import expanded
 
 RECORD, RATES, RESULT, PREDICTIONS, MODEL = "run.json", "rates.json", "result.json", "predictions.json", "model"
 LENGTHS = ("max_steps", "num_train_epochs")
@@ -66,7 +66,8 @@ def check_folder(output: Path, *, overwrite: bool) -> None:
             return
     shown = f"{names[0]}{'' if len(names) == 1 else f' and {len(names) - 1} more'}"
     what = "files that no run is known to have written" if RECORD in names else "something else"
-    raise UserError(f"{output} holds {what} ({shown}): {_ANOTHER}, which is empty or holds a run")
+    listed = f", and a {MANIFEST} that is damaged or of another program" if (output / MANIFEST).exists() else ""
+    raise UserError(f"{output} holds {what} ({shown}){listed}: {_ANOTHER}, which is empty or holds a run")
 
 
 def folder_state(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> FolderState:
@@ -98,8 +99,8 @@ def folder_state(output: Path, identity: Mapping[str, Any], *, overwrite: bool) 
 
 
 def _check_finished(output: Path) -> None:
-    """Check that the results of a finished run are as the run wrote them."""
-    for path in (output / MODEL, output / PREDICTIONS, output / RESULT):
+    """Check that the model and the predictions of a finished run are as the run wrote them."""
+    for path in (output / MODEL, output / PREDICTIONS):
         if damage := Manifest(output).damaged(path):
             last = latest_checkpoint(output)
             again = "trains again" if last is None else f"writes both again from {last.name}"
@@ -107,19 +108,6 @@ def _check_finished(output: Path) -> None:
                 f"{output} holds a finished run, but {damage}: put it back, or remove {path.name} and {RESULT}, and "
                 f"the same command {again}"
             )
-
-
-def check_saved(model: Path) -> None:
-    """Check a model or adapter that a run saved and that another run starts from. Other folders are not checked.
-
-    Raises:
-        UserError: It is damaged.
-    """
-    manifest = Manifest(absolute(model).parent)
-    if model.name != MODEL or not manifest.exists:
-        return
-    if damage := manifest.damaged(manifest.folder / MODEL, complete=False):
-        raise UserError(f"{model} is damaged ({damage}); to use it as it is, copy it to another folder")
 
 
 def claim(output: Path, identity: Mapping[str, Any], state: FolderState) -> None:
@@ -305,9 +293,7 @@ def rates_of(output: Path) -> dict[str, RoleRate] | None:
         UserError: The file is damaged, was changed, or is missing although there is a checkpoint.
     """
     _refuse_to_lose(Manifest(output), [output / RATES])
-    rates = _read(output / RATES, dict)
-    if rates is not None and (damage := Manifest(output).damaged(output / RATES)):
-        raise UserError(f"{output / RATES} is damaged ({damage}): {_ANEW}")
+    rates = _read(output / RATES, dict, _ANEW)
     if rates is None and (last := latest_checkpoint(output)) is not None:
         raise UserError(f"{last} is there, but not the learning rates it was trained at, {output / RATES}: {_ANEW}")
     return rates and {role: RoleRate(**rate) for role, rate in rates.items()}
@@ -322,4 +308,7 @@ def _read(path: Path, kind: type, remedy: str = "remove it, and run the same com
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
     if not isinstance(content, kind):
         raise UserError(f"{path} is damaged: {remedy}")
+    manifest = Manifest(path.parent)
+    if manifest.exists and (damage := manifest.damaged(path)):
+        raise UserError(f"{path} is damaged ({damage}): {remedy}")
     return content

@@ -24,6 +24,7 @@ from analyses.claims import commands, report
 from analyses.claims import plan as runs
 from analyses.claims.judge import CLAIMS, load_tree
 from analyses.claims.page import pictures
+from analyses.core import child
 from analyses.core.cells import Grid
 from analyses.core.command_line import configured, default_options, options_of
 from analyses.core.errors import MISTAKES
@@ -332,6 +333,12 @@ run_command(lambda: run_python(["-c", {child!r}]))
     assert process.wait() == (143 if kill == signal.SIGTERM else -kill)
     while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with a parent that was killed")
+def test_a_child_whose_parent_has_ended_before_it_starts_ends_too():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], preexec_fn=lambda: child._end_with_parent(-1))
+    assert process.wait() == -signal.SIGTERM
 
 
 def test_a_failed_run_is_one_line_and_what_needs_it_waits(tmp_path, capsys):

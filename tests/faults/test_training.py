@@ -1,6 +1,6 @@
 """Faults of a training run: kills, a full disk, damage, two processes, options that cannot be used, infinite outputs.
 
-Faults are raised within this process; `python -m tests.faults.training` kills processes at random moments.
+Faults are raised within this process; `python -m tests.faults` kills processes at random moments.
 """
 
 import dataclasses
@@ -181,7 +181,10 @@ def test_a_damaged_result_is_not_used(finished, whole):
     for name in ("model/adapter_model.safetensors", "predictions.json", "result.json"):
         content = (output / name).read_bytes()
         (output / name).write_bytes(content.replace(b"steps", b"Steps") if name == "result.json" else content[:-1])
-        with pytest.raises(UserError, match=rf"holds a finished run, but {name} is not as it was written: put it back"):
+        words = {
+            "result.json": r"result.json is damaged \(result.json is not as it was written, by files.json\): remove it",
+        }.get(name, f"holds a finished run, but {name} is not as it was written, by files.json: put it back")
+        with pytest.raises(UserError, match=words):
             run_folder.folder_state(output, identity, overwrite=False)
         (output / name).write_bytes(content)
     shutil.rmtree(output / "model")

@@ -10,6 +10,7 @@ import pathlib
 from collections import Counter
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -555,6 +556,17 @@ def test_tokens_are_kept_and_found_again(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(tokens, "kind_of", lambda task: None)  # No row can be encoded any more.
     again = tokenize_cached(data, tokenizer, Limits(12), tmp_path / "cache")
     assert again[:] == first[:]
+
+
+def test_tokens_that_are_not_as_they_were_written_are_encoded_again(tmp_path, tokenizer):
+    data = load_task_data("sst2", data_dir=folder_of(tmp_path))
+    first = tokenize_cached(data, tokenizer, Limits(12), tmp_path / "cache")[:]
+    (kept,) = (tmp_path / "cache").iterdir()
+    content = kept.read_bytes()
+    place = content.index(np.asarray(first["input_ids"][0], dtype=np.int32).tobytes())
+    kept.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    assert tokenize_cached(data, tokenizer, Limits(12), tmp_path / "cache")[:] == first
+    assert kept.read_bytes() == content
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, tokenizer):

@@ -19,8 +19,10 @@ from propulsion.data.kinds import kind_of
 from propulsion.data.tasks import get_task
 from propulsion.errors import Interrupted, Terminated, UserError, run_command
 from propulsion.train import TrainConfig, run
+from propulsion.training import manifest as manifest_module
 from propulsion.training import run_folder
 from propulsion.training.manifest import MANIFEST, Manifest
+from tests.faults.runs import Killed, fail_at
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +189,36 @@ def test_a_file_is_owned_by_its_content(tmp_path):
     assert manifest.own() == []
 
 
+def test_a_list_that_is_not_as_it_was_written_is_no_list(tmp_path):
+    manifest = Manifest(tmp_path)
+    manifest.start()
+    manifest.write_json(tmp_path / "a.json", {"x": 1})
+    text = (tmp_path / MANIFEST).read_text()
+    assert manifest.exists
+    for old, new in (('"bytes": ', '"bytes": 1'), ("a.json", "b.json"), ('"format": 1', '"format": 3'), ("train", "t")):
+        (tmp_path / MANIFEST).write_text(text.replace(old, new))
+        assert not manifest.exists
+        with pytest.raises(UserError, match=rf"{MANIFEST} that is damaged or of another program"):
+            run_folder.check_folder(tmp_path, overwrite=False)
+
+
+def test_a_file_is_whole_when_its_replacement_is_killed(tmp_path, monkeypatch):
+    """Between the list and the file, of which the list comes first."""
+    manifest = Manifest(tmp_path)
+    manifest.start()
+    manifest.write_json(tmp_path / "run.json", {"x": 1})
+    with monkeypatch.context() as patch:
+        fail_at(patch, manifest_module, "write_json", 2)
+        with pytest.raises(Killed):
+            manifest.write_json(tmp_path / "run.json", {"x": 10})
+    assert manifest.damaged(tmp_path / "run.json") is None
+    assert manifest.not_own(tmp_path / "run.json") == []
+    manifest.write_json(tmp_path / "run.json", {"x": 10})
+    assert manifest.damaged(tmp_path / "run.json") is None
+    (tmp_path / "run.json").write_text((tmp_path / "run.json").read_text().replace("1", "3"))
+    assert manifest.damaged(tmp_path / "run.json") == "run.json is not as it was written, by files.json"
+
+
 def test_files_are_strict_json(tmp_path):
     """Which has no word for what is not finite; a metric that is undefined is so again when it is read."""
     manifest = Manifest(tmp_path)
@@ -239,6 +271,9 @@ def test_an_adapter_is_known_by_its_weights(config, tmp_path):
     run(further)
     state = load_file(adapter / "adapter_model.safetensors")
     save_file({name: value + 1 for name, value in state.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"adapter_model.safetensors is not as it was written, by files.sha256"):
+        run(further)
+    (adapter / "files.sha256").unlink()
     with pytest.raises(UserError, match=r"another configuration \(adapter"):
         run(further)
 
