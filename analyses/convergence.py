@@ -16,13 +16,10 @@ from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.intervals import mean_interval
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.records import Block, Metric, Result, metric_cell, summary_of_blocks
-from analyses.subjects.cost import StepClock
 from analyses.subjects.learning_rates import check_origin
-from analyses.subjects.training_run import RatedRuns, RunConfig, chance_score, method_cells, training_run
+from analyses.subjects.training_run import RatedRuns, ScoreCurve, chance_score, method_cells, training_run
 from propulsion.data import TaskData
 from propulsion.methods import Method, parse_methods
-from propulsion.training import evaluate
-from propulsion.training.trainer import isolated_randomness
 
 COST = "twenty minutes"
 
@@ -43,31 +40,6 @@ class Config(RatedRuns, GridOutput):
     """Optimizer steps between evaluations."""
 
 
-class Curve(StepClock):
-    """Records scores on the validation rows during training; the clock stops while they are computed."""
-
-    def __init__(self, config: RunConfig, data: TaskData, every: int) -> None:
-        super().__init__()
-        self._data, self._every, self._max_length = data, every, config.training.max_length
-        self._tokenizer = config.start(data, seed=0)[1]
-        self.points: list[dict[str, float]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the score before the first step."""
-        self._measure(0, kwargs["model"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock, and record the score at every `every`-th step and at the last."""
-        super().on_step_end(args, state, control)
-        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
-            self._measure(state.global_step, kwargs["model"])
-
-    def _measure(self, step: int, model: Any) -> None:
-        with isolated_randomness():
-            found = evaluate(model, self._tokenizer, self._data, max_length=self._max_length)
-        self.points.append({"step": step, "seconds": sum(self.seconds, 0.0), "score": next(iter(found.values()))})
-
-
 def find(config: Config, runs: Runs) -> Findings | None:
     """Compute the missing cells and summarise all; None if some are still missing."""
     methods = parse_methods(config.methods)
@@ -75,7 +47,7 @@ def find(config: Config, runs: Runs) -> Findings | None:
     check_origin(config.comparison, data, config.run.model_identity)
 
     def compute(*, method: Method, factor: float, seed: int) -> dict[str, Any]:
-        curve = Curve(config.run, data, config.every)
+        curve = ScoreCurve(config.run, data, lambda step, steps: step % config.every == 0 or step == steps)
         found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[curve])
         return {name: found[name] for name in ("losses", "trained_parameters")} | {"points": curve.points}
 

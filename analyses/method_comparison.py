@@ -6,7 +6,11 @@ a part of the training rows that they do not train on: three factors first, then
 smallest or the largest, up to a limit that is the same for all methods. By default the lowest held-out loss decides,
 since scores such as accuracy tie where little is learnt, and noise would decide. ``--chosen-by score`` is for tasks on
 which every method that fits its training rows raises the held-out loss, so that the loss would choose a rate at which
-nothing is learnt. The validation rows are not used for this choice.
+nothing is learnt. The validation rows are not used for this choice. With ``--searched`` only the named methods have trial
+runs, and the others train at their defaults.
+
+Every run is scored on the validation rows at its end and after two thirds of its steps, so that the result says whether
+training had converged.
 
     python -m analyses.method_comparison --data-dir glue --tasks sst2 rte cola stsb --output-dir results/comparison
 
@@ -25,17 +29,22 @@ import tyro
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.cells import Cells
+from analyses.core.intervals import mean_interval
 from analyses.records import Block, Metric, Result, format_table, load_result, metric_cell, number, summary_of_blocks
 from analyses.subjects.learning_rates import check_origin, factors_of, of_methods, trained_factor
-from analyses.subjects.training_run import RunConfig, method_cells, scores, training_run, tuning_split
+from analyses.subjects.training_run import RunConfig, ScoreCurve, method_cells, scores, training_run, tuning_split
 from propulsion.data import TaskData
-from propulsion.errors import Diverged, UserError
+from propulsion.errors import Diverged, UserError, did_you_mean
 from propulsion.methods import Method, parse_methods
 
 COST = "an hour"
 
 REFERENCE = "full"
 FACTOR = 3.0  # Ratio of neighbouring learning rates.
+EARLIER = 2 / 3
+"""Share of the steps after which the validation rows are scored as well."""
+CHANGE = "change over the last third"
+"""Name of the metric that is the mean over seeds of the final score minus the score after `EARLIER` of the steps."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,9 @@ class Config(GridOutput):
     """Earlier result of this analysis: use the learning rates it chose on the same tasks, and try no others."""
     chosen_by: Literal["loss", "score"] = "loss"
     """Measure on held-out rows that chooses the learning rate; with rates_from, "score" chooses among its trials."""
+    searched: tuple[str, ...] | None = None
+    """Methods whose learning rate trial runs choose, as in methods; the others train at their default rate. By default
+    all methods."""
     tuning_steps: int = 50
     """Optimizer steps of the trial runs that choose learning rates, the same for all methods."""
     rate_extensions: int = 3
@@ -101,6 +113,9 @@ def find(config: Config, runs: Runs) -> Findings | None:
 def _check(config: Config) -> None:
     if not config.tasks:
         raise UserError("there must be a task")
+    for text in config.searched or ():
+        if text not in config.methods:
+            raise UserError(f"searched names {text!r}{did_you_mean(text, config.methods)}, which is none of the methods")
 
 
 def _task(config: Config, cells: Cells, data: TaskData, methods: dict[str, Method]) -> list[Comparison]:
@@ -112,7 +127,9 @@ def _task(config: Config, cells: Cells, data: TaskData, methods: dict[str, Metho
     runs: dict[str, list[dict[str, Any]]] = {text: [] for text in methods}
 
     def compute(*, method: Method, factor: float, seed: int) -> dict[str, Any]:
-        return training_run(config.run, data, method, seed=seed, rate_multiplier=factor)
+        earlier = ScoreCurve(config.run, data, lambda step, steps: step == round(EARLIER * steps))
+        found = training_run(config.run, data, method, seed=seed, rate_multiplier=factor, callbacks=[earlier])
+        return found | {"earlier_score": earlier.points[0]["score"]}
 
     for seed in config.seeds:
         found = method_cells(cells, name, methods, factors, [seed], compute)
@@ -130,7 +147,11 @@ def _chosen(
 ) -> tuple[dict[str, float], dict[str, dict[float, Trial]]]:
     """The factor of every method whose trials are complete, and the trials of every method by factor."""
     if config.rates_from is None:
-        tried = {text: _tune(config, cells, data, text, method) for text, method in methods.items()}
+        searched = methods if config.searched is None else config.searched
+        found = {text: _tune(config, cells, data, text, methods[text]) for text in methods if text in searched}
+        chosen = {text: 1.0 for text in methods if text not in searched}
+        chosen |= {text: best_factor(trials, config.chosen_by) for text, trials in found.items() if trials}
+        return chosen, {text: found.get(text, {}) for text in methods}
     elif config.chosen_by == "loss":
         return factors_of(methods, config.rates_from, data.task.name), {t: {} for t in methods}
     else:
@@ -203,15 +224,17 @@ def best_factor(tried: dict[float, Trial], chosen_by: str) -> float:
 def _summarised(config: Config, compared: Iterable[Comparison], sources: dict[str, Any]) -> Findings:
     metrics, summary, runs, tuning, arrays = [], [], [], [], {}
     for found in compared:
-        metrics += score_intervals(found, config.resamples)
+        metrics += [*score_intervals(found, config.resamples), *changes(found)]
         arrays[f"labels.{found.task}"] = found.labels
         for text, of_method in found.runs.items():
             summary.append(_summary_row(found, text))
             for entry in of_method:
                 arrays[f"predictions.{found.task}.{text}.{entry['seed']}"] = np.asarray(entry["predictions"])
                 arrays[f"losses.{found.task}.{text}.{entry['seed']}"] = np.asarray(entry["losses"])
-                kept = ("seed", "trained_parameters", "seconds_per_step", "peak_bytes", "learning_rates")
-                runs.append({"task": found.task, "method": text} | {k: entry[k] for k in kept} | entry["scores"])
+                kept = ("seed", "trained_parameters", "seconds_per_step", "peak_bytes", "learning_rates", "earlier_score")
+                runs.append(
+                    {"task": found.task, "method": text} | {k: entry.get(k) for k in kept} | entry["scores"]
+                )
             tuning += [
                 {"task": found.task, "method": text, "factor": factor} | trial._asdict()
                 for factor, trial in found.tried[text].items()
@@ -270,6 +293,16 @@ def score_intervals(found: Comparison, resamples: int) -> list[Metric]:
     return metrics
 
 
+def changes(found: Comparison) -> list[Metric]:
+    """By method, the mean over seeds of the final score minus the earlier one, where both are known."""
+    metrics = []
+    for text, runs in found.runs.items():
+        if all(run.get("earlier_score") is not None for run in runs):
+            change = [next(iter(run["scores"].values())) - run["earlier_score"] for run in runs]
+            metrics.append(Metric(CHANGE, *mean_interval(change), "", f"{found.task}, {CHANGE}", text, ""))
+    return metrics
+
+
 def _metric(name: str, stage: str, text: str, right: str, values: np.ndarray) -> Metric:
     """A metric from its value, which comes first, and the values of the resamples."""
     finite = values[1:][np.isfinite(values[1:])]
@@ -282,7 +315,8 @@ def summary(result: Result) -> Iterator[Block]:
     """One table for each task: score, difference from full fine-tuning, parameters, learning rates, time, memory."""
     for task in dict.fromkeys(row["task"] for row in result.tables["summary"]):
         names = list(dict.fromkeys(m.name for m in result.metrics if m.stage == task))
-        header = [task, *names, f"{names[0]} - {REFERENCE}", "trained", "rate x", "s/step", "peak MB", "last loss"]
+        header = [task, *names, f"{names[0]} - {REFERENCE}", CHANGE, "trained", "rate x", "s/step", "peak MB",
+                  "last loss"]  # fmt: skip
         yield header, [_cells(result, row, names) for row in result.tables["summary"] if row["task"] == task]
 
 
@@ -316,6 +350,7 @@ def _cells(result: Result, row: dict[str, Any], names: Sequence[str]) -> list[st
         text,
         *(metric_cell(result.metric(name, stage=task, left=text)) for name in names),
         metric_cell(result.find(names[0], stage=f"{task}, difference", left=text, right=REFERENCE)),
+        metric_cell(result.find(CHANGE, stage=f"{task}, {CHANGE}", left=text)),
         f"{row['trained_parameters']:,}",
         f"{trained_factor(result, row):.3g}{' (edge)' if row['rate_at_edge'] else ''}",
         number(row["seconds_per_step"]),
@@ -329,7 +364,7 @@ ANALYSIS = Analysis(
     least={"resamples": 1, "rate_extensions": 0, "tuning_steps": 1},
     check=_check,
     # The task, the method, the seed and the factor of a cell are its own, as are the rows and the model.
-    free=("tasks", "methods", "seeds", "rates_from", "chosen_by", "rate_extensions", "resamples", "partial",
+    free=("tasks", "methods", "searched", "seeds", "rates_from", "chosen_by", "rate_extensions", "resamples", "partial",
           "run.data_dir", "run.model"),
     about=lambda config: "intervals: 95 %, bootstrap over seeds and validation rows",
 )  # fmt: skip

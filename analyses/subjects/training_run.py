@@ -19,7 +19,8 @@ from propulsion.data.metrics import METRICS
 from propulsion.data.tasks import get_labelled_task, get_task
 from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method, trainable_parameters
-from propulsion.training import TrainingOptions, predict, train
+from propulsion.training import TrainingOptions, evaluate, predict, train
+from propulsion.training.trainer import isolated_randomness
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,45 @@ class RatedRuns(TaskRuns):
         """Factor on its default learning rate of each method; 1 without a comparison, or if it lacks the method."""
         tuned = tuned_factors(self.comparison, self.task)
         return {text: tuned.get(text, 1.0) for text in methods}
+
+
+class ScoreCurve(StepClock):
+    """Records the first metric on the validation rows during training; the clock stops while it is computed.
+
+    Attributes:
+        points: For each recorded step, `step`, `score`, and `seconds`, the time that the steps up to it took.
+    """
+
+    def __init__(self, config: RunConfig, data: TaskData, when: Callable[[int, int], bool]) -> None:
+        """A curve without points.
+
+        Args:
+            config: Options of the run.
+            data: The rows.
+            when: Whether the score is recorded after a step, by its number, from 0 on, and the number of all steps.
+        """
+        super().__init__()
+        self._data, self._when, self._max_length = data, when, config.training.max_length
+        self._tokenizer = config.start(data, seed=0)[1]
+        self.points: list[dict[str, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the score before the first step if asked for."""
+        self._measure(state, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock, and record the score if asked for."""
+        super().on_step_end(args, state, control)
+        self._measure(state, kwargs["model"])
+
+    def _measure(self, state: Any, model: Any) -> None:
+        if self._when(state.global_step, state.max_steps):
+            # Scoring draws no random numbers from the run's stream, so that the run is the same with and without it.
+            with isolated_randomness():
+                found = evaluate(model, self._tokenizer, self._data, max_length=self._max_length)
+            self.points.append(
+                {"step": state.global_step, "seconds": sum(self.seconds, 0.0), "score": next(iter(found.values()))}
+            )
 
 
 def dataset_identity(data: TaskData) -> dict[str, Any]:
