@@ -6,8 +6,8 @@ a part of the training rows that they do not train on: three factors first, then
 smallest or the largest, up to a limit that is the same for all methods. By default the lowest held-out loss decides,
 since scores such as accuracy tie where little is learnt, and noise would decide. ``--chosen-by score`` is for tasks on
 which every method that fits its training rows raises the held-out loss, so that the loss would choose a rate at which
-nothing is learnt. The validation rows are not used for this choice. With ``--searched`` only the named methods have trial
-runs, and the others train at their defaults.
+nothing is learnt. The validation rows are not used for this choice. With ``--searched`` only the named methods have
+trial runs, and the others train at their defaults.
 
 Every run is scored on the validation rows at its end and after two thirds of its steps, so that the result says whether
 training had converged.
@@ -115,7 +115,8 @@ def _check(config: Config) -> None:
         raise UserError("there must be a task")
     for text in config.searched or ():
         if text not in config.methods:
-            raise UserError(f"searched names {text!r}{did_you_mean(text, config.methods)}, which is none of the methods")
+            close = did_you_mean(text, config.methods)
+            raise UserError(f"searched names {text!r}{close}, which is none of the methods")
 
 
 def _task(config: Config, cells: Cells, data: TaskData, methods: dict[str, Method]) -> list[Comparison]:
@@ -221,6 +222,10 @@ def best_factor(tried: dict[float, Trial], chosen_by: str) -> float:
 # --- summary --------------------------------------------------------------------------------------------------------
 
 
+_KEPT = ("seed", "trained_parameters", "seconds_per_step", "peak_bytes", "learning_rates", "earlier_score")
+"""What the table of runs holds of a run, beside its scores."""
+
+
 def _summarised(config: Config, compared: Iterable[Comparison], sources: dict[str, Any]) -> Findings:
     metrics, summary, runs, tuning, arrays = [], [], [], [], {}
     for found in compared:
@@ -231,10 +236,7 @@ def _summarised(config: Config, compared: Iterable[Comparison], sources: dict[st
             for entry in of_method:
                 arrays[f"predictions.{found.task}.{text}.{entry['seed']}"] = np.asarray(entry["predictions"])
                 arrays[f"losses.{found.task}.{text}.{entry['seed']}"] = np.asarray(entry["losses"])
-                kept = ("seed", "trained_parameters", "seconds_per_step", "peak_bytes", "learning_rates", "earlier_score")
-                runs.append(
-                    {"task": found.task, "method": text} | {k: entry.get(k) for k in kept} | entry["scores"]
-                )
+                runs.append({"task": found.task, "method": text} | {k: entry.get(k) for k in _KEPT} | entry["scores"])
             tuning += [
                 {"task": found.task, "method": text, "factor": factor} | trial._asdict()
                 for factor, trial in found.tried[text].items()

@@ -21,6 +21,7 @@ from analyses import (
     parameter_count,
     readme,
 )
+from analyses.core.analysis import runs_folder
 from analyses.records import RecordError, load_result
 from analyses.subjects.learning_rates import tuned_factors
 from analyses.subjects.training_run import RunConfig, chance_score, mean_loss, training_run, tuning_split
@@ -105,6 +106,31 @@ def test_learning_rates_of_an_earlier_result(compared, tmp_path):
     assert f"{before['full'] / 2:.3g}" in method_comparison.summary(load_result(halved.output_dir))
     with pytest.raises(UserError, match="holds no learning rate of ia3"):
         method_comparison.run(replace(other, methods=("ia3",)))
+
+
+def test_only_the_named_methods_have_trial_runs(compared, tmp_path):
+    config = replace(
+        compared, output_dir=tmp_path / "some", runs_dir=runs_folder(compared, compared.output_dir), searched=("full",)
+    )
+    method_comparison.ANALYSIS.publish(config)
+    some, whole = (load_result(one.output_dir, analysis="method_comparison") for one in (config, compared))
+    assert {row["method"] for row in some.tables["tuning"]} == {"full"}
+    factors = {row["method"]: row["rate_factor"] for row in some.tables["summary"]}
+    assert factors == {text: 1.0 for text in METHODS} | {"full": factors["full"]}
+    assert some.metric("accuracy", stage="demo", left="full") == whole.metric("accuracy", stage="demo", left="full")
+
+
+def test_the_change_over_the_last_third(compared):
+    """The final scores minus the earlier ones; and scoring in between does not change the run."""
+    result = load_result(compared.output_dir, analysis="method_comparison")
+    for text in METHODS:
+        rows = [row for row in result.tables["runs"] if row["method"] == text]
+        changes = [row["accuracy"] - row["earlier_score"] for row in rows]
+        found = result.metric(method_comparison.CHANGE, stage=f"demo, {method_comparison.CHANGE}", left=text)
+        assert found.value == pytest.approx(sum(changes) / len(rows))
+    factor = next(row["rate_factor"] for row in result.tables["summary"] if row["method"] == "head")
+    alone = training_run(compared.run, compared.run.load("demo"), Method("head"), seed=0, rate_multiplier=factor)
+    assert tuple(result.arrays["losses.demo.head.0"]) == alone["losses"]
 
 
 def test_a_factor_on_all_learning_rates_multiplies_each_methods_own(runs):
@@ -332,6 +358,7 @@ def test_the_papers_parameters_are_recounted(tmp_path):
         (convergence, convergence.Config(every=0), "every must be at least 1"),
         (ablation, ablation.Config(seeds=()), "seeds must be one or more"),
         (method_comparison, method_comparison.Config(tasks=()), "there must be a task"),
+        (method_comparison, method_comparison.Config(searched=("ful",)), "searched names 'ful' .did you mean"),
         (convergence, convergence.Config(methods=()), "there must be a method"),
         (memory, memory.Config(methods=()), "there must be a method"),
         (method_comparison, method_comparison.Config(methods=("lora:r",)), "not of the form OPTION=VALUE"),

@@ -123,12 +123,13 @@ class Independence(TorchDispatchMode):
         # A constant that is written to must have been the same for all examples before, so its bytes are copied.
         constants = [_bytes(t).clone() for t in written if id(t) not in held and not kind.fresh]
         result = func(*args, **kwargs)
-        values = [r for r in tree_leaves(result) if r is not None]
+        # Most results are one tensor, for which tree_leaves would take as long as all the rest here.
+        values = [result] if isinstance(result, Tensor) else [r for r in tree_leaves(result) if r is not None]
         # A mask decides how many entries are selected.
         masked = kind.selects and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
         if kind.reads or masked or not all(isinstance(r, Tensor) for r in values):
             self._read(kind, values, mask)
-        results = list(tensors_of([result]))
+        results = [r for r in values if isinstance(r, Tensor)]
         if kind.constant or kind.relabels or (not written and all(_shares(r, args, kwargs) for r in results)):
             return result
         try:
