@@ -47,6 +47,7 @@ def find(config: Config) -> Findings:
     generator = torch.Generator().manual_seed(config.seed)
     cells, variances = [], []
     for d in config.dimensions:
+        print(f"dimension {d} ...", flush=True)
         for rho in config.rhos:
             x = torch.tensor([1.0, 0.0], dtype=torch.float64)
             x2 = torch.tensor([rho, math.sqrt(1 - rho**2)], dtype=torch.float64)

@@ -15,6 +15,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstring
 # Notebooks are shown as they were executed.
 nb_execution_mode = "off"
 myst_heading_anchors = 4
+myst_enable_extensions = ["dollarmath"]
 # Quotation marks are primes in formulas.
 smartquotes = False
 exclude_patterns = ["_build", "benchmarks/notes.md"]

@@ -1,6 +1,7 @@
 """The runs behind the ledger, in quick and in full size, and how each is carried out once in its own process."""
 
 import importlib
+import math
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -276,6 +277,7 @@ def carry_out(plan: Sequence[Run], root: Path, launch: Launch | None = None) -> 
     """
     failed: dict[str, str] = {}
     print(f"{len(plan)} runs; what each prints is in {root / LOGS}", flush=True)
+    durations: list[float] = []
     for place, run in enumerate(plan, 1):
         head = f"[{place:>{len(str(len(plan)))}}/{len(plan)}] {run.name}"
         if is_complete(root / run.name):
@@ -291,7 +293,11 @@ def carry_out(plan: Sequence[Run], root: Path, launch: Launch | None = None) -> 
             message = _run(run, root, launch or in_own_process)
             if message is not None:
                 failed[run.name] = message
-            print(f"{head}: {message or 'done'}, {time.monotonic() - started:.0f} s", flush=True)
+            durations.append(time.monotonic() - started)
+            # Runs differ in length, so this is a rough guess; those that are there already are not computed again.
+            rest = (len(plan) - place) * sum(durations) / len(durations) / 60
+            left = f"; about {math.ceil(rest)} min for the rest" if rest else ""
+            print(f"{head}: {message or 'done'}, {durations[-1]:.0f} s{left}", flush=True)
     return failed
 
 

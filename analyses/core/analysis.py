@@ -98,6 +98,7 @@ class Analysis(Generic[C]):
         check: Further checks of the options; raises `UserError`. Called before anything is computed or written.
         free: Options on which no cell of a grid depends (`analyses.core.cells.settings_of`).
         about: Returns in words what the intervals or units of the tables are.
+        finding: Returns the last words of the command, which say in one sentence what was found.
         variant: Returns what is added to the name of the default result folder.
         draws: Whether there is a figure, in the module of the same name in `figures`.
     """
@@ -111,6 +112,7 @@ class Analysis(Generic[C]):
     check: Callable[[C], None] = lambda config: None
     free: tuple[str, ...] = ()
     about: Callable[[C], str] = lambda config: ""
+    finding: Callable[[Result], str] = lambda result: ""
     variant: Callable[[C], str] = lambda config: ""
     draws: bool = True
 
@@ -192,6 +194,8 @@ class Analysis(Generic[C]):
         about = self.about(config)
         what = "result and figures" if self.draws else "result"
         print(f"{about}{'; ' if about else ''}{what} in {written}")
+        if finding := self.finding(result):
+            print(f"\n{finding}")
 
     def command(self, description: str | None) -> None:
         """The command line ``python -m analyses.NAME``, with the docstring of the module as its help."""

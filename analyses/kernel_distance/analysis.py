@@ -18,7 +18,7 @@ from analyses.core.analysis import Analysis, Findings, GridOutput, Runs, seeds_o
 from analyses.core.bootstrap import over_seeds
 from analyses.core.comparison import SeedComparison, draw_name
 from analyses.kernel_distance.kernels import ADAPTER, FULL, KERNELS, PAIRS, ModelKernels, model_kernels
-from analyses.kernel_distance.tables import summary
+from analyses.kernel_distance.tables import finding, summary
 from analyses.records import STAGES, Metric
 from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
@@ -299,6 +299,7 @@ ANALYSIS = Analysis(
     # The seed of a cell is its own, as are task, rows and model.
     free=("task", "data_dir", "model", "training.seed", "seeds", "resamples", "memory_budget_gb"),
     about=lambda config: f"intervals: 95 %, {over_seeds(seeds_of(config), config.n_examples)}",
+    finding=finding,
     variant=lambda config: f"-{config.task}",
 )  # fmt: skip
 run = ANALYSIS.run

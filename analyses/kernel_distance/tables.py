@@ -23,6 +23,19 @@ _READABLE = {
 }
 
 
+def finding(result: Result) -> str:
+    """How far the kernel of Propulsion is from that of full fine-tuning, before and after training, in one sentence."""
+    parts = []
+    for stage, when in zip(STAGES, ("before training", "after training")):
+        literal, scaled = (
+            number(result.metric(name, stage=stage, left=FULL, right=ADAPTER).value)
+            for name in ("relative_frobenius", "relative_frobenius_scaled")
+        )
+        parts.append(f"{literal} {when} ({scaled} once the best single factor multiplies it)")
+    subject = "the relative distance of Propulsion's kernel from that of full fine-tuning"
+    return f"Found: {subject} is {parts[0]} and {parts[1]}; 0 would be equality."
+
+
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
     """Tables of each pair and each kernel at both stages, of null models, scores and coverage."""

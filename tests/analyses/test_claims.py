@@ -254,6 +254,9 @@ def test_a_killed_call_goes_on_and_gives_the_same_ledger(plan, tmp_path, monkeyp
     for root in (whole, killed):
         runs.check_root(root, quick=False)
     assert runs.carry_out(plan, whole, launch) == {}
+    first, second = [line for line in capsys.readouterr().out.splitlines() if ": done, " in line]
+    assert first.endswith("; about 1 min for the rest")
+    assert "rest" not in second
 
     computed, cell = [], Grid.cell
 

@@ -10,8 +10,9 @@ import pytest
 
 from analyses.core.errors import MISTAKES
 from analyses.kernel_distance import ANALYSIS, Config, analysis, run
+from analyses.kernel_distance.kernels import ADAPTER, FULL
 from analyses.kernel_distance.tables import summary
-from analyses.records import STAGES, load_result
+from analyses.records import STAGES, load_result, number
 from propulsion.training import TrainingOptions
 
 
@@ -136,6 +137,13 @@ def test_the_command_prints_a_table_and_writes_numbers_kernels_and_figures(confi
     stored = load_result(tmp_path / "result")
     assert stored.config["training"]["max_steps"] == 3
     assert summary(stored) in printed
+    # The last line says in words what the first rows of the table say.
+    *_, last = printed.splitlines()
+    names = ("relative_frobenius", "relative_frobenius_scaled")
+    found = [stored.metric(name, stage=stage, left=FULL, right=ADAPTER).value for stage in STAGES for name in names]
+    assert len(found) == 4
+    assert all(number(value) in last for value in found)
+    assert last.startswith("Found: the relative distance of Propulsion's kernel")
     assert json.loads((tmp_path / "result" / "result.json").read_text())["seed"] == 3
 
 

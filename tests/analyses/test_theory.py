@@ -38,10 +38,11 @@ def assert_draws_again(analysis: str, folder: Path) -> None:
         assert first.read_bytes() == again.read_bytes()
 
 
-def test_the_bound_holds_in_every_cell_and_the_exact_values_lie_in_their_intervals(tmp_path):
+def test_the_bound_holds_in_every_cell_and_the_exact_values_lie_in_their_intervals(tmp_path, capsys):
     dimensions = (2, 4, 16, 64, 128, 256, 512, 1024)
     config = johnson_lindenstrauss.Config(dimensions=dimensions, draws=4000, output_dir=tmp_path / "out")
     johnson_lindenstrauss.ANALYSIS.publish(config)
+    assert capsys.readouterr().out.splitlines()[: len(dimensions)] == [f"dimension {d} ..." for d in dimensions]
     result = load_result(tmp_path / "out", analysis="johnson_lindenstrauss")
     counts = {m.name: m.value for m in result.metrics}
     assert counts["cells"] == 200
