@@ -84,7 +84,7 @@ def theorem1_literal(results: Results) -> Iterator[Evidence]:
             "log width",
     threshold=(
         f"closed forms at most {EXACT:g} apart where the conditions hold, and more than {1000 * EXACT:g} apart where "
-        f"one does not (else in part); slopes whose interval overlaps {SLOPES[0]:g} to {SLOPES[1]:g} (else in part)"
+        f"one does not (else in part); slopes with the whole interval in {SLOPES[0]:g} to {SLOPES[1]:g} (else in part)"
     ),
     rule=EVERYWHERE, needs=("theorem1", "width_convergence"),
 )  # fmt: skip
@@ -104,7 +104,7 @@ def theorem1_corrected(results: Results) -> Iterator[Evidence]:
         activation, _, parametrization = m.right.partition(", ")
         if m.name == "slope" and activation in HOMOGENEOUS and parametrization == "ntk":
             slope = quantity(f"slope, {m.left}, {activation}", m)
-            inside = slope.lower <= SLOPES[1] and slope.upper >= SLOPES[0]
+            inside = all_of(at_least(slope, SLOPES[0]), at_most(slope, SLOPES[1])) == Outcome.MET
             yield Evidence(slope, Outcome.MET if inside else Outcome.PARTLY, Quantity("1/sqrt(width)", -0.5))
 
 
