@@ -32,7 +32,7 @@ from ntk.infinite.networks import MLP, Recipe, is_multiplier
 from propulsion.data import TaskData, check_folders, load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
-from propulsion.pretrained import Pooling, load_classifier
+from propulsion.pretrained import Pooling, find_config, load_classifier
 
 COST = "a minute"
 
@@ -173,6 +173,8 @@ def _check(config: Config) -> None:
         raise UserError(f"widths must be multiples of 4, the number of attention heads; got {config.widths}")
     for task in config.tasks:
         get_labelled_task(task)
+    for model in config.models:
+        find_config(model, "SEQ_CLS")
 
 
 def find(config: Config) -> Findings:

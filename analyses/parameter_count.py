@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from analyses.core.analysis import Analysis, Findings, Output
 from analyses.records import Block, Metric, Result, summary_of_blocks
-from propulsion.errors import UserError
+from propulsion.errors import UserError, did_you_mean
 from propulsion.positions import resolve
 
 COST = "seconds"
@@ -123,8 +123,11 @@ def find(config: Config) -> Findings:
 
 
 def _check(config: Config) -> None:
+    if not config.models:
+        raise UserError(f"models must name one at least of {', '.join(MODELS)}")
     if unknown := [name for name in config.models if name not in MODELS]:
-        raise UserError(f"no model {', '.join(unknown)}; there are {', '.join(MODELS)}")
+        close = did_you_mean(unknown[0], MODELS)
+        raise UserError(f"no model {', '.join(unknown)}{close}; there are {', '.join(MODELS)}")
 
 
 @summary_of_blocks

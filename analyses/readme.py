@@ -17,9 +17,10 @@ from pathlib import Path
 import tyro
 
 import analyses
+from analyses.core.errors import run_command
 from analyses.records import RecordError, Result, load_result, result_folders
 from analyses.records.atomic import write_texts
-from analyses.records.errors import run_command
+from propulsion.command_line import parsed
 
 README = "README.md"
 _START, _END = "<!-- table:", "<!-- end -->"
@@ -94,4 +95,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.readme", description=__doc__)))
+    run_command(lambda: main(parsed(Config, prog="python -m analyses.readme", description=__doc__)))

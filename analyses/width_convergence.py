@@ -19,7 +19,7 @@ from analyses.core.analysis import Analysis, Findings, Output
 from analyses.records import Block, Metric, Result, metric_cell, number, summary_of_blocks
 from ntk.infinite import ACTIVATIONS, mlp_kernels
 from ntk.infinite.networks import MLP, PARAMETRIZATIONS, Recipe, is_multiplier
-from propulsion.errors import UserError
+from propulsion.errors import UserError, did_you_mean
 
 COST = "half a minute"
 
@@ -153,8 +153,13 @@ def _root_mean_square(values: np.ndarray) -> float:
 
 
 def _check(config: Config) -> None:
+    if not 0 < config.confidence < 1:
+        raise UserError(f"confidence must lie between 0 and 1; got {config.confidence}")
+    if not config.activations:
+        raise UserError(f"activations must name one at least of {', '.join(ACTIVATIONS)}")
     if unknown := [a for a in config.activations if a not in ACTIVATIONS]:
-        raise UserError(f"unknown activation {unknown[0]!r}; there are {', '.join(ACTIVATIONS)}")
+        close = did_you_mean(unknown[0], ACTIVATIONS)
+        raise UserError(f"unknown activation {unknown[0]!r}{close}; there are {', '.join(ACTIVATIONS)}")
     if len(config.widths) < 2:
         raise UserError(f"there must be at least two widths to fit a slope; got {config.widths}")
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from analyses.records import environment, format_table, number
 from benchmarks.jobs import ADAPTERS, GIGABYTE, JOBS, Job
-from benchmarks.measure import in_own_process, write_document
+from benchmarks.measure import in_own_process, write_document, write_json
 from ntk.structured.rules import RULES, name_of
+from propulsion.command_line import parsed
 from propulsion.errors import UserError, run_command
 
 BASELINES = ("bare", "torch.func")
@@ -89,7 +88,7 @@ def measure_job(name: str, job: Job, config: Config) -> dict[str, Any]:
 
 def write(file: Path, result: dict[str, Any]) -> None:
     """Write the JSON file of a job."""
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(file, result)
 
 
 def title(result: dict[str, Any]) -> str:
@@ -186,4 +185,4 @@ def shares(profile: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m benchmarks.kernels", description=__doc__)))
+    run_command(lambda: main(parsed(Config, prog="python -m benchmarks.kernels", description=__doc__)))

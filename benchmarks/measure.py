@@ -17,6 +17,7 @@ import tyro
 from torch import Tensor
 
 import ntk
+from analyses.records import plain
 from analyses.subjects.cost import peak_bytes
 from benchmarks.baselines import bare_passes, torch_func_ntk
 from benchmarks.jobs import ADAPTERS, JOBS, TILE, Job
@@ -158,6 +159,11 @@ def in_own_process(module: str, *words: str) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of strict JSON, in which a number that is not finite is null."""
+    path.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_document(path: Path, template: str, **parts: Any) -> None:

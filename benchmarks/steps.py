@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 import transformers as hf
-import tyro
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from analyses.records import environment, format_table, number
-from benchmarks.measure import in_own_process, peak, synchronize, write_document
+from benchmarks.measure import in_own_process, peak, synchronize, write_document, write_json
 from propulsion import PropulsionConfig
+from propulsion.command_line import parsed
 from propulsion.errors import UserError, run_command
 from propulsion.pretrained import load_classifier
 
@@ -142,7 +142,7 @@ def main(config: Config) -> None:
             "device": config.device,
             "environment": environment(),
         }
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(path, found)
         print(format_table(HEADER, rows(model, found[model])), flush=True)
     table = format_table(HEADER, [row for m in MODELS if m in found for row in rows(m, found[m])], markdown=True)
     on = "" if config.device == "cpu" else f", {config.device}"
@@ -238,4 +238,4 @@ def rows(model: str, found: dict[str, Any]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m benchmarks.steps", description=__doc__)))
+    run_command(lambda: main(parsed(Config, prog="python -m benchmarks.steps", description=__doc__)))

@@ -17,6 +17,7 @@ import tyro
 import figures
 from analyses.records import load_result, result_folders
 from analyses.records.errors import one_line, run_command
+from figures.command_line import call
 from figures.figure import UNDRAWABLE, Drawing, Write
 
 
@@ -66,4 +67,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m figures.all", description=__doc__)))
+    run_command(lambda: main(call(Config, prog="python -m figures.all", description=__doc__)))

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 from analyses.records import Metric, RecordError, Result, load_result
 from analyses.records.errors import one_line, run_command
+from figures.command_line import call
 from figures.style import save, style
 
 Write = Callable[[Result, Path], list[Path]]
@@ -176,4 +177,4 @@ def command(analysis: str, write: Write, description: str | None) -> None:
         """
         redraw(analysis, write, result, output_dir)
 
-    run_command(lambda: tyro.cli(main, prog=f"python -m figures.{analysis}", description=description))
+    run_command(lambda: call(main, prog=f"python -m figures.{analysis}", description=description))

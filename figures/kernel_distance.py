@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from analyses.records import STAGES, Metric, Result
 from analyses.records.errors import RecordError, run_command
+from figures.command_line import call
 from figures.figure import figure, head, redraw
 from figures.style import DIVERGING, PAGE_WIDTH, PALETTE, SEQUENTIAL, save
 
@@ -276,4 +277,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main, prog="python -m figures.kernel_distance"))
+    run_command(lambda: call(main, prog="python -m figures.kernel_distance"))

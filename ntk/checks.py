@@ -22,14 +22,19 @@ def check_numbers(x: Any, name: str) -> None:
         TypeError: not a tensor.
         ValueError: complex, NaN or infinite entries.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch tensor; got {type(x).__name__}: convert it by torch.as_tensor")
+    check_tensor(x, name)
     if x.is_complex():
         raise ValueError(
             f"{name} must be real; got {x.dtype}, whose imaginary part would be lost: pass its .real if that is meant"
         )
     if not torch.isfinite(x).all():
         raise ValueError(f"{name} holds NaN or infinite values, and must be finite: see where they come from")
+
+
+def check_tensor(x: Any, name: str) -> None:
+    """Raise TypeError unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch tensor; got {type(x).__name__}: convert it by torch.as_tensor")
 
 
 def check_count(value: int, name: str) -> None:

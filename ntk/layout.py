@@ -94,6 +94,8 @@ def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: str | None) -> Fl
     their 1/c.
     """
     layout_of(reduce)
+    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
+        raise ValueError(f"expected a kernel of all pairs of outputs, (n1, n2, c, c); got {tuple(kernel.shape)}")
     match reduce:
         case "trace":
             return torch.einsum("ijaa->ij", kernel)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk.checks import in_range, norm, normalised, not_overflown, power_of_two, real_and_finite, shifted
+from ntk.checks import check_tensor, in_range, norm, normalised, not_overflown, power_of_two, real_and_finite, shifted
 from ntk.layout import Kernel, check_semidefinite, kernel_matrix
 
 # Squared alignments as close to 1 as this differ from it by rounding.
@@ -80,10 +80,9 @@ def cka(K1: Kernel, K2: Kernel) -> float:
     Raises:
         UndefinedMetricError: a kernel is constant over the examples, up to the rounding of its entries.
     """
+    _check_shapes(K1, K2)
     if K1.ndim not in (2, 4) or K1.shape[0] != K1.shape[1]:
         raise ValueError(f"cka takes a symmetric kernel, (n, n) or (n, n, c, c); got {tuple(K1.shape)}")
-    if K1.shape != K2.shape:
-        raise ValueError(f"the kernels must have the same shape; got {tuple(K1.shape)} and {tuple(K2.shape)}")
     return _cosine(_centred(K1, "K1"), _centred(K2, "K2"))
 
 
@@ -203,13 +202,12 @@ def principal_angles(K1: Kernel, K2: Kernel, rank: int) -> Float[Tensor, "rank"]
         UndefinedMetricError: the span is arbitrary, since fewer than ``rank`` eigenvalues lie above rounding, or the
             eigenvalue of this rank and the next are equal up to rounding.
     """
-    if K1.shape != K2.shape:
-        raise ValueError(f"the kernels must have the same shape; got {tuple(K1.shape)} and {tuple(K2.shape)}")
+    _check_shapes(K1, K2)
     spans = []
     for name, kernel in (("K1", K1), ("K2", K2)):
         matrix = normalised(kernel_matrix(kernel, name, symmetric=True))[0]
-        if not 1 <= rank <= len(matrix):
-            raise ValueError(f"rank must be between 1 and {len(matrix)}, the size of the kernel; got {rank}")
+        if not 1 <= rank <= len(matrix) or rank % 1:
+            raise ValueError(f"rank must be whole, between 1 and {len(matrix)}, the size of the kernel; got {rank}")
         values, vectors = torch.linalg.eigh(matrix)
         rounding = len(matrix) * _rounding(kernel) * values[-1].clamp(min=0)
         if values[-rank] <= rounding:
@@ -234,9 +232,16 @@ def eigenspace_overlap(K1: Kernel, K2: Kernel, rank: int) -> float:
 
 def _pair(K1: Tensor, K2: Tensor) -> tuple[Tensor, Tensor]:
     """Both kernels as finite float64 matrices of one shape."""
+    _check_shapes(K1, K2)
+    return kernel_matrix(K1, "K1"), kernel_matrix(K2, "K2")
+
+
+def _check_shapes(K1: Tensor, K2: Tensor) -> None:
+    """Raise unless both are tensors of one shape."""
+    for name, kernel in (("K1", K1), ("K2", K2)):
+        check_tensor(kernel, name)
     if K1.shape != K2.shape:
         raise ValueError(f"the kernels must have the same shape; got {tuple(K1.shape)} and {tuple(K2.shape)}")
-    return kernel_matrix(K1, "K1"), kernel_matrix(K2, "K2")
 
 
 def _centred(kernel: Tensor, name: str) -> Tensor:

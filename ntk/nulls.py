@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntk.checks import check_numbers, not_overflown
+from ntk.checks import check_count, check_numbers, not_overflown
 from ntk.empirical import check_finite_kernels
 from ntk.functional import ParameterChoice, evaluation, fresh, select_parameters
 from ntk.inputs import Inputs, group_examples, one_by_one
@@ -81,8 +81,7 @@ def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Ke
         ValueError: m < 1; a kernel that is not real, finite, symmetric and positive semi-definite.
         OverflowError: the draw overflows the kernel's dtype.
     """
-    if m < 1:
-        raise ValueError(f"a sketch needs m >= 1 directions; got {m}")
+    check_count(m, "m, the number of directions of a sketch,")
     K = kernel_matrix(kernel, symmetric=True)
     eigenvalues, vectors = torch.linalg.eigh(K)
     check_semidefinite(eigenvalues, 1e-4)

@@ -1,5 +1,6 @@
 """The arguments of a computation of kernels: model, examples, output, layout and memory budget."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,7 +28,7 @@ class Request:
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: an unknown name of a layout.
+        ValueError: an unknown name of a layout; a memory budget that is negative or not finite.
     """
 
     model: nn.Module
@@ -41,6 +42,8 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", layout_of(self.reduce))
+        if self.memory_budget is not None and not 0 <= self.memory_budget < math.inf:
+            raise ValueError(f"memory_budget must be a number of bytes, or None; got {self.memory_budget}")
 
     @property
     def output(self) -> Output | None:

@@ -191,8 +191,12 @@ def library_errors(what: str) -> Iterator[None]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return " (did you mean X?)" for the known names that are similar to an unknown one; "" if none is."""
-    close = difflib.get_close_matches(name, list(known), n=2)
+    """Return " (did you mean X?)" for the known names that are similar to an unknown one; "" if none is.
+
+    Names are compared without regard to case.
+    """
+    originals = {one.lower(): one for one in known}
+    close = [originals[one] for one in difflib.get_close_matches(name.lower(), list(originals), n=2)]
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 

@@ -8,6 +8,7 @@ whose options are the fields of its peft configuration. All but "none" train a n
 import dataclasses
 import inspect
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -71,14 +72,17 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     """Read options, each of the form OPTION=VALUE.
 
     Raises:
-        UserError: One has no "=".
+        UserError: One has no "=", or a number that is not finite.
     """
     options = {}
     for text in texts:
-        name, equals, value = text.partition("=")
+        name, equals, words = text.partition("=")
         if not equals or not name:
             raise UserError(f"option {text!r} is not of the form OPTION=VALUE")
-        options[name.strip().replace("-", "_")] = _value(value)
+        value = _value(words)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"option {name} is {value}, expected a finite number")
+        options[name.strip().replace("-", "_")] = value
     return options
 
 
@@ -132,6 +136,9 @@ def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed
         UserError: The method or an option is unknown, or cannot be used on this model.
     """
     check_options(method)
+    if task_type not in TaskType.__members__:
+        close = did_you_mean(task_type, TaskType.__members__)
+        raise UserError(f"task_type is {task_type!r}{close}, expected one of {', '.join(TaskType.__members__)}")
     head = head_modules(model) if task_type in HEADED else []
     if method.name in _OWN:
         _apply_own(model, method.name, head)
@@ -155,6 +162,12 @@ def check_options(method: Method) -> None:
         raise UserError(f"method {method.name} has no option {', '.join(unknown)}{close}; its options: {known}")
     if reserved := set(method.options) & set(_RESERVED):
         raise UserError(f"option {', '.join(sorted(reserved))} follows from the task and cannot be given")
+    for name, value in method.options.items():
+        # peft takes a negative probability of dropout for none, and prompts without a token for a method.
+        if "dropout" in name and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise UserError(f"option {name} of method {method.name} is {value}, expected a probability from 0 to 1")
+        if name in ("num_virtual_tokens", "encoder_hidden_size") and isinstance(value, int) and value < 1:
+            raise UserError(f"option {name} of method {method.name} is {value}, expected at least 1, not 0 or negative")
     if method.name not in _OWN:
         # peft warns again when the method is applied.
         with _usable(method), warnings.catch_warnings(action="ignore"):

@@ -15,15 +15,16 @@ several devices. The output folder holds:
 
 import contextlib
 import dataclasses
+import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
@@ -31,10 +32,20 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 
 from propulsion.adapters import load_adapter, name_labels
 from propulsion.checksums import check_sums
+from propulsion.command_line import parsed
 from propulsion.data import check_inputs, load_task_data
 from propulsion.data.kinds import kind_of
 from propulsion.data.tasks import Task, get_task
-from propulsion.errors import Interrupted, UserError, WriteError, did_you_mean, full_disk, one_line, run_command
+from propulsion.errors import (
+    Interrupted,
+    UserError,
+    WriteError,
+    did_you_mean,
+    full_disk,
+    library_errors,
+    one_line,
+    run_command,
+)
 from propulsion.identity import model_content, weights_identity
 from propulsion.methods import Method, apply_method, check_options, parse_options, trainable_parameters
 from propulsion.pretrained import fingerprint, load_model, pooling_of
@@ -317,6 +328,7 @@ def _arguments(config: TrainConfig, output: Path, task: Task) -> TrainingArgumen
         raise UserError(f"transformers.TrainingArguments has no field {', '.join(unknown)}{close}")
     if given := sorted(more.keys() & ({field.name for field in dataclasses.fields(config)} | _FIXED)):
         raise UserError(f"training_options cannot set {given[0]}: it has an option of its own here, or is fixed")
+    _check_further(more)
     values = {
         "output_dir": str(output),
         "report_to": list(config.report_to),
@@ -330,10 +342,26 @@ def _arguments(config: TrainConfig, output: Path, task: Task) -> TrainingArgumen
         "ddp_find_unused_parameters": False,
         "restore_callback_states_from_checkpoint": True,  # Such as the patience of early stopping.
     }
-    try:
+    with library_errors(f"options that do not go together ({', '.join(config.training_options)})" if more else
+                        "options that do not go together"):  # fmt: skip
         return training_arguments(config, **(values | more))
-    except (ValueError, ImportError, TypeError) as error:
-        raise UserError(f"options that do not go together: {one_line(error)}") from error
+
+
+def _check_further(more: Mapping[str, Any]) -> None:
+    """Check the values of further training options that transformers takes unchecked."""
+    if more.get("save_only_model"):
+        raise UserError("save_only_model cannot be set: no run could be resumed from its checkpoints")
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    for name, value in more.items():
+        kind = type(defaults[name])
+        if kind in (bool, int, float) and not isinstance(value, bool if kind is bool else int | float):
+            raise UserError(
+                f"training option {name} is {value!r}, expected {'true or false' if kind is bool else 'a number'}"
+            )
+    for name, limit in (("neftune_noise_alpha", math.inf), ("label_smoothing_factor", 1)):
+        value = more.get(name)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < limit):
+            raise UserError(f"training option {name} is {value!r}, expected at least 0{' and below 1' * (limit == 1)}")
 
 
 def main(config: TrainConfig) -> None:
@@ -351,7 +379,11 @@ def main(config: TrainConfig) -> None:
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The configuration of a command line, whose options override those of its ``--preset NAME``, if any."""
+    """The configuration of a command line, whose options override those of its ``--preset NAME``, if any.
+
+    Raises:
+        UserError: An option is unknown, or has no value or one that cannot be used.
+    """
     default = TrainConfig()
     if "--preset" in arguments:
         at = arguments.index("--preset")
@@ -359,7 +391,7 @@ def parse(arguments: list[str]) -> TrainConfig:
             raise UserError("--preset needs a name: --show-presets lists them")
         default = dataclasses.replace(default, **get_preset(arguments[at + 1]).options)
         arguments = arguments[:at] + arguments[at + 2 :]
-    return tyro.cli(TrainConfig, prog="python -m propulsion.train", description=_HELP, args=arguments, default=default)
+    return parsed(TrainConfig, prog="python -m propulsion.train", description=_HELP, args=arguments, default=default)
 
 
 _HELP = f"""{__doc__}

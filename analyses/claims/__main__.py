@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 import analyses.claims
 from analyses.claims import plan, report
@@ -16,6 +15,7 @@ from analyses.core.errors import run_command
 from analyses.core.locks import held
 from analyses.records import Result
 from analyses.records.atomic import write_texts
+from propulsion.command_line import parsed
 from propulsion.errors import Interrupted, UserError
 
 
@@ -62,6 +62,7 @@ def main(config: Config) -> None:
         for run in runs:
             print(" ".join(run.command(root)))
         return
+    _check_inputs(config)
     plan.check_root(root, quick=config.quick)
     with held(root):
         try:
@@ -74,6 +75,15 @@ def main(config: Config) -> None:
         for name, message in failed.items():
             print(f"{name}: {message}; log in {root / plan.LOGS}", file=sys.stderr)
         raise SystemExit(1)
+
+
+def _check_inputs(config: Config) -> None:
+    """Check the inputs of all runs before the first of them starts."""
+    if again := [task for task in config.tasks if config.tasks.count(task) > 1]:
+        raise UserError(f"tasks must be different from each other; {again[0]} is given more than once")
+    for name, path in (("data_dir", config.data_dir), ("language_model", config.language_model)):
+        if path is not None and not path.expanduser().exists():
+            raise UserError(f"{name} is {path}, which does not exist")
 
 
 def write(config: Config, results: Mapping[str, Result], root: Path, folder: Path | None) -> None:
@@ -107,4 +117,4 @@ def _plan(config: Config) -> list[plan.Run]:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(tyro.cli(Config, prog="python -m analyses.claims", description=analyses.claims.__doc__)))
+    run_command(lambda: main(parsed(Config, prog="python -m analyses.claims", description=analyses.claims.__doc__)))

@@ -23,14 +23,15 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-import tyro
 
 from analyses.core.cells import Cells, Grid, leaves, settings_of
 from analyses.core.errors import run_command
 from analyses.core.locks import held
 from analyses.records import Metric, Result, check_writable, environment, write_result
+from propulsion.command_line import parsed
 from propulsion.data import TaskData, get_task
 from propulsion.errors import UserError, did_you_mean, first_line
+from propulsion.methods import check_options as check_method
 from propulsion.methods import parse_methods
 
 
@@ -171,7 +172,8 @@ class Analysis(Generic[C]):
         for device in _devices(config):
             check_device(device)
         if isinstance(methods := getattr(config, "methods", None), tuple):
-            parse_methods(methods)
+            for method in parse_methods(methods).values():
+                check_method(method)
         self.check(config)
 
     def publish(self, config: C) -> None:
@@ -200,7 +202,7 @@ class Analysis(Generic[C]):
     def command(self, description: str | None) -> None:
         """The command line ``python -m analyses.NAME``, with the docstring of the module as its help."""
         program = f"python -m analyses.{self.name}"
-        run_command(lambda: self.publish(tyro.cli(self.config, prog=program, description=description)))
+        run_command(lambda: self.publish(parsed(self.config, prog=program, description=description)))
 
 
 class Runs(Grid):

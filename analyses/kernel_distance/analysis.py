@@ -28,7 +28,7 @@ from analyses.subjects.parameters import is_scale
 from analyses.subjects.training_run import dataset_identity
 from propulsion.data import Limits, TaskData, check_inputs, load_task_data
 from propulsion.data.tasks import get_labelled_task
-from propulsion.errors import UserError
+from propulsion.methods import Method, check_options
 from propulsion.pretrained import DEFAULT_MODEL_NAME, pooling_of
 from propulsion.training import TrainingOptions, apply_propulsion, evaluate, train
 
@@ -277,10 +277,8 @@ def _model_identity(setting: Setting) -> dict[str, Any]:
 
 
 def _check(config: Config) -> None:
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    degree = {} if config.degree is None else {"degree": config.degree}
+    check_options(Method("propulsion", {"positions": list(config.positions)} | degree))
 
 
 @contextmanager

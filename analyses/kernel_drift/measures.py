@@ -120,18 +120,39 @@ def of_rows(metric: Callable[..., float], runs: Sequence[tuple[Tensor, ...]], re
 
 
 def relative_norm(moved: Tensor, start: Tensor) -> float:
-    """sqrt(sum of `moved` / sum of `start`), both squared norms ``(m, ...)``: of changes, and of initial values."""
-    return float((moved.sum() / start.sum()).sqrt())
+    """sqrt(sum of `moved` / sum of `start`), both squared norms ``(m, ...)``: of changes, and of initial values.
+
+    Raises:
+        UndefinedMetricError: The initial values are all 0.
+    """
+    return _ratio(moved.sum(), start.sum(), "the initial values are 0") ** 0.5
 
 
 def same_prediction(outputs: Tensor, linearized: Tensor, _: Tensor) -> float:
-    """Share of examples for which network and linearisation choose the same class."""
+    """Share of examples for which network and linearisation choose the same class.
+
+    Raises:
+        ValueError: An output is not finite, and so chooses no class.
+    """
+    for name, values in (("the network", outputs), ("its linearisation", linearized)):
+        if not values.isfinite().all():
+            raise ValueError(f"outputs of {name} are not finite: they choose no class")
     return float((outputs.argmax(1) == linearized.argmax(1)).double().mean())
 
 
 def linear_share(outputs: Tensor, linearized: Tensor, initial: Tensor) -> float:
-    """Norm of the linearised change of the outputs relative to the true change, |f_lin - f_0| / |f_t - f_0|."""
-    return float((linearized - initial).norm() / (outputs - initial).norm())
+    """Norm of the linearised change of the outputs relative to the true change, |f_lin - f_0| / |f_t - f_0|.
+
+    Raises:
+        UndefinedMetricError: The outputs did not change.
+    """
+    return _ratio((linearized - initial).norm(), (outputs - initial).norm(), "the outputs did not change")
+
+
+def _ratio(above: Tensor, below: Tensor, why: str) -> float:
+    if below == 0:
+        raise ntk.UndefinedMetricError(f"the ratio is undefined: {why}")
+    return float(above / below)
 
 
 def _or_nan(metric: Callable[..., float], *arguments: Tensor) -> float:

@@ -10,6 +10,8 @@ from analyses.subjects.parameters import Backbone, backbone_prefix
 from ntk import adapters
 from ntk.adapters import Method, Propulsion, layers_of
 from propulsion.errors import UserError
+from propulsion.methods import Method as TrainedMethod
+from propulsion.methods import check_options
 from propulsion.positions import resolve
 
 FULL, REFERENCE = "full fine-tuning", "Propulsion"
@@ -33,7 +35,10 @@ class MethodChoice:
     """Weights of each layer that the random subset trains."""
 
     def check(self) -> None:
-        """Raise UserError if a number is out of range."""
+        """Raise UserError if a number is out of range, or a position unknown."""
+        for positions in (self.positions, self.ia3_positions):
+            if positions:
+                check_options(TrainedMethod("propulsion", {"positions": list(positions)}))
         for name in ("vera_rank", "subset"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")

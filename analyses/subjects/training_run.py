@@ -18,7 +18,7 @@ from propulsion.data import TaskData, check_folders, load_task_data
 from propulsion.data.metrics import METRICS
 from propulsion.data.tasks import get_labelled_task, get_task
 from propulsion.errors import UserError
-from propulsion.methods import Method, apply_method, trainable_parameters
+from propulsion.methods import Method, apply_method, check_options, trainable_parameters
 from propulsion.training import TrainingOptions, evaluate, predict, train
 from propulsion.training.trainer import isolated_randomness
 
@@ -42,6 +42,8 @@ class RunConfig(EncoderOptions):
         for name in ("n_train", "n_validation"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.degree is not None:
+            check_options(Method("propulsion", {"degree": self.degree}))
 
     def load(self, task: str) -> TaskData:
         """Draw the rows of a task, which must be a classification or a regression."""

@@ -290,8 +290,8 @@ def check_results(*parts: Any) -> None:
 
 def check_numbers(depth: int, sigma_w: float, sigma_b: float, degree: float) -> None:
     """Raise ValueError for a depth, standard deviation or degree that no network can have."""
-    if depth < 0:
-        raise ValueError(f"depth, the number of hidden layers, must be at least 0; got {depth}")
+    if depth < 0 or depth % 1:
+        raise ValueError(f"depth, the number of hidden layers, must be whole and at least 0; got {depth}")
     if not (math.isfinite(sigma_w) and sigma_w > 0):
         raise ValueError(f"sigma_w must be positive and finite; got {sigma_w}")
     if not (math.isfinite(sigma_b) and sigma_b >= 0):

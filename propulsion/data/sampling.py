@@ -27,6 +27,8 @@ def draw(task: Task, name: str, columns: Columns, n: int | None, seed: int) -> l
         raise UserError(
             f"cannot draw {n} rows from {name}: it has {total}; ask for 1 to {total}, or leave it out for all"
         )
+    if seed < 0:
+        raise UserError(f"seed is {seed}, expected at least 0")
     generator = np.random.default_rng(seed)
     if task.kind == "classification":
         chosen = _stratified(np.asarray(columns[task.label_column]), n, generator, name)

@@ -125,6 +125,14 @@ def load_model(
             (`propulsion.checksums`), if its architecture has no such head, if it declares an unknown pooling, if its
             weights do not fit, or if a weight is not finite.
     """
+    if task_type not in _HEADS:
+        raise UserError(
+            f"task_type is {task_type!r}{did_you_mean(task_type, _HEADS)}, expected one of {', '.join(_HEADS)}"
+        )
+    if num_labels < 1:
+        raise UserError(f"num_labels is {num_labels}, expected at least 1")
+    with library_errors(f"device {str(device)!r} cannot be used"):
+        torch.device(device)
     if task_type == "SEQ_CLS":
         check_pooling(pooling)
     elif pooling != "auto":

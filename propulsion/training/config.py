@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +69,19 @@ class TrainingOptions:
     """Options that must be above 0 and finite."""
 
     def __post_init__(self) -> None:
-        for name, least in self.LEAST.items():
-            if (value := getattr(self, name)) is not None and not value >= least:
-                raise UserError(f"{name} is {value}, expected at least {least}")
-        for name in self.POSITIVE:
-            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+        types = {field.name: field for field in dataclasses.fields(self)}
+        for name in {**self.LEAST, **dict.fromkeys(self.POSITIVE)}:
+            value, field = getattr(self, name), types[name]
+            if value is None and field.default is None:
+                continue
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"{name} is {value!r}, expected a finite number")
+            if name in self.LEAST and value < self.LEAST[name]:
+                raise UserError(f"{name} is {value}, expected at least {self.LEAST[name]}")
+            if name in self.POSITIVE and value <= 0:
                 raise UserError(f"{name} is {value}, expected a number above 0")
+            if value % 1 and isinstance(field.default, int) and not isinstance(field.default, bool):
+                raise UserError(f"{name} is {value}, expected a whole number")
         for name in ("learning_rate", "head_learning_rate"):
             if not is_rate(getattr(self, name)):
                 raise UserError(f"{name} is {getattr(self, name)}, expected a number above 0, auto or None")
@@ -81,7 +89,9 @@ class TrainingOptions:
             raise UserError(f"seed is {self.seed}, expected less than 2**32")
         for name, known in (("lr_scheduler_type", _SCHEDULES), ("train_sampling_strategy", _ORDERS)):
             if (value := getattr(self, name)) not in known:
-                raise UserError(f"{name} is {value!r}{did_you_mean(value, known)}, expected one of {', '.join(known)}")
+                raise UserError(
+                    f"{name} is {value!r}{did_you_mean(str(value), known)}, expected one of {', '.join(known)}"
+                )
         check_schedule(self.lr_scheduler_type, self._schedule_options())
 
     def _schedule_options(self) -> dict[str, Any]:

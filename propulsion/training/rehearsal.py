@@ -18,7 +18,7 @@ _LEFT_OUT: dict[str, Any] = {
     "save_strategy": "no", "logging_strategy": "no", "load_best_model_at_end": False, "eval_on_start": False,
     "report_to": [], "disable_tqdm": True, "torch_compile": False, "gradient_checkpointing": False,
     "activation_checkpointing": False, "neftune_noise_alpha": None, "train_sampling_strategy": "random",
-    "push_to_hub": False,
+    "push_to_hub": False, "label_smoothing_factor": 0.0,
 }  # fmt: skip
 
 _STEPS = 1000  # Length of the schedule; some schedules divide by the number of steps after the warm-up.

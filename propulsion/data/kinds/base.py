@@ -36,6 +36,11 @@ class Limits:
     generate_length: int | None = None
     num_beams: int = 1
 
+    def __post_init__(self) -> None:
+        for name in ("max_target_length", "batch_size", "num_beams"):
+            if not getattr(self, name) >= 1:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
+
     @property
     def max_new_tokens(self) -> int:
         """How many tokens are generated at most."""
