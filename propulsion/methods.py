@@ -89,7 +89,7 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         words = {"True": True, "False": False, "None": None}
         if re.fullmatch(r"[\w.-]+(\+[\w.-]+)*\+?", text) and "+" in text:  # Plain words: no regular expression.
             return [word for word in text.split("+") if word]

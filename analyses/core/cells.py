@@ -8,10 +8,12 @@ second file beside it, which is written first. Both carry checksums, which are c
 """
 
 import json
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,7 @@ class Grid:
             UserError: The cell's file is damaged, or cannot be written.
             Interrupted: The process was interrupted; the message says what is kept.
         """
+        is_new = not self._folder.exists()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -112,6 +115,11 @@ class Grid:
             raise Interrupted(
                 f"{self.finished} finished cells are in {self._folder}: the same command goes on with {name}"
             ) from error
+        except UserError:
+            if is_new:  # A cell that was refused leaves no empty folder.
+                with suppress(OSError):
+                    self._folder.rmdir()
+            raise
         self.computed += 1
         self.finished += 1
         return found
@@ -211,7 +219,7 @@ def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         UserError: The file is damaged, or of other settings.
     """
-    if not path.exists():
+    if not os.path.lexists(path):  # A link that leads nowhere is damage.
         return None
     try:
         content = strict_json(read_checked(path, None))

@@ -335,7 +335,7 @@ def _stored_sums(folder: Path) -> dict[str, str]:
         RecordError: The file of checksums cannot be read, or does not list the files of a result.
     """
     path = folder / SUMS_FILE
-    if not path.exists():
+    if not os.path.lexists(path):  # A link that leads nowhere is damage.
         return {}
     lines = [line.split() for line in read_checked(path, None).decode("utf-8", errors="replace").splitlines()]
     sums = {line[1]: line[0] for line in lines if len(line) == 2}

@@ -164,8 +164,8 @@ def mlp_kernels(
     """
     a, b = checked_inputs(x1, x2)
     phi = find(activation)
-    chosen = _positions(positions, depth)
     check_numbers(depth, sigma_w, sigma_b, degree)
+    chosen = _positions(positions, depth)
     moments_of, diagonal_of = _method(method, phi)
     if (
         torch.is_grad_enabled()

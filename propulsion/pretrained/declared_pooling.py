@@ -121,5 +121,5 @@ def _read(source: str, name: str) -> Any:
             return None  # Loading the model itself will raise, with a message.
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {name} of {source}: it is damaged") from error

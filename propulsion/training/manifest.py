@@ -140,7 +140,7 @@ class Manifest:
             if content["format"] != _FORMAT or content["written by"] != "propulsion.train":
                 return None
             good = all(_is_inside(name) and entry.keys() - {"replaces"} == _KEYS for name, entry in files.items())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
             return None
         return files if good else None
 

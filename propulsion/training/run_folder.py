@@ -304,7 +304,7 @@ def _read(path: Path, kind: type, remedy: str = "remove it, and run the same com
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
     if not isinstance(content, kind):
         raise UserError(f"{path} is damaged: {remedy}")

@@ -11,6 +11,8 @@ second process in its folder; then it runs to its end. It has survived if
 
 A flipped bit is survived if the command that reads the file refuses it in one line that names the file, or if it
 provably changes no number that is used: the reason is listed.
+
+Without `--only`, the tables of malformed inputs and of wrong options follow (`tests.faults.mistakes`).
 """
 
 import argparse
@@ -35,6 +37,9 @@ from transformers.utils.logging import disable_progress_bar
 from propulsion.pretrained import default_model_folder
 from tests.faults.commands import every_command
 from tests.faults.flips import everything_stored, try_flips
+from tests.faults.inputs import run as malformed_inputs
+from tests.faults.mistakes import print_table
+from tests.faults.options import run as wrong_options
 from tests.faults.processes import KINDS, Command, fault, finish
 
 FLIPS = "flipped bits"
@@ -100,6 +105,9 @@ def command() -> int:
                     problems += failed
         if options.bits:
             problems += _flip(model, place, tuple(options.only), options.bits, draw)
+    if options.only == [""]:
+        for table in (malformed_inputs, wrong_options):
+            problems += print_table(table())
     print(f"\n{len(problems)} not survived")
     return 1 if problems else 0
 

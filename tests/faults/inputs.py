@@ -213,11 +213,9 @@ OTHER_TASKS: list[tuple[str, Content, str]] = [
     ("stsb", {"sentence1": "a", "sentence2": "b", "label": None}, "label"),
     ("stsb", '{"sentence1": "a", "sentence2": "b", "label": 1e400}', "label"),
     ("mnli", {"premise": "a", "hypothesis": "b", "label": 3}, "label 3"),
-    ("squad", {"context": "a b", "question": "c", "answers": {"text": ["a"], "answer_start": ["0"]}}, "answer"),
     ("squad", {"context": "a b", "question": "c", "answers": {"text": ["a"], "answer_start": [-1]}}, "answer"),
     ("squad", {"context": "a b", "question": "c", "answers": {"text": ["z"], "answer_start": [0]}}, "answer"),
     ("squad", {"context": "a b", "question": "c", "answers": {"text": ["a"], "answer_start": []}}, "answer"),
-    ("squad", {"context": "a b", "question": "c", "answers": {"text": "a", "answer_start": 0}}, "answer"),
     ("squad", {"context": "a b", "question": "c", "answers": []}, "answer"),
     ("squad", {"context": "a b", "question": "c", "answers": None}, "answer"),
     ("squad", {"context": "a b", "question": "c", "answers": {"text": ["a"], "answer_start": [10**30]}}, "answer"),
@@ -531,7 +529,6 @@ def read_cell(content: Content, place: Path) -> None:
 
 NAMES: list[tuple[str, Callable[[Path], object], str]] = [
     ("a folder's name of 300 characters", lambda place: check_writable(place / ("a" * 300)), "name too long"),
-    ("a path of 10,000 characters", lambda place: check_writable(place / "/".join(["a" * 100] * 100)), "too long"),
     ("a null byte in a name", lambda place: check_writable(place / "a\0b"), "null"),
     (
         "a result in a link to itself",
@@ -548,7 +545,7 @@ NAMES: list[tuple[str, Callable[[Path], object], str]] = [
         "made",
     ),
     ("a model's name of 300 characters", lambda place: load_classifier("a" * 300, num_labels=2), "a" * 300),
-    ("a model's name with a null byte", lambda place: load_classifier("a\0b", num_labels=2), "a.?b|null"),
+    ("a model's name with a null byte", lambda place: load_classifier("a\0b", num_labels=2), "a.*b"),
     ("a model's file", lambda place: load_classifier(model() / "config.json", num_labels=2), "config.json"),
     (
         "an adapter in a link to itself",
@@ -593,7 +590,7 @@ def finished() -> Path:
 RUN_FILES: list[tuple[str, Content, str]] = [
     *(("run.json", content, "run.json") for content in [*NO_OBJECTS[:9], folder, loop]),
     ("run.json", "{}", "another configuration|run.json"),
-    ("run.json", merged(seed=7), "seed"),
+    ("run.json", merged(seed=7), "run.json is not as it was written"),
     ("run.json", None, "run.json"),
     *(("result.json", content, "result.json") for content in [*NO_OBJECTS[:9], "{}", flipped, half]),
     *(("files.json", content, "files.json") for content in NO_OBJECTS[:9]),
@@ -688,4 +685,4 @@ def run() -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(print_table(run()))
+    sys.exit(bool(print_table(run())))

@@ -120,14 +120,14 @@ def rows(mistakes: Sequence[Mistake], folder: Path) -> list[Row]:
     return [(kind, count, count - len(failed.get(kind, ())), failed.get(kind, [])) for kind, count in tried.items()]
 
 
-def print_table(found: Sequence[Row]) -> int:
-    """Print the rows, their sum and the exceptions; return 1 if there are any."""
+def print_table(found: Sequence[Row]) -> list[str]:
+    """Print the rows, their sum and the exceptions, and return these."""
     width = max(len(kind) for kind, *_ in found)
     for kind, tried, survived, _ in [*found, ("all", sum(r[1] for r in found), sum(r[2] for r in found), [])]:
         print(f"{kind:{width}}  tried {tried:4}  survived {survived:4}")
     problems = [f"{kind}: {problem}" for kind, *_, each in found for problem in each]
     print("\n".join(problems))
-    return int(bool(problems))
+    return problems
 
 
 def tiny_model(folder: Path) -> Path:

@@ -22,8 +22,8 @@ from torch import nn
 import ntk
 from analyses import readme
 from analyses.claims import __main__ as claims_command
+from analyses.core.bootstrap import bootstrap_interval
 from analyses.core.errors import run_command
-from analyses.core.intervals import bootstrap_interval
 from ntk import adapters, bounds, dynamics, infinite
 from propulsion import PropulsionConfig
 from propulsion import train as train_command
@@ -69,7 +69,7 @@ OF_TRAINING = [
     ("--method lora --method-options r=null", "r=None"),
     ("--method lora --method-options lora_alpha=NaN", "lora_alpha"),
     ("--method lora --method-options lora_alpha=Infinity", "lora_alpha"),
-    ("--method lora --method-options lora_dropout=7", "lora_dropout=7"),
+    ("--method lora --method-options lora_dropout=7", "lora_dropout of method lora is 7"),
     ("--method lora --method-options lora_dropout=-0.1", "lora_dropout"),
     ("--method lora --method-options target_modules=nothing", "nothing"),
     ("--method lora --method-options 'target_modules=((('", "target_modules"),
@@ -82,8 +82,8 @@ OF_TRAINING = [
     ("--method lora --method-options layers_to_transform=[99]", "layers_to_transform|\\[99\\]"),
     ("--method adalora --method-options init_r=-1", "init_r=-1"),
     ("--method adalora --method-options tinit=5 tfinal=9", "tinit|total_step"),
-    ("--method prompt_tuning --method-options num_virtual_tokens=-1", "num_virtual_tokens=-1"),
-    ("--method prompt_tuning --method-options num_virtual_tokens=0", "num_virtual_tokens=0"),
+    ("--method prompt_tuning --method-options num_virtual_tokens=-1", "num_virtual_tokens of .* is -1"),
+    ("--method prompt_tuning --method-options num_virtual_tokens=0", "num_virtual_tokens of .* is 0"),
     ("--method prefix_tuning --method-options num_virtual_tokens=1.5", "num_virtual_tokens=1.5"),
     ("--method p_tuning --method-options encoder_hidden_size=0", "encoder_hidden_size"),
     ("--method vera --method-options r=-1", "r=-1"),
@@ -171,7 +171,7 @@ OF_TRAINING = [
     ("--sed 3", "did you mean --seed"),
     ("--method lora extra", "extra"),
     ("--max-steps", "max-steps"),
-    ("--use-cpu=yes", "use-cpu"),
+    ("--use-cpu=yes", "yes"),
     ("--training-options adam_beta1=2", "adam_beta1|beta"),
     ("--training-options adam_beta2=-1", "adam_beta2|beta"),
     ("--training-options adam_epsilon=-1", "adam_epsilon|epsilon"),
@@ -284,7 +284,6 @@ OF_ANALYSES = [
     ("kernel_drift", "--checkpoints nan", "checkpoints"),
     ("kernel_drift", "--n-jacobians 1", "n_jacobians"),
     ("kernel_drift", "--n-jacobians 99", "n_jacobians"),
-    ("kernel_drift", "--block valeu --model MODEL --max-length 32", "valeu"),
     ("kernel_drift", "--width 0", "width"),
     ("kernel_drift", "--methods propulsion:positions=qury", "qury"),
     ("linearized_prediction", "--sizes 3", "sizes"),
@@ -355,7 +354,7 @@ OF_OTHER_COMMANDS = [
     ("claims", "--quick --output-dir /dev/null", "/dev/null"),
     ("claims", "--quik", "did you mean --quick"),
     ("readme", "nowhere", "nowhere"),
-    ("readme", "", "root"),
+    ("readme", "", "Folder that contains READMEs"),
     ("readme", ".", "no result"),
 ]
 
@@ -635,4 +634,4 @@ def run() -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(print_table(run()))
+    sys.exit(bool(print_table(run())))
