@@ -16,6 +16,7 @@ several devices. The output folder holds:
 import contextlib
 import dataclasses
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -351,9 +352,14 @@ def _check_further(more: Mapping[str, Any]) -> None:
     """Check the values of further training options that transformers takes unchecked."""
     if more.get("save_only_model"):
         raise UserError("save_only_model cannot be set: no run could be resumed from its checkpoints")
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    known = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     for name, value in more.items():
-        kind = type(defaults[name])
+        kind, types = type(known[name].default), re.findall(r"\w+", str(known[name].type))
+        # A number in the place of a file's name would be taken for a file that this process has open, and close it.
+        if type(value) in (int, float) and not {"bool", "int", "float"}.intersection(types):
+            raise UserError(
+                f"training option {name} is {value!r}, which must not be a number: it is of type {known[name].type}"
+            )
         if kind in (bool, int, float) and not isinstance(value, bool if kind is bool else int | float):
             raise UserError(
                 f"training option {name} is {value!r}, expected {'true or false' if kind is bool else 'a number'}"
