@@ -1,5 +1,6 @@
 """Saved adapters, with a record of the base model that each belongs to."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from propulsion.atomic import write_json
 from propulsion.checksums import check_sums
 from propulsion.errors import UserError, explained, library_errors, listed
 from propulsion.pretrained import fingerprint, pooling_of
-from propulsion.pretrained.packaged import shown
+from propulsion.pretrained.packaged import packaged, shown
 from propulsion.user_files import expanded, read_json
 
 BASE_FILE = "base_model.json"
@@ -34,6 +35,23 @@ def label_names(config: Any) -> list[str]:
     """Names of a model's labels in order; empty if they are transformers' defaults LABEL_0, LABEL_1, ..."""
     names = [name for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def name_base(folder: Path, model: Any) -> None:
+    """Name a packaged base model as the Hugging Face hub does, in what peft wrote beside its adapter.
+
+    peft writes the folder from which the base model was loaded, which on another machine is elsewhere.
+    """
+    source = model.get_base_model().name_or_path
+    base = packaged(shown(source))
+    if base is None:
+        return
+    for name in (CONFIG_NAME, "README.md"):
+        if (path := folder / name).is_file():
+            text = path.read_text(encoding="utf-8")
+            for written in (source, json.dumps(source)[1:-1]):
+                text = text.replace(written, base.hub)
+            path.write_text(text, encoding="utf-8")
 
 
 def explain_loading(folder: Path, model: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,6 +26,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from propulsion.adapters import name_base
 from propulsion.errors import Diverged, NotFinite, UserError, WriteError, first_line, full_disk
 from propulsion.methods import all_ranks, rank_state, restore_rank_state, update_ranks
 from propulsion.training.checkpoints import (
@@ -109,6 +111,12 @@ class TaskTrainer(Trainer):
         if self._autocast is None:
             return super().autocast_smart_context_manager(cache_enabled)
         return torch.autocast(self.args.device.type, self._autocast)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the model or the adapter, to a checkpoint or as the result of the training."""
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel):
+            name_base(Path(output_dir or str(self.args.output_dir)), self.model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take one batch.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
 from analyses.subjects.options import EncoderOptions
@@ -210,8 +211,12 @@ def test_runs_store_the_name_and_no_path(tiny, tmp_path):
         learning_rate=1e-3, head_learning_rate=1e-3, output_dir=tmp_path / "run",
     )  # fmt: skip
     run(config)
-    for file in (tmp_path / "run").glob("*.json"):
+    files = [file for file in (tmp_path / "run").rglob("*") if file.suffix in (".json", ".md")]
+    assert {"adapter_config.json", "README.md", "run.json"} <= {file.name for file in files}
+    for file in files:
         assert str(tmp_path / "cache") not in file.read_text(), file
+    config = PeftConfig.from_pretrained(str(tmp_path / "run" / "model"))
+    assert config.base_model_name_or_path == MODELS["tiny"].hub
     readme = (tmp_path / "run" / "model" / "README.md").read_text()
     assert 'load_classifier("tiny", num_labels=2, pooling="mean")' in readme
 
