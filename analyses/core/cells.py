@@ -110,7 +110,7 @@ class Grid:
             return None
         print(f"{name} ...{self._others(stem)}", flush=True)
         try:
-            found = self._write(name, path, settings, compute())
+            computed = compute()
         except KeyboardInterrupt as error:
             raise Interrupted(
                 f"{self.finished} finished cells are in {self._folder}: the same command goes on with {name}"
@@ -120,6 +120,7 @@ class Grid:
                 with suppress(OSError):
                     self._folder.rmdir()
             raise
+        found = self._write(name, path, settings, computed)
         self.computed += 1
         self.finished += 1
         return found

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
 import tyro
@@ -69,10 +69,10 @@ class TrainingOptions:
     """Options that must be above 0 and finite."""
 
     def __post_init__(self) -> None:
-        types = {field.name: field for field in dataclasses.fields(self)}
+        types, hints = {field.name: field for field in dataclasses.fields(self)}, get_type_hints(type(self))
         for name in {**self.LEAST, **dict.fromkeys(self.POSITIVE)}:
             value, field = getattr(self, name), types[name]
-            if value is None and field.default is None:
+            if value is None and type(None) in get_args(hints[name]):
                 continue
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"{name} is {value!r}, expected a finite number")

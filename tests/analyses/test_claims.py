@@ -351,7 +351,7 @@ def test_a_failed_run_is_one_line_and_what_needs_it_waits(tmp_path, capsys):
     ]
     runs.check_root(tmp_path, quick=False)
     failed = runs.carry_out(plan, tmp_path)  # The program runs in its own process.
-    assert failed["parameter_count"].startswith("failed (exit 2): no model RoBERTa-tiny; there are RoBERTa-base")
+    assert failed["parameter_count"].startswith("failed (exit 2): no model RoBERTa-tiny (did you mean RoBERTa-base")
     assert failed["convergence"] == "waits for parameter_count"
     assert not any(tmp_path.rglob(RESULT_FILE))
     assert "[1/2] parameter_count: failed (exit 2): no model" in capsys.readouterr().out

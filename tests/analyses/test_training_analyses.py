@@ -305,10 +305,10 @@ def test_memory_in_a_process_of_its_own(runs, tmp_path):
 
 
 def test_a_child_that_fails_is_one_line(runs, tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], 2, stderr="a warning\nerror: method cpt cannot be used here\n")
+    failed = subprocess.CompletedProcess([], 2, stderr="a warning\nerror: method lora cannot be used here\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
-    config = memory.Config(methods=("cpt",), rounds=1, run=runs, output_dir=tmp_path / "memory")
-    with pytest.raises(UserError, match=r"^method cpt failed: method cpt cannot be used here$"):
+    config = memory.Config(methods=("lora",), rounds=1, run=runs, output_dir=tmp_path / "memory")
+    with pytest.raises(UserError, match=r"^method lora failed: method lora cannot be used here$"):
         memory.run(config)
 
 
@@ -351,7 +351,11 @@ def test_the_papers_parameters_are_recounted(tmp_path):
 @pytest.mark.parametrize(
     ("module", "config", "message"),
     [
-        (parameter_count, parameter_count.Config(models=("GPT-5",)), "no model GPT-5; there are RoBERTa-base"),
+        (
+            parameter_count,
+            parameter_count.Config(models=("GPT-5",)),
+            r"GPT-5 \(did you mean GPT-J-6B\?\); there are RoBERTa",
+        ),
         (complexity, complexity.Config(tokens=0), "tokens must be at least 1"),
         (memory, memory.Config(rounds=0), "rounds must be at least 1"),
         (memory, memory.Config(methods=("lorra",)), "unknown method 'lorra'"),

@@ -104,7 +104,7 @@ def test_principal_angles_of_planted_eigenspaces():
     assert ntk.eigenspace_overlap(K1, K2, 5) == pytest.approx(1)
     with pytest.raises(ntk.UndefinedMetricError, match="K2 has fewer than 2"):
         ntk.principal_angles(K1, torch.ones(5, 5), 2)
-    with pytest.raises(ValueError, match="rank must be between 1 and 5"):
+    with pytest.raises(ValueError, match="rank must be whole, between 1 and 5"):
         ntk.principal_angles(K1, K2, 6)
 
 

@@ -101,7 +101,7 @@ def test_hidden_state_kernel(extra):
 def test_mistakes():
     with pytest.raises(ValueError, match="m must be between 1 and the"):
         ntk.random_subset_ntk(classifier("bert"), batch(), 0, generator=seeded())
-    with pytest.raises(ValueError, match="m >= 1"):
+    with pytest.raises(ValueError, match="m, the number of directions of a sketch, must be at least 1"):
         ntk.gaussian_sketch(torch.eye(2), 0, generator=seeded())
     with pytest.raises(ValueError, match="hidden states"):
         ntk.hidden_state_kernel(torch.nn.Linear(2, 2), torch.ones(1, 2))

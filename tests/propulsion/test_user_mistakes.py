@@ -147,7 +147,7 @@ def test_every_kind_of_adapter_that_is_whole_loads(tiny_models, tmp_path, spec):
     [
         (
             "prompt_tuning:num_virtual_tokens=-1",
-            "method prompt_tuning, with num_virtual_tokens=-1, cannot be used here: .*negative",
+            "num_virtual_tokens of method prompt_tuning is -1, .*negative",
         ),
         ("prefix_tuning:num_virtual_tokens=1.5", "method prefix_tuning, with num_virtual_tokens=1.5, cannot"),
         ("lora:target_modules=(((", r"method lora, with target_modules=\(\(\(, .*missing \)"),
@@ -156,7 +156,7 @@ def test_every_kind_of_adapter_that_is_whole_loads(tiny_models, tmp_path, spec):
         ("propulsion:degree=1e30", "degree must be at most 1,000,000, got 1e.30"),
         ("propulsion:degree=1e38", "degree must be at most"),
         ("lora:r=two", "method lora, with r=two, cannot"),
-        ("lora:lora_dropout=7", "method lora, with lora_dropout=7, .*probability"),
+        ("lora:lora_dropout=7", "lora_dropout of method lora is 7, .*probability"),
     ],
 )
 def test_options_that_a_method_cannot_use(tiny_model, spec, message):
