@@ -31,9 +31,12 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder, in which no other process may be writing."""
+    """Remove the temporary files of `whole` that killed processes left in a folder where no other process writes.
+
+    Only regular files with the name that `whole` gives, which ends in the number of a process, are removed.
+    """
     for partial in folder.glob(".*.partial-*"):
-        if partial.is_file():
+        if partial.name.rpartition("-")[2].isdigit() and partial.is_file() and not partial.is_symlink():
             with contextlib.suppress(OSError):
                 partial.unlink()
 

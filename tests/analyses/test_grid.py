@@ -13,6 +13,7 @@ from analyses import convergence
 from analyses.core import cells as core_cells
 from analyses.core.cells import Cells, Grid, settings_of
 from analyses.core.intervals import mean_interval
+from analyses.records.atomic import remove_leftovers
 from propulsion.data.tasks import get_task
 from propulsion.errors import Interrupted, UserError, run_command
 
@@ -212,3 +213,12 @@ def test_rows_model_and_task_count(change):
     shared = {"task": get_task("demo"), "rows": "r", "model": "m"}
     first = settings_of(convergence.Config(), free=convergence.ANALYSIS.free, **shared)
     assert settings_of(convergence.Config(), free=convergence.ANALYSIS.free, **shared | change) != first
+
+
+def test_only_temporary_files_of_killed_processes_are_removed(tmp_path):
+    left, own, link = (tmp_path / name for name in (".a.json.partial-99", ".notes.partial-draft", ".b.partial-7"))
+    for path in (left, own):
+        path.write_text("text")
+    link.symlink_to(own)
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([own.name, link.name])
