@@ -48,7 +48,10 @@ def gram(
     if kinds == {Lookup}:
         groups, count = _renumbered(groups)
         shape = torch.Size((count, shape[-1]))
-    if not signed and len(kinds) == 1 and kinds != {Dense} and _ghost_is_cheaper(groups, shape, layout):
+    # Pairs of tokens need x on one side: uses of one matrix as x W and as x W^T put it on both.
+    sides = {isinstance(feature, Outer) and feature.transposed for features in groups for feature in features}
+    pairs = len(kinds) == len(sides) == 1 and kinds != {Dense}
+    if not signed and pairs and _ghost_is_cheaper(groups, shape, layout):
         note(CONTRACTED, "pairs of tokens")
         return _ghost(groups, split, layout, chunk)
     note(CONTRACTED, "formed features")

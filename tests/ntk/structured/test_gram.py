@@ -3,9 +3,13 @@
 from unittest import mock
 
 import torch
+from cases import autograd_kernel, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import ntk
 from ntk.features import Lookup, Outer
 from ntk.layout import LAYOUTS, reduce_outputs
 from ntk.structured import gram
@@ -74,6 +78,25 @@ def test_both_contractions_of_an_embedding_agree(n, c, t, rows, block, uses, dat
         for chunk in (gram.CHUNK, 10):
             found = layout.kernel(gram._direct(groups, torch.Size((rows, 3)), split, layout, chunk), c)
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_matrix_used_on_both_sides_is_formed():
+    """x W and x W^T have their inputs on different sides of the feature, which pairs of tokens cannot tell."""
+
+    class BothSides(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(width, width) / width**0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.tanh(x @ self.weight), self.weight).tanh().sum(dim=1)[:, :2]
+
+    for width in (5, 40):
+        torch.manual_seed(0)
+        model, x = BothSides(width).double(), torch.randn(4, 3, width, dtype=torch.float64)
+        exact = autograd_kernel(model, x)
+        for method in ("structured", "jacobian"):
+            assert relative_error(ntk.empirical_ntk(model, x, method=method), exact) <= 1e-12
 
 
 def expectations(dense, n):
