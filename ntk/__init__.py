@@ -11,6 +11,7 @@ n examples, t tokens, c outputs, p parameters of one tensor, P all parameters.
 
 from ntk import adapters, bounds, dynamics, infinite, inputs, kernels, metrics, networks, nulls, outputs
 from ntk.empirical import METHODS, adapter_kernels, empirical_ntk, layer_kernels
+from ntk.layerwise import Decomposition, decomposition
 from ntk.layout import flatten, reduce_outputs
 from ntk.metrics import (
     UndefinedMetricError,
@@ -34,6 +35,7 @@ from ntk.sign_gradient import sign_gradient_kernels, sign_gradient_regression
 
 __all__ = ["METHODS", "adapter_kernels", "empirical_ntk", "flatten", "layer_kernels", "reduce_outputs"]
 __all__ += ["UndefinedMetricError", "best_scale", "center", "cka", "effective_rank", "eigenspace_overlap"]
+__all__ += ["Decomposition", "decomposition"]
 __all__ += ["equivalent_directions", "participation_ratio"]
 __all__ += ["kernel_alignment", "kernel_distance", "matching_degree", "principal_angles", "spectrum"]
 __all__ += ["trace", "trace_ratio"]

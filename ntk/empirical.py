@@ -139,10 +139,22 @@ def adapter_kernels(
     """
     if not isinstance(methods, Mapping) or not all(isinstance(each, Method) for each in methods.values()):
         raise TypeError(f"methods must map names to methods such as ntk.adapters.LoRA(rank=8); got {methods!r}")
-    _check_method(method)
     request = Request(model, inputs, inputs2, output, reduce, memory_budget, progress)
+    kernels = kernels_of_methods(request, methods, method)
+    if absent := [key for key in methods if key not in kernels]:
+        raise ValueError(
+            f"method {absent[0]!r} ({methods[absent[0]]}) trains nothing in this model that its output depends on: see "
+            "its choice of modules"
+        )
+    return {key: kernels[key] for key in methods}
+
+
+def kernels_of_methods(request: Request, methods: Mapping[str, Method], method: str) -> dict[str, Tensor]:
+    """As :func:`adapter_kernels`, without the methods that train nothing on which the output depends."""
+    _check_method(method)
+    model = request.model
     method_kernels(model, methods)  # raises before anything runs if a method trains nothing
-    with evaluation(model, inputs, inputs2):
+    with evaluation(model, request.inputs, request.inputs2):
         kernels, uncaptured, targets = _captured(request, methods, method)
         rest = {name: weights for name, weights in targets.weights.items() if name in uncaptured}
         if rest:
@@ -157,13 +169,8 @@ def adapter_kernels(
             _warn_of_reads(methods, read)
             for key, kernel in added.items():
                 kernels[key] = kernels[key] + kernel if key in kernels else kernel
-    if absent := [key for key in methods if key not in kernels]:
-        raise ValueError(
-            f"method {absent[0]!r} ({methods[absent[0]]}) trains nothing in this model that its output depends on: see "
-            "its choice of modules"
-        )
     check_finite_kernels(request, kernels)
-    return {key: kernels[key] for key in methods}
+    return kernels
 
 
 def _captured(
@@ -201,7 +208,7 @@ def _warn_of_reads(methods: Mapping[str, Method], read: set[str]) -> None:
                 f"the model reads the weight of {name} and does not call the layer: an adapter of {', '.join(silent)} "
                 "acts on calls alone, so this use adds nothing to the kernel; leave the layer out of its modules, or "
                 "take ntk.adapters.Full",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -1,6 +1,6 @@
 """Tiny random models and padded batches, as data: every exactness test runs over these."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers as hf
@@ -32,6 +32,8 @@ _SIDES = {
     for side in ("encoder", "decoder")
     for what, size in {"layers": 2, "attention_heads": 2, "ffn_dim": 20}.items()
 }
+
+MAMBA = {"hidden_size": 12, "vocab_size": VOCABULARY, "pad_token_id": PAD, "num_labels": 3, "num_hidden_layers": 2}
 
 # Every family of text models that the fast kernel is tested on, as classifiers.
 FAMILIES: dict[str, Callable[[], hf.PreTrainedConfig]] = {
@@ -94,6 +96,17 @@ def tied_gpt2() -> nn.Module:
     return randomized(hf.GPT2LMHeadModel(CONFIGS["gpt2"]()).double())
 
 
+class Mamba(nn.Module):
+    """A linear readout of the mean of Mamba's states, since transformers has no Mamba classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.out = hf.MambaModel(hf.MambaConfig(**MAMBA, state_size=4, time_step_rank=3)), nn.Linear(12, 3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.out(self.body(input_ids, use_cache=False)[0].mean(dim=1))
+
+
 def randomized(model: nn.Module) -> nn.Module:
     """Change every parameter from its initial value, so that no term of a kernel is zero by initialisation."""
     generator = torch.Generator().manual_seed(1)
@@ -129,6 +142,18 @@ def batch_for(family: str, lengths: tuple[int, ...] = (7, 3, 5, 7), **kwargs) ->
 
 def rows(inputs: dict[str, Tensor], index: slice) -> dict[str, Tensor]:
     return {key: value[index] for key, value in inputs.items()}
+
+
+def each_alone(inputs: dict[str, Tensor] | Tensor) -> Iterator[dict[str, Tensor] | Tensor]:
+    """Every example as a batch of one, without padding."""
+    if isinstance(inputs, Tensor):
+        yield from inputs.split(1)
+        return
+    for i in range(len(next(iter(inputs.values())))):
+        one = {key: value[i : i + 1] for key, value in inputs.items()}
+        if "attention_mask" in one:
+            one = {key: value[:, : int(one["attention_mask"].sum())] for key, value in one.items()}
+        yield one
 
 
 def autograd_kernel(

@@ -6,10 +6,10 @@ A :class:`Method` computes the features of its parameters at one :class:`Layer`;
 
 from ntk.adapters.low_rank import DoRA, LoHa, LoRA, VeRA, kaiming_uniform
 from ntk.adapters.method import Found, Layer, LayerMethod, Method, Modules, chosen, layer_of, layers_of, matrix_of
-from ntk.adapters.scales import IA3, Propulsion
+from ntk.adapters.scales import IA3, OutputMatrix, Propulsion, rotated_mean, rotation
 from ntk.adapters.weights import BitFit, Full, NormTuning, RandomSubset, subset
 
 __all__ = ["Found", "Layer", "LayerMethod", "Method", "Modules", "chosen", "layer_of", "layers_of", "matrix_of"]
 __all__ += ["BitFit", "Full", "NormTuning", "RandomSubset", "subset"]
-__all__ += ["IA3", "Propulsion"]
+__all__ += ["IA3", "OutputMatrix", "Propulsion", "rotated_mean", "rotation"]
 __all__ += ["DoRA", "LoHa", "LoRA", "VeRA", "kaiming_uniform"]

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from cases import FAMILIES, PAD, VOCABULARY, batch_for, randomized, relative_error
+from cases import FAMILIES, MAMBA, PAD, VOCABULARY, Mamba, batch_for, each_alone, randomized, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -25,7 +25,6 @@ _SIZES = {
     "vocab_size": VOCABULARY, "pad_token_id": PAD, "num_labels": 3,
 }  # fmt: skip
 _BERT = _SIZES | {"max_position_embeddings": 82}
-_MAMBA = {"hidden_size": 12, "vocab_size": VOCABULARY, "pad_token_id": PAD, "num_labels": 3, "num_hidden_layers": 2}
 _IMAGES = {
     "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20, "image_size": 8,
     "patch_size": 4, "num_labels": 3,
@@ -35,7 +34,7 @@ _IMAGES = {
 # tokens: read it, add its rows in place, share them between examples, compute with what it makes of no example.
 TEXT = FAMILIES | {
     "jamba": lambda: hf.JambaConfig(
-        **_MAMBA, num_attention_heads=2, num_key_value_heads=1, intermediate_size=20, mamba_dt_rank=3, mamba_d_state=4,
+        **MAMBA, num_attention_heads=2, num_key_value_heads=1, intermediate_size=20, mamba_dt_rank=3, mamba_d_state=4,
         num_experts=2, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1,
     ),
     "mpnet": lambda: hf.MPNetConfig(**_BERT),
@@ -57,17 +56,6 @@ TEXT = FAMILIES | {
         local_attention=4,
     ),
 }  # fmt: skip
-
-
-class Mamba(nn.Module):
-    """A linear readout of the mean of Mamba's states, since transformers has no Mamba classifier."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.out = hf.MambaModel(hf.MambaConfig(**_MAMBA, state_size=4, time_step_rank=3)), nn.Linear(12, 3)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.out(self.body(input_ids, use_cache=False)[0].mean(dim=1))
 
 
 class Marked(nn.Module):
@@ -99,18 +87,6 @@ def text_model(family: str) -> nn.Module:
     options = {"experts_implementation": "eager"} if family in ("mixtral", "jamba") else {}
     model = hf.AutoModelForSequenceClassification.from_config(TEXT[family](), attn_implementation="eager", **options)
     return randomized(model.double())
-
-
-def each_alone(inputs: dict[str, Tensor] | Tensor):
-    """Every example as a batch of one, without padding."""
-    if isinstance(inputs, Tensor):
-        yield from inputs.split(1)
-        return
-    for i in range(len(next(iter(inputs.values())))):
-        one = {key: value[i : i + 1] for key, value in inputs.items()}
-        if "attention_mask" in one:
-            one = {key: value[:, : int(one["attention_mask"].sum())] for key, value in one.items()}
-        yield one
 
 
 def oracle(model: nn.Module, inputs: dict[str, Tensor] | Tensor, chosen: list[nn.Parameter]) -> Tensor:
