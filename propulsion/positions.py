@@ -1,7 +1,7 @@
 """The paper's positions, as the modules of an architecture (Kowsher et al. 2024, Section 4 and Table 1).
 
 "all" (without norms), "embedding" and "norm" choose modules of any model by their type. The other positions choose them
-by names, which differ between architectures: a new family is one entry in `FAMILIES`.
+by how the blocks of a transformer are built (`propulsion.block_layers`).
 """
 
 import re
@@ -12,59 +12,21 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from propulsion.block_layers import block_layers
+
 POSITIONS = ("all", "attn", "query", "key", "value", "attention_output", "mlp", "embedding", "norm")
-
-_Names = dict[str, str]
-
-
-def _split(prefix: str, query: str, key: str, value: str, attention_output: str, mlp: str) -> _Names:
-    names = {"query": query, "key": key, "value": value, "attention_output": attention_output}
-    names = {position: rf"{prefix}\.{name}" for position, name in names.items()}
-    return {**names, "attn": "|".join(names[p] for p in ("query", "key", "value")), "mlp": mlp}
-
-
-def _fused(attn: str, attention_output: str, mlp: str) -> _Names:
-    """Names of a family in which one module computes query, key and value, so that the three share one z."""
-    return {"attn": attn, "attention_output": attention_output, "mlp": mlp}
-
-
-_BERT_MLP = r"layer\.\d+\.(intermediate|output)\.dense"
-_BERT = _split("attention", r"self\.query", r"self\.key", r"self\.value", r"output\.dense", _BERT_MLP)
-_DEBERTA = _split("attention", r"self\.query_proj", r"self\.key_proj", r"self\.value_proj", r"output\.dense", _BERT_MLP)
-_LLAMA = _split("self_attn", "q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.(gate_proj|up_proj|down_proj)")
-_BART = _split("(self_attn|encoder_attn)", "q_proj", "k_proj", "v_proj", "out_proj", r"layers\.\d+\.(fc1|fc2)")
-_VIT = _split("attention", "q_proj", "k_proj", "v_proj", "o_proj", r"mlp\.(fc1|fc2)")
-# Mixtral stacks its experts in one parameter: they are not modules.
-_MIXTRAL = {position: names for position, names in _LLAMA.items() if position != "mlp"}
-_BLOOM = _fused(r"self_attention\.query_key_value", r"self_attention\.dense", r"mlp\.(dense_h_to_4h|dense_4h_to_h)")
-
-# By the `model_type` of the model's config: regular expressions for the ends of the module names of each position.
-FAMILIES: dict[str, _Names] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
-    "distilbert": _split("attention", "q_lin", "k_lin", "v_lin", "out_lin", r"ffn\.(lin1|lin2)"),
-    "albert": _split("attention", "query", "key", "value", "dense", r"albert_layers\.\d+\.(ffn|ffn_output)"),
-    "deberta-v2": _DEBERTA,
-    "deberta": _fused(r"attention\.self\.in_proj", r"attention\.output\.dense", _BERT_MLP),
-    "gpt2": _fused(r"attn\.c_attn", r"attn\.c_proj", r"mlp\.(c_fc|c_proj)"),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
-    "mixtral": _MIXTRAL,
-    "vit": _VIT,
-    "phi": _split("self_attn", "q_proj", "k_proj", "v_proj", "dense", r"mlp\.(fc1|fc2)"),
-    "phi3": _fused(r"self_attn\.qkv_proj", r"self_attn\.o_proj", r"mlp\.(gate_up_proj|down_proj)"),
-    "gptj": _split("attn", "q_proj", "k_proj", "v_proj", "out_proj", r"mlp\.(fc_in|fc_out)"),
-    "gpt_neox": _fused(r"attention\.query_key_value", r"attention\.dense", _BLOOM["mlp"]),
-    **dict.fromkeys(("falcon", "bloom"), _BLOOM),
-    "t5": _split("(SelfAttention|EncDecAttention)", "q", "k", "v", "o", r"DenseReluDense\.(wi|wi_0|wi_1|wo)"),
-    **dict.fromkeys(("opt", "bart"), _BART),
-}
 
 # Modules that are neither called nor read, so that a z on them has no effect. In other models, the first pass of
 # training finds them (`propulsion.training_checks`).
 _UNUSED = {"t5": "shared", "bart": "shared"}
 
 
-# Families that write into the outputs of their layers, which therefore cannot be kept for the backward pass.
-_IN_PLACE = ("deberta", "falcon")
+# Families that are known not to write into the outputs of their layers, which can thus be kept for the backward pass.
+_LEAVE_OUTPUTS_ALONE = (
+    "albert", "bart", "bert", "bloom", "deberta-v2", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2",
+    "gpt_neox", "gptj", "llama", "mistral", "mixtral", "mpnet", "opt", "phi", "phi3", "qwen2", "qwen3", "roberta", "t5",
+    "vit", "xlm-roberta",
+)  # fmt: skip
 
 # Modules whose output has no axis of examples: T5 adds the same bias to the scores of all examples.
 _WITHOUT_EXAMPLES = {"t5": "relative_attention_bias"}
@@ -133,7 +95,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def leaves_outputs_alone(model: nn.Module) -> bool:
     """Whether the model is of a family that is known not to write into the outputs of its layers in place."""
-    return _model_type(model) in FAMILIES and _model_type(model) not in _IN_PLACE
+    return _model_type(model) in _LEAVE_OUTPUTS_ALONE
 
 
 def shared_by_all_examples(model: nn.Module, name: str) -> bool:
@@ -149,24 +111,23 @@ def _at(position: str, model: nn.Module, candidates: dict[str, nn.Module]) -> se
         return {name for name, module in candidates.items() if isinstance(module, nn.Embedding)}
     if position == "norm":
         return {name for name, module in candidates.items() if is_norm(module)}
-    model_type = _model_type(model)
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"position {position!r} is not known for the architecture {model_type or type(model).__name__!r}, only "
-            f"for {', '.join(sorted(FAMILIES))}: name the modules with target_modules, or use 'all', 'embedding', "
-            "'norm'"
-        )
-    family = FAMILIES[model_type]
     if position not in POSITIONS:
         raise ValueError(f"unknown position {position!r}; there are {', '.join(POSITIONS)}")
-    if position not in family:
-        reason = (
-            "whose experts are stacked in one parameter"
-            if position == "mlp"
-            else "which fuses query, key and value in one: use 'attn' for all three"
+    layers = block_layers(candidates)
+    if position in layers:
+        return layers[position]
+    architecture = _model_type(model) or type(model).__name__
+    if "attn" not in layers:
+        raise ValueError(
+            f"position {position!r} is not known for the architecture {architecture!r}, in which no layers named as "
+            "query, key and value were found: name the modules with target_modules, or use 'all', 'embedding', 'norm'"
         )
-        raise ValueError(f"position {position!r} has no module of its own in {model_type!r}, {reason}")
-    return {name for name in candidates if _ends_with(family[position], name)}
+    reasons = {
+        "mlp": "whose blocks have no linear layers but those of attention; experts may be stacked in one parameter",
+        "attention_output": "in which no output projection of attention was found",
+    }
+    reason = reasons.get(position, "which fuses query, key and value in one: use 'attn' for all three")
+    raise ValueError(f"position {position!r} has no module of its own in {architecture!r}, {reason}")
 
 
 def _model_type(model: nn.Module) -> str:

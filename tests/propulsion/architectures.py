@@ -32,6 +32,8 @@ CLASSIFIER, CAUSAL, SEQ2SEQ = (
 FAMILIES = {
     "bert": (CLASSIFIER, lambda: hf.BertConfig(**_SIZES), (6, 2, 4), False),
     "roberta": (CLASSIFIER, lambda: hf.RobertaConfig(**_SIZES), (6, 2, 4), False),
+    "mpnet": (CLASSIFIER, lambda: hf.MPNetConfig(**_SIZES), (6, 2, 4), False),
+    "modernbert": (CLASSIFIER, lambda: hf.ModernBertConfig(**_SIZES), (2, 2, 4), True),
     "electra": (CLASSIFIER, lambda: hf.ElectraConfig(**_SIZES, embedding_size=4), (6, 2, 4), False),
     "distilbert": (
         CLASSIFIER,

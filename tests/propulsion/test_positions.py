@@ -5,7 +5,14 @@ import torch
 from architectures import FAMILIES, build, inputs, logits, randomize, scales
 from peft import get_peft_model
 from torch import nn
-from transformers import RobertaConfig, RobertaForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)  # fmt: skip
 
 from propulsion import PropulsionConfig
 from propulsion.positions import POSITIONS, resolve
@@ -46,6 +53,40 @@ def test_the_two_headline_variants_are_those_of_the_paper(roberta_base):
         model = get_peft_model(roberta_base, PropulsionConfig(positions=positions))
         assert model.get_nb_trainable_parameters()[0] == count
         model.unload()
+
+
+# Families that no table of ours names: modules at (attn, attention_output, mlp), counted from their published sizes.
+@pytest.mark.parametrize(
+    ("family", "counts"),
+    {
+        "longformer": (36, 12, 24),
+        "swin": (36, 12, 24),  # Neither the reductions between its stages
+        "codegen": (28, 28, 56),
+        "whisper": (36, 12, 16),
+        "led": (108, 36, 48),
+        "phimoe": (96, 32, 0),  # nor the routers of experts are feed-forward layers,
+        "jamba": (12, 4, 48),  # nor is Mamba's in_proj attention.
+        "gpt_oss": (108, 36, 0),
+    }.items(),
+    ids=str,
+)
+def test_layers_of_attention_are_found_without_a_table(family, counts):
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(family))
+    for position, count in zip(("attn", "attention_output", "mlp"), counts, strict=True):
+        if count:
+            assert len(resolve(model, position)) == count, position
+        else:
+            with pytest.raises(ValueError, match="no linear layers but those of attention"):
+                resolve(model, position)
+
+
+@pytest.mark.parametrize("family", ["mamba", "fnet"])
+def test_a_model_without_attention_is_refused(family):
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(family))
+    with pytest.raises(ValueError, match=f"not known for the architecture '{family}'"):
+        resolve(model, "attn")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +132,7 @@ def test_every_scale_has_an_effect_and_merges(family):
 
 
 def test_stacked_experts_are_no_position():
-    with pytest.raises(ValueError, match="'mlp' has no module of its own in 'mixtral', whose experts are stacked"):
+    with pytest.raises(ValueError, match="'mlp' has no module of its own in 'mixtral', whose blocks"):
         resolve(build("mixtral"), "mlp")
 
 
@@ -108,7 +149,7 @@ def test_any_model_has_all_and_embedding():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.ReLU())
     assert resolve(model, "all") == {"0", "1"}
     assert resolve(model, "embedding") == {"0"}
-    with pytest.raises(ValueError, match="not known for the architecture 'Sequential', only for albert, bart, bert"):
+    with pytest.raises(ValueError, match="not known for the architecture 'Sequential', in which no layers named"):
         resolve(model, "query")
     with pytest.raises(ValueError, match="'embedding' matches no module of Linear"):
         resolve(nn.Linear(3, 2), "embedding")
