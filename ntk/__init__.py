@@ -32,8 +32,11 @@ from ntk.metrics import (
 )
 from ntk.nulls import gaussian_sketch, hidden_state_kernel, permuted, random_subset_ntk
 from ntk.sign_gradient import sign_gradient_kernels, sign_gradient_regression
+from ntk.structured.explanation import Explanation, ParameterCost, explain
+from ntk.structured.work import SlowKernelWarning
 
 __all__ = ["METHODS", "adapter_kernels", "empirical_ntk", "flatten", "layer_kernels", "reduce_outputs"]
+__all__ += ["Explanation", "ParameterCost", "SlowKernelWarning", "explain"]
 __all__ += ["UndefinedMetricError", "best_scale", "center", "cka", "effective_rank", "eigenspace_overlap"]
 __all__ += ["Decomposition", "decomposition"]
 __all__ += ["equivalent_directions", "participation_ratio"]

@@ -19,6 +19,7 @@ from ntk.structured import kernels as structured
 from ntk.structured import layer_calls
 from ntk.structured.calls import find_lost_layers
 from ntk.structured.targets import Targets, method_kernels
+from ntk.structured.work import warn_of_slow_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,9 @@ def empirical_ntk(
             (:mod:`ntk.structured.kernels`; costs there). ``"auto"`` takes the fast way for every parameter whose
             captured features add up to ordinary gradients, on one or two examples, and the reference for the others.
             Examples run together where :mod:`ntk.structured.independence` shows that they do not change one another,
-            else one at a time. The logger ``ntk`` reports at level INFO which parameters took the reference, and why.
+            else one at a time. The logger ``ntk`` reports at level INFO which parameters took the reference, and why;
+            one `SlowKernelWarning` names a parameter with more than a hundredth of the work that goes a slow way.
+            :func:`ntk.explain` says the same before anything is computed.
         memory_budget: bytes for Jacobians or features, and kernels, beside the model itself; None for half of the free
             memory.
         progress: show a progress bar.
@@ -158,6 +161,8 @@ def kernels_of_methods(request: Request, methods: Mapping[str, Method], method: 
         kernels, uncaptured, targets = _captured(request, methods, method)
         rest = {name: weights for name, weights in targets.weights.items() if name in uncaptured}
         if rest:
+            if method != "jacobian":
+                request.reference.update({name: uncaptured[name] for name in rest})
             params = {name: p for name, p in select_parameters(model).items() if name in rest}
             for name, kernel in jacobian.layer_kernels(request, params, summed=False).items():
                 for key, weight in rest[name].items():
@@ -170,17 +175,18 @@ def kernels_of_methods(request: Request, methods: Mapping[str, Method], method: 
             for key, kernel in added.items():
                 kernels[key] = kernels[key] + kernel if key in kernels else kernel
     check_finite_kernels(request, kernels)
+    warn_of_slow_parameters(request.slow, request.reference, request.examples, stacklevel=3)
     return kernels
 
 
 def _captured(
     request: Request, methods: Mapping[str, Method], method: str
-) -> tuple[dict[str, Tensor], set[str], Targets]:
-    """Kernels of the structured path, parameters that it did not capture, and targets with their lost layers."""
+) -> tuple[dict[str, Tensor], dict[str, str], Targets]:
+    """Kernels of the structured path, parameters that it did not capture and why, and targets with lost layers."""
     model = request.model
     if method == "jacobian":
         targets = method_kernels(model, methods, dict.fromkeys(layers_of(model), "by the reference"))
-        return {}, set(targets.weights), targets
+        return {}, dict.fromkeys(targets.weights, "by the reference"), targets
     targets = method_kernels(model, methods)
     if targets.layers:
         find_lost_layers(model, request.output, request.rows[0].take(slice(0, 1)), targets)
@@ -188,7 +194,7 @@ def _captured(
         targets = method_kernels(model, methods, targets.lost)
         before = set(targets.lost)
         if not (targets.weights or targets.layers):
-            return {}, set(), targets
+            return {}, {}, targets
         kernels, uncaptured = structured.kernels(request, targets)
         # If only a later batch shows that a layer is lost, features of earlier batches are in the kernels already.
         if all(targets.layers[name][1] in uncaptured for name in targets.lost.keys() - before):
@@ -196,7 +202,7 @@ def _captured(
     for parameter, why in uncaptured.items():
         for name in targets.layers_of_weight.get(parameter, ()):
             targets.lost.setdefault(name, why)
-    return kernels, set(uncaptured), method_kernels(model, methods, targets.lost)
+    return kernels, uncaptured, method_kernels(model, methods, targets.lost)
 
 
 def _warn_of_reads(methods: Mapping[str, Method], read: set[str]) -> None:
@@ -218,6 +224,7 @@ def _kernels(request: Request, params: ParameterChoice, method: str, *, summed: 
     with evaluation(request.model, request.inputs, request.inputs2):
         kernels = METHODS[method](request, chosen, summed=summed)
     check_finite_kernels(request, kernels)
+    warn_of_slow_parameters(request.slow, request.reference, request.examples, stacklevel=3)
     return kernels
 
 

@@ -26,6 +26,8 @@ class Request:
         reduce: name of the layout.
         memory_budget: in bytes; None for half of the memory that is free at the time of use.
         progress: whether to show a progress bar.
+        slow: parameter -> why one of its operations was differentiated example by example at a cost worth a warning.
+        reference: parameter -> why the reference took it, where the fast way was tried.
 
     Raises:
         ValueError: an unknown name of a layout; a memory budget that is negative or not finite.
@@ -39,6 +41,8 @@ class Request:
     memory_budget: int | float | None
     progress: bool
     layout: Layout = field(init=False)
+    slow: dict[str, str] = field(init=False, default_factory=dict, compare=False)
+    reference: dict[str, str] = field(init=False, default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", layout_of(self.reduce))
@@ -67,6 +71,11 @@ class Request:
     def columns(self) -> list[Group]:
         """The groups of the columns' examples; empty for the symmetric kernel."""
         return [] if self.inputs2 is None else self._grouped(self.inputs2)
+
+    @property
+    def examples(self) -> int:
+        """Number of examples of the rows and the columns."""
+        return sum(len(group.indices) for group in (*self.rows, *self.columns))
 
     def _grouped(self, inputs: Inputs) -> list[Group]:
         return group_examples(inputs, encoder_decoder=is_encoder_decoder(self.model))

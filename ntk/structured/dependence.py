@@ -61,6 +61,9 @@ class Use:
         within: the innermost watched module in whose call it is.
         layer: the watched module whose call does this and nothing else.
         arguments: addresses and sizes of the operation's tensors.
+        operation: the name of the function of torch.
+        slow: why the operation is differentiated example by example; None if a rule takes it.
+        positions: rows of the operation's output for each example, along all axes but the last.
     """
 
     names: frozenset[str]
@@ -73,6 +76,9 @@ class Use:
     within: str | None = None
     layer: str | None = None
     arguments: frozenset[tuple[int, int]] = frozenset()
+    operation: str = ""
+    slow: str | None = None
+    positions: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from torch import Tensor
 from ntk.counts import CONTRACTED, note
 from ntk.features import Dense, Feature, Lookup, Outer
 from ntk.layout import Layout
+from ntk.structured.contraction import FORMED, HALF, PAIRS, Sizes
 
 # Elements of the largest temporary: 64 MB in float32, which the caches' prefetching copes with.
 CHUNK = 1 << 24
 # Tokens in a block of a ghost contraction on a processor, so that its matrices over pairs of tokens stay in the caches.
 _BLOCK = 256
-# The number of rows from which a product by halves is faster than a whole one.
-_HALF = 128
 
 
 Groups = Sequence[Sequence[Feature]]
@@ -51,10 +50,10 @@ def gram(
     # Pairs of tokens need x on one side: uses of one matrix as x W and as x W^T put it on both.
     sides = {isinstance(feature, Outer) and feature.transposed for features in groups for feature in features}
     pairs = len(kinds) == len(sides) == 1 and kinds != {Dense}
-    if not signed and pairs and _ghost_is_cheaper(groups, shape, layout):
-        note(CONTRACTED, "pairs of tokens")
+    if not signed and pairs and _sizes(groups, shape).way(layout) == PAIRS:
+        note(CONTRACTED, PAIRS)
         return _ghost(groups, split, layout, chunk)
-    note(CONTRACTED, "formed features")
+    note(CONTRACTED, FORMED)
     return _direct(groups, shape, split, layout, chunk, signed=signed)
 
 
@@ -66,7 +65,7 @@ def product(left: Tensor, split: int | None, *, signed: bool = False) -> Tensor:
     if split is not None or signed:
         rows, columns = (left, left) if split is None else (left[:, :split], left[:, split:])
         return _times(rows, columns.sign() if signed else columns)
-    if left.shape[1] < 2 * _HALF:
+    if left.shape[1] < 2 * HALF:
         return _times(left, left)
     result = left.new_empty(len(left), left.shape[1], left.shape[1])
     for matrix, out in zip(left, result, strict=True):
@@ -81,7 +80,7 @@ def _times(left: Tensor, right: Tensor) -> Tensor:
 
 def _symmetric(left: Tensor, out: Tensor) -> None:
     half = len(left) // 2
-    if half < _HALF:
+    if half < HALF:
         torch.mm(left, left.T, out=out)
         return
     _symmetric(left[:half], out[:half, :half])
@@ -269,8 +268,8 @@ def _within(merged: Sequence[_Merged], start: int, stop: int) -> Iterator[tuple[
         start, stop = start - len(x), stop - len(x)
 
 
-def _ghost_is_cheaper(groups: Groups, shape: torch.Size, layout: Layout) -> bool:
-    """Compare the multiplications of the two contractions, weighted by the share of the peak rate that each reaches."""
+def _sizes(groups: Groups, shape: torch.Size) -> Sizes:
+    """The sizes of features at tokens."""
     tokens, n, c, r, s = 0, 0, 1, 1, 1
     for features in groups:
         for feature in features:
@@ -279,11 +278,7 @@ def _ghost_is_cheaper(groups: Groups, shape: torch.Size, layout: Layout) -> bool
             tokens += count
             s = feature.x.shape[-1] if isinstance(feature, Outer) else 0
         n += features[0].shape[0]
-    forming = 1.4 * tokens * c * r * s
-    k, m, d = layout.factors(c)
-    direct = forming + (1 if n * m < 2 * _HALF else 0.75) * k * (n * m) ** 2 * d * shape.numel()
-    ghost = 0.65 * tokens**2 * (s + k * m**2 * (d * r + 20))
-    return ghost < direct
+    return Sizes(n, c, tokens, r, s, shape.numel())
 
 
 def _renumbered(groups: Groups) -> tuple[list[list[Feature]], int]:

@@ -35,6 +35,7 @@ from ntk.structured.merging import Pending, Vectors
 from ntk.structured.passes import Pass, run
 from ntk.structured.targets import Targets, parameter_kernels
 from ntk.structured.verification import Plan, check_alone, check_outputs, check_together, compare
+from ntk.structured.work import slow_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict
         uncaptured = dict.fromkeys(params, first_line(error))
     if uncaptured:
         logger.info("by the reference instead: %s", ", ".join(uncaptured))
+        request.reference.update(uncaptured)
         rest = jacobian.layer_kernels(request, {name: params[name] for name in uncaptured}, summed=summed)
         _add(captured, rest)
     return captured if summed else {name: captured[name] for name in params}
@@ -90,6 +92,8 @@ def kernels(request: Request, targets: Targets, *, signed: bool = False) -> tupl
                     try:
                         budget, sides = request.budget(plan.device), (request.rows, request.columns)
                         _add(captured, _Tile(request, targets, leaves, plan, *sides, budget, signed).run())
+                        taken = [work for work in plan.works if work.name in leaves]
+                        request.slow.update(slow_parameters(taken))
                     except NotImplementedError as error:
                         plan.uncaptured = dict.fromkeys(uncaptured, str(error))
             uncaptured = plan.uncaptured

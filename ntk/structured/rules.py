@@ -29,20 +29,25 @@ Uses = list[tuple[Tensor, FeatureOf | Use]]
 
 
 class Unsuitable(Exception):
-    """The call is not of the form that a rule is for."""
+    """The call is not of the form that a rule is for; the message says in which way."""
 
 
 def uses_of(dependence: Dependence, func: Any, args: tuple, kwargs: dict, result: Tensor) -> dict[int, Use]:
     """The uses in one call, by the id of the tensor used."""
-    way, rule = BY_RULE, RULES.get(func)
+    rule, slow = RULES.get(func), None
     try:
         if rule is None:
-            raise Unsuitable
+            raise Unsuitable("the operation has no rule")
         uses = rule(dependence, args, kwargs, result)
-    except Unsuitable:
-        way, uses = BY_EXAMPLE, _example_by_example(dependence, func, args, kwargs, result)
-    note(way, name_of(func))
-    return {id(t): use if isinstance(use, Use) else _use(dependence, t, use) for t, use in uses}
+    except Unsuitable as error:
+        slow = str(error) or "the operation's rule is for calls of another form"
+        uses = _example_by_example(dependence, func, args, kwargs, result)
+    note(BY_RULE if slow is None else BY_EXAMPLE, name_of(func))
+    found = {id(t): use if isinstance(use, Use) else _use(dependence, t, use) for t, use in uses}
+    for use in found.values():
+        use.operation, use.slow = name_of(func), slow
+        use.positions = result.numel() / max(1, result.shape[-1]) / dependence.n
+    return found
 
 
 def _use(dependence: Dependence, t: Tensor, feature: FeatureOf) -> Use:

@@ -23,6 +23,7 @@ from ntk.structured.dependence import Origin
 from ntk.structured.memory import Cost, charge, cost_of, measured
 from ntk.structured.passes import run
 from ntk.structured.targets import Targets
+from ntk.structured.work import Work, work_of
 
 _MISMATCH = "its features do not add up to its gradient"
 
@@ -42,6 +43,7 @@ class Plan:
         uncaptured: parameter name -> why the reference has to take it.
         costs: of each mixing operation, in their order.
         checked: the batch that was compared, and its examples alone.
+        works: what each use of a parameter costs on that batch.
     """
 
     outputs: int
@@ -54,6 +56,7 @@ class Plan:
     uncaptured: dict[str, str] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
     checked: tuple[Group, list[Group]] | None = None
+    works: list[Work] = field(default_factory=list)
 
 
 def check_together(request: Request, leaves: Leaves, targets: Targets) -> Plan:
@@ -157,6 +160,7 @@ def compare(
             remainders[captured.name] = subtract(captured.feature, weights, remainder)
             cost = cost_of(plan.costs, captured.use.number)
             cost.names.add(captured.name)
+            plan.works.append(work_of(captured, leaves[captured.name].shape))
             if captured.output is not None:
                 cost.graph += captured.output.nbytes / tokens
             for contribution in targets.contributions(captured, remainder.shape):

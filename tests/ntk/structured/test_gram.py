@@ -13,6 +13,7 @@ import ntk
 from ntk.features import Lookup, Outer
 from ntk.layout import LAYOUTS, reduce_outputs
 from ntk.structured import gram
+from ntk.structured.contraction import HALF
 from ntk.tokens import Gradients, Packing
 
 
@@ -110,7 +111,7 @@ def expectations(dense, n):
 
 def test_large_symmetric_products_by_halves():
     generator = torch.Generator().manual_seed(0)
-    for k, rows in ((1, 2 * gram._HALF + 3), (2, 2 * gram._HALF), (3, 5)):
+    for k, rows in ((1, 2 * HALF + 3), (2, 2 * HALF), (3, 5)):
         left = torch.randn(k, rows, 7, generator=generator, dtype=torch.float64)
         torch.testing.assert_close(gram.product(left, None), left @ left.mT, rtol=1e-12, atol=1e-12)
 
