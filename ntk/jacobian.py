@@ -266,8 +266,10 @@ def selected_jacobian_rows(
     request: Request, params: Parameters, chosen: dict[str, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the rows' indices and their Jacobian ``(b, c, m)`` at chosen flat coordinates of the parameters."""
-    jacobian = jacobian_function(request.model, request.output)
+    own = {name: params[name] for name in chosen}
     disable = None if request.progress else True
-    for tile in tqdm(tiles(request.rows, 1), desc="Jacobians", disable=disable, leave=False):
-        rows, blocks = jacobian({name: params[name] for name in chosen}, tile)
+    # One example at a time, for which vmap(jacrev(f)) would only add its check.
+    for (group,) in tqdm(tiles(request.rows, 1), desc="Jacobians", disable=disable, leave=False):
+        blocks = _looped_jacobian(request.model, request.output, own, group)
+        rows = torch.tensor(group.indices, device=next(iter(own.values())).device)
         yield rows, torch.cat([blocks[name].flatten(2)[:, :, index] for name, index in chosen.items()], dim=2)
