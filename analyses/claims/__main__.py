@@ -15,6 +15,7 @@ from analyses.core.errors import run_command
 from analyses.core.locks import held
 from analyses.records import Result
 from analyses.records.atomic import write_texts
+from analyses.records.errors import RecordError
 from propulsion.command_line import parsed
 from propulsion.errors import Interrupted, UserError
 
@@ -70,7 +71,14 @@ def main(config: Config) -> None:
         except KeyboardInterrupt as error:
             raise Interrupted("the same command goes on from here") from error
         # A folder that holds another run, or a damaged one, is no evidence.
-        write(config, load_tree(root, [run.name for run in runs if run.name not in failed]), root, root)
+        results = load_tree(root, [run.name for run in runs if run.name not in failed])
+        try:
+            write(config, results, root, root)
+        except RecordError as error:
+            raise UserError(
+                f"{error}; the results of {len(results)} finished runs in {root} are kept: the same command goes on "
+                "from there, or --load judges them and writes elsewhere"
+            ) from error
     if failed:
         for name, message in failed.items():
             print(f"{name}: {message}; log in {root / plan.LOGS}", file=sys.stderr)

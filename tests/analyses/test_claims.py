@@ -1,5 +1,6 @@
 """The ledger of claims: from stored results, in its three formats, and from runs that are killed, resumed or fail."""
 
+import errno
 import html
 import importlib
 import json
@@ -89,6 +90,11 @@ def test_the_command_of_a_published_result_gives_its_configuration(name, stored)
     for option, value in pairwise(words):
         if option in ("--comparison", "--rates-from"):
             assert (ROOT / value / RESULT_FILE).is_file()
+
+
+@pytest.mark.parametrize("file", ["claims.md", "ledger.json", "report.html"])
+def test_a_published_report_names_no_folder_of_a_machine(file):
+    assert not re.search(r"(?<![\w.:/<])/(work|tmp|home|root)\b", (ROOT / "docs" / "claims" / file).read_text("utf-8"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -375,6 +381,24 @@ def test_the_exit_code_of_a_call_with_a_failed_run(tmp_path, monkeypatch, capsys
     assert [row["verdict"] for row in content["rows"]] == ["fails", "no result yet"]
     assert content["quick"]
     assert report.QUICK in html.unescape((tmp_path / "q" / "report.html").read_text("utf-8"))
+
+
+def test_a_full_disk_after_the_runs_says_what_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "quick_plan", lambda: [runs.Run("parameter_count")])
+    monkeypatch.setattr(runs, "in_own_process", launch)
+
+    def no_room(folder, texts):
+        raise RecordError(f"cannot write to {folder}: {os.strerror(errno.ENOSPC)}")
+
+    config, root = claims.Config(quick=True, only=("parameter-pair",), output_dir=tmp_path / "q"), tmp_path / "q"
+    with monkeypatch.context() as full:
+        full.setattr(claims, "write_texts", no_room)
+        with pytest.raises(UserError, match=f"No space left on device; the results of 1 finished runs in {root} are"):
+            claims.main(config)
+    assert (root / "parameter_count" / RESULT_FILE).is_file()
+    assert not (root / "ledger.json").exists()
+    claims.main(config)
+    assert (root / "ledger.json").is_file()
 
 
 @pytest.mark.parametrize(
