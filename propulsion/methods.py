@@ -148,6 +148,12 @@ def apply_method(model: PreTrainedModel, method: Method, *, task_type: str, seed
         return get_peft_model(model, _config(model, method, task_type, head))
 
 
+def virtual_tokens(model: Any) -> int:
+    """How many tokens of its own the method of a model puts before every text; 0 for most methods."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return getattr(config, "num_virtual_tokens", None) or 0
+
+
 def check_options(method: Method) -> None:
     """Check a method and its options as far as that needs no model.
 

@@ -48,7 +48,7 @@ from propulsion.errors import (
     run_command,
 )
 from propulsion.identity import model_content, weights_identity
-from propulsion.methods import Method, apply_method, check_options, parse_options, trainable_parameters
+from propulsion.methods import Method, apply_method, check_options, parse_options, trainable_parameters, virtual_tokens
 from propulsion.pretrained import fingerprint, load_model, pooling_of
 from propulsion.training import run_folder
 from propulsion.training.checkpoints import latest_checkpoint
@@ -161,10 +161,11 @@ def _train(config: TrainConfig, output: Path, task: Task, state: PartialState, s
     )  # fmt: skip
     if kind.task_type in ("SEQ_CLS", "TOKEN_CLS") and task.label_names:
         name_labels(model.config, task.label_names)
-    # All rows are checked before anything is written.
-    encoded = check_inputs(data, tokenizer, config.limits, cached=True, streamed=_streamed_rows(config, state))
     base, content = fingerprint(model), model_content(model, tokenizer)
     model = _adapted(config, model, kind.task_type)
+    limits = dataclasses.replace(config.limits, reserved=virtual_tokens(model))
+    # All rows are checked before anything is written.
+    encoded = check_inputs(data, tokenizer, limits, cached=True, streamed=_streamed_rows(config, state))
     adapter = None if config.adapter is None else weights_identity(model.named_parameters())
     same = identity(config, data, content, adapter)
     folder = run_folder.folder_state(output, same, overwrite=config.overwrite_output_dir)
@@ -187,7 +188,7 @@ def _train(config: TrainConfig, output: Path, task: Task, state: PartialState, s
             groups = parameter_groups(model, rates=rates, weight_decay=config.weight_decay)
             print(describe_rates(model, groups, rates), flush=True)
     with isolated_randomness():
-        evaluation = Evaluation(model, tokenizer, data, config.limits)
+        evaluation = Evaluation(model, tokenizer, data, limits)
         _check_best(config, evaluation)
         trainer = _trainer(config, output, evaluation, encoded, rates)
         note = check_sharding(trainer, model) if sharded else None

@@ -18,6 +18,7 @@ from propulsion.data.kinds import Limits, kind_of
 from propulsion.data.kinds.base import columns_of
 from propulsion.data.kinds.classification import logits
 from propulsion.errors import UserError, one_line
+from propulsion.methods import virtual_tokens
 from propulsion.training.config import TrainingOptions, training_arguments
 from propulsion.training.learning_rates import Rates, model_degree, parameter_groups
 from propulsion.training.measured_rates import with_measured
@@ -83,7 +84,7 @@ def train(
     Raises:
         UserError: If nothing is trainable, an example is too long, or the loss or a weight stops being finite.
     """
-    examples = check_inputs(data, tokenizer, Limits(config.max_length))
+    examples = check_inputs(data, tokenizer, Limits(config.max_length, reserved=virtual_tokens(model)))
     collator = kind_of(data.task).collator(tokenizer, model)
     rates = Rates(config.learning_rate, config.head_learning_rate, config.rate_multiplier)
     size = config.per_device_train_batch_size
@@ -124,12 +125,12 @@ def evaluate(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerB
              max_length: int | None = None, batch_size: int = 64) -> dict[str, float]:  # fmt: skip
     """Return the task's metrics on the validation rows."""
     kind, rows = kind_of(data.task), columns_of(data.validation)
-    limits = Limits(max_length, batch_size=batch_size)
+    limits = Limits(max_length, batch_size=batch_size, reserved=virtual_tokens(model))
     return kind.measure(data.task, kind.predict(model, tokenizer, data.task, rows, limits), rows)
 
 
 def predict(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: TaskData, *,
             max_length: int | None = None, batch_size: int = 64) -> Float[Tensor, "n c"]:  # fmt: skip
     """Return the logits, or the regression output, of the validation rows, without dropout and on the CPU."""
-    limits = Limits(max_length, batch_size=batch_size)
+    limits = Limits(max_length, batch_size=batch_size, reserved=virtual_tokens(model))
     return torch.tensor(logits(model, tokenizer, data.task, columns_of(data.validation), limits), dtype=torch.float32)

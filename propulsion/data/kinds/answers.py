@@ -65,7 +65,7 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
     most = limit - tokenizer.num_special_tokens_to_add(pair=True) - 2
     if long := [question for question, length in enumerate(lengths) if length > most]:
         what = f"a question of {max(lengths)} tokens leaves no room for its context in {limit}"
-        longest = tokenizer.model_max_length
+        longest = limits.longest(tokenizer)
         more = f"raise max_length to {longest} at most, or " if limit < longest else ""
         raise Unusable(what, long, f"{more}shorten the question")
     room = most + 2 - max(lengths, default=0)

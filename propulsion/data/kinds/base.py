@@ -28,6 +28,7 @@ class Limits:
         batch_size: Rows of a batch in prediction.
         generate_length: Generate no more than this many tokens.
         num_beams: Beams of the search for generated text; 1 is greedy.
+        reserved: Tokens of the model's limit that its method takes for itself, as virtual tokens of prompts.
     """
 
     max_length: int | None = None
@@ -35,11 +36,26 @@ class Limits:
     batch_size: int = 64
     generate_length: int | None = None
     num_beams: int = 1
+    reserved: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_target_length", "batch_size", "num_beams"):
             if not getattr(self, name) >= 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+    def longest(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The longest input in tokens that the model takes.
+
+        Raises:
+            UserError: The method leaves no room for inputs.
+        """
+        room = tokenizer.model_max_length - self.reserved
+        if room <= tokenizer.num_special_tokens_to_add():
+            raise UserError(
+                f"the method's {self.reserved} virtual tokens leave no room for texts in the model's limit of "
+                f"{tokenizer.model_max_length} tokens: lower num_virtual_tokens"
+            )
+        return room
 
     @property
     def max_new_tokens(self) -> int:
@@ -81,7 +97,7 @@ def input_limit(tokenizer: PreTrainedTokenizerBase, limits: Limits, *, pair: boo
     Raises:
         UserError: `max_length` is more than the model takes, or too little for any text.
     """
-    limit = tokenizer.model_max_length
+    limit = limits.longest(tokenizer)
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if limits.max_length is not None and not special < limits.max_length <= limit:
         raise UserError(

@@ -59,7 +59,7 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
     cut = limits.max_length is not None
     # verbose=False silences the tokenizer's warning about long inputs, which are an error below.
     encoded = tokenizer(texts[0], pairs, truncation=cut, max_length=limits.max_length, verbose=False)
-    refuse_longer([len(ids) for ids in encoded["input_ids"]], tokenizer.model_max_length)
+    refuse_longer([len(ids) for ids in encoded["input_ids"]], limits.longest(tokenizer))
     return dict(encoded)
 
 

@@ -55,7 +55,7 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
         encoded["input_ids"].append(ids)
         encoded["attention_mask"].append([1] * len(ids))
         encoded["labels"].append([IGNORED] * len(kept) + target)
-    refuse_longer([len(ids) for ids in encoded["input_ids"]], tokenizer.model_max_length)
+    refuse_longer([len(ids) for ids in encoded["input_ids"]], limits.longest(tokenizer))
     return encoded
 
 
@@ -69,7 +69,7 @@ def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
         )
     prompts = tokenizer(list(columns[_PROMPT]), verbose=False)["input_ids"]
     if limits.max_length is None:
-        refuse_longer([len(ids) + limits.max_new_tokens for ids in prompts], tokenizer.model_max_length)
+        refuse_longer([len(ids) + limits.max_new_tokens for ids in prompts], limits.longest(tokenizer))
     prompts = [ids[-limit:] for ids in prompts]
     return {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]}
 

@@ -36,9 +36,9 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
 def inputs(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> Columns:
     """Tokens of the document, cut to what the model takes."""
     limit, longest = input_limit(tokenizer, limits), max(limits.max_target_length, limits.max_new_tokens)
-    if longest > tokenizer.model_max_length:
+    if longest > limits.longest(tokenizer):
         raise UserError(f"summaries of up to {longest} tokens are longer than the model's limit of "
-                        f"{tokenizer.model_max_length}: lower max_target_length or generation_max_length")  # fmt: skip
+                        f"{limits.longest(tokenizer)}: lower max_target_length or generation_max_length")  # fmt: skip
     documents = tokenizer(list(columns[task.text_columns[0]]), truncation=True, max_length=limit)
     return {name: documents[name] for name in ("input_ids", "attention_mask")}
 

@@ -43,7 +43,7 @@ def encode(columns: Columns, tokenizer: PreTrainedTokenizerBase, task: Task, lim
         max_length=limits.max_length, verbose=False,
     )  # fmt: skip
     encoded = dict(batch)
-    refuse_longer([len(ids) for ids in encoded["input_ids"]], tokenizer.model_max_length)
+    refuse_longer([len(ids) for ids in encoded["input_ids"]], limits.longest(tokenizer))
     if task.label_column in columns:
         encoded["labels"] = [
             [IGNORED if word is None else tags[word] for word in _first_tokens(batch.word_ids(row))]

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from propulsion.data import load_task_data
 from propulsion.errors import UserError
+from propulsion.methods import Method, apply_method
 from propulsion.pretrained import load_classifier
 from propulsion.training import TrainingOptions, apply_propulsion, evaluate, predict, train
 from propulsion.training.learning_rates import HEAD_RATE, SCALE_RATE
@@ -52,6 +53,30 @@ def test_another_seed_gives_other_weights(tiny_model, data):
         train(model, tokenizer, data, replace(CONFIG, max_steps=2, seed=seed), progress=False)
         weights.append(snapshot(model))
     assert any(not torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+
+
+@pytest.mark.parametrize("method", ["p_tuning", "prompt_tuning", "prefix_tuning"])
+def test_virtual_tokens_leave_less_room_for_texts(tiny_model, data, method):
+    def prompted(count):
+        model, tokenizer = load_classifier(tiny_model, num_labels=2)
+        chosen = Method(method, {"num_virtual_tokens": count})
+        return apply_method(model, chosen, task_type="SEQ_CLS"), tokenizer
+
+    model, tokenizer = prompted(1)
+    texts = [*data.train["sentence"], *data.validation["sentence"]]
+    longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
+    room = tokenizer.model_max_length - longest
+    model, tokenizer = prompted(room)
+    assert len(train(model, tokenizer, data, CONFIG, progress=False).losses) == 4
+    assert len(predict(model, tokenizer, data)) == 10
+    model, tokenizer = prompted(room + 1)
+    with pytest.raises(UserError, match=f"longer than the model's limit of {longest - 1} tokens"):
+        train(model, tokenizer, data, CONFIG, progress=False)
+    shorter = replace(CONFIG, max_length=longest - 1)
+    assert len(train(model, tokenizer, data, shorter, progress=False).losses) == 4
+    model, tokenizer = prompted(tokenizer.model_max_length)
+    with pytest.raises(UserError, match="virtual tokens leave no room for texts"):
+        train(model, tokenizer, data, CONFIG, progress=False)
 
 
 def test_only_scales_and_head_move(tiny_model, data):
