@@ -23,6 +23,7 @@ import tyro
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.records import Block, Metric, Result, number, summary_of_blocks
+from analyses.subjects.batch import labels_of
 from analyses.subjects.training_run import RunConfig, chance_score, scores, training_run
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError
@@ -153,7 +154,7 @@ def _row(config: Config, cell: Cell, data: TaskData, found: Mapping[str, Any]) -
 
 def _interval(data: TaskData, predictions: np.ndarray, resamples: int) -> tuple[float, float, float]:
     """The task's first metric with its 95 % bootstrap interval over validation rows; undefined values count as 0."""
-    labels, generator = np.asarray(data.validation["label"]), np.random.default_rng(0)
+    labels, generator = labels_of(data), np.random.default_rng(0)
 
     def score(rows: np.ndarray) -> float:
         value = next(iter(scores(data.task.name, predictions[rows], labels[rows]).values()))

@@ -29,7 +29,7 @@ from analyses.subjects.parameters import backbone_prefix, backbone_tuning, is_ba
 from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels
 from ntk.infinite.networks import MLP, Recipe, is_multiplier
-from propulsion.data import TaskData, check_folders, load_task_data
+from propulsion.data import RowOptions, TaskData, check_folders, load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_config, load_classifier
@@ -41,7 +41,7 @@ PAPER_BEST = (25, 75)
 
 
 @dataclass(frozen=True)
-class Config(Output):
+class Config(RowOptions, Output):
     """Options of the analysis."""
 
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -58,8 +58,6 @@ class Config(Output):
     """Pre-trained models besides the packaged encoder, by hub name or folder."""
     pooling: Pooling = "auto"
     """How a new head pools hidden states: mean; first; pooler, as transformers does; auto, as its checkpoint says."""
-    data_dir: Path | None = None
-    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     seed: int = 0
     """Seed of the inputs, networks and heads."""
 

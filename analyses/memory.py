@@ -24,6 +24,7 @@ from analyses.method_comparison import Config as ComparisonConfig
 from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from analyses.subjects.cost import peak_bytes, reset_peak
 from analyses.subjects.training_run import RunConfig, TaskRuns, training_run
+from propulsion.data.own import own_task
 from propulsion.errors import UserError
 from propulsion.methods import Method
 from propulsion.training import TrainingOptions
@@ -114,6 +115,7 @@ def child(asked: str) -> None:
 
     def measure() -> None:
         run, task, method = pickle.loads(bytes.fromhex(asked))
+        own_task(run)  # Tasks made from a user's rows are known to the process that made them.
         before = _Before()
         measured = training_run(run, run.load(task), Method.parse(method), seed=0, callbacks=[before])
         kept = ("trained_parameters", "seconds_per_step", "peak_bytes")

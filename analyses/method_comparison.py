@@ -31,6 +31,7 @@ from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.cells import Cells
 from analyses.core.intervals import mean_interval
 from analyses.records import Block, Metric, Result, format_table, load_result, metric_cell, number, summary_of_blocks
+from analyses.subjects.batch import labels_of
 from analyses.subjects.learning_rates import check_origin, factors_of, of_methods, trained_factor
 from analyses.subjects.training_run import RunConfig, ScoreCurve, method_cells, scores, training_run, tuning_split
 from propulsion.data import TaskData
@@ -140,7 +141,7 @@ def _task(config: Config, cells: Cells, data: TaskData, methods: dict[str, Metho
             runs[text] += of_seed
     if not runs[config.methods[0]]:
         return []
-    return [Comparison(name, np.asarray(data.validation["label"]), factors, tried, runs)]
+    return [Comparison(name, labels_of(data), factors, tried, runs)]
 
 
 def _chosen(

@@ -34,7 +34,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from propulsion.adapters import load_adapter, name_labels
 from propulsion.checksums import check_sums
 from propulsion.command_line import parsed
-from propulsion.data import check_inputs, load_task_data
+from propulsion.data import check_inputs, load_task_data, with_own_task
 from propulsion.data.kinds import kind_of
 from propulsion.data.tasks import Task, get_task
 from propulsion.errors import (
@@ -117,6 +117,7 @@ def run(config: TrainConfig) -> TrainResult:
             diverged, or the disk is full.
         Interrupted: The process was interrupted; the message says what is kept.
     """
+    config = with_own_task(config)
     output = absolute(config.output_dir)
     try:
         return _run(config, output, get_task(config.task))

@@ -29,7 +29,7 @@ from analyses.core.errors import run_command
 from analyses.core.locks import held
 from analyses.records import Metric, Result, check_writable, environment, write_result
 from propulsion.command_line import parsed
-from propulsion.data import TaskData, get_task
+from propulsion.data import TaskData, get_task, with_own_task
 from propulsion.errors import UserError, did_you_mean, first_line
 from propulsion.methods import check_options as check_method
 from propulsion.methods import parse_methods
@@ -128,6 +128,7 @@ class Analysis(Generic[C]):
             UserError: Options, data or model cannot be used, a training run diverged, or another process works on the
                 same cells.
         """
+        config = with_own_task(config)
         self.check_options(config)
         started = time.time()
         if isinstance(config, GridOutput):
@@ -182,6 +183,7 @@ class Analysis(Generic[C]):
         Raises:
             UserError: The folder cannot be written, holds a result or is in use by another process; or `run` raises it.
         """
+        config = with_own_task(config)
         folder = self.folder(config)
         self.check_options(config)
         check_writable(folder, overwrite=config.overwrite)

@@ -24,6 +24,8 @@ from analyses.records import environment, plain, read_arrays
 from analyses.records.atomic import whole
 from analyses.records.checked import read_checked, sha256, strict_json
 from analyses.records.errors import RecordError
+from propulsion.data import OwnTask
+from propulsion.data.own import ROW_OPTIONS
 from propulsion.errors import Interrupted, UserError
 
 ARRAYS = "arrays"
@@ -42,7 +44,7 @@ def settings_of(config: Any, *, free: Collection[str], task: Any, rows: str, mod
 
     Args:
         config: The analysis' configuration, a dataclass. All of its fields count, with those of nested dataclasses,
-            except `PLACES` and `free`.
+            except `PLACES`, `ROW_OPTIONS` and `free`.
         free: Fields on which no cell depends: those that say which cells there are (each cell's own settings say which
             one it is), those that act on finished cells, and paths of files whose content is in the settings. A field
             of a nested dataclass is given by its path, such as "run.data_dir".
@@ -52,9 +54,13 @@ def settings_of(config: Any, *, free: Collection[str], task: Any, rows: str, mod
     """
     fields = dict(leaves(asdict(config)))
     free = {*free, *(PLACES & fields.keys())}
+    # The task and the content of its rows, which the settings have, say what these options say.
+    free |= {name for name in fields if name.rpartition(".")[2] in ROW_OPTIONS}
     within = {name for name in free if not any(_is_within(field, name) for field in fields)}
     assert not within, f"the configuration has no field {within}"
-    task = {name: value for name, value in asdict(task).items() if not callable(value)}
+    # The name of a task that is made from a user's rows is that of their folder.
+    unnamed = {"name"} if isinstance(task, OwnTask) else set()
+    task = {name: value for name, value in asdict(task).items() if name not in unnamed and not callable(value)}
     counted = {name: value for name, value in fields.items() if not any(_is_within(name, one) for one in free)}
     return plain({"config": counted, "task": task, "rows": rows, "model": model, "format": CELL_FORMAT})
 

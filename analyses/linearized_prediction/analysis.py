@@ -23,6 +23,7 @@ from analyses.linearized_prediction.measures import (
 from analyses.linearized_prediction.setting import Config, Setting, setting_of
 from analyses.linearized_prediction.tables import summary
 from analyses.records import Metric
+from analyses.subjects.batch import labels_of
 from analyses.subjects.learning_rates import check_origin
 from propulsion.identity import model_content
 from propulsion.pretrained import fingerprint
@@ -71,7 +72,7 @@ def _outcome(setting: Setting, size: int, seed: int, cells: list[dict[str, Any]]
     return Outcome(
         size=size,
         seed=seed,
-        labels=np.asarray(setting.data.validation["label"]),
+        labels=labels_of(setting.data),
         f0=np.asarray(kernels["f0"]),
         kernel={(e["predictor"], e["method"]): np.asarray(e["f"]) for e in found},
         strengths={(e["predictor"], e["method"]): e["strength"] for e in found},

@@ -97,7 +97,7 @@ class Setting:
         Raises:
             UserError: All rows are of one class.
         """
-        labels = np.asarray(self.rows(size, seed)["label"])
+        labels = np.asarray(self.rows(size, seed)[self.data.task.label_column])
         if len(np.unique(labels)) < 2:
             raise UserError(f"the {size} training rows of seed {seed} are of one class: raise the smallest of --sizes")
         return torch.from_numpy(_LABEL_SCALE * np.where(labels == 1, 1.0, -1.0))

@@ -21,6 +21,11 @@ def model_inputs(
     return {name: value.to(device) for name, value in tokenizer.pad(columns, return_tensors="pt").items()}
 
 
+def labels_of(data: TaskData) -> np.ndarray:
+    """The labels ``(n,)`` of all validation rows."""
+    return np.asarray(data.validation[data.task.label_column])
+
+
 def held_out(
     data: TaskData, tokenizer: Any, n: int, seed: int, *, max_length: int | None = None, device: str = "cpu"
 ) -> tuple[dict[str, Tensor], np.ndarray]:
@@ -31,4 +36,4 @@ def held_out(
     def inputs() -> dict[str, Tensor]:
         return model_inputs(rows, tokenizer, data.task, max_length=max_length, device=device)
 
-    return located(data, data.validation, inputs, chosen), np.asarray(rows["label"])
+    return located(data, data.validation, inputs, chosen), np.asarray(rows[data.task.label_column])

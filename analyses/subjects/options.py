@@ -1,22 +1,19 @@
 """Options that analyses share: the source of the rows, the encoder, and how its kernels are computed."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from propulsion.data import TaskData
+from propulsion.data import RowOptions, TaskData
 from propulsion.identity import model_content
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, fingerprint, load_classifier, pooling_of
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(RowOptions):
     """The source of the rows, and the device of the models."""
 
-    data_dir: Path | None = None
-    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     device: str = "cpu"
     """Torch device, such as cpu or cuda."""
 

@@ -11,6 +11,7 @@ import tyro
 from scipy.special import logsumexp
 
 from analyses.core.cells import Cells
+from analyses.subjects.batch import labels_of
 from analyses.subjects.cost import StepClock, peak_bytes, reset_peak
 from analyses.subjects.learning_rates import tuned_factors
 from analyses.subjects.options import EncoderOptions
@@ -216,7 +217,7 @@ def training_run(
         {"logits": outputs} if keep_logits else {}
     )
     return kept | {
-        "scores": scores(data.task.name, predictions, np.asarray(data.validation["label"])),
+        "scores": scores(data.task.name, predictions, labels_of(data)),
         "validation_loss": mean_loss(data, outputs),
         "losses": result.losses,
         "predictions": predictions,
@@ -236,7 +237,7 @@ def chance_score(data: TaskData) -> float:
     """The best score on the task's first metric from predicting one class for all validation rows; 0 if undefined."""
     if data.task.is_regression:
         return 0.0  # A constant has no correlation.
-    labels = np.asarray(data.validation["label"])
+    labels = labels_of(data)
     each = [next(iter(scores(data.task.name, np.full_like(labels, c), labels).values()))
             for c in range(data.task.num_labels)]  # fmt: skip
     return max((score for score in each if np.isfinite(score)), default=0.0)
@@ -244,7 +245,7 @@ def chance_score(data: TaskData) -> float:
 
 def mean_loss(data: TaskData, outputs: np.ndarray) -> float:
     """Mean loss of the validation rows: cross-entropy of logits ``(n, c)``, squared error of a regression's output."""
-    labels = np.asarray(data.validation["label"])
+    labels = labels_of(data)
     if data.task.is_regression:
         return float(np.mean((outputs[:, 0] - labels) ** 2))
     return float(np.mean(logsumexp(outputs, axis=1) - outputs[np.arange(len(labels)), labels]))

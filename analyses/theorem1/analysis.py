@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from analyses.theorem1.positions import POSITIONS, distances, encoder_kernels, r
 from ntk.adapters import Propulsion
 from ntk.infinite import mlp_kernels, residual_kernels
 from ntk.infinite.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
-from propulsion.data import TaskData, load_task_data
+from propulsion.data import RowOptions, TaskData, load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, load_classifier
@@ -29,7 +28,7 @@ MEASURES = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
 
 
 @dataclass(frozen=True)
-class Config(Output):
+class Config(RowOptions, Output):
     """Options of the analysis."""
 
     inputs: int = 6
@@ -52,8 +51,6 @@ class Config(Output):
     """How a new head pools hidden states: mean; first; pooler, as transformers does; auto, as its checkpoint says."""
     task: str = "demo"
     """Task that the encoder's sentences are from."""
-    data_dir: Path | None = None
-    """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     seed: int = 0
     """Seed of the inputs, the networks and the head."""
 

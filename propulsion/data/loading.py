@@ -14,7 +14,7 @@ from propulsion.data.row_values import NoText
 from propulsion.data.sampling import draw, select
 from propulsion.data.sources import Source, source_of
 from propulsion.data.tables import Columns, Row
-from propulsion.data.tasks import Task, get_task
+from propulsion.data.tasks import OwnTask, Task, get_task
 from propulsion.errors import UserError, listed, together
 from propulsion.identity import content_identity
 
@@ -67,7 +67,7 @@ class TaskData:
 
 
 def load_task_data(
-    task: str,
+    task: str | Task,
     *,
     data_dir: Path | str | None = None,
     n_train: int | None = None,
@@ -80,10 +80,11 @@ def load_task_data(
     Without `data_dir`, the task "demo" is embedded in the package and every other task comes from the hub.
 
     Args:
-        task: Name of the task.
+        task: Name of the task, or the task, such as one that `task_from_columns` has made.
         data_dir: Folder with one `train` and one `validation` file in the column names of the hub: .jsonl, .json, .csv
             or .tsv, as they are or compressed (.gz, .bz2, .xz), or .parquet; or a folder with such a folder in it,
             named after the task. Labels are numbers, or the task's label names in any case. Other columns are not read.
+            For a task of one's own, a folder or a file as `propulsion.data.sources.own_files` describes.
         n_train: Rows to draw at random for training; all if None. Of streamed rows, the first ones are taken.
         n_validation: Rows to draw at random for validation; all if None.
         seed: Seed of the draws. Draws are stratified: classes keep their proportions, each with one row at least.
@@ -93,7 +94,7 @@ def load_task_data(
         UserError: If the task is unknown, the data cannot be found or read, or rows cannot be used; all such rows of
             both splits are counted, and the first of them named.
     """
-    entry = get_task(task)
+    entry = task if isinstance(task, Task) else get_task(task)
     if streaming and n_train is not None and n_train < 1:
         raise UserError(f"cannot take {n_train} rows of a stream: ask for 1 or more, or leave it out for all")
     source = source_of(entry, data_dir)
@@ -121,7 +122,10 @@ def _read_split(
     name, rows = source.read(split)
     columns, locations, left_out = _checked(task, name, rows, leave_out=source.leaves_out_blank)
     if task.kind in ("classification", "regression"):
-        check_variety(name, columns[task.label_column])
+        labels = columns[task.label_column]
+        # Users know the labels of their rows by name.
+        check_variety(name, [task.label_names[n] for n in labels] if isinstance(task, OwnTask) and task.label_names
+                      else labels)  # fmt: skip
     chosen = draw(task, name, columns, n, seed)
     note = f"{len(chosen)} of {len(locations)} {split} rows"
     note += "" if len(chosen) == len(locations) else f" drawn with seed {seed}"

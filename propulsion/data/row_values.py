@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from propulsion.data.tables import encoding_problem
-from propulsion.errors import UserError, listed
+from propulsion.errors import UserError, did_you_mean, listed
 
 UNLABELLED = -1  # The label of every row in GLUE's test sets.
 _TRUTH = {"true": True, "false": False}
@@ -79,6 +79,33 @@ def label_number(value: Any, names: Sequence[str], column: str = "label") -> int
         _refuse_unlabelled(number, column)
         raise UserError(f"{column} {shown(value)} is not one of {expected}")
     return int(number)
+
+
+def label_text(value: Any) -> str | None:
+    """A label of a user's row as the name of its class; None if the label is missing.
+
+    >>> [label_text(value) for value in (" sport ", 3, 3.0, 2.5, True, None, "", float("nan"))]
+    ['sport', '3', '3', '2.5', 'true', None, None, None]
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return str(int(value))
+    return str(value).strip() or None
+
+
+def named_label(value: Any, names: Sequence[str], column: str) -> int:
+    """The number of a label that is given by the name of its class, as `label_text` writes it.
+
+    Raises:
+        UserError: No class has that name.
+    """
+    name = label_text(value)
+    if name is None or name not in names:
+        raise UserError(f"{column} {shown(value)} is not one of {listed(names)}{did_you_mean(str(name), names)}")
+    return names.index(name)
 
 
 def score(value: Any, low: float, high: float, column: str = "label") -> float:

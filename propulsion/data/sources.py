@@ -1,15 +1,16 @@
 """Sources of the rows of a task: a folder of files, the Hugging Face hub, or this package."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from propulsion.data.splitting import held_out
 from propulsion.data.tables import SUFFIXES, Row, read_rows, rows_of_batches, suffix_of
-from propulsion.data.tasks import Task, get_task
-from propulsion.errors import UserError, explained, first_line
+from propulsion.data.tasks import OwnTask, Task, get_task
+from propulsion.errors import UserError, explained, first_line, listed
 from propulsion.user_files import expanded
 
 LABEL = "label"
@@ -42,14 +43,12 @@ class _Embedded(Source):
             return split, list(read_rows(folder / f"{split}.jsonl"))
 
 
-class _Folder(Source):
-    def __init__(self, task: Task, folder: Path) -> None:
-        super().__init__(task, str(folder))
-        with explained(f"read the folder {folder}"):
-            if not folder.is_dir():
-                raise UserError(f"data folder {folder} does not exist or is not a folder")
-        stems = {"train": ("train",), "validation": tuple(dict.fromkeys(("validation", task.validation_split)))}
-        self.paths = {split: _find_file(folder, names) for split, names in stems.items()}
+class _Files(Source):
+    """A file of each split."""
+
+    def __init__(self, task: Task, origin: str, paths: Mapping[str, Path]) -> None:
+        super().__init__(task, origin)
+        self.paths = paths
 
     def read(self, split: str) -> tuple[str, Iterable[Row]]:
         return str(self.paths[split]), read_rows(self.paths[split])
@@ -61,6 +60,15 @@ class _Folder(Source):
                 f"{path} cannot be streamed, since JSON may be one array: name it .jsonl, one object a line"
             )
         return str(path), read_rows(path)
+
+
+def _folder(task: Task, folder: Path) -> Source:
+    """The files of a task in a folder."""
+    with explained(f"read the folder {folder}"):
+        if not folder.is_dir():
+            raise UserError(f"data folder {folder} does not exist or is not a folder")
+    stems = {"train": ("train",), "validation": tuple(dict.fromkeys(("validation", task.validation_split)))}
+    return _Files(task, str(folder), {split: _find_file(folder, names) for split, names in stems.items()})
 
 
 class _Hub(Source):
@@ -99,14 +107,77 @@ class _Hub(Source):
         return f"{self.name} {hub_split}", labelled
 
 
+_VALIDATION = ("validation", "valid", "val", "dev")
+"""Names of the file of held-out rows in a folder of a user's rows."""
+_FEWEST = 10
+"""Rows of a table without which none are held out."""
+
+
+class _Table(Source):
+    """Rows of one file, of which some are held out for validation (`propulsion.data.splitting`)."""
+
+    def __init__(self, task: OwnTask, path: Path) -> None:
+        super().__init__(task, str(path))
+        rows = list(read_rows(path))
+        parts = held_out(rows, task.text_columns, task.label_column, by_class=not task.is_regression)
+        if len(rows) < _FEWEST or not all(parts.values()):
+            raise UserError(
+                f"{path} has {len(rows)} row{'s' * (len(rows) != 1)}, too few to hold some out for validation: label 20 "
+                "or more, or give a train and a validation file"
+            )
+        self._path, self._parts = path, parts
+
+    def read(self, split: str) -> tuple[str, Iterable[Row]]:
+        return f"{self._path} ({split} part)", self._parts[split]
+
+
+def own_files(data_dir: Path) -> dict[str, Path]:
+    """The files of a user's rows, by the split that they are: "train", and "validation" if there is such a file.
+
+    A folder holds a train file and perhaps a validation file, or one readable file of any name, which is the train
+    file. A file is the train file itself.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    place = expanded(data_dir)
+    with explained(f"read {place}"):
+        if place.is_file():
+            if not suffix_of(place):
+                raise UserError(f"{place} is of an unknown format: expected {_formats()}")
+            return {"train": place}
+        if not place.is_dir():
+            raise UserError(f"data folder {place} does not exist or is not a folder or file")
+        readable = sorted(p for p in place.iterdir() if p.is_file() and suffix_of(p) and not p.name.startswith("."))
+    stems = {path.name.split(".")[0].lower() for path in readable}
+    if "train" not in stems:
+        if len(readable) == 1:
+            return {"train": readable[0]}
+        there = f"; there is {listed([path.name for path in readable])}" if readable else ""
+        raise UserError(f"no train file in {place}: looked for train with {_formats()}, or for one such file{there}")
+    found = {"train": _find_file(place, ("train",))}
+    if stems & {*_VALIDATION}:
+        found["validation"] = _find_file(place, _VALIDATION)
+    return found
+
+
+def _own_rows(task: OwnTask, data_dir: Path | str | None) -> Source:
+    if data_dir is None:
+        raise UserError(f"the rows of task {task.name} are yours: give --data-dir, their folder or file")
+    files = own_files(Path(data_dir))
+    return _Files(task, str(data_dir), files) if len(files) > 1 else _Table(task, files["train"])
+
+
 def source_of(task: Task, data_dir: Path | str | None) -> Source:
     """The source of a task's rows: `data_dir` if it is given, else this package or the hub.
 
     Raises:
         UserError: `data_dir` has no usable files, or it is None and the hub does not have the task.
     """
+    if isinstance(task, OwnTask):
+        return _own_rows(task, data_dir)
     if data_dir is not None and (folder := task_folder(task, Path(data_dir))) is not None:
-        return _Folder(task, folder)
+        return _folder(task, folder)
     if task.name == EMBEDDED:
         return _Embedded(task, "embedded demo data")
     if task.hub_path is None:
@@ -152,12 +223,16 @@ def _find_file(folder: Path, stems: Sequence[str]) -> Path:
     readable.sort(key=lambda path: SUFFIXES.index(suffix_of(path)))
     if not readable:
         there = f"; there is {', '.join(path.name for path in named)}" if named else ""
-        suffixes = ", ".join(suffix for suffix in SUFFIXES if suffix.count(".") == 1)
         raise UserError(
-            f"no {stems[0]} file in {folder}: looked for {' or '.join(stems)} with {suffixes}, compressed or not{there}"
+            f"no {stems[0]} file in {folder}: looked for {' or '.join(stems)} with {_formats()}, compressed or "
+            f"not{there}"
         )
     if len(readable) > 1:
         raise UserError(
             f"ambiguous {stems[0]} file in {folder}: keep one of {', '.join(path.name for path in readable)}"
         )
     return readable[0]
+
+
+def _formats() -> str:
+    return ", ".join(suffix for suffix in SUFFIXES if suffix.count(".") == 1)

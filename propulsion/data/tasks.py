@@ -51,6 +51,9 @@ class Task:
     exchange: Callable[[Mapping[str, Any]], Exchange] | None = None
 
     def __post_init__(self) -> None:
+        self._check_names()
+
+    def _check_names(self) -> None:
         for number, name in enumerate(self.label_names):
             if as_number(name) not in (None, number):
                 raise ValueError(
@@ -66,6 +69,17 @@ class Task:
     def num_labels(self) -> int:
         """Number of model outputs: the classes or tags, or 1 for a regression."""
         return len(self.label_names) or 1
+
+
+@dataclass(frozen=True)
+class OwnTask(Task):
+    """A task made from the columns of a user's rows (`propulsion.data.own`).
+
+    A label is read by its name alone, so that names may be numbers, such as the stars 1 to 5.
+    """
+
+    def _check_names(self) -> None:
+        """Any names can be told apart, since numbers do not stand for labels."""
 
 
 # `datasets` no longer runs scripts; of a dataset that is a script, the hub has this revision with Parquet files.
@@ -172,6 +186,8 @@ _TASKS = (
     _instruction("sst2_instruction", instructions.sentiment, ("sentence",), "label", "nyu-mll/glue", hub_config="sst2"),
 )  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+OWN_TASKS: dict[str, OwnTask] = {}
+"""The tasks made from users' rows in this process, by name; a later one of the same name replaces an earlier one."""
 
 
 def get_labelled_task(name: str) -> Task:
@@ -193,6 +209,10 @@ def get_task(name: str) -> Task:
     Raises:
         UserError: If there is no such task; the message lists all tasks.
     """
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}{did_you_mean(name, TASKS)}: the tasks are {', '.join(TASKS)}")
-    return TASKS[name]
+    known = OWN_TASKS | TASKS
+    if name not in known:
+        raise UserError(
+            f"unknown task {name!r}{did_you_mean(name, known)}: the tasks are {', '.join(known)}; rows of your own "
+            "need --text-columns and --label-column"
+        )
+    return known[name]

@@ -14,7 +14,8 @@ from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils
 
 from propulsion.atomic import json_text
-from propulsion.data import Limits, TaskData
+from propulsion.data import Limits, OwnTask, RowOptions, TaskData
+from propulsion.data.own import ROW_OPTIONS
 from propulsion.errors import UserError, did_you_mean, one_line
 from propulsion.methods import parse_options
 from propulsion.pretrained import Pooling
@@ -150,13 +151,11 @@ def training_arguments(options: TrainingOptions, **values: Any) -> TrainingArgum
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(RowOptions):
     """Which model is trained, by which method, on which task."""
 
     task: str = "demo"
     """Name of the task; an unknown name lists all of them."""
-    data_dir: Path | None = None
-    """Folder of the task's files, or of several tasks' folders; by default rows come from the Hugging Face hub."""
     model: str | None = None
     """Name (`python -m propulsion.models` lists them), hub name, folder or GGUF file of a pre-trained model; by default
     minilm, the packaged MiniLM-L6 encoder."""
@@ -296,7 +295,7 @@ _NEWER = ("generation_max_length", "generation_num_beams", "rate_multiplier", "t
 # Fields that may differ when a run is resumed: they do not change the weights, or name what is recorded by its content.
 _FREE = frozenset(
     {"output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "disable_tqdm", "logging_steps", "data_dir",
-     "per_device_eval_batch_size", "model", "adapter", "trust_remote_code", "allow_unfitting_weights"}
+     "per_device_eval_batch_size", "model", "adapter", "trust_remote_code", "allow_unfitting_weights", *ROW_OPTIONS}
 )  # fmt: skip
 
 
@@ -308,4 +307,8 @@ def identity(config: TrainConfig, data: TaskData, base: str, adapter: str | None
     """
     unused = {name for name in _NEWER if getattr(config, name) == getattr(TrainConfig, name)}
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE | unused}
+    if isinstance(task := data.task, OwnTask):  # Known by its columns and labels, whatever its file is called.
+        fields["task"] = {"text_columns": task.text_columns, "label_column": task.label_column,
+                          "label_names": task.label_names, "label_range": task.label_range,
+                          "metrics": task.metrics}  # fmt: skip
     return json.loads(json_text(fields | {"rows": data.fingerprint, "base_model": base, "adapter": adapter}))

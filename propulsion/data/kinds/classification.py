@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from propulsion.data.kinds.base import Kind, Limits, input_limit, refuse_longer, run_batches
 from propulsion.data.metrics import METRICS
-from propulsion.data.row_values import NoText, label_number, score, text, value_of
+from propulsion.data.row_values import NoText, label_number, label_text, named_label, score, text, value_of
 from propulsion.data.tables import Columns
-from propulsion.data.tasks import Task
+from propulsion.data.tasks import OwnTask, Task
 from propulsion.errors import UserError
 
 
@@ -26,10 +26,13 @@ def read(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
     values = {column: text(value_of(row, column), column, blank=True) for column in task.text_columns}
     if not any(value.strip() for value in values.values()):
         raise NoText(f"no text in {' or '.join(task.text_columns)}")
-    label = value_of(row, task.label_column)
+    label, column = value_of(row, task.label_column), task.label_column
+    if isinstance(task, OwnTask) and label_text(label) is None:
+        raise UserError(f"the {column} is missing: label the row, or leave it out")
     if task.label_range is not None:
-        return values | {task.label_column: score(label, *task.label_range)}
-    return values | {task.label_column: label_number(label, task.label_names)}
+        return values | {column: score(label, *task.label_range, column)}
+    number = named_label if isinstance(task, OwnTask) else label_number
+    return values | {column: number(label, task.label_names, column)}
 
 
 def check_variety(name: str, labels: Sequence[Any]) -> None:
