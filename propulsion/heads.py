@@ -20,6 +20,11 @@ HEADED = frozenset({TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS}
 _READ = "_is_hf_initialized"
 
 
+def was_read(parameter: nn.Parameter) -> bool:
+    """Whether transformers has read a parameter from a checkpoint."""
+    return hasattr(parameter, _READ)
+
+
 def head_modules(model: nn.Module) -> list[str]:
     """Names of the modules of the task's head: those outside the pre-trained body that have parameters.
 

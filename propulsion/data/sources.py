@@ -122,8 +122,8 @@ class _Table(Source):
         parts = held_out(rows, task.text_columns, task.label_column, by_class=not task.is_regression)
         if len(rows) < _FEWEST or not all(parts.values()):
             raise UserError(
-                f"{path} has {len(rows)} row{'s' * (len(rows) != 1)}, too few to hold some out for validation: label 20 "
-                "or more, or give a train and a validation file"
+                f"{path} has {len(rows)} row{'s' * (len(rows) != 1)}, too few to hold some out for validation: label "
+                "20 or more, or give a train and a validation file"
             )
         self._path, self._parts = path, parts
 
