@@ -190,7 +190,7 @@ def load_predictor(
         labels = read_json(folder / "config.json").get("id2label") or dict.fromkeys("01")
         network, tokenizer = load_model(folder, num_labels=len(labels), **shared)
         _refuse_untrained(network, folder)
-    count: int = len(network.config.id2label)
+    count = len(network.config.id2label or "")
     names = tuple(label_names(network.config)) or tuple(map(str, range(count)))
     return Predictor(
         network, tokenizer, () if count == 1 else names, recorded.get("text_columns", ()), recorded.get("max_length")
