@@ -13,6 +13,7 @@ from ntk import adapters, bounds, dynamics, infinite, inputs, kernels, metrics, 
 from ntk.empirical import METHODS, adapter_kernels, empirical_ntk, layer_kernels
 from ntk.layerwise import Decomposition, decomposition
 from ntk.layout import flatten, reduce_outputs
+from ntk.low_rank_law import LoRALaw, lora_law
 from ntk.metrics import (
     UndefinedMetricError,
     best_scale,
@@ -38,7 +39,7 @@ from ntk.structured.work import SlowKernelWarning
 __all__ = ["METHODS", "adapter_kernels", "empirical_ntk", "flatten", "layer_kernels", "reduce_outputs"]
 __all__ += ["Explanation", "ParameterCost", "SlowKernelWarning", "explain"]
 __all__ += ["UndefinedMetricError", "best_scale", "center", "cka", "effective_rank", "eigenspace_overlap"]
-__all__ += ["Decomposition", "decomposition"]
+__all__ += ["Decomposition", "LoRALaw", "decomposition", "lora_law"]
 __all__ += ["equivalent_directions", "participation_ratio"]
 __all__ += ["kernel_alignment", "kernel_distance", "matching_degree", "principal_angles", "spectrum"]
 __all__ += ["trace", "trace_ratio"]

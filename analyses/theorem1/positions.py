@@ -1,6 +1,6 @@
 """Theorem 1 by the position of a layer in a transformer: the kernel of its scales against that of its own weights.
 
-docs/theory.md (Theorem 10) says that at random weights the two kernels agree, up to fluctuations that fall with the
+docs/theory.md (Proposition 10) says that at random weights the two kernels agree, up to fluctuations that fall with the
 width, for layers whose outputs enter no elementwise nonlinearity before the next random matrix: for all layers except
 the one before the nonlinearity of the feed-forward block.
 """

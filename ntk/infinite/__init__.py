@@ -5,8 +5,9 @@ Call :func:`mlp_kernels`. :mod:`ntk.infinite.activations` has the table of activ
 :mod:`.networks` finite networks that approach the limits.
 """
 
-from ntk.infinite.activations import ACTIVATIONS, Activation, from_function, leaky_relu
+from ntk.infinite.activations import ACTIVATIONS, Activation, from_function, leaky_relu, relu_power
 from ntk.infinite.gaussian import Moments, Pairs, pairs_of_rows
+from ntk.infinite.input_position import relu_input_bias
 from ntk.infinite.mlp import METHODS, Layers, MLPKernels, RandomTerm, mlp_kernels
 from ntk.infinite.quadrature import (
     ConvergenceError,
@@ -17,7 +18,16 @@ from ntk.infinite.quadrature import (
 )
 from ntk.infinite.residual import ResidualKernels, residual_kernels
 
-__all__ = ["METHODS", "Layers", "MLPKernels", "RandomTerm", "ResidualKernels", "mlp_kernels", "residual_kernels"]
-__all__ += ["ACTIVATIONS", "Activation", "from_function", "leaky_relu"]
+__all__ = [
+    "METHODS",
+    "Layers",
+    "MLPKernels",
+    "RandomTerm",
+    "ResidualKernels",
+    "mlp_kernels",
+    "relu_input_bias",
+    "residual_kernels",
+]
+__all__ += ["ACTIVATIONS", "Activation", "from_function", "leaky_relu", "relu_power"]
 __all__ += ["Moments", "Pairs", "pairs_of_rows"]
 __all__ += ["ConvergenceError", "diagonal_moments", "plane_moments", "quadrature_moments", "series_moments"]

@@ -22,6 +22,7 @@ class Activation:
         moments: the closed forms of the three expectations, or None.
         complements: closed forms of 1 - kappa and 1 + kappa for kappa the correlation of phi(h) and phi(h'), or None.
         homogeneous: phi(s h) = s phi(h) for s > 0, hence h phi'(h) = phi(h).
+        gradients: whether autograd differentiates ``moments`` by the covariances.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Activation:
     moments: Callable[[Pairs], Moments] | None = None
     complements: Callable[[Pairs], tuple[Tensor, Tensor]] | None = None
     homogeneous: bool = False
+    gradients: bool = True
 
 
 def leaky_relu(slope: float = 0.01) -> Activation:
@@ -43,6 +45,37 @@ def leaky_relu(slope: float = 0.01) -> Activation:
         partial(closed_forms.leaky_relu, slope=slope),
         partial(closed_forms.leaky_relu_complements, slope=slope),
         homogeneous=True,
+    )
+
+
+def relu_power(power: float, negative: float = 0.0) -> Activation:
+    """h^p for h > 0 and negative |h|^p for h < 0: every positively homogeneous function of degree p, up to a factor.
+
+    h phi'(h) = p phi(h), so that Propulsion on a layer has p^2 k^2 times the kernel of the next layer's weights, and no
+    other functions have such a law (docs/theory.md, Theorem 5a). Nearly parallel inputs of a network of several layers
+    lose digits for p < 3/2: E[phi' phi'] has a relative error of up to 1e-16^(p - 1/2) there.
+
+    Raises:
+        ValueError: a power of at most 1/2, for which E[phi'(h)^2] and the kernel of full fine-tuning are infinite; a
+            power or factor that is not finite.
+    """
+    if not (math.isfinite(power) and power > 1 / 2):
+        raise ValueError(f"the power of relu_power must be finite and above 1/2, where E[phi'^2] ends; got {power}")
+    if power == 1:
+        return leaky_relu(-negative)
+    if not abs(negative) < LARGEST:
+        raise ValueError(f"the factor of relu_power must be finite, below {LARGEST:g}; got {negative}")
+
+    def side(h: Tensor, exponent: float, factor: float) -> Tensor:
+        size = torch.where(h == 0, 1.0, h.abs()) ** exponent  # where h is 0 the power may be infinite
+        return torch.where(h > 0, size, factor * size).masked_fill(h == 0, 0.0)
+
+    return Activation(
+        f"relu_power({power:g})",
+        lambda h: side(h, power, negative),
+        lambda h: power * side(h, power - 1, -negative),
+        partial(closed_forms.relu_power, power=power, negative=negative),
+        gradients=False,
     )
 
 

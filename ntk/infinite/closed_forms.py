@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from scipy.special import gamma, hyp2f1
 from torch import Tensor
 
 from ntk.infinite.gaussian import Moments, Pairs, coangle, sine
@@ -92,6 +93,53 @@ def leaky_relu_complements(pairs: Pairs, slope: float) -> tuple[Tensor, Tensor]:
     versine = torch.minimum(pairs.minus, pairs.plus)
     even = _EvenComplement.apply(versine, pairs.sine).clamp(min=0)  # pyright: ignore[reportAttributeAccessIssue]
     return (s * pairs.minus + t * even) / (s + t), (s * pairs.plus + t * (2 - even)) / (s + t)
+
+
+def relu_power(pairs: Pairs, power: float, negative: float) -> Moments:
+    """phi(h) = h^p for h > 0 and b |h|^p for h < 0, with s = (1 + b) / 2 and t = (1 - b) / 2.
+
+        E[phi phi']       = s^2 E[|h|^p |h'|^p] + t^2 E[sgn(h) |h|^p sgn(h') |h'|^p]
+        E[phi' phi']      = p^2 (t^2 E[|h|^(p-1) |h'|^(p-1)] + s^2 E[sgn(h) |h|^(p-1) sgn(h') |h'|^(p-1)])
+        E[h h' phi' phi'] = p^2 E[phi phi'],  since h phi'(h) = p phi(h)
+
+    For b = 0 and whole p these are the arc-cosine kernels of order p (Cho and Saul 2009). Slopes are infinite at
+    h' = h for p = 1/2.
+    """
+    s, t = ((1 + negative) / 2) ** 2, ((1 - negative) / 2) ** 2
+    product = s * _absolute(pairs, power) + t * _signed(pairs, power)
+    slopes = t * _absolute(pairs, power - 1) + s * _signed(pairs, power - 1)
+    return Moments(product, power**2 * slopes, power**2 * product)
+
+
+def _absolute(pairs: Pairs, p: float) -> Tensor:
+    """E[|h|^p |h'|^p] = (q q')^(p/2) (2^p / pi) Gamma((p + 1)/2)^2 F(-p/2, -p/2; 1/2; rho^2) (Nabeya 1951)."""
+    factor = 2**p / math.pi * gamma((p + 1) / 2) ** 2
+    return factor * _hypergeometric(pairs, p, -p / 2, 0.5) * pairs.scale**p
+
+
+def _signed(pairs: Pairs, p: float) -> Tensor:
+    """E[sgn(h h') |h h'|^p] = (q q')^(p/2) rho (2^(p+1) / pi) Gamma(p/2 + 1)^2 F((1-p)/2, (1-p)/2; 3/2; rho^2)."""
+    factor = 2 ** (p + 1) / math.pi * gamma(p / 2 + 1) ** 2
+    rho = (pairs.plus - pairs.minus) / 2
+    return factor * rho * _hypergeometric(pairs, p, (1 - p) / 2, 1.5) * pairs.scale**p
+
+
+def _hypergeometric(pairs: Pairs, p: float, a: float, c: float) -> Tensor:
+    """F(a, a; c; rho^2), where c - 2 a = p + 1/2.
+
+    Near rho^2 = 1 it is a constant plus a multiple of (1 - rho^2)^(p + 1/2), which needs 1 - rho^2 to more digits than
+    rho^2 has if p + 1/2 < 1. The formula is the one that connects z and 1 - z (DLMF 15.8.4).
+    """
+    rest = (pairs.minus * pairs.plus).detach()
+    direct = torch.from_numpy(hyp2f1(a, a, c, (1 - rest).cpu().numpy())).to(rest)
+    power = p + 1 / 2
+    if not 0 < power < 0.95:
+        return direct
+    z = rest.cpu().numpy()
+    first = gamma(c) * gamma(power) / gamma(c - a) ** 2 * hyp2f1(a, a, 1 - power, z)
+    second = gamma(c) * gamma(-power) / gamma(a) ** 2 * hyp2f1(c - a, c - a, 1 + power, z)
+    near = torch.from_numpy(first + z**power * second).to(rest)
+    return torch.where(rest < 0.5, near, direct)
 
 
 def erf(pairs: Pairs) -> Moments:

@@ -130,7 +130,8 @@ def mlp_kernels(
         x2: inputs of the columns, ``(n2, n_0)``; None for the symmetric kernel.
         depth: number of hidden layers L; 0 is the linear model.
         activation: ``"linear"``, ``"relu"``, ``"leaky_relu"``, ``"erf"``, ``"gelu"``, ``"tanh"``, ``"silu"``,
-            :func:`ntk.infinite.leaky_relu` with another slope, or any differentiable elementwise function.
+            :func:`ntk.infinite.leaky_relu` with another slope, :func:`ntk.infinite.relu_power`, or any differentiable
+            elementwise function.
         sigma_w: standard deviation of the weights, positive.
         sigma_b: standard deviation of the biases.
         degree: k of Propulsion's z^k.
@@ -170,11 +171,11 @@ def mlp_kernels(
     if (
         torch.is_grad_enabled()
         and (a.requires_grad or b.requires_grad)
-        and (phi.moments is None or moments_of is not phi.moments)
+        and (phi.moments is None or moments_of is not phi.moments or not phi.gradients)
     ):
         raise NotImplementedError(
-            f"kernels of {phi.name} by series or quadrature have no gradients in the inputs, only closed forms have: "
-            "detach the inputs"
+            f"kernels of {phi.name} by series, quadrature or powers have no gradients in the inputs, only the closed "
+            "forms of named activations have: detach the inputs"
         )
     sw, sb, k2 = float(sigma_w), float(sigma_b), float(degree) ** 2
 

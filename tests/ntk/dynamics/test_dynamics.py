@@ -179,6 +179,34 @@ def test_training_grows_lazier_with_the_width_and_propulsion_later_than_full_fin
     assert drifts[is_multiplier, 4096][0] > 3 * drifts[full, 4096][0]
 
 
+def least_norm(degree: float) -> dict[str, float]:
+    """How far the least-norm solution of J delta = r moves, and how nonlinear the outputs are there."""
+    recipe = Recipe(generator=torch.Generator().manual_seed(0), sigma_w=1.5, multipliers="hidden", degree=degree)
+    model, (x, _) = MLP(5, width=256, depth=1, activation="tanh", recipe=recipe), gaussian(10, 1)
+    J, f0 = jacobian(model, x, is_multiplier), model(x).detach()
+    J = J.reshape(len(f0), -1)
+    delta = J.T @ torch.linalg.solve(J @ J.T, 0.5 * x[:, :1].sign())
+    (z,) = [p for name, p in model.named_parameters() if is_multiplier(name, p)]
+    with torch.no_grad():
+        z += delta[:, 0]
+    moved = J @ delta
+    drift = relative_drift(jacobian(model, x, is_multiplier).reshape(J.shape), J)
+    return {
+        "trace": float(J.square().sum()), "distance": float(delta.norm()), "drift": drift,
+        "error": float((model(x).detach() - f0 - moved).norm() / moved.norm()),
+    }  # fmt: skip
+
+
+def test_the_size_of_the_kernel_changes_the_distance_and_not_the_laziness():
+    """From degree 2 to 50 the kernel grows 625-fold and the distance falls 25-fold, and training is no lazier."""
+    small, large = least_norm(2), least_norm(50)
+    assert large["trace"] / small["trace"] == pytest.approx(625)
+    assert small["distance"] / large["distance"] == pytest.approx(25)
+    for measure in ("drift", "error"):
+        assert small[measure] > 0.01
+        assert 0.7 < large[measure] / small[measure] < 2, measure
+
+
 def jacobian(model: nn.Module, x: torch.Tensor, chosen) -> torch.Tensor:
     parameters = [p for name, p in model.named_parameters() if chosen(name, p)]
     rows = [torch.autograd.grad(f, parameters, retain_graph=True) for f in model(x)[:, 0]]

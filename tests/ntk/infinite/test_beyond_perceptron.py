@@ -88,9 +88,9 @@ def test_residual_branches_have_a_gap_off_the_diagonal_and_the_corrected_theorem
 class Normed(nn.Module):
     """Two hidden layers with ReLU, a norm before or after it, and scales on every linear layer."""
 
-    def __init__(self, width: int, seed: int, norm: str) -> None:
+    def __init__(self, width: int, seed: int, norm: str, sigma_b: float) -> None:
         super().__init__()
-        made = recipe(seed, sigma_b=1e-9, multipliers=(1, 2))
+        made = recipe(seed, sigma_b=sigma_b, multipliers=(1, 2))
         self.layers = MLP(5, width=width, depth=2, activation="linear", recipe=made).layers
         self.norm = norm
 
@@ -109,18 +109,19 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize("norm", ["layer before", "rms after", "layer after"])
 def test_norms_keep_the_corrected_theorem_unless_they_centre_what_the_activation_made(norm):
-    x, draws = inputs(4, 5), 10
+    x, draws, sigma_b = inputs(4, 5), 10, 0.2
     total: dict[str, torch.Tensor] = {}
     for seed in range(draws):
-        for name, kernel in ntk.layer_kernels(Normed(1024, seed, norm), x, reduce="trace").items():
+        for name, kernel in ntk.layer_kernels(Normed(1024, seed, norm, sigma_b), x, reduce="trace").items():
             total[name] = total.get(name, torch.zeros(4, 4, dtype=torch.float64)) + kernel / draws
     for layer in (0, 1):
         propulsion, following = total[f"layers.{layer}.multiplier.z"], total[f"layers.{layer + 1}.weight"]
         if norm != "layer after":
             assert distance(propulsion, following) < 0.12, layer
         else:
-            # The excess is sigma_w^2 mu mu' / (s s') times the gradients' covariance: 1 / (pi - 1) for ReLU.
-            gradients = total[f"layers.{layer + 1}.bias"] / 1e-18
+            # The excess is sigma_w^2 mu mu' / (s s') times the gradients' covariance: 1 / (pi - 1) for ReLU. The kernel
+            # of the biases is that covariance times sigma_b^2.
+            gradients = total[f"layers.{layer + 1}.bias"] / sigma_b**2
             assert distance(propulsion, following) > 0.3, layer
             assert distance(propulsion, following + 1.2**2 / (math.pi - 1) * gradients) < 0.12, layer
 
@@ -130,18 +131,24 @@ def test_norms_keep_the_corrected_theorem_unless_they_centre_what_the_activation
 BLIND = ("embedding", "query", "key", "value", "attention", "down")  # no elementwise nonlinearity follows
 
 
-def by_position(width: int, activation: str, draws: int = 8) -> dict[str, float]:
-    """Distance of the scales' mean kernel from the mean kernel of the layer's own weights, by position."""
+def by_position(
+    width: int, activation: str, draws: int = 8, sigma_b: float = 0.0, own: tuple[str, ...] = ("weight",)
+) -> dict[str, float]:
+    """Distance of the scales' mean kernel from the mean kernel of the layer's own parameters, by position."""
     x, total = inputs(4, 5, 8), {}
     for seed in range(draws):
-        net = Transformer(8, width=width, depth=1, recipe=recipe(seed, multipliers="all"), activation=activation)
+        made = recipe(seed, multipliers="all", sigma_b=sigma_b)
+        net = Transformer(8, width=width, depth=1, recipe=made, activation=activation)
         for name, kernel in ntk.layer_kernels(net, x, reduce="trace").items():
             total[name] = total.get(name, 0) + kernel / draws
     ends = {
         name.removesuffix(".multiplier.z").rpartition(".")[2]: name for name in total if name.endswith(".multiplier.z")
     }
-    weights = {position: name.replace("multiplier.z", "weight") for position, name in ends.items()}
-    return {position: distance(total[name], total[weights[position]]) for position, name in ends.items()}
+    return {
+        position: distance(total[name], sum(total[name.replace("multiplier.z", part)] for part in own))
+        for position, name in ends.items()
+        if name.replace("multiplier.z", own[0]) in total
+    }
 
 
 def test_only_the_layer_before_the_activation_of_a_transformer_has_a_gap():
@@ -153,6 +160,16 @@ def test_only_the_layer_before_the_activation_of_a_transformer_has_a_gap():
     assert sum(wide[p] for p in BLIND) < sum(narrow[p] for p in BLIND) / 2
     assert wide["up"] > 1
     assert by_position(256, "linear", draws=4)["up"] < 0.3
+
+
+def test_the_own_parameters_of_a_blind_position_include_its_bias():
+    """The outputs that Propulsion scales include the bias; only the key's bias has no effect, by the softmax."""
+    both = by_position(256, "gelu", sigma_b=1.5, own=("weight", "bias"))
+    weights = by_position(256, "gelu", sigma_b=1.5)
+    assert both["key"] == weights["key"] < 0.25
+    for position in ("query", "value", "attention", "down"):
+        assert both[position] < 0.25, position
+        assert weights[position] > 2 * both[position], position
 
 
 # --- at a finite width, and at trained z -----------------------------------------------------------------------------
@@ -194,6 +211,26 @@ def test_the_kernel_at_trained_z_is_that_of_the_merged_network_weighted_by_z_to_
     K, K1 = J @ J.T, J1 @ J1.T
     assert float(torch.linalg.eigvalsh(K - K1 / flat.max() ** 2)[0]) >= -1e-12
     assert float(torch.linalg.eigvalsh(K1 / flat.min() ** 2 - K)[0]) >= -1e-12
+
+
+def test_scales_that_are_independent_of_the_weights_keep_the_layers_identity_up_to_their_mean_power():
+    """K_P,l on the merged network is k^2 mean(z^2k) times the next layer's weights, z being the next layer's scales."""
+    x, k, draws = inputs(4, 5), 15, 8
+    found, expected = {1: 0.0, 2: 0.0}, {1: 0.0, 2: 0.0}
+    for seed in range(draws):
+        merged = MLP(5, width=1024, depth=2, activation="relu", recipe=recipe(seed, degree=k))
+        z = 0.94 + 0.12 * torch.rand(2, 1024, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        with torch.no_grad():
+            for layer, scales in zip(merged.layers[:2], z, strict=True):
+                layer.weight.mul_(scales[:, None] ** k)
+        kernels = ntk.layer_kernels(merged, x, reduce="trace")
+        for layer, power in ((1, float((z[1] ** (2 * k)).mean())), (2, 1.0)):
+            found[layer] += kernels[f"layers.{layer - 1}.multiplier.z"]
+            expected[layer] += k**2 * power * kernels[f"layers.{layer}.weight"]
+    assert power == 1
+    assert float((z[1] ** (2 * k)).mean()) > 1.3  # so that leaving it out would show
+    for layer in (1, 2):
+        assert distance(found[layer], expected[layer]) < 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""How closely LoRA's kernel aligns with full fine-tuning's at a given rank, computed from the gradients and not fitted.
+
+LoRA at B = 0 projects a layer's inputs on r random directions A, at any weights of the network. Let G_i be the gradient
+of example i by the layer's weight, (c r', s) with the c outputs stacked, and the entries of A iid with mean 0 and
+variance 1 / r. The kernel tr(G_i A^T A G_j^T) of the layer has
+
+    mean        K_ij = tr(G_i G_j^T)
+    covariance  (tr(M_ij M_kl^T) + tr(M_ij M_kl) + kappa sum_q (M_ij)_qq (M_kl)_qq) / r,    M_ij = G_i^T G_j
+
+with kappa the excess kurtosis of the entries (0 for Gaussian, -6/5 for peft's uniform ones), by the entries' fourth
+moments (Malladi et al. 2023, sec. 5, for the mean). Layers draw their A independently, so that both add up over layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ntk.checks import real_and_finite
+from ntk.metrics import center, cka
+
+UNIFORM = -6 / 5
+"""The excess kurtosis of uniform variables, such as the entries of A in peft and :class:`ntk.adapters.LoRA`."""
+
+
+@dataclass(frozen=True)
+class LoRALaw:
+    """CKA(r) = limit / sqrt(1 + constant / r), to leading order in 1 / r.
+
+    Attributes:
+        limit: the CKA of full fine-tuning's kernel with the mean R of LoRA's, 1 if R is a multiple of it.
+        constant: c = sum_ij Var[E_ij] r / |R|^2 for E the part of the centred fluctuation that is orthogonal to R.
+        size: the variance, times r, of the relative fluctuation along R. It changes the kernel's size and not its
+            direction. Where size / r is not small, the neglected terms of order 1 / r^2 are not small either.
+    """
+
+    limit: float
+    constant: float
+    size: float
+
+    def cka(self, rank: float) -> float:
+        """The predicted mean over A of the CKA at this rank."""
+        return self.limit / (1 + self.constant / rank) ** 0.5
+
+    def rank(self, alignment: float) -> float:
+        """The rank, not rounded, at which the predicted CKA is ``alignment``; infinite from ``limit`` on."""
+        if not 0 < alignment < self.limit:
+            return float("inf") if alignment > 0 else 0.0
+        return self.constant / ((self.limit / alignment) ** 2 - 1)
+
+
+def lora_law(
+    gradients: Sequence[Float[Tensor, "n c _ _"]],
+    *,
+    weights: Sequence[float] | None = None,
+    added: Float[Tensor, "n n"] | None = None,
+    excess_kurtosis: float = 0.0,
+) -> LoRALaw:
+    """The law for the CKA of LoRA's kernel, summed over outputs, with the kernel of the layers' weights.
+
+    The scale of LoRA is no argument, since a CKA does not depend on it: rsLoRA (Kalajdzievski 2023), which differs from
+    LoRA in the scale alone, has the same law. DoRA (Liu et al. 2024) adds the kernel of the rows' lengths, which does
+    not depend on A: give it as ``added``, relative to ``weights``. It shrinks the fluctuation, and makes ``limit`` < 1.
+
+    Args:
+        gradients: of each layer, d f_a(x_i) / d W as ``(n, c, r', s)``, c outputs.
+        weights: the mean of LoRA's kernel of each layer, relative to that of full fine-tuning: scale^2 times rank times
+            the variance of A's entries; 1 for all by default. That of peft's A is 1 / (3 s).
+        added: a kernel, summed over outputs, that the method has beside LoRA's.
+        excess_kurtosis: of the entries of A: 0 if Gaussian, `UNIFORM` if uniform.
+
+    Raises:
+        ValueError: gradients that are not finite or of no layer; another number of weights than of layers.
+        UndefinedMetricError: a centred kernel is 0.
+
+    Cost: n^2 c r' s^2 of each layer, and the memory of n s^2 numbers.
+
+    Example:
+        >>> G = torch.randn(30, 1, 8, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        >>> law = lora_law([G])
+        >>> law.limit
+        1.0
+        >>> law.cka(1) < law.cka(16) < 1
+        True
+    """
+    weights = [1.0] * len(gradients) if weights is None else list(weights)
+    if not gradients or len(weights) != len(gradients):
+        raise ValueError(f"expected a weight for each of one or more layers; got {len(weights)} and {len(gradients)}")
+    stacked = [real_and_finite(G, "gradients").flatten(1, 2) for G in gradients]  # (n, c r', s)
+    kernels = [torch.einsum("ips,jps->ij", G, G) for G in stacked]
+    full = torch.stack(kernels).sum(0)
+    mean = sum((w * K for w, K in zip(weights, kernels, strict=True)), start=torch.zeros_like(full))
+    mean = mean if added is None else mean + added.to(mean)
+    limit = cka(full, mean)
+    R = center(mean)
+    variance = along = 0.0
+    for w, G in zip(weights, stacked, strict=True):
+        G = G - G.mean(dim=0)  # centring the examples on both sides of the kernel
+        total, direction = _fluctuation(G, R, excess_kurtosis)
+        variance += w**2 * total
+        along += w**2 * direction
+    square = float(R.square().sum())
+    size = along / square**2
+    return LoRALaw(limit, variance / square - size, size)
+
+
+def _fluctuation(G: Float[Tensor, "n p s"], R: Float[Tensor, "n n"], kurtosis: float) -> tuple[float, float]:
+    """r times sum_ij Var[k_ij], and r times Var[<R, k>], for the kernel k of one layer.
+
+    <R, k> is the quadratic form of A with the matrix B = sum_ij R_ij M_ij.
+    """
+    total = 0.0
+    B = G.new_zeros(G.shape[2], G.shape[2])
+    for first, row in zip(G, R, strict=True):
+        M = first.T @ G  # (n, s, s), M_ij for all j
+        total += float(M.square().sum() + (M * M.mT).sum())
+        total += kurtosis * float(M.diagonal(dim1=1, dim2=2).square().sum())
+        B += torch.einsum("j,jst->st", row, M)
+    return total, float(B.square().sum() + (B * B.T).sum()) + kurtosis * float(B.diagonal().square().sum())
