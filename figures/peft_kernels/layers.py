@@ -5,27 +5,18 @@ traces are in per cent, with colours on a logarithmic scale. Numbers are written
 """
 
 import textwrap
-from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 
 from analyses.records import Result
 from figures.figure import figure
-from figures.style import PAGE_WIDTH, SEQUENTIAL
+from figures.layer_map import WRITTEN, lines_of, panel
+from figures.style import PAGE_WIDTH
 
 _ROW = 0.14
-_TEXT = 6.0
-_WRITTEN = 16
-"""The largest number of lines with numbers in their cells."""
 _TALL_ROW = 0.16
 """Inches of a line without numbers."""
-
-Row = dict[str, Any]
 
 
 @figure("peft_kernels_layers")
@@ -34,8 +25,7 @@ def draw(result: Result) -> Figure:
     fine-tuning's, and its shares of both traces. Means over seeds; no interval is drawn.
     """
     rows = result.tables["layers"]
-    kinds = list(dict.fromkeys(row["kind"] for row in rows if row["block"] is not None))
-    lines = list(dict.fromkeys((row["kind"] if row["block"] is None else "", row["block"]) for row in rows))
+    lines, kinds = lines_of(rows)
     shares = [row[c] for row in rows for c in ("full_share", "propulsion_share") if row[c]]
     close, share = Normalize(0, 1), LogNorm(max(min(shares), 1e-5), 1)
     panels = (
@@ -45,12 +35,12 @@ def draw(result: Result) -> Figure:
         ("share of the whole Propulsion kernel's trace, %", "propulsion_share", share, _percent),
     )
     # Numbers of many blocks would be too small to read: colours alone then, in panels side by side.
-    written = len(lines) <= _WRITTEN
+    written = len(lines) <= WRITTEN
     height = 2 * (_ROW * len(lines) + 0.22) + 0.6 if written else _TALL_ROW * len(lines) + 1.3
     page = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
     grid = page.subplots(2, 2, sharex=True, sharey=True) if written else page.subplots(1, 4, sharex=True, sharey=True)
     for axes, (title, column, norm, words) in zip(grid.flat, panels, strict=True):
-        image = _panel(axes, rows, lines, kinds, column, norm, words if written else None)
+        image = panel(axes, rows, lines, kinds, column, norm, words if written else None)
         title = title[0].upper() + title[1:]
         axes.set_title(title if written else textwrap.fill(title, 24))
         if not written:
@@ -59,36 +49,6 @@ def draw(result: Result) -> Figure:
                 bar.ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
             bar.set_label("%" if norm is share else "CKA")
     return page
-
-
-def _panel(
-    axes: Axes, rows: Sequence[Row], lines: Sequence[tuple[str, int | None]], kinds: Sequence[str], column: str,
-    norm: Normalize, words: Callable[[float], str] | None,
-) -> AxesImage:  # fmt: skip
-    """Draw one matrix, with the numbers in its cells as `words` writes them, or without if it is None."""
-    matrix = np.full((len(lines), max(1, len(kinds))), np.nan)
-    for row in rows:
-        whole = row["block"] is None
-        line = lines.index((row["kind"] if whole else "", row["block"]))
-        value = np.nan if row[column] is None else row[column]
-        place = (matrix.shape[1] - 1) / 2 if whole else kinds.index(row["kind"])
-        matrix[line, slice(None) if whole else int(place)] = value
-        if words and np.isfinite(value):
-            axes.text(place, line, words(value), ha="center", va="center", fontsize=_TEXT,
-                      color="white" if norm(value) < 0.6 else "black")  # fmt: skip
-    axes.set_facecolor("0.92")  # Visible where there is no value.
-    image = axes.imshow(np.ma.masked_invalid(matrix), cmap=SEQUENTIAL, norm=norm, aspect="auto")
-    axes.hlines(np.arange(1, len(lines)) - 0.5, -0.5, matrix.shape[1] - 0.5, color="white", linewidth=0.6)
-    blocks = [i for i, (_, block) in enumerate(lines) if block is not None]
-    if blocks:
-        axes.vlines(np.arange(1, len(kinds)) - 0.5, blocks[0] - 0.5, blocks[-1] + 0.5, color="white", linewidth=0.6)
-    if words:
-        axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n") for kind in kinds], fontsize=_TEXT)
-    else:
-        axes.set_xticks(range(len(kinds)), kinds, rotation=90)
-    axes.set_yticks(range(len(lines)), [kind if block is None else f"block {block}" for kind, block in lines])
-    axes.tick_params(length=0)
-    return image
 
 
 def _cka(value: float) -> str:
