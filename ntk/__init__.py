@@ -9,7 +9,7 @@ model stores (Jacot, Gabriel and Hongler 2018; Novak, Sohl-Dickstein and Schoenh
 n examples, t tokens, c outputs, p parameters of one tensor, P all parameters.
 """
 
-from ntk import adapters, bounds, dynamics, infinite, inputs, kernels, metrics, networks, nulls, outputs
+from ntk import adapters, bounds, dynamics, infinite, inputs, kernels, metrics, networks, nulls, outputs, store
 from ntk.empirical import METHODS, adapter_kernels, empirical_ntk, layer_kernels
 from ntk.layerwise import Decomposition, decomposition
 from ntk.layout import flatten, reduce_outputs
@@ -33,6 +33,7 @@ from ntk.metrics import (
 )
 from ntk.nulls import gaussian_sketch, hidden_state_kernel, permuted, random_subset_ntk
 from ntk.sign_gradient import sign_gradient_kernels, sign_gradient_regression
+from ntk.store import KernelStore, kernel_store
 from ntk.structured.explanation import Explanation, ParameterCost, explain
 from ntk.structured.work import SlowKernelWarning
 
@@ -46,4 +47,5 @@ __all__ += ["trace", "trace_ratio"]
 __all__ += ["gaussian_sketch", "hidden_state_kernel", "permuted", "random_subset_ntk"]
 __all__ += ["sign_gradient_kernels", "sign_gradient_regression"]
 __all__ += ["adapters", "bounds", "dynamics", "infinite", "inputs", "kernels"]
-__all__ += ["metrics", "networks", "nulls", "outputs"]
+__all__ += ["KernelStore", "kernel_store"]
+__all__ += ["metrics", "networks", "nulls", "outputs", "store"]
