@@ -1,7 +1,8 @@
 """Tangent features of one parameter without its Jacobian: one class for each way of using the parameter.
 
 The feature of example i and output a is d f_a(x_i)/d theta_p. It is a sum over tokens t of outer products for a matrix
-that multiplies (`Outer`), a sum of rows of an embedding (`Lookup`), and for any other use a whole tensor (`Dense`).
+that multiplies (`Outer`), a sum of rows of an embedding (`Lookup`), a sum over positions for a convolution's kernel
+(:class:`ntk.patches.Patches`), and for any other use a whole tensor (`Dense`).
 Letters are as in :mod:`ntk`; N counts the tokens of all examples, and r, s are a matrix's rows and columns. A feature
 object holds one group of examples; :mod:`ntk.structured.gram` contracts lists of them to kernels.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ntk.patches import Patches
 from ntk.tokens import Tokens
 
 # With fewer columns than this, forming the feature one output at a time is faster than reordering its gradients.
@@ -22,6 +24,11 @@ class _TokenFeature:
 
     g: Tensor
     tokens: Tokens
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(N, r, s), with s = 0 for an embedding."""
+        return self.g.shape[1], self.g.shape[2], 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,6 +59,15 @@ class Outer(_TokenFeature):
     tokens: Tokens
     transposed: bool = False
     padded: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(N, r, s)."""
+        return self.g.shape[1], self.g.shape[2], self.x.shape[-1]
+
+    def between(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Tokens start..stop-1: inputs ``(N, s)`` and gradients ``(c, N, r)``."""
+        return self.x[start:stop], self.g[:, start:stop]
 
     def beside(self, x: Tensor) -> "Outer":
         """The feature of another matrix (r, s') that multiplies x ``(N, s')``, with the same gradients."""
@@ -99,6 +115,10 @@ class Lookup(_TokenFeature):
     ids: Tensor
     g: Tensor
     tokens: Tokens
+
+    def between(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Tokens start..stop-1: ids ``(N,)`` and gradients ``(c, N, s)``."""
+        return self.ids[start:stop], self.g[:, start:stop]
 
     def of(self, outputs: slice) -> "Lookup":
         """The feature of some of the outputs."""
@@ -155,7 +175,7 @@ class Dense:
         return (self.value != 0).reshape(-1, count, self.value.shape[3:].numel()).any(dim=-1).any(dim=0)
 
 
-Feature = Outer | Lookup | Dense
+Feature = Outer | Lookup | Patches | Dense
 
 
 def formed(feature: Feature, shape: torch.Size) -> Dense:
@@ -175,6 +195,8 @@ def subtract(feature: Feature, weights: Tensor, total: Tensor) -> Tensor:
         total = total.to_dense()
     if isinstance(feature, Dense):
         return total.sub_(torch.einsum("nc...,nc->...", feature.value, weights))
+    if isinstance(feature, Patches):
+        return total.sub_(formed(feature.summed(weights), total.shape).value.sum(dim=(0, 1)).to(total.dtype))
     g = torch.einsum("cNd,Nc->Nd", feature.g, weights[feature.tokens.owner]).to(total.dtype)
     if isinstance(feature, Outer):
         x = feature.x.to(total.dtype)

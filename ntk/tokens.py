@@ -132,10 +132,12 @@ class Gradients:
     def whole(self) -> Float[Tensor, "n c m ..."]:
         """All gradients, zeros included, with the axes of the batch."""
         like = next(iter(self._by_output.values()))
-        value = torch.zeros(self._c, *self.shape, dtype=self.dtype, device=like.device)
-        for a, g in self._by_output.items():
-            value[a] = g
-        return value.unflatten(1, (self.n, -1)).transpose(0, 1)
+        shape = self.n, self._c, self.shape[0] // self.n, *self.shape[1:]
+        value = torch.empty(shape, dtype=self.dtype, device=like.device)
+        for a in range(self._c):
+            g = self._by_output.get(a)
+            value[:, a] = 0 if g is None else g.unflatten(0, (self.n, -1))
+        return value
 
     @cached_property
     def tokens(self) -> Tokens:

@@ -9,7 +9,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -18,13 +18,17 @@ from torch import Tensor
 from ntk.counts import CONTRACTED, note
 from ntk.features import Dense, Feature, Lookup, Outer
 from ntk.layout import Layout
+from ntk.patches import Patches
 from ntk.structured.contraction import FORMED, HALF, PAIRS, Sizes
+from ntk.tokens import Tokens
 
 # Elements of the largest temporary: 64 MB in float32, which the caches' prefetching copes with.
 CHUNK = 1 << 24
 # Tokens in a block of a ghost contraction on a processor, so that its matrices over pairs of tokens stay in the caches.
 _BLOCK = 256
 
+
+_AtTokens = Outer | Lookup | Patches
 
 Groups = Sequence[Sequence[Feature]]
 """For each group of examples, the features of every use of one parameter, which add up."""
@@ -48,12 +52,14 @@ def gram(
         groups, count = _renumbered(groups)
         shape = torch.Size((count, shape[-1]))
     # Pairs of tokens need x on one side: uses of one matrix as x W and as x W^T put it on both.
-    sides = {isinstance(feature, Outer) and feature.transposed for features in groups for feature in features}
+    sides = {getattr(feature, "transposed", False) for features in groups for feature in features}
     pairs = len(kinds) == len(sides) == 1 and kinds != {Dense}
     if not signed and pairs and _sizes(groups, shape).way(layout) == PAIRS:
         note(CONTRACTED, PAIRS)
         return _ghost(groups, split, layout, chunk)
     note(CONTRACTED, FORMED)
+    if kinds == {Patches} and len(sides) == 1:
+        groups, shape = _by_channel(groups, chunk)
     return _direct(groups, shape, split, layout, chunk, signed=signed)
 
 
@@ -185,17 +191,17 @@ def _ghost(groups: Groups, split: int | None, layout: Layout, chunk: int = CHUNK
     Blocks of tokens are small enough to stay in cache. A symmetric kernel needs only the upper blocks.
     """
     merged = [_merged(features) for features in groups]
-    counts = [count for _, _, owned in merged for count in owned]
-    n, c = len(counts), len(merged[0][1])
+    counts = [count for feature in merged for count in feature.tokens.counts]
+    n, c, like = len(counts), merged[0].shape[1], merged[0].like
     k, m, _ = layout.factors(c)
-    size = _block_size(merged[0][1].device, chunk, k * m**2)
+    size = _block_size(like.device, chunk, k * m**2)
     before = sum(counts[:split])  # tokens of the first batch
     row_spans = list(_spans(0, before, size))
     column_spans = row_spans if split is None else list(_spans(before, sum(counts), size))
     first = 0 if split is None else split  # the example of the first column
-    full = merged[0][1].new_zeros(k, n if split is None else split, m, n - first, m)
+    full = like.new_zeros(k, n if split is None else split, m, n - first, m)
     block = partial(_block, merged, counts, layout)
-    if sum(x.numel() + g.numel() for x, g, _ in merged) <= chunk:
+    if sum(tokens * (s + c * r) for tokens, r, s in (feature.sizes for feature in merged)) <= chunk:
         block = cache(block)  # so that a block is put together once, and not for each other block
 
     def at(rows: _Block, columns: _Block) -> Tensor:
@@ -228,7 +234,9 @@ def _spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     yield from ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
-def _block(merged: Sequence["_Merged"], counts: list[int], layout: Layout, span: tuple[int, int]) -> _Block:
+def _block(
+    merged: Sequence[Outer | Lookup | Patches], counts: list[int], layout: Layout, span: tuple[int, int]
+) -> _Block:
     """The tokens of a span, which may begin or end within an example."""
     start, stop = span
     xs, gs = zip(*_within(merged, start, stop), strict=True)
@@ -245,40 +253,48 @@ def _block(merged: Sequence["_Merged"], counts: list[int], layout: Layout, span:
     return _Block(x.to(g.dtype) if x.ndim == 2 else x, g, owner, first)
 
 
-_Merged = tuple[Tensor, Tensor, list[int]]  # x, g and the number of tokens of each example
-
-
-def _merged(features: Sequence[Feature]) -> _Merged:
+def _merged(features: Sequence[Feature]) -> _AtTokens:
     """The tokens of one group, of all uses of the parameter, in the examples' order."""
     held = [f for f in features if not isinstance(f, Dense)]
-    xs = [f.x if isinstance(f, Outer) else f.ids for f in held]
     if len(held) == 1:
-        return xs[0], held[0].g, held[0].tokens.counts
+        return held[0]
     owner = torch.cat([f.tokens.owner for f in held])
     order = owner.argsort(stable=True)
-    g = torch.cat([f.g for f in held], dim=1)[:, order]
-    return torch.cat(xs)[order], g, torch.bincount(owner, minlength=held[0].tokens.n).tolist()
+    xs, gs = zip(*(f.between(0, f.sizes[0]) for f in held))
+    x, g, tokens = torch.cat(xs)[order], torch.cat(gs, dim=1)[:, order], Tokens(held[0].tokens.n, owner[order])
+    return Lookup(x, g, tokens) if x.ndim == 1 else Outer(x, g, tokens)
 
 
-def _within(merged: Sequence[_Merged], start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _within(merged: Sequence[_AtTokens], start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and gradients of tokens start..stop-1, as slices of the groups that hold them."""
-    for x, g, _ in merged:
-        if start < len(x) and stop > 0:
-            yield x[max(0, start) : stop], g[:, max(0, start) : stop]
-        start, stop = start - len(x), stop - len(x)
+    for feature in merged:
+        count = feature.sizes[0]
+        if start < count and stop > 0:
+            yield feature.between(max(0, start), min(stop, count))
+        start, stop = start - count, stop - count
 
 
 def _sizes(groups: Groups, shape: torch.Size) -> Sizes:
     """The sizes of features at tokens."""
-    tokens, n, c, r, s = 0, 0, 1, 1, 1
+    tokens, n, r, s = 0, 0, 1, 1
     for features in groups:
         for feature in features:
             assert not isinstance(feature, Dense)
-            c, count, r = feature.g.shape
+            count, r, s = feature.sizes
             tokens += count
-            s = feature.x.shape[-1] if isinstance(feature, Outer) else 0
         n += features[0].shape[0]
-    return Sizes(n, c, tokens, r, s, shape.numel())
+    return Sizes(n, groups[0][0].shape[1], tokens, r, s, shape.numel())
+
+
+def _by_channel(groups: Groups, chunk: int) -> tuple[Groups, torch.Size]:
+    """Features of a convolution by the channels of their patches, and the shape of the parameter in that order.
+
+    At most ``chunk`` numbers of the patches are made at once.
+    """
+    patches = [[f for f in features if isinstance(f, Patches)] for features in groups]
+    found = [[replace(f, by_channel=True, most=chunk) for f in features] for features in patches]
+    first = found[0][0]
+    return found, torch.Size((first.channels, first.narrow_channels * math.prod(first.geometry.kernel)))
 
 
 def _renumbered(groups: Groups) -> tuple[list[list[Feature]], int]:

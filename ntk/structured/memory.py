@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ntk.features import Dense, Feature, Outer
+from ntk.features import Dense, Feature, Lookup
 from ntk.functional import Leaves
 from ntk.structured.capture import Capture, Segment
 
@@ -63,7 +63,7 @@ def charge(cost: Cost, feature: Feature, n: int, tokens: int, shared: set[int]) 
     if isinstance(feature, Dense):
         cost.per_example += feature.value.nbytes / n
         return
-    for t in (feature.x, feature.g) if isinstance(feature, Outer) else (feature.g,):
+    for t in (feature.g,) if isinstance(feature, Lookup) else (feature.x, feature.g):
         if t.data_ptr() not in shared:
             shared.add(t.data_ptr())
             cost.per_token += t.nbytes / tokens

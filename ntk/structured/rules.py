@@ -19,17 +19,11 @@ from torch.overrides import resolve_name
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ntk.counts import BY_EXAMPLE, BY_RULE, note
-from ntk.features import Dense, Feature, Lookup, Outer, formed
+from ntk.features import Dense, Lookup, Outer, formed
+from ntk.structured import convolutions
 from ntk.structured.dependence import Data, Dependence, Use
+from ntk.structured.rule import FeatureOf, Unsuitable, Uses, affine, bind
 from ntk.tokens import Gradients
-
-FeatureOf = Callable[[Gradients], Feature]
-Uses = list[tuple[Tensor, FeatureOf | Use]]
-"""Tensors that depend on parameters alone, with the feature that the call gives each, or with the whole use."""
-
-
-class Unsuitable(Exception):
-    """The call is not of the form that a rule is for; the message says in which way."""
 
 
 def uses_of(dependence: Dependence, func: Any, args: tuple, kwargs: dict, result: Tensor) -> dict[int, Use]:
@@ -72,26 +66,20 @@ def _matrix(dependence: Dependence, x: Tensor, weight: Tensor, *, rows_first: bo
 
 
 def _affine(dependence: Dependence, x: Any, weight: Any, bias: Any, of_weight: Callable[[], Any]) -> Uses:
-    """The uses in an operation on data by a weight, whose use ``of_weight`` makes, and a bias that is added."""
-    if dependence.is_derived(x):
-        raise Unsuitable
-    uses: Uses = []
-    if dependence.is_derived(weight):
-        uses.append(of_weight())
-    if dependence.is_derived(bias):
-        uses.append((bias, partial(summed, bias.shape)))
-    return uses
+    """The uses in an operation whose bias is broadcast along all axes but its own."""
+    of_bias = partial(summed, bias.shape) if isinstance(bias, Tensor) else None
+    return affine(dependence, x, weight, bias, of_weight, of_bias)
 
 
 def _linear(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
-    x, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
+    x, weight, bias = bind(("input", "weight", "bias"), args, kwargs)
     if weight.ndim != 2:
         raise Unsuitable
     return _affine(dependence, x, weight, bias, partial(_matrix, dependence, x, weight, rows_first=True))
 
 
 def _addmm(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
-    bias, x, weight = _bind(("input", "mat1", "mat2"), args, kwargs)
+    bias, x, weight = bind(("input", "mat1", "mat2"), args, kwargs)
     if len(args) > 3 or set(kwargs) - {"input", "mat1", "mat2"}:
         raise Unsuitable
     return _affine(dependence, x, weight, bias, partial(_matrix, dependence, x, weight, rows_first=False))
@@ -104,7 +92,7 @@ def _matmul(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -
 
 
 def _embedding(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
-    ids, weight, padding, max_norm, _, by_frequency = _bind(
+    ids, weight, padding, max_norm, _, by_frequency = bind(
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"), args, kwargs
     )
     if max_norm is not None or by_frequency or not dependence.is_parameter(weight) or len(ids) % dependence.n:
@@ -165,7 +153,7 @@ def times(shape: torch.Size, factor: Any, g: Gradients) -> Dense:
 
 
 def _layer_norm(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
-    x, shape, weight, bias, eps = _bind(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
+    x, shape, weight, bias, eps = bind(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
 
     def feature(g: Gradients) -> Dense:
         return times(weight.shape, F.layer_norm(x.detach(), shape, eps=1e-5 if eps is None else eps), g)
@@ -174,7 +162,7 @@ def _layer_norm(dependence: Dependence, args: tuple, kwargs: dict, result: Tenso
 
 
 def _rms_norm(dependence: Dependence, args: tuple, kwargs: dict, result: Tensor) -> Uses:
-    x, shape, weight, eps = _bind(("input", "normalized_shape", "weight", "eps"), args, kwargs)
+    x, shape, weight, eps = bind(("input", "normalized_shape", "weight", "eps"), args, kwargs)
 
     def feature(g: Gradients) -> Dense:
         return times(weight.shape, F.rms_norm(x.detach(), shape, eps=eps), g)
@@ -265,10 +253,6 @@ def name_of(func: Any) -> str:
     return resolve_name(func) or getattr(func, "__name__", str(func))
 
 
-def _bind(names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Any]:
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
-
-
 RULES: dict[Any, Callable[..., Uses]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
@@ -279,4 +263,5 @@ RULES: dict[Any, Callable[..., Uses]] = {
     **dict.fromkeys((torch.mul, Tensor.mul), _mul),
     **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
     F.rms_norm: _rms_norm,
+    **convolutions.RULES,
 }

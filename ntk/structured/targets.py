@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ntk.adapters import Method, chosen, layer_of, layers_of
-from ntk.features import Dense, Feature
+from ntk.features import Feature, Lookup, Outer
 from ntk.structured.dependence import Captured, Use
 
 WatchedLayers = Mapping[str, tuple[nn.Module, str]]
@@ -76,7 +76,7 @@ class Targets:
         name = self.layer_used(captured.name, captured.use)
         if name is None or name in self.lost:
             return
-        assert not isinstance(captured.feature, Dense)
+        assert isinstance(captured.feature, (Outer, Lookup))
         weighed = self.sole_layer(captured.name) == name
         try:
             layer = layer_of(name, self.layers[name][0], captured.feature, captured.output, weighed=weighed)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ntk.features import Dense, Lookup, Outer
+from ntk.features import Dense, Lookup
 from ntk.structured.dependence import Captured
 
 # A parameter that holds more than this fraction of the work and goes the slow way is warned of.
@@ -55,8 +55,7 @@ def work_of(captured: Captured, shape: torch.Size) -> Work:
         # Of an operation without a rule only sizes are known: a layer multiplies each row by the whole parameter.
         multiplications = shape.numel() * (1.0 if use.slow is None else use.positions)
     else:
-        tokens, rows = feature.g.shape[1:]
-        columns = feature.x.shape[-1] if isinstance(feature, Outer) else 0
+        tokens, rows, columns = feature.sizes
         held = feature.g.nbytes + (feature.ids.nbytes if isinstance(feature, Lookup) else feature.x.nbytes)
         multiplications = tokens * rows * max(1, columns) / n
     return Work(captured.name, use.operation, use.slow, n, tokens, rows, columns, held, multiplications)

@@ -69,6 +69,7 @@ class Independence(TorchDispatchMode):
         self.why: str | None = None
         self.reads: list[Any] = []
         self._held: dict[int, _Storage] = {}
+        self._blank: dict[int, StorageWeakRef] = {}
 
     def mark(self, t: Tensor, *, mask: bool = False) -> None:
         """Note an input of the model, whose first axis runs over the examples."""
@@ -112,6 +113,9 @@ class Independence(TorchDispatchMode):
             return func(*args, **kwargs)
         held = {id(t): self._held[address] for t in tensors if (address := _address(t)) in self._held}
         if not held:
+            if self._blank and kind.written:
+                for t in tensors:
+                    self._blank.pop(_address(t), None)
             return func(*args, **kwargs)
         located: dict[int, tuple[int, int]] = {}
         with suppress(Lost):
@@ -121,7 +125,9 @@ class Independence(TorchDispatchMode):
         mask = all(entry.mask for entry in held.values())
         written = list(tensors_of(args[i] if i < len(args) else kwargs.get(name) for i, name in kind.written))
         # A constant that is written to must have been the same for all examples before, so its bytes are copied.
-        constants = [_bytes(t).clone() for t in written if id(t) not in held and not kind.fresh]
+        # There is nothing to compare in memory that has been reserved and not written to.
+        before = [t for t in written if id(t) not in held and not kind.fresh and not self._is_blank(t)]
+        constants = [_bytes(t).clone() for t in before]
         result = func(*args, **kwargs)
         # Most results are one tensor, for which tree_leaves would take as long as all the rest here.
         values = [result] if isinstance(result, Tensor) else [r for r in tree_leaves(result) if r is not None]
@@ -130,6 +136,8 @@ class Independence(TorchDispatchMode):
         if kind.reads or masked or not all(isinstance(r, Tensor) for r in values):
             self._read(kind, values, mask)
         results = [r for r in values if isinstance(r, Tensor)]
+        if kind.blank:
+            self._blank |= {_address(r): StorageWeakRef(r.untyped_storage()) for r in results}
         if kind.constant or kind.relabels or (not written and all(_shares(r, args, kwargs) for r in results)):
             return result
         try:
@@ -145,6 +153,11 @@ class Independence(TorchDispatchMode):
         if constants:
             self._check_constants(written, constants)
         return result
+
+    def _is_blank(self, t: Tensor) -> bool:
+        """Whether a tensor is memory that nothing has been written to."""
+        held = self._blank.get(_address(t))
+        return held is not None and not held.expired()
 
     def _check_constants(self, written: list[Tensor], constants: list[Tensor]) -> None:
         """Make sure that tensors which were constants were the same for all examples before they were written to."""
@@ -241,6 +254,7 @@ class _Kind:
         fresh: whether it overwrites them completely.
         relabels: whether it changes the shape of its argument in place, and no values.
         constant: whether its results do not depend on its tensors' values.
+        blank: whether it reserves memory without writing to it.
         reads: whether its result, or the shape of its result, reveals values of its tensors.
         selects: whether it does so where an index is a mask.
         views: whether it returns a view of an argument, which writes nothing and reveals no values.
@@ -253,6 +267,7 @@ class _Kind:
     fresh: bool
     relabels: bool
     constant: bool
+    blank: bool
     reads: bool
     selects: bool
     views: bool
@@ -278,6 +293,7 @@ def _kind(func: Any) -> _Kind:
         bool(writes) and all(a.kwarg_only for _, a in writes),
         torch.Tag.inplace_view in tags,
         plain.startswith("new_") or (plain.endswith("_like") and plain != "rand_like"),
+        plain in ("new_empty", "new_empty_strided", "empty_like"),
         reads,
         shaped and plain == "index",
         not writes and not reads and not shaped and any(r.alias_info is not None for r in schema.returns),

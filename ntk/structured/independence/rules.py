@@ -95,7 +95,15 @@ def layer_norm(call: Call) -> int:
 
 
 def batch_norm(call: Call) -> int:
-    """Normalisation with stored statistics; statistics of the batch would mix its examples."""
+    """Normalisation with stored statistics; statistics of the batch would mix its examples.
+
+    An instance norm has its examples along the channels, each of which has statistics of its own.
+    """
+    x, *others = call.tensors
+    if call.axis(x) == 1:
+        for t in others:
+            call.agrees(t, 0)
+        return 1
     if call["training"] or call["running_mean"] is None:
         raise Lost
     return convolution(call)
@@ -277,7 +285,7 @@ def recurrent(call: Call) -> int:
 
 # By the operation's name, without the final underscore of in-place operations.
 RULES: dict[str, Callable[[Call], int]] = {
-    **dict.fromkeys(("_to_copy", "fill", "masked_fill", "zero", "clone", "contiguous"), pointwise),
+    **dict.fromkeys(("_to_copy", "fill", "masked_fill", "zero", "clone", "contiguous", "_prelu_kernel"), pointwise),
     **dict.fromkeys(
         ("sum", "nansum", "mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "var", "std",
          "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp", "count_nonzero", "_softmax", "_log_softmax",
@@ -321,7 +329,8 @@ RULES: dict[str, Callable[[Call], int]] = {
 # By the beginning of the operation's name.
 FAMILIES: dict[str, Callable[[Call], int]] = dict.fromkeys(
     ("_scaled_dot_product_", "max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool",
-     "upsample_", "grid_sampler_", "im2col", "col2im"),
+     "upsample_", "_upsample_", "grid_sampler_", "im2col", "col2im", "pixel_shuffle", "pixel_unshuffle",
+     "channel_shuffle", "native_channel_shuffle", "max_unpool"),
     examples_first,
 )  # fmt: skip
 FAMILIES |= dict.fromkeys(("reflection_pad", "replication_pad"), pad)

@@ -19,6 +19,19 @@ CALLS = {
     F.layer_norm: lambda func, h, w, b: func(h, (4,), w[0], b),
     torch.layer_norm: lambda func, h, w, b: func(h, (4,), w[0], b),
     F.rms_norm: lambda func, h, w, b: func(h, (4,), b),
+    F.batch_norm: lambda func, h, w, b: func(h, w[0].detach(), w[1].detach() ** 2, b, w[2]),
+    F.instance_norm: lambda func, h, w, b: func(h[:, :, None] * torch.arange(3.0).to(h), weight=b).flatten(1),
+    F.group_norm: lambda func, h, w, b: func(h, 2, b),
+    torch.group_norm: lambda func, h, w, b: func(h, 2, b),
+    **{
+        func: lambda func, h, w, b, axes=axes: func(
+            h.reshape(-1, 4, *[1] * axes), w.reshape(4, 4, *[1] * axes), b
+        ).flatten(1)
+        for axes, pair in enumerate(
+            ((F.conv1d, F.conv_transpose1d), (F.conv2d, F.conv_transpose2d), (F.conv3d, F.conv_transpose3d)), 1
+        )
+        for func in pair
+    },
 } | dict.fromkeys(
     (torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm),
     lambda func, h, w, b: func(h, w),
@@ -76,17 +89,26 @@ def test_both_contractions_and_passes():
 
 
 def test_what_has_no_rule_and_what_the_reference_takes():
-    model, x = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten()).double(), torch.randn(3, 2, 4, dtype=torch.float64)
-    with counting() as found:
+    class Divided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.rand(4) + 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x / self.p).tanh()
+
+    model, x = Divided().double(), torch.randn(3, 4, dtype=torch.float64)
+    with pytest.warns(ntk.SlowKernelWarning), counting() as found:
         ntk.empirical_ntk(model, x)
-    assert by_kind(found)[BY_EXAMPLE].keys() == {"torch.nn.functional.conv1d"}
+    assert by_kind(found)[BY_EXAMPLE].keys() == {"torch.Tensor.div"}
     with counting() as found:
         ntk.empirical_ntk(model, x, method="jacobian")
         with counting() as inner:
             pass
-    assert by_kind(found)[BY_REFERENCE] == {"0.weight": 1, "0.bias": 1}
+    assert by_kind(found)[BY_REFERENCE] == {"p": 1}
     assert not any(by_kind(inner).values())
-    ntk.empirical_ntk(model, x)
+    with pytest.warns(ntk.SlowKernelWarning):
+        ntk.empirical_ntk(model, x)
     assert not by_kind(found)[BY_EXAMPLE]  # Outside of the context nothing is counted.
 
 
