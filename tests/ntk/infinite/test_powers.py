@@ -166,6 +166,32 @@ def test_the_gap_vanishes_at_all_covariances_for_affine_functions_alone(activati
     assert share < 1e-12 if affine else share > 1e-3
 
 
+@pytest.mark.parametrize("name", ["tanh", "gelu"])
+def test_the_coefficients_of_the_second_proof_add_up_to_the_gap(name):
+    """With alpha_k = E[phi'(sqrt(q) z) He_k(z)], term by term; and 2 q alpha_k' = alpha_{k+2} + k alpha_k."""
+    slope, z = ACTIVATIONS[name].derivative, torch.linspace(-12, 12, 6001, dtype=torch.float64)
+    weights = torch.exp(-(z**2) / 2) * (z[1] - z[0]) / math.sqrt(2 * math.pi)
+
+    def alpha(q: float, count: int = 40) -> np.ndarray:
+        values = (weights * slope(math.sqrt(q) * z)).numpy()
+        return np.polynomial.hermite_e.hermevander(z.numpy(), count).T @ values
+
+    q1, q2, rho, step = 0.6, 1.7, 0.4, 1e-4
+    a, b = alpha(q1), alpha(q2)
+    terms = [
+        rho**k / math.factorial(k) * ((a[k + 1] + k * a[k - 1]) * (b[k + 1] + k * b[k - 1]) - k * a[k - 1] * b[k - 1])
+        for k in range(39)
+    ]
+    rows = torch.tensor([[1.0, 0.0], [rho, math.sqrt(1 - rho**2)]], dtype=torch.float64)
+    pairs = pairs_of_rows(math.sqrt(q1) * rows[:1], math.sqrt(q2) * rows[1:])
+    moments = series_moments(ACTIVATIONS[name], pairs)
+    gap = float(moments.propulsion - pairs.cov * moments.slopes)
+    assert math.sqrt(q1 * q2) * sum(terms) == pytest.approx(gap, rel=1e-8)
+    derivative = (alpha(q1 + step) - alpha(q1 - step)) / (2 * step)
+    k = np.arange(6)
+    np.testing.assert_allclose(2 * q1 * derivative[:6], a[2:8] + k * a[:6], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
