@@ -11,6 +11,7 @@ n examples, t tokens, c outputs, p parameters of one tensor, P all parameters.
 
 from ntk import adapters, bounds, dynamics, infinite, inputs, kernels, metrics, networks, nulls, outputs, store
 from ntk.empirical import METHODS, adapter_kernels, empirical_ntk, layer_kernels
+from ntk.krylov import SpectralDensity, spectral_density
 from ntk.layerwise import Decomposition, decomposition
 from ntk.layout import flatten, reduce_outputs
 from ntk.low_rank_law import LoRALaw, lora_law
@@ -32,12 +33,15 @@ from ntk.metrics import (
     trace_ratio,
 )
 from ntk.nulls import gaussian_sketch, hidden_state_kernel, permuted, random_subset_ntk
+from ntk.operator import NTKOperator
 from ntk.sign_gradient import sign_gradient_kernels, sign_gradient_regression
+from ntk.sketch import SketchedNTK, sketched_ntk
 from ntk.store import KernelStore, kernel_store
 from ntk.structured.explanation import Explanation, ParameterCost, explain
 from ntk.structured.work import SlowKernelWarning
+from ntk.trace_estimation import RandomEstimate, stochastic_diagonal, stochastic_trace
 
-__all__ = ["METHODS", "adapter_kernels", "empirical_ntk", "flatten", "layer_kernels", "reduce_outputs"]
+__all__ = ["METHODS", "NTKOperator", "adapter_kernels", "empirical_ntk", "flatten", "layer_kernels", "reduce_outputs"]
 __all__ += ["Explanation", "ParameterCost", "SlowKernelWarning", "explain"]
 __all__ += ["UndefinedMetricError", "best_scale", "center", "cka", "effective_rank", "eigenspace_overlap"]
 __all__ += ["Decomposition", "LoRALaw", "decomposition", "lora_law"]
@@ -46,6 +50,8 @@ __all__ += ["kernel_alignment", "kernel_distance", "matching_degree", "principal
 __all__ += ["trace", "trace_ratio"]
 __all__ += ["gaussian_sketch", "hidden_state_kernel", "permuted", "random_subset_ntk"]
 __all__ += ["sign_gradient_kernels", "sign_gradient_regression"]
+__all__ += ["RandomEstimate", "SketchedNTK", "SpectralDensity", "sketched_ntk"]
+__all__ += ["spectral_density", "stochastic_diagonal", "stochastic_trace"]
 __all__ += ["adapters", "bounds", "dynamics", "infinite", "inputs", "kernels"]
 __all__ += ["KernelStore", "kernel_store"]
 __all__ += ["metrics", "networks", "nulls", "outputs", "store"]

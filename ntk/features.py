@@ -7,7 +7,7 @@ Letters are as in :mod:`ntk`; N counts the tokens of all examples, and r, s are 
 object holds one group of examples; :mod:`ntk.structured.gram` contracts lists of them to kernels.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -183,6 +183,27 @@ def formed(feature: Feature, shape: torch.Size) -> Dense:
     out = feature.like.new_empty(*feature.shape, shape[0], shape[1:].numel())
     feature.write(slice(0, shape[0]), out)
     return Dense(out.view(*feature.shape, *shape))
+
+
+def evenly(feature: Outer) -> Outer:
+    """The same feature with as many tokens for each example, zeros after those of shorter ones."""
+    if feature.tokens.equal:
+        return feature
+    n, most = feature.tokens.n, feature.tokens.most
+    owner = torch.arange(n, device=feature.g.device).repeat_interleave(most)
+    x, g = feature.tokens.padded(feature.x).flatten(0, 1), feature.by_example.flatten(1, 2)
+    return Outer(x, g, Tokens(n, owner), feature.transposed)
+
+
+def in_dtype(feature: Feature, dtype: torch.dtype) -> Feature:
+    """The feature with gradients of this dtype, in which all of its products are computed."""
+    if feature.like.dtype == dtype:
+        return feature
+    if isinstance(feature, Dense):
+        return Dense(feature.value.to(dtype))
+    if isinstance(feature, Outer):
+        return replace(feature, g=feature.g.to(dtype), padded=[])
+    return replace(feature, g=feature.g.to(dtype))
 
 
 def subtract(feature: Feature, weights: Tensor, total: Tensor) -> Tensor:

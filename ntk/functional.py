@@ -203,7 +203,7 @@ def evaluation(model: nn.Module, *batches: Inputs | None) -> Iterator[None]:
 def _evaluation(model: nn.Module, batches: tuple[Inputs | None, ...]) -> Iterator[None]:
     hooks = [(table, dict(table)) for table in parameter_hooks(model)]
     before, others = _random_state(), (random.getstate(), np.random.get_state())  # noqa: NPY002  (others' draws)
-    state, versions = OwnState(model), _versions(model)
+    state, before_block = OwnState(model), versions(model)
     start, drawn_elsewhere, alone = None, False, threading.active_count() == 1
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         try:
@@ -213,12 +213,12 @@ def _evaluation(model: nn.Module, batches: tuple[Inputs | None, ...]) -> Iterato
                 start = model.register_forward_pre_hook(lambda *_: state.restore())
             yield
         except (RuntimeError, ValueError) as error:
-            _check_unchanged(model, versions, error)  # a change may be the reason why autograd failed
+            _check_unchanged(model, before_block, error)  # a change may be the reason why autograd failed
             if isinstance(error, RandomNumbers):
                 _check_settings(state, error)
             raise
         else:
-            _check_unchanged(model, versions)
+            _check_unchanged(model, before_block)
             if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
                 alone = (alone and threading.active_count() == 1) or not any(batch is not None for batch in batches)
                 drawn_elsewhere = not alone and not _draws(model, batches)
@@ -289,8 +289,8 @@ def _check_settings(state: OwnState, cause: Exception | None) -> None:
         ) from cause
 
 
-def _check_unchanged(model: nn.Module, versions: dict[str, tuple[int, int]], cause: Exception | None = None) -> None:
-    if changed := [name for name, version in _versions(model).items() if versions.get(name) != version]:
+def _check_unchanged(model: nn.Module, before: dict[str, tuple[int, int]], cause: Exception | None = None) -> None:
+    if changed := [name for name, version in versions(model).items() if before.get(name) != version]:
         raise ValueError(
             f"the model changes its {changed[0]} in its own forward pass, so it has no one tangent kernel; "
             "compute what is to be remembered outside of forward"
@@ -302,7 +302,7 @@ def _random_state() -> list[Tensor]:
     return [torch.get_rng_state(), *cuda]
 
 
-def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+def versions(model: nn.Module) -> dict[str, tuple[int, int]]:
     """The identity of each named tensor, and how often it was written to.
 
     peft's wrapper of a single parameter (for example of a stack of experts) registers the parameter again in each

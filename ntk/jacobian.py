@@ -30,6 +30,7 @@ from ntk.request import Request
 logger = logging.getLogger(__name__)
 
 Jacobian = dict[str, Tensor]  # parameter name -> (b, c, *parameter shape)
+JacobianFunction = Callable[..., tuple[Tensor, Jacobian]]
 
 
 def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict[str, Tensor]:
@@ -75,7 +76,7 @@ def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict
     return kernels
 
 
-def jacobian_function(model: nn.Module, output: Output | None) -> Callable[..., tuple[Tensor, Jacobian]]:
+def jacobian_function(model: nn.Module, output: Output | None) -> JacobianFunction:
     """J(params, tile, check=True) -> (indices of the tile's examples, their Jacobians ``{name: (b, c, *shape)}``).
 
     ``params`` are the model's own, detached. J runs ``vmap(jacrev(f))`` on each group of the tile and, with ``check``,

@@ -67,7 +67,7 @@ class Tokens:
             return values.unflatten(-2, (self.n, -1)).sum(dim=-2)
         return self.one_hot(values) @ values
 
-    def padded(self, values: Float[Tensor, "... N d"]) -> Float[Tensor, "... n most d"]:
+    def padded(self, values: Shaped[Tensor, "... N d"]) -> Shaped[Tensor, "... n most d"]:
         """The values by example, padded with zeros after the tokens of shorter examples."""
         if self.equal:
             return values.unflatten(-2, (self.n, -1))

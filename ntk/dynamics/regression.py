@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.integrate import solve_ivp
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from ntk.checks import check_numbers, not_overflown, real_and_finite
+from ntk.dynamics.products import flowed, solved
 from ntk.layout import Kernel, check_semidefinite, kernel_matrix
 
 # By rounding of the entries of a kernel, eigenvalues may lie this far below zero, relative to the largest.
@@ -66,33 +68,55 @@ class Spectrum:
 
 
 def kernel_regression(
-    kernel: Kernel,
+    kernel: Kernel | LinearOperator,
     targets: Float[Tensor, "n c"],
     initial: Float[Tensor, "_ _"] | None = None,
     *,
-    cross: Kernel | None = None,
+    cross: Kernel | LinearOperator | None = None,
     initial_cross: Float[Tensor, "m c"] | None = None,
     ridge: int | float = 0.0,
+    tolerance: float = 1e-8,
+    products: int = 500,
 ) -> Float[Tensor, "m c"]:
     """The limit of gradient flow on squared loss: f(x) = f_0(x) + K(x, X) (K + ridge I)^-1 (y - f_0(X)).
 
     Args:
-        kernel: of the n training examples.
+        kernel: of the n training examples; or a symmetric positive semi-definite scipy ``LinearOperator`` of its
+            matrix, such as :class:`ntk.NTKOperator`, whose products with vectors are then all that is used.
         targets: y.
         initial: f_0(X); 0 if None.
-        cross: kernel of m new inputs (rows) against the training examples; None for the training examples themselves.
+        cross: kernel or operator of m new inputs (rows) against the training examples; None for the training examples
+            themselves.
         initial_cross: f_0 of the new inputs; 0 if None.
         ridge: penalty on the distance of the parameters from their start, (ridge / 2) |theta - theta_0|^2.
+        tolerance: with an operator, the residual of the linear system, relative to |y - f_0|. The training outputs err
+            by no more than tolerance |y - f_0|, an output of a new x by no more than that times
+            sqrt(K(x, x) / ridge) / 2.
+        products: with an operator, the most products with it; as many vectors are kept.
 
     Raises:
         ValueError: shapes that do not fit, numbers that are complex or not finite, a kernel that is not positive
             semi-definite, a negative ridge; a singular kernel without ridge, for which outputs of new inputs are not
-            determined.
+            determined; an operator without ridge, since products do not show its smallest eigenvalues.
+        ArithmeticError: with an operator, ``tolerance`` is not reached; says what is.
         OverflowError: the predictions overflow.
     """
-    spectrum = Spectrum(kernel)
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge must be at least 0; got {ridge}")
+    if isinstance(kernel, LinearOperator):
+        if ridge == 0:
+            raise ValueError(
+                "regression on an operator needs a ridge above 0: without it the result depends on the smallest "
+                "eigenvalues, which products do not show; give a ridge, such as 1e-6 times the trace / rows, or the "
+                "kernel as a matrix"
+            )
+        y, f0 = _start(targets, initial)
+        b = _rows_of(kernel, y - f0)
+        coefficients, moved = solved(kernel, b, ridge, _tolerance(tolerance), products)
+        if cross is None:
+            return _predicted(f0 + torch.from_numpy(moved).reshape(f0.shape))
+        return _at_new(cross, torch.from_numpy(coefficients), y.shape[1], initial_cross)
+    spectrum = Spectrum(kernel)
     shifted = spectrum.values + ridge
     if cross is not None and float(shifted[0]) <= SINGULAR * float(shifted[-1]):
         raise ValueError(
@@ -108,24 +132,36 @@ def kernel_regression(
 
 
 def gradient_flow(
-    kernel: Kernel,
+    kernel: Kernel | LinearOperator,
     targets: Float[Tensor, "n c"],
     initial: Float[Tensor, "_ _"] | None = None,
     *,
     times: Sequence[float] | Float[Tensor, "times"],
-    cross: Kernel | None = None,
+    cross: Kernel | LinearOperator | None = None,
     initial_cross: Float[Tensor, "m c"] | None = None,
+    tolerance: float = 1e-8,
+    products: int = 500,
 ) -> Float[Tensor, "times m c"]:
     """Outputs at the given times on squared loss: f_t(X) = y + exp(-K t) (f_0 - y) (Lee et al. 2019, eq. 8, 9).
 
     On new inputs f_t(x) = f_0(x) + K(x, X) K^-1 (I - exp(-K t)) (y - f_0). The kernel may be singular: along an
     eigenvector of eigenvalue 0 nothing moves, and K(x, X) is 0 on it. Eigenvalues within rounding of 0 are set to 0,
     since the rounding would grow with time. Gradient descent at rate r is at the times r, 2 r, ... as r goes to 0.
-    Arguments as in :func:`kernel_regression`.
+    Arguments as in :func:`kernel_regression`. With an operator the training outputs err by no more than
+    tolerance |y - f_0| at any of the times, an output of a new x by no more than that times sqrt(K(x, x) t), beside the
+    rounding of its products. The number of products grows with the square root of the largest eigenvalue times t.
 
     Raises:
-        ValueError: as :func:`kernel_regression`; negative times.
+        ValueError: as :func:`kernel_regression`, but no ridge is needed; negative times.
+        ArithmeticError: as :func:`kernel_regression`.
     """
+    if isinstance(kernel, LinearOperator):
+        y, f0 = _start(targets, initial)
+        b = _rows_of(kernel, y - f0)
+        found, moves = flowed(kernel, b, _times(times), _tolerance(tolerance), products)
+        if cross is None:
+            return torch.stack([_predicted(f0 + torch.from_numpy(moved).reshape(f0.shape)) for moved in moves])
+        return torch.stack([_at_new(cross, torch.from_numpy(a), y.shape[1], initial_cross) for a in found])
     spectrum = Spectrum(kernel)
     y, f0 = _start(targets, initial)
     residual = spectrum.rows(y - f0)
@@ -250,14 +286,34 @@ def _predicted(outputs: Tensor) -> Tensor:
     return not_overflown(outputs, "the predicted outputs", "scale targets and initial outputs")
 
 
-def _at_new(cross: Kernel, coefficients: Tensor, c: int, initial: Tensor | None) -> Tensor:
-    K = kernel_matrix(cross, "cross")
+def _rows_of(operator: LinearOperator, f: Float[Tensor, "n c"]) -> Float[np.ndarray, "rows columns"]:
+    """The outputs as columns that an operator can multiply."""
+    rows = operator.shape[0]
+    if operator.shape[0] != operator.shape[1] or rows not in (len(f), f.numel()):
+        raise ValueError(
+            f"expected an operator of shape {(f.numel(),) * 2} for outputs {tuple(f.shape)}, or {(len(f),) * 2} for "
+            f"outputs that share a kernel; got {operator.shape}"
+        )
+    return f.reshape(rows, -1).cpu().numpy()
+
+
+def _tolerance(tolerance: float) -> float:
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must lie between 0 and 1; got {tolerance}")
+    return tolerance
+
+
+def _at_new(cross: Kernel | LinearOperator, coefficients: Tensor, c: int, initial: Tensor | None) -> Tensor:
+    K = cross if isinstance(cross, LinearOperator) else kernel_matrix(cross, "cross")
     if K.shape[1] != len(coefficients):
         raise ValueError(
             f"expected a cross kernel of new inputs against the {len(coefficients)} rows of the training kernel; got "
             f"{tuple(cross.shape)}"
         )
-    moved = (K @ coefficients).reshape(-1, c)
+    if isinstance(K, LinearOperator):
+        moved = torch.from_numpy(np.asarray(K.matmat(coefficients.numpy()), dtype=np.float64)).reshape(-1, c)
+    else:
+        moved = (K @ coefficients.to(K.device)).reshape(-1, c)
     if initial is None:
         return _predicted(moved)
     if initial.shape != moved.shape:

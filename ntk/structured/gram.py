@@ -129,7 +129,7 @@ def _formed(
     most = min(rows, max(1, chunk // max(1, n * c * width)))
     buffer = like.new_empty(n * c * most * width)
     total: Tensor | None = None
-    for chosen in _slices(groups, rows, most):
+    for chosen in slices_of_rows(groups, rows, most):
         inside = chosen.stop - chosen.start
         formed = buffer[: n * c * inside * width].view(n, c, inside, width)
         for features, block in zip(groups, formed.split(sizes), strict=True):
@@ -143,7 +143,7 @@ def _formed(
     return total
 
 
-def _slices(groups: Groups, rows: int, size: int) -> Iterator[slice]:
+def slices_of_rows(groups: Groups, rows: int, size: int) -> Iterator[slice]:
     """Slices of at most ``size`` rows that cover every row which is not zero for all examples."""
     if rows <= size:
         yield slice(0, rows)

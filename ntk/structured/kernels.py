@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ntk import jacobian
 from ntk.counts import PASSES, note
 from ntk.functional import Leaves, Parameters, first_line, requiring_gradients
-from ntk.inputs import Group, pad_together, tiles
+from ntk.inputs import Group, tiles
 from ntk.layout import mirrored
 from ntk.request import Request
 from ntk.structured.capture import Segment
@@ -32,16 +32,13 @@ from ntk.structured.dependence import Origin
 from ntk.structured.gram import CHUNK, gram
 from ntk.structured.memory import IN_PROGRESS, bytes_per_token, cut, least_room
 from ntk.structured.merging import Pending, Vectors
-from ntk.structured.passes import Pass, run
+from ntk.structured.passes import run
 from ntk.structured.targets import Targets, parameter_kernels
-from ntk.structured.verification import Plan, check_alone, check_outputs, check_together, compare
+from ntk.structured.verification import Plan, batches, check_alone, check_batch, check_together, compare
 from ntk.structured.work import slow_parameters
 
 logger = logging.getLogger(__name__)
 
-# The cost of a batch beside its tokens, in tokens: on a processor, and on an accelerator, which waits for the launches
-# of a small batch.
-_OVERHEAD, _OVERHEAD_OF_LAUNCHES = 48, 2048
 # The fraction of a small budget for the temporaries of contractions.
 _TEMPORARY = 0.1
 
@@ -160,7 +157,7 @@ class _Tile:
                 raise NotImplementedError("the passes of this model cannot be cut into segments")
         heaviest = max(bytes_per_token(self.plan.costs, segment) for segment in segments)
         most = max(max(g.length for g in groups), int(room * IN_PROGRESS / max(1.0, heaviest)))
-        rows, columns = (self._batches(side, most) for side in (self.rows, self.columns))
+        rows, columns = (batches(self.plan, side, most) for side in (self.rows, self.columns))
         self._passes(segments, [*rows, *columns])
         kernels = {key: self._in_order(total, rows, columns) for key, total in self.totals.items()}
         self.totals.clear()
@@ -185,7 +182,8 @@ class _Tile:
             for segment in segments:
                 for i, batch in enumerate(batches):
                     done = run(self.request, self.leaves, batch, layers, segment, above[i])
-                    self._check_batch(done, batch, largest=batch is largest)
+                    checked = (self.request, self.leaves, self.targets, self.plan)
+                    check_batch(*checked, done, batch, largest=batch is largest)
                     self.plan.uncaptured.update(done.missed)
                     for captured in done.features():
                         trained = pending.setdefault(captured.name, {})
@@ -212,33 +210,6 @@ class _Tile:
                 raise NotImplementedError(f"some examples use {min(wrong)} in a way that others do not")
             for name in wrong:
                 self.totals.pop(name, None)
-
-    def _check_batch(self, done: Pass, batch: Group, *, largest: bool) -> None:
-        """Make sure that the batch gave each example what the example gives alone.
-
-        Operation by operation the pass has shown that no example depends on another. What remains is how the forward
-        pass depends on the padding, which two examples show for every way that it takes, and on the number of examples,
-        which one example of the largest batch shows.
-        """
-        if done.values is None or len(batch.indices) == 1:
-            return
-        if done.mixing is not None:
-            raise NotImplementedError(done.mixing)
-        if done.reads not in self.plan.reads:
-            self._check_reads(done.reads, batch)
-        if largest:
-            check_outputs(self.request, batch, done.values, self.plan)
-
-    def _check_reads(self, reads: tuple, batch: Group) -> None:
-        """Compare two examples with the same examples alone, after a forward pass that read new values of masks."""
-        shortest, *_, longest = sorted((batch.alone(i) for i in range(len(batch.indices))), key=lambda one: one.length)
-        pair = pad_together([shortest, longest], self.plan.padding or 0)
-        if len(pair) == 1:
-            other = compare(self.request, self.leaves, self.targets, pair[0], [shortest, longest])
-            if not other.uncaptured.keys() - self.plan.uncaptured.keys():
-                self.plan.reads |= other.reads
-        if reads not in self.plan.reads:
-            raise NotImplementedError("its forward pass reads the padding of the whole batch, and may branch on it")
 
     def _tiled(self) -> dict[str, Tensor]:
         """The kernels, tile by tile: halves of the examples against themselves and each other.
@@ -304,18 +275,6 @@ class _Tile:
     def _kernel_bytes(self) -> int:
         n1, n2 = self.size
         return n1 * n2 * self.layout.size(self.plan.outputs) * self.plan.dtype.itemsize
-
-    def _batches(self, groups: list[Group], most_tokens: int) -> list[Group]:
-        """Groups of similar length run together, cut to what fits in memory."""
-        if self.plan.padding is not None:
-            overhead = _OVERHEAD if self.plan.device.type == "cpu" else _OVERHEAD_OF_LAUNCHES
-            groups = pad_together(groups, self.plan.padding, overhead=overhead)
-        batches = []
-        for group in groups:
-            size = max(1, most_tokens // group.length)
-            size = min(size, self.plan.largest or size)
-            batches += [group.take(slice(i, i + size)) for i in range(0, len(group.indices), size)]
-        return batches
 
     def _contract(self, pending: Pending, batches: list[Group]) -> None:
         """Add one trained parameter's kernel to the totals; rows of batches that do not use it are zero."""

@@ -60,15 +60,18 @@ def run(
     segment: Segment = WHOLE,
     above: dict[Origin, Tensor] | None = None,
     observe: Callable[[Capture], AbstractContextManager] | None = None,
+    *,
+    prove: bool = True,
 ) -> Pass:
     """Run the passes of one batch, and capture the mixing operations of a segment.
 
     The calls of ``layers`` are watched, and their outputs held for adapters beside them. All segments except the last
     need ``above``, the gradients ``(c, ...)`` at the cut with the next one. ``observe`` makes a context for the forward
-    pass from its capture.
+    pass from its capture. A pass that repeats one in which the examples were shown not to change one another does not
+    need to ``prove`` it again.
     """
     n = len(group.indices)
-    proof = Independence(n) if n > 1 and above is None else None
+    proof = Independence(n) if prove and n > 1 and above is None else None
     outputs = next(iter(above.values())).shape[0] if above else 0
     capture = Capture(
         leaves, n, outputs=outputs, segment=segment, keep=frozenset(above or ()), keep_outputs=bool(layers), proof=proof

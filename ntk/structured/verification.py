@@ -21,10 +21,13 @@ from ntk.request import Request
 from ntk.structured.capture import WHOLE, Segment
 from ntk.structured.dependence import Origin
 from ntk.structured.memory import Cost, charge, cost_of, measured
-from ntk.structured.passes import run
+from ntk.structured.passes import Pass, run
 from ntk.structured.targets import Targets
 from ntk.structured.work import Work, work_of
 
+# The cost of a batch beside its tokens, in tokens: on a processor, and on an accelerator, which waits for the launches
+# of a small batch.
+_OVERHEAD, _OVERHEAD_OF_LAUNCHES = 48, 2048
 _MISMATCH = "its features do not add up to its gradient"
 
 
@@ -92,6 +95,53 @@ def check_alone(request: Request, leaves: Leaves, targets: Targets) -> Plan:
     plan = compare(request, leaves, targets, example, [example])
     plan.largest = 1
     return plan
+
+
+def batches(plan: Plan, groups: list[Group], most_tokens: int) -> list[Group]:
+    """Groups of similar length as batches that run together, cut to ``most_tokens``, which fit in memory."""
+    if plan.padding is not None:
+        overhead = _OVERHEAD if plan.device.type == "cpu" else _OVERHEAD_OF_LAUNCHES
+        groups = pad_together(groups, plan.padding, overhead=overhead)
+    result = []
+    for group in groups:
+        size = max(1, most_tokens // group.length)
+        size = min(size, plan.largest or size)
+        result += [group.take(slice(i, i + size)) for i in range(0, len(group.indices), size)]
+    return result
+
+
+def check_batch(
+    request: Request, leaves: Leaves, targets: Targets, plan: Plan, done: Pass, batch: Group, *, largest: bool
+) -> None:
+    """Make sure that the batch gave each example what the example gives alone.
+
+    Operation by operation the pass has shown that no example depends on another. What remains is how the forward
+    pass depends on the padding, which two examples show for every way that it takes, and on the number of examples,
+    which one example of the largest batch shows.
+
+    Raises:
+        NotImplementedError: it may not have; the message says why.
+    """
+    if done.values is None or len(batch.indices) == 1:
+        return
+    if done.mixing is not None:
+        raise NotImplementedError(done.mixing)
+    if done.reads not in plan.reads:
+        _check_reads(request, leaves, targets, plan, done.reads, batch)
+    if largest:
+        check_outputs(request, batch, done.values, plan)
+
+
+def _check_reads(request: Request, leaves: Leaves, targets: Targets, plan: Plan, reads: tuple, batch: Group) -> None:
+    """Compare two examples with the same examples alone, after a forward pass that read new values of masks."""
+    shortest, *_, longest = sorted((batch.alone(i) for i in range(len(batch.indices))), key=lambda one: one.length)
+    pair = pad_together([shortest, longest], plan.padding or 0)
+    if len(pair) == 1:
+        other = compare(request, leaves, targets, pair[0], [shortest, longest])
+        if not other.uncaptured.keys() - plan.uncaptured.keys():
+            plan.reads |= other.reads
+    if reads not in plan.reads:
+        raise NotImplementedError("its forward pass reads the padding of the whole batch, and may branch on it")
 
 
 def check_outputs(request: Request, group: Group, values: Tensor, plan: Plan) -> None:
