@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.sparse.linalg import LinearOperator
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
+from ntk.dynamics.products import solved
 from ntk.functional import ParameterChoice, Parameters, evaluation, fresh, nonfinite_cause, select_parameters, versions
 from ntk.inputs import Inputs, batch_size
 from ntk.jacobian import accumulation_dtype, at_least, gigabytes
@@ -122,13 +123,44 @@ class NTKOperator(LinearOperator):
         Raises:
             ValueError: the kernel of two batches.
         """
-        if not self._symmetric:
-            raise ValueError("the kernel of two batches has no diagonal: make the operator of one batch, inputs2=None")
+        self._square("diagonal")
         return self._source.norms[ROWS].flatten().cpu().numpy()
 
     def trace(self) -> float:
         """The trace, exactly; raises as :meth:`diagonal`."""
         return float(self.diagonal().sum(dtype=np.float64))
+
+    def eigsh(self, k: int) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "rows k"]]:
+        """The k largest eigenvalues, ascending, and their eigenvectors, by scipy's ``eigsh`` (ARPACK).
+
+        Raises:
+            ValueError: the kernel of two batches, which has none; k is not between 1 and rows - 1.
+        """
+        rows = self._square("eigenvalues")
+        if not 1 <= k < rows:
+            raise ValueError(f"k must be between 1 and {rows - 1}, the rows less 1; got {k}")
+        start = np.random.default_rng(0).standard_normal(rows).astype(self.dtype)
+        return eigsh(self, k=k, v0=start)  # pyright: ignore[reportReturnType]
+
+    def solve(
+        self, b: Float[np.ndarray, "rows ..."], *, ridge: float, tolerance: float = 1e-8, products: int = 500
+    ) -> Float[np.ndarray, "rows ..."]:
+        """(K + ridge I)^-1 b, with a residual of at most ``tolerance`` |b| for each column of b.
+
+        Raises:
+            ValueError: the kernel of two batches; a ridge that is not above 0, which makes the result depend on the
+                smallest eigenvalues, and products do not show these.
+            ArithmeticError: the tolerance is not reached with so many ``products``.
+        """
+        rows = self._square("solution")
+        if not 0 < ridge < np.inf:
+            raise ValueError(f"ridge must be above 0 and finite; got {ridge}")
+        return solved(self, b.reshape(rows, -1).astype(np.float64), ridge, tolerance, products)[0].reshape(b.shape)
+
+    def _square(self, what: str) -> int:
+        if not self._symmetric:
+            raise ValueError(f"the kernel of two batches has no {what}: make the operator of one batch, inputs2=None")
+        return self.shape[0]
 
     def _matmat(self, X: np.ndarray) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._times(X, transposed=False)

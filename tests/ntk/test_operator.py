@@ -165,6 +165,28 @@ def test_scipys_methods():
     assert error(K @ solution, b) <= 1e-9
 
 
+def test_eigenvalues_and_linear_systems():
+    model, inputs = case("mlp")
+    K = ntk.flatten(ntk.empirical_ntk(model, inputs)).numpy()
+    operator = ntk.NTKOperator(model, inputs)
+    values, vectors = operator.eigsh(5)
+    assert error(values, np.linalg.eigvalsh(K)[-5:]) <= 1e-10
+    assert error(K @ vectors, vectors * values) <= 1e-10
+    B = np.random.default_rng(0).standard_normal((len(K), 3))
+    for b in (B, B[:, 0]):
+        found = operator.solve(b, ridge=0.1, tolerance=1e-10)
+        assert error(found, np.linalg.solve(K + 0.1 * np.eye(len(K)), b)) <= 1e-8
+    for wrong, message in (
+        (lambda: operator.eigsh(len(K)), "k must be between 1 and 23"),
+        (lambda: operator.solve(B, ridge=0.0), "ridge must be above 0"),
+        (lambda: ntk.NTKOperator(model, inputs, inputs[:2]).eigsh(1), "two batches has no eigenvalues"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+    with pytest.raises(ArithmeticError, match="more products="):
+        operator.solve(B, ridge=1e-9, products=2)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_float32_model(mode):
     model, inputs = case("bert")

@@ -84,7 +84,7 @@ def test_unbiased_with_the_stated_errors(name, sizes):
 
 
 def test_intervals_cover_what_they_state():
-    """95 % intervals over many seeds; those of a run over 20 seeds of a real model are in the guide."""
+    """95 % intervals over many seeds; the guide has the coverage over 20 seeds of a real model."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 2)).double(), random(9, 12)
     K = ntk.empirical_ntk(model, x)
