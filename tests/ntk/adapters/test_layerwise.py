@@ -211,6 +211,19 @@ def test_rotated_scales_average_to_the_formula_and_close_to_the_metric():
     assert relative_error(kernels.mean(dim=0), products / (M.shape[-1] + 2)) > 0.02  # the other terms are needed here
 
 
+@pytest.mark.parametrize("r", [2, 5])
+def test_the_mean_over_rotations_is_that_of_many_draws(r):
+    torch.manual_seed(0)
+    M, other = torch.randn(2, r, r, dtype=torch.float64)
+    q, upper = torch.linalg.qr(torch.randn(100_000, r, r, dtype=torch.float64))
+    q = q * upper.diagonal(dim1=1, dim2=2).sign()[:, None]
+    values = (torch.einsum("dji,ik,djk->dj", q, M, q) * torch.einsum("dji,ik,djk->dj", q, other, q)).sum(1)
+    expected = adapters.rotated_mean((M * other).sum(), M.trace() * other.trace(), (M * other.T).sum(), r)
+    error = float(values.std()) / math.sqrt(len(values))
+    assert float(values.mean()) == pytest.approx(float(expected), abs=4 * error)
+    assert abs(2 * float(expected) / r) > 8 * error  # a factor of 1 / r would show
+
+
 def test_the_rotation_is_orthogonal_and_depends_on_seed_and_length_alone():
     q = adapters.rotation(5, 3)
     torch.testing.assert_close(q @ q.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-14)
