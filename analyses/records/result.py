@@ -85,6 +85,21 @@ class Result:
         """The first metric of that name for one kernel or one pair; None if this result does not hold it."""
         return next(iter(self._matching(name, stage, left, right)), None)
 
+    def to_frame(self, table: str | None = None) -> Any:
+        """The metrics as a pandas DataFrame, one row for each, or the rows of a table of this name.
+
+        Raises:
+            RecordError: If there is no such table, or pandas is not installed.
+        """
+        if table is not None and table not in self.tables:
+            raise RecordError(f"the result holds no table {table!r}; its tables are {', '.join(self.tables) or 'none'}")
+        try:
+            import pandas
+        except ImportError as error:
+            raise RecordError("a data frame needs pandas: pip install pandas") from error
+        rows = [vars(metric) for metric in self.metrics] if table is None else self.tables[table]
+        return pandas.DataFrame(rows)
+
     def _matching(self, *key: str) -> list[Metric]:
         return [m for m in self.metrics if (m.name, m.stage, m.left, m.right) == key]
 

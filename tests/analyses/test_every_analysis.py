@@ -43,6 +43,7 @@ def runs(model: str) -> RunConfig:
 
 SMALLEST = {
     "ablation": lambda model: {"factor": "layers", "n_layers": 1, "seeds": (0, 1), "run": runs(model)},
+    "choose": lambda model: {"candidates": ("full", "head"), "n_examples": 4, "resamples": 5, "run": runs(model)},
     "complexity": lambda model: {"n": 24, "m": 16, "tokens": 8, "rank": 4, "vectors": 3, "repeats": 1},
     "convergence": lambda model: {"methods": ("full", "head"), "seeds": (0,), "run": runs(model)},
     "decomposition": lambda model: {"model": model, "n_examples": 4, "seeds": (0, 1), "null_draws": 2},
