@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -97,6 +97,7 @@ class _Clock:
 
 def find(config: Config, runs: Runs) -> Findings | None:
     """Try the candidates in rounds, then compute the predictors beside the choice; None if cells are missing."""
+    started = time.perf_counter()
     methods = parse_methods(config.candidates)
     data = config.run.load(config.task)
     if len(data.train) < FEWEST_ROWS:
@@ -107,7 +108,7 @@ def find(config: Config, runs: Runs) -> Findings | None:
     _, tokenizer = config.run.start(data, seed=config.seed)
     check_inputs(data, tokenizer, Limits(config.run.training.max_length))
     cells = runs.of(data, config.run.identity(data))
-    cost = cells.cell("cost of a step", partial(_cost, config, part))
+    cost = cells.cell("cost of a step", partial(_cost, config, part, started))
     if cost is None:
         return None
     clock = _Clock(60 * config.budget_minutes, Cost(cost["fixed"], cost["step"]), spent=cost["seconds"])
@@ -132,14 +133,14 @@ def find(config: Config, runs: Runs) -> Findings | None:
     return _found(config, data, part, plan, rounds, skipped, kernels, clock)
 
 
-def _cost(config: Config, part: TaskData) -> dict[str, Any]:
-    """What a run takes: seconds of a step of full fine-tuning, and of all that is not steps."""
+def _cost(config: Config, part: TaskData, started: float) -> dict[str, Any]:
+    """What a run takes: seconds of a step of full fine-tuning, and of all that is not steps; and seconds until now."""
     steps = min(_PROBE_STEPS, config.run.training.max_steps)
-    started = time.perf_counter()
+    began = time.perf_counter()
     shorter = replace(config.run, training=replace(config.run.training, max_steps=steps))
     found = training_run(shorter, part, Method(FULL), seed=config.seed)
-    seconds, step = time.perf_counter() - started, found["seconds_per_step"]
-    return {"seconds": seconds, "step": step, "fixed": max(seconds - steps * step, 0.0)}
+    now, step = time.perf_counter(), found["seconds_per_step"]
+    return {"seconds": now - started, "step": step, "fixed": max(now - began - steps * step, 0.0)}
 
 
 Rounds = list[dict[str, dict[str, Any]]]
@@ -305,6 +306,8 @@ def _found(
         dataset=dataset_identity(data) | {"source": data.source.rsplit("/", 1)[-1], "metric": metric,
                                           "held_out": len(labels), "chance": _chance(data, labels)},
         seconds={"of the budget": clock.spent},
+        # The numbers of rows that there were, with which the same rows are drawn again.
+        config={"run": asdict(config.run) | {"n_train": len(data.train), "n_validation": len(data.validation)}},
         coverage={},
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from propulsion.data import TaskData
 SCORE = "predicted score"
 STAGE = STAGES[1]
 _MEGABYTE = 2**20
+_KINDS = 4  # Kinds of layers that a table names.
 
 
 @summary_of_blocks
@@ -20,7 +21,7 @@ def summary(result: Result) -> Iterator[Block]:
     header = ["candidate", "trains", "parameters", "memory, MB", "s/step", "steps", f"predicted {metric}",
               "within 1 SE", "learning rates"]  # fmt: skip
     yield header, [
-        [f"{row['rank']}. {row['candidate']}", row["trains"], f"{row['trained_parameters']:,}",
+        [f"{row['rank']}. {row['candidate']}", _shortened(row["trains"]), f"{row['trained_parameters']:,}",
          number(row["peak_bytes"] / _MEGABYTE), number(row["seconds_per_step"]), str(row["steps"]),
          interval(row["score"], row["low"], row["high"]), f"{row['near_best']:.0%}", _rates(row["learning_rates"])]
         for row in result.tables["ranking"]
@@ -38,6 +39,12 @@ def summary(result: Result) -> Iterator[Block]:
     yield from (f"{row['candidate']} left out: {row['reason']}" for row in result.tables["left_out"])
 
 
+def _shortened(trains: str) -> str:
+    """The layers that a candidate trains, of which only the first are named if there are many."""
+    kinds = trains.split(", ")
+    return trains if len(kinds) <= _KINDS else f"{', '.join(kinds[: _KINDS - 1])} and {len(kinds) - _KINDS + 1} more"
+
+
 def _rates(rates: Mapping[str, float]) -> str:
     return ", ".join(f"{role} {rate:.2g}" for role, rate in rates.items())
 
@@ -48,16 +55,17 @@ def advice(ranking: Sequence[Mapping[str, Any]], metric: str, rows: int, steps: 
     score = f"{metric} {interval(best['score'], best['low'], best['high'])}"
     said = f"Train {best['candidate']}: predicted {score} after {steps} steps, on {rows} held-out rows"
     near = [row for row in ranking[1:] if row["near_best"] >= 0.5]
+    count = len(ranking) - 1
+    if not count:
+        return f"{said}; it was the only candidate."
     if not near:
-        return (
-            f"{said}; no other of the {len(ranking)} candidates is likely to be within one standard error of the best."
-        )
+        return f"{said}; {'the other candidate is' if count == 1 else f'all {count} others are'} likely to be worse."
     fewest = min([best, *near], key=lambda row: row["trained_parameters"])
-    others = f"{len(near)} of the {len(ranking) - 1} others {'is' if len(near) == 1 else 'are'} about as good"
+    others = f"{len(near)} of the {count} others {'is' if len(near) == 1 else 'are'} about as good"
     if fewest is best:
         return f"{said}; {others}, and it trains the fewest parameters of them."
-    count = f"{fewest['trained_parameters']:,}"
-    return f"{said}; {others}, of which {fewest['candidate']} trains the fewest parameters ({count})."
+    number_of = f"{fewest['trained_parameters']:,}"
+    return f"{said}; {others}, of which {fewest['candidate']} trains the fewest parameters ({number_of})."
 
 
 def train_command(config: Any, data: TaskData, row: Mapping[str, Any]) -> str:

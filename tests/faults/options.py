@@ -26,6 +26,7 @@ from analyses.core.bootstrap import bootstrap_interval
 from analyses.core.errors import run_command
 from ntk import adapters, bounds, dynamics, infinite
 from propulsion import PropulsionConfig
+from propulsion import predict as predict_command
 from propulsion import train as train_command
 from propulsion.command_line import parsed
 from propulsion.data import load_task_data
@@ -40,6 +41,12 @@ from tests.faults.mistakes import Mistake, Row, command, print_table, quiet, row
 TRAIN = "--model MODEL --use-cpu --disable-tqdm --max-steps 2 --max-train-samples 8 --max-eval-samples 8"
 
 OF_TRAINING = [
+    ("--text-columns text", "--label-column too"),
+    ("--data-dir /dev/null --text-columns text --label-column label", "/dev/null"),
+    ("--data-dir nowhere --text-columns text --label-column label", "nowhere does not exist"),
+    ("--data-dir . --text-columns text --label-column label", "no train file in"),
+    ("--task-file nowhere.toml", "cannot read the task file nowhere.toml"),
+    ("--task-file /dev/null", "unknown format"),
     ("--task sts2", "sts2.*did you mean.*sst2"),
     ("--task ''", "unknown task ''"),
     ("--task DEMO", "DEMO.*did you mean demo"),
@@ -218,6 +225,13 @@ OF_ANALYSES = [
     ("ablation", "--schedule linaer", "did you mean linear"),
     ("ablation", "--degree -3", "degree"),
     ("ablation", "--degree inf", "degree"),
+    ("choose", "--candidates lorra", "did you mean lora"),
+    ("choose", "--candidates none", "candidate none trains nothing"),
+    ("choose", "--candidates", "must be a method"),
+    ("choose", "--budget-minutes 0", "budget_minutes"),
+    ("choose", "--budget-minutes nan", "budget_minutes"),
+    ("choose", "--n-examples -1", "n_examples"),
+    ("choose", "--label-column label", "--data-dir|--text-columns"),
     ("complexity", "--n 0", "n must be"),
     ("complexity", "--repeats 0", "repeats"),
     ("complexity", "--tokens -1", "tokens"),
@@ -353,6 +367,11 @@ OF_OTHER_COMMANDS = [
     ("claims", "--data-dir nowhere --tasks sst2", "nowhere"),
     ("claims", "--quick --output-dir /dev/null", "/dev/null"),
     ("claims", "--quik", "did you mean --quick"),
+    ("predict", "nowhere --data-dir .", "nowhere is no folder|no train file"),
+    ("predict", "MODEL", "give --data-dir"),
+    ("predict", "MODEL --data-dir nowhere", "nowhere does not exist"),
+    ("predict", "MODEL --data-dir . --output out.xls", "out.xls is of an unknown format"),
+    ("predict", "--data-dir .", "model-folder|MODEL-FOLDER|required"),
     ("readme", "nowhere", "nowhere"),
     ("readme", "", "Folder that contains READMEs"),
     ("readme", ".", "no result"),
@@ -606,7 +625,7 @@ def _analyse(name: str, text: str, folder: Path) -> None:
 
 
 def _other(name: str, text: str, folder: Path) -> None:
-    module = {"claims": claims_command, "readme": readme}[name]
+    module = {"claims": claims_command, "predict": predict_command, "readme": readme}[name]
     command(lambda: run_command(lambda: module.main(parsed(module.Config, prog=name, description=""))), _words(text))
 
 
