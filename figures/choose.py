@@ -9,10 +9,12 @@ from matplotlib.figure import Figure
 
 from analyses.records import RecordError, Result
 from figures.figure import figure
-from figures.methods import color_of_line, color_of_method, draw_one_answer, short
-from figures.style import PAGE_WIDTH, bar_handle, mark_handle
+from figures.methods import color_of_method, draw_one_answer, short
+from figures.style import PAGE_WIDTH, PALETTE, bar_handle, mark_handle
 
 _ROW_HEIGHT = 0.19
+_FIRST_TWO = (PALETTE[6], PALETTE[2])
+"""Colours of the first two candidates on the right, other than those that tell Propulsion from other methods."""
 
 
 @figure("choose")
@@ -48,7 +50,7 @@ def draw(result: Result) -> Figure:
             r["steps"]: nan if r["score"] is None else r["score"] for r in rounds if r["candidate"] == row["candidate"]
         }
         best = row["rank"] <= 2
-        color = color_of_line(row["rank"] - 1) if best else "0.6"
+        color = _FIRST_TWO[row["rank"] - 1] if best else "0.6"
         label = short(row["candidate"]) if best else None
         right.plot(list(own), list(own.values()), "o-", markersize=2.5, linewidth=1.2 if best else 0.7, color=color,
                    zorder=3 if best else 2, label=label)  # fmt: skip

@@ -59,7 +59,7 @@ def advice(ranking: Sequence[Mapping[str, Any]], metric: str, rows: int, steps: 
     if not count:
         return f"{said}; it was the only candidate."
     if not near:
-        return f"{said}; {'the other candidate is' if count == 1 else f'all {count} others are'} likely to be worse."
+        return f"{said}; no other of the {count + 1} candidates is within one standard error of it in most resamples."
     fewest = min([best, *near], key=lambda row: row["trained_parameters"])
     others = f"{len(near)} of the {count} others {'is' if len(near) == 1 else 'are'} about as good"
     if fewest is best:

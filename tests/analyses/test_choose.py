@@ -146,7 +146,7 @@ def test_the_advice_names_the_cheapest_that_is_about_as_good():
         "Train full: predicted accuracy 0.900 [0.800, 1.000] after 300 steps, on 80 held-out rows; 1 of"
     )
     assert "of which lora trains the fewest parameters (90)" in text
-    assert "the other candidate is likely to be worse" in advice(
+    assert "no other of the 2 candidates is within one standard error" in advice(
         ranked(("a", 0.9, 1.0, 9), ("b", 0.1, 0.0, 2)), "accuracy", 80, 300
     )
     assert "trains the fewest parameters of them" in advice(
