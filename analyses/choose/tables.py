@@ -29,11 +29,19 @@ def summary(result: Result) -> Iterator[Block]:
     chance = dataset.get("chance")
     one = "" if chance is None else f"; one answer for all rows: {number(chance)}"
     yield f"{dataset['held_out']} held-out rows{one}"
+    predictors = result.tables["predictors"]
     yield (
-        ["predictor, beside the choice", "candidates", "rank correlation with the predicted scores", "source"],
+        ["beside the choice", *(row["predictor"] for row in predictors)],
+        [
+            [row["candidate"], *(number(entry["values"].get(row["candidate"])) for entry in predictors)]
+            for row in result.tables["ranking"]
+        ],
+    )
+    yield (
+        ["predictor", "candidates", "rank correlation with the predicted scores", "source"],
         [
             [row["predictor"], str(row["candidates"]), number(row["rank_correlation"]), row["source"]]
-            for row in result.tables["predictors"]
+            for row in predictors
         ],
     )
     yield from (f"{row['candidate']} left out: {row['reason']}" for row in result.tables["left_out"])
