@@ -1,6 +1,6 @@
 """Measurements of a candidate for the predictors: gradients at the start, features after training, kernels."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,31 +139,33 @@ def probe(features: np.ndarray, labels: np.ndarray, layer: nn.Linear, *, regress
 
 
 def kernels_of(
-    config: RunConfig, data: TaskData, methods: Mapping[str, Method], n: int, seed: int,
-    count: Callable[[int, int], int] = min,
+    config: RunConfig, data: TaskData, methods: Mapping[str, Method], n: int, seed: int
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Kernels ``(n, n, c, c)`` of the candidates that have one, from one stream, at a head trained on frozen features.
+
+    The head is trained on the other training rows, since its outputs on rows that it was trained on are too good.
 
     Args:
         config: Options of the runs.
         data: The rows; kernels are of the first n training rows.
         methods: The candidates.
-        n: Number of rows.
+        n: Number of rows, fewer than there are.
         seed: Seed of the model's head and of the methods.
-        count: Of n and the number of rows, the number that is used.
 
     Returns:
-        "kernel.CANDIDATE" for each, "outputs" ``(n, c)``, "labels" ``(n,)``; empty if the model's head is not linear.
+        "kernel.CANDIDATE" for each, "outputs" ``(n, c)``, "labels" ``(n,)``; empty if the model's head is not linear,
+        or the other rows are of one class.
     """
     model, tokenizer = config.start(data, seed=seed)
     length = config.training.max_length
-    found = features_of(model, tokenizer, data, data.train, length)
+    others = data.train.select(range(n, len(data.train)))
+    found = features_of(model, tokenizer, data, others, length)
     layer = head_layer(model, data.task.num_labels)
-    if found is None or layer is None:
+    labels = np.asarray(others[data.task.label_column])
+    if found is None or layer is None or len(np.unique(labels)) < 2:
         return {}
-    labels = np.asarray(data.train[data.task.label_column])
     probe(found[0], labels, layer, regression=data.task.is_regression)
-    rows = data.train.select(range(count(n, len(data.train))))
+    rows = data.train.select(range(n))
     inputs = model_inputs(rows, tokenizer, data.task, max_length=length, device=config.device)
     degree = data.task.degree if config.degree is None else config.degree
     known = supported(model, {FULL: Method(FULL)} | dict(methods), degree=degree, seed=seed)

@@ -2,7 +2,7 @@
 
 A predictor takes the `Evidence` of one candidate and returns a number, or None where the evidence lacks what it needs.
 A new predictor is one function and one entry in `PREDICTORS`. Kernels are those of `ntk`, (n, n, c, c), of all that the
-method trains with the head, after the head alone was trained on frozen features (Tomihari and Sato 2024).
+method trains with the head, after the head alone was trained on frozen features of other rows (Tomihari and Sato 2024).
 """
 
 import math
