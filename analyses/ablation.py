@@ -16,6 +16,7 @@ import numpy as np
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.intervals import mean_interval
+from analyses.core.scales import scale_of
 from analyses.records import Block, Metric, Result, metric_cell, number, summary_of_blocks
 from analyses.subjects.training_run import RunConfig, TaskRuns, chance_score, training_run
 from propulsion.data import TaskData
@@ -119,7 +120,8 @@ def _summarised(config: Config, data: TaskData, found: dict[str, list[dict[str, 
     rows, metrics = [], []
     for label, cells in found.items():
         for name in ("score", "last_loss"):
-            bounds = mean_interval([np.nan if cell[name] is None else cell[name] for cell in cells])
+            scale = scale_of(data.task.metrics[0] if name == "score" else name)
+            bounds = mean_interval([np.nan if cell[name] is None else cell[name] for cell in cells], scale)
             metrics.append(Metric(name, *bounds, "", "trained", label, ""))
         rows.append({
             "setting": label,

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
-from analyses.core.intervals import mean_interval
+from analyses.core.intervals import LOG, mean_interval
+from analyses.core.scales import scale_of
 from analyses.method_comparison import Config as ComparisonConfig
 from analyses.records import Block, Metric, Result, metric_cell, summary_of_blocks
 from analyses.subjects.learning_rates import check_origin
@@ -69,10 +70,9 @@ def _summarised(config: Config, data: TaskData, cells: dict[str, list[dict[str, 
             "mean score over the steps": scores.mean(axis=1).tolist(),
             **{_STEPS.format(share): [steps[first_at(run, share)] for run in scores] for share in SHARES},
         }
-        metrics += [
-            Metric(name, *mean_interval(values), "steps" if "steps to" in name else "", "trained", text, "")
-            for name, values in found.items()
-        ]
+        for name, values in found.items():
+            unit, scale = ("steps", LOG) if "steps to" in name else ("", scale_of(data.task.metrics[0]))
+            metrics.append(Metric(name, *mean_interval(values, scale), unit, "trained", text, ""))
         curves.append({"method": text, "rate_factor": runs[0]["rate_factor"], "seeds": len(runs),
                        "trained_parameters": runs[0]["trained_parameters"]})  # fmt: skip
     return Findings(

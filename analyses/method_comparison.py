@@ -10,7 +10,7 @@ nothing is learnt. The validation rows are not used for this choice. With ``--se
 trial runs, and the others train at their defaults.
 
 Every run is scored on the validation rows at its end and after two thirds of its steps, so that the result says whether
-training had converged.
+training had converged. Differences between methods are paired: they are taken within each seed and each row.
 
     python -m analyses.method_comparison --data-dir glue --tasks sst2 rte cola stsb --output-dir results/comparison
 
@@ -29,11 +29,13 @@ import tyro
 
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.cells import Cells
-from analyses.core.intervals import mean_interval
+from analyses.core.intervals import clipped, mean_interval
+from analyses.core.scales import limits, scale_of
 from analyses.records import Block, Metric, Result, format_table, load_result, metric_cell, number, summary_of_blocks
 from analyses.subjects.batch import labels_of
 from analyses.subjects.learning_rates import check_origin, factors_of, of_methods, trained_factor
-from analyses.subjects.training_run import RunConfig, ScoreCurve, method_cells, scores, training_run, tuning_split
+from analyses.subjects.paired_scores import corrected, score_metrics
+from analyses.subjects.training_run import RunConfig, ScoreCurve, method_cells, training_run, tuning_split
 from propulsion.data import TaskData
 from propulsion.errors import Diverged, UserError, did_you_mean
 from propulsion.methods import Method, parse_methods
@@ -73,8 +75,6 @@ class Config(GridOutput):
     """Optimizer steps of the trial runs that choose learning rates, the same for all methods."""
     rate_extensions: int = 3
     """Learning rates that may be tried beyond the first three, as long as the best is at the edge."""
-    resamples: int = 500
-    """Bootstrap resamples behind each interval."""
     partial: bool = False
     """Write a result although runs are missing, with the tasks that are complete for at least one seed."""
 
@@ -228,9 +228,11 @@ _KEPT = ("seed", "trained_parameters", "seconds_per_step", "peak_bytes", "learni
 
 
 def _summarised(config: Config, compared: Iterable[Comparison], sources: dict[str, Any]) -> Findings:
-    metrics, summary, runs, tuning, arrays = [], [], [], [], {}
+    metrics, comparisons, summary, runs, tuning, arrays = [], [], [], [], [], {}
     for found in compared:
-        metrics += [*score_intervals(found, config.resamples), *changes(found)]
+        scored, differences = comparison_metrics(found)
+        metrics += [*scored, *changes(found)]
+        comparisons += differences
         arrays[f"labels.{found.task}"] = found.labels
         for text, of_method in found.runs.items():
             summary.append(_summary_row(found, text))
@@ -244,7 +246,7 @@ def _summarised(config: Config, compared: Iterable[Comparison], sources: dict[st
             ]
     return Findings(
         metrics,
-        tables={"summary": summary, "runs": runs, "tuning": tuning},
+        tables={"summary": summary, "runs": runs, "tuning": tuning, "comparisons": comparisons},
         arrays=arrays,
         model=config.run.model_identity(),
         dataset={"name": ", ".join(sources), "tasks": sources},
@@ -267,33 +269,10 @@ def _summary_row(found: Comparison, text: str) -> dict[str, Any]:
     }
 
 
-def score_intervals(found: Comparison, resamples: int) -> list[Metric]:
-    """Mean over seeds of every method's metrics, and its difference from the reference, with 95 % intervals.
-
-    Each bootstrap resample draws seeds and validation rows with replacement, the same ones for every method, so that
-    differences are paired. With only three seeds the variation between seeds is estimated roughly.
-    """
-    generator = np.random.default_rng(0)
-    n, n_seeds = len(found.labels), len(next(iter(found.runs.values())))
-    draws = [(generator.integers(0, n_seeds, n_seeds), generator.integers(0, n, n)) for _ in range(resamples)]
-    predictions = {text: [np.asarray(run["predictions"]) for run in runs] for text, runs in found.runs.items()}
-    every = (np.arange(n_seeds), np.arange(n))
-
-    def means(text: str, seeds: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        each = [scores(found.task, predictions[text][seed][rows], found.labels[rows]) for seed in seeds]
-        return {name: float(np.mean([score[name] for score in each])) for name in each[0]}
-
-    # For each method: its metrics on all rows, then on every resample.
-    values = {text: [means(text, *draw) for draw in (every, *draws)] for text in predictions}
-    metrics = []
-    for text, each in values.items():
-        for name in each[0]:
-            own = np.array([draw[name] for draw in each])
-            metrics.append(_metric(name, found.task, text, "", own))
-            if REFERENCE in predictions and text != REFERENCE:
-                reference = np.array([draw[name] for draw in values[REFERENCE]])
-                metrics.append(_metric(name, f"{found.task}, difference", text, REFERENCE, own - reference))
-    return metrics
+def comparison_metrics(found: Comparison) -> tuple[list[Metric], list[dict[str, Any]]]:
+    """Every method's scores and their paired differences, as `analyses.subjects.paired_scores.score_metrics`."""
+    predictions = {text: np.stack([run["predictions"] for run in runs]) for text, runs in found.runs.items()}
+    return score_metrics(found.task, predictions, found.labels, REFERENCE)
 
 
 def changes(found: Comparison) -> list[Metric]:
@@ -302,15 +281,10 @@ def changes(found: Comparison) -> list[Metric]:
     for text, runs in found.runs.items():
         if all(run.get("earlier_score") is not None for run in runs):
             change = [next(iter(run["scores"].values())) - run["earlier_score"] for run in runs]
-            metrics.append(Metric(CHANGE, *mean_interval(change), "", f"{found.task}, {CHANGE}", text, ""))
+            ends = limits(scale_of(next(iter(runs[0]["scores"]))))
+            interval = clipped(mean_interval(change), *ends)
+            metrics.append(Metric(CHANGE, *interval, "", f"{found.task}, {CHANGE}", text, ""))
     return metrics
-
-
-def _metric(name: str, stage: str, text: str, right: str, values: np.ndarray) -> Metric:
-    """A metric from its value, which comes first, and the values of the resamples."""
-    finite = values[1:][np.isfinite(values[1:])]
-    low, high = np.quantile(finite, [0.025, 0.975]) if finite.size else (np.nan, np.nan)
-    return Metric(name, float(values[0]), float(low), float(high), "", stage, text, right)
 
 
 @summary_of_blocks
@@ -318,8 +292,8 @@ def summary(result: Result) -> Iterator[Block]:
     """One table for each task: score, difference from full fine-tuning, parameters, learning rates, time, memory."""
     for task in dict.fromkeys(row["task"] for row in result.tables["summary"]):
         names = list(dict.fromkeys(m.name for m in result.metrics if m.stage == task))
-        header = [task, *names, f"{names[0]} - {REFERENCE}", CHANGE, "trained", "rate x", "s/step", "peak MB",
-                  "last loss"]  # fmt: skip
+        header = [task, *names, f"{names[0]} - {REFERENCE}", "after Holm", CHANGE, "trained", "rate x", "s/step",
+                  "peak MB", "last loss"]  # fmt: skip
         yield header, [_cells(result, row, names) for row in result.tables["summary"] if row["task"] == task]
 
 
@@ -353,6 +327,14 @@ def _cells(result: Result, row: dict[str, Any], names: Sequence[str]) -> list[st
         text,
         *(metric_cell(result.metric(name, stage=task, left=text)) for name in names),
         metric_cell(result.find(names[0], stage=f"{task}, difference", left=text, right=REFERENCE)),
+        next(
+            (
+                corrected(c)
+                for c in result.tables.get("comparisons", [])
+                if (c["task"], c["metric"], c["left"], c["right"]) == (task, names[0], text, REFERENCE)
+            ),
+            "-",
+        ),
         metric_cell(result.find(CHANGE, stage=f"{task}, {CHANGE}", left=text)),
         f"{row['trained_parameters']:,}",
         f"{trained_factor(result, row):.3g}{' (edge)' if row['rate_at_edge'] else ''}",
@@ -364,12 +346,12 @@ def _cells(result: Result, row: dict[str, Any], names: Sequence[str]) -> list[st
 
 ANALYSIS = Analysis(
     "method_comparison", Config, find, summary,
-    least={"resamples": 1, "rate_extensions": 0, "tuning_steps": 1},
+    least={"rate_extensions": 0, "tuning_steps": 1},
     check=_check,
     # The task, the method, the seed and the factor of a cell are its own, as are the rows and the model.
-    free=("tasks", "methods", "searched", "seeds", "rates_from", "chosen_by", "rate_extensions", "resamples", "partial",
+    free=("tasks", "methods", "searched", "seeds", "rates_from", "chosen_by", "rate_extensions", "partial",
           "run.data_dir", "run.model"),
-    about=lambda config: "intervals: 95 %, bootstrap over seeds and validation rows",
+    about=lambda config: "intervals: 95 %, over other seeds and other validation rows; differences are paired",
 )  # fmt: skip
 run = ANALYSIS.run
 

@@ -25,7 +25,8 @@ from scipy.optimize import brentq
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, Output
-from analyses.core.intervals import mean_interval
+from analyses.core.intervals import LOG, LOGIT, Scale, between, mean_interval
+from analyses.core.scales import within
 from analyses.records import STAGES, Block, Metric, Result, load_result, metric_cell, summary_of_blocks
 from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
@@ -198,11 +199,14 @@ def _curves(each: Sequence[Spectral]) -> dict[str, np.ndarray]:
 
 def _metrics(name: str, each: Sequence[Spectral]) -> list[Metric]:
     """Means over seeds with Student's intervals; a seed's null is the mean over its draws, for times the median."""
-    k = min(_LEADING, len(each[0].values))
+    n = len(each[0].values)
+    k = min(_LEADING, n)
 
     def metric(quantity: str, values: Sequence[float], right: str = "", unit: str = "") -> Metric:
         # Not a number if the value of a seed is not finite.
-        bounds = mean_interval(values) if np.isfinite(values).all() else (math.nan, math.nan, math.nan)
+        scale = scale_of_quantity(quantity, n)
+        finite = np.isfinite(values).all()
+        bounds = mean_interval(within(values, scale), scale) if finite else (math.nan, math.nan, math.nan)
         return Metric(quantity, *bounds, unit, STAGE, name, right)
 
     def area(energies: np.ndarray) -> float:
@@ -225,6 +229,15 @@ def _metrics(name: str, each: Sequence[Spectral]) -> list[Metric]:
         found.append(metric(f"time to learn {share:.0%}", times, unit=_UNIT))
         found.append(metric(f"time to learn {share:.0%}", of_nulls, null, _UNIT))
     return found
+
+
+def scale_of_quantity(name: str, n: int) -> Scale:
+    """The scale of a metric of this analysis by its name, for kernels of n examples."""
+    if name == "effective_rank":
+        return between(1.0, n)
+    if name.startswith("effective dimension"):
+        return between(0.0, n)
+    return LOG if name.startswith("time to learn") else LOGIT
 
 
 def _entropy_rank(values: np.ndarray) -> float:

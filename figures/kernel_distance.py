@@ -54,8 +54,8 @@ class Row:
 @figure("kernel_distance")
 def draw(result: Result, *, full: str = FULL, adapter: str = ADAPTER) -> Figure:
     """Kernel of full fine-tuning, of Propulsion at the best single scale, their absolute difference on one colour
-    scale, and both spectra; before and after training. Brackets in the headings are 95 % bootstrap intervals over
-    examples.
+    scale, and both spectra; before and after training. Brackets in the headings are 95 % intervals over seeds, or
+    over examples of a single seed.
 
     Args:
         result: A result of the analysis `kernel_distance`.

@@ -15,8 +15,8 @@ _ROW_HEIGHT = 0.19
 
 @figure("method_comparison")
 def draw(result: Result) -> Figure:
-    """Score of each method beside its trained parameters; bars are 95 % bootstrap intervals over seeds and validation
-    rows, dashes the best single answer. Propulsion is orange.
+    """Score of each method beside its trained parameters; bars are 95 % intervals over other seeds and other
+    validation rows, dashes the best single answer. Propulsion is orange.
 
     Raises:
         RecordError: The result holds no task.

@@ -12,6 +12,9 @@ from analyses.records import Result
 # Options that say where a run writes and how it is cut into calls, and not what is computed.
 _NOT_THE_EXPERIMENT = {"output_dir", "runs_dir", "overwrite", "max_runs", "partial", "child", "child_output"}
 
+# Options that some analyses had once, and that changed intervals alone.
+_GONE = {"resamples"}
+
 # Options that name the folder of another result.
 _READ_RESULTS = {"comparison", "rates_from"}
 _PATHS = _READ_RESULTS | {"model", "models"}
@@ -40,7 +43,8 @@ def stored_options(result: Result) -> dict[str, Any]:
     options = _default_options(result)
     # Before these options, every classifier was that of transformers, and every learning rate was fixed by its role.
     older = {"pooling": "pooler", "learning_rate": None, "head_learning_rate": None}
-    return stored | {name: value for name, value in older.items() if name in options and name not in stored}
+    kept = {name: value for name, value in stored.items() if name in options or name not in _GONE}
+    return kept | {name: value for name, value in older.items() if name in options and name not in stored}
 
 
 def differing(result: Result, config: Any) -> dict[str, tuple[Any, Any]]:

@@ -104,7 +104,7 @@ def quick_plan() -> list[Run]:
             null_draws=1),
         run("memory", methods=("full", "propulsion:positions=all", "lora"), rounds=1,
             **_SHORT | {"max_steps": 3, "n_train": 24, "n_validation": 8}),
-        run("method_comparison/demo", methods=methods, seeds=seeds, tuning_steps=3, rate_extensions=0, resamples=100,
+        run("method_comparison/demo", methods=methods, seeds=seeds, tuning_steps=3, rate_extensions=0,
             **_SHORT),
         rated("convergence", "demo", methods=methods, seeds=seeds, every=3, **_SHORT),
         rated("delta_weights", "demo", methods=methods[:4], **_SHORT),

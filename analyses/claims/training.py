@@ -177,7 +177,7 @@ def on_par(results: Results) -> Iterator[Evidence]:
 def best_adapter(results: Results) -> Iterator[Evidence]:
     """Propulsion scores higher than the other parameter-efficient methods."""
     for task, result, metric in _compared(results):
-        own = [m for m in result.metrics if (m.name, m.stage) == (metric, f"{task}, difference")]
+        own = [m for m in result.metrics if (m.name, m.stage, m.right) == (metric, f"{task}, difference", "full")]
         yield from _best_of_ours({m.left: quantity(m.left, m) for m in own}, f"{task}, ")
 
 

@@ -1,5 +1,6 @@
-"""Bootstrap intervals of metrics of kernels: over the examples of a kernel, and over seeds and examples."""
+"""Bootstrap intervals of metrics of kernels over their examples, for a single seed."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import ntk
+from analyses.core.intervals import IDENTITY, LEVEL, Interval, Scale, clipped
 from ntk import UndefinedMetricError
 from ntk.checks import normalised
 
@@ -19,28 +21,26 @@ Values = Float[Tensor, "B"]
 _ROUNDING = 1e-10
 
 
-def over_seeds(seeds: Sequence[int], n_examples: int) -> str:
-    """A phrase for tables that says over what an interval of `seed_interval` is taken."""
-    each = f"{len(seeds)} seeds and, in each, " if len(seeds) > 1 else ""
-    return f"bootstrap over {each}{n_examples} examples"
-
-
 def bootstrap_interval(
     metric: Callable[..., float],
     kernels: Sequence[Tensor],
     *,
     resamples: int,
     seed: int,
-    level: float = 0.95,
-) -> tuple[float, float, float]:
-    """A metric of kernels over the same n examples, with its bootstrap interval: (value, low, high).
+    scale: Scale = IDENTITY,
+    level: float = LEVEL,
+) -> Interval:
+    """A metric of kernels over the same n examples, with its bootstrap interval over the examples.
 
     Each resample draws n examples with replacement and takes the same rows and columns of every kernel (Efron and
     Tibshirani 1993, ch. 8 and 13). An example drawn twice puts diagonal entries off the diagonal, about as many as the
     diagonal has; they shift all resampled values of a metric alike. The interval therefore takes the percentiles'
-    distance from the bootstrap mean, and not the percentiles themselves, to either side of the value:
+    distance from the bootstrap mean, and not the percentiles themselves, to either side of the value,
 
-        value + (q_low - mean),  value + (q_high - mean)
+        value + (q_low - mean),  value + (q_high - mean),
+
+    cut at the bounds of the metric's scale. It is for a single seed: of a few seeds, a bootstrap covers much less than
+    it says, and `analyses.core.intervals.mean_interval` takes its place.
 
     Resamples on which the metric is undefined (as of a constant kernel) are left out. The value and its ends are NaN if
     the metric of the kernels themselves is undefined.
@@ -48,52 +48,20 @@ def bootstrap_interval(
     Raises:
         ValueError: no kernel, kernels over different numbers of examples, or ``level`` outside (0, 1).
     """
-    return seed_interval([resampled(metric, kernels, resamples=resamples, seed=seed)], seed=seed, level=level)
-
-
-def seed_interval(
-    each: Sequence[tuple[float, np.ndarray]], *, seed: int, level: float = 0.95
-) -> tuple[float, float, float]:
-    """The mean over S seeds of a metric, with an interval over seeds and examples: (value, low, high).
-
-    A hierarchical bootstrap (Davison and Hinkley 1997, sec. 3.8): each resample draws S seeds with replacement, and for
-    each drawn seed a resample of its examples. Student's interval over seeds would cover both sources of variance too,
-    since every seed draws its own examples. With three seeds, however, it extends 4.3 standard errors to either side,
-    often beyond the values that a metric can take. If most of the variance comes from examples, this interval is too
-    wide, by a factor of at most sqrt(2 - 1/S), since examples vary both within and between seeds. If most of it comes
-    from seeds, the interval is too narrow, by a factor of at least sqrt(1 - 1/S). With one seed it equals
-    :func:`bootstrap_interval` and does not cover other seeds.
-
-    Args:
-        each: For each seed, what :func:`resampled` returns, with the same number of resamples.
-        seed: Seed of the draws of seeds.
-        level: Coverage of the interval.
-
-    Raises:
-        ValueError: no seed, or ``level`` outside (0, 1).
-    """
-    if not each:
-        raise ValueError("seed_interval takes at least one seed")
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1; got {level}")
-    value = float(np.mean([found for found, _ in each]))
-    # Each seed's resamples are shifted so that their mean is its value, which removes the effect of repeated examples.
-    moved = [found + values - np.nanmean(values) if np.isfinite(values).any() else values for found, values in each]
-    count, generator = len(each), np.random.default_rng(seed)
-    places = np.arange(len(moved[0]))
-    drawn = generator.integers(0, count, size=(count, len(places)))
-    slots = [
-        # A seed that is drawn twice contributes two different resamples.
-        np.stack(moved)[drawn[slot], places if slot == 0 else generator.permutation(places)]
-        for slot in range(count)
-    ]
-    means = np.mean(slots, axis=0)
-    means = means[np.isfinite(means)]
-    if not np.isfinite(value) or not means.size:
-        return value, float("nan"), float("nan")
+    value, draws = resampled(metric, kernels, resamples=resamples, seed=seed)
+    return drawn_interval(value, draws, scale, level)
+
+
+def drawn_interval(value: float, draws: np.ndarray, scale: Scale, level: float = LEVEL) -> Interval:
+    """The interval of :func:`bootstrap_interval` from the values of the resamples; draws that are NaN are left out."""
+    draws = draws[np.isfinite(draws)]
+    if not np.isfinite(value) or not draws.size:
+        return Interval(value, math.nan, math.nan)
     tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail]) - means.mean()
-    return value, value + float(low), value + float(high)
+    low, high = np.quantile(draws, [tail, 1 - tail]) - draws.mean()
+    return clipped(Interval(value, value + float(low), value + float(high)), scale.low, scale.high)
 
 
 def resampled(

@@ -1,4 +1,8 @@
-"""Kernels of several seeds compared: every metric as the mean over seeds, its interval, and its value in each seed."""
+"""Kernels of several seeds compared: every metric as the mean over seeds, its interval, and its value in each seed.
+
+Every seed draws its own examples, so that the scatter over seeds contains that over examples: the interval is Student's
+over the seeds, on the metric's scale. A single seed has a bootstrap interval over its examples.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +15,9 @@ import torch
 from torch import Tensor
 
 import ntk
-from analyses.core.bootstrap import resampled, seed_interval
+from analyses.core.bootstrap import bootstrap_interval
+from analyses.core.intervals import Interval, Scale, between, mean_interval
+from analyses.core.scales import scale_of, within
 from analyses.records import Metric, Result, interval
 from ntk import UndefinedMetricError
 
@@ -61,6 +67,11 @@ def _directions(K: Tensor, cka: float) -> float:
     return math.nan if math.isnan(cka) else ntk.equivalent_directions(K, min(max(cka, 0.0), 1.0))
 
 
+def over_seeds(seeds: Sequence[int], n_examples: int) -> str:
+    """A phrase for tables that says over what the intervals of a `SeedComparison` are."""
+    return f"Student's over {len(seeds)} seeds" if len(seeds) > 1 else f"bootstrap over {n_examples} examples"
+
+
 def draw_name(null: str, draw: int) -> str:
     """The name of one draw of a null model among the kernels."""
     return f"{null} ({draw})"
@@ -106,9 +117,8 @@ class SeedComparison:
         return self.measure(name, function, unit, left, right)
 
     def measure(self, name: str, function: Function, unit: str, left: str, right: str = "") -> Metric:
-        """The mean over seeds of a function of one kernel or two, with its interval over seeds and examples."""
-        each = self._each(function, left, right)
-        return Metric(name, *seed_interval(each, seed=self.seed), unit, self.stage, left, right)
+        """The mean over seeds of a function of one kernel or two, with its interval on the scale of the name."""
+        return Metric(name, *self._interval(name, function, left, right), unit, self.stage, left, right)
 
     def mean(self, function: Function, left: str, right: str = "") -> float:
         """The mean over seeds alone; not-a-number if the function is undefined in one."""
@@ -125,29 +135,38 @@ class SeedComparison:
     def null(self, full: str, null: str, draws: Sequence[str]) -> list[Metric]:
         """The scale-free metrics of one kernel and a null model, whose draws are the kernels named in `draws`.
 
-        A metric is the mean over the draws, and undefined if it is undefined for one draw. Its interval reaches from
-        the lowest end to the highest end of the draws' intervals.
+        The value of a seed is the mean over the draws, and undefined if it is undefined for one draw. The interval of a
+        single seed reaches from the lowest end to the highest end of the draws' intervals.
         """
         metrics = []
         for name in NULL_METRICS:
             function, unit = PAIR_METRICS[name]
-            each = [self._each(function, full, draw) for draw in draws]
-            ends = np.array([seed_interval(found, seed=self.seed) for found in each])
-            value, low, high = float(ends[:, 0].mean()), float(ends[:, 1].min()), float(ends[:, 2].max())
-            metrics.append(Metric(name, value, low, high, unit, self.stage, full, null))
-            by_draw = [[value for value, _ in found] for found in each]
-            self._note(name, full, null, np.mean(by_draw, axis=0).tolist())
+            by_draw = [[_value(function, kernels) for kernels in self._operands(full, draw)] for draw in draws]
+            values = np.mean(by_draw, axis=0).tolist()
+            if len(values) > 1:
+                found = mean_interval(within(values, self._scale(name)), self._scale(name))
+            else:
+                ends = [self._interval(name, function, full, draw) for draw in draws]
+                found = Interval(values[0], min(e.low for e in ends), max(e.high for e in ends))
+            metrics.append(Metric(name, *found, unit, self.stage, full, null))
+            self._note(name, full, null, values)
         return metrics
 
     def _operands(self, left: str, right: str) -> list[list[Tensor]]:
         names = [left, right] if right else [left]
         return [[kernels[name] for name in names] for kernels in self.kernels]
 
-    def _each(self, function: Function, left: str, right: str) -> list[tuple[float, np.ndarray]]:
-        return [
-            resampled(function, kernels, resamples=self.resamples, seed=self.seed)
-            for kernels in self._operands(left, right)
-        ]
+    def _scale(self, name: str) -> Scale:
+        if name == "effective_rank":
+            return between(1.0, float(len(next(iter(self.kernels[0].values())))))
+        return scale_of(name)
+
+    def _interval(self, name: str, function: Function, left: str, right: str) -> Interval:
+        scale, operands = self._scale(name), self._operands(left, right)
+        if len(operands) > 1:
+            return mean_interval(within([_value(function, kernels) for kernels in operands], scale), scale)
+        (kernels,) = operands
+        return bootstrap_interval(function, kernels, resamples=self.resamples, seed=self.seed, scale=scale)
 
     def _note(self, metric: str, left: str, right: str, values: Sequence[float]) -> None:
         self.values.extend(

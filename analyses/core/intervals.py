@@ -56,6 +56,15 @@ _ROUNDING = 1e-9
 """How far rounding may carry a value beyond its bounds."""
 
 
+def between(low: float, high: float) -> Scale:
+    """The logit of (x - low) / (high - low), for quantities with two bounds, as the effective rank of a kernel."""
+    width = high - low
+    return Scale(
+        low, high, lambda x: special.logit((x - low) / width), lambda y: low + width * special.expit(y),
+        lambda x: width / ((x - low) * (high - x)),
+    )  # fmt: skip
+
+
 def mean_interval(values: Values, scale: Scale = IDENTITY, level: float = LEVEL) -> Interval:
     """Mean of n independent values with Student's interval, whose ends are computed on a scale.
 
@@ -82,6 +91,30 @@ def mean_interval(values: Values, scale: Scale = IDENTITY, level: float = LEVEL)
     mean = _mean_within(sample, scale)
     error = float(sample.std(ddof=1)) / math.sqrt(len(sample)) if len(sample) > 1 else math.nan
     return _interval(mean, error, len(sample) - 1, scale, level)
+
+
+def on_scale(value: float, low: float, high: float, scale: Scale) -> Interval:
+    """An interval [low, high] about a value, given on the identity scale, with its ends computed on another scale.
+
+    The distance d of an end from the value becomes g^-1(g(value) + d g'(value)), as in :func:`mean_interval`: what that
+    gives on a scale follows from what it gives on the identity scale. A value at a bound has itself as its interval.
+
+    Raises:
+        ValueError: The value is outside the scale's bounds.
+    """
+    if not all(map(math.isfinite, (value, low, high))):
+        return Interval(value, math.nan, math.nan)
+    value = _mean_within(np.array([value]), scale)
+    if value in (scale.low, scale.high) or low == high:
+        return Interval(value, value, value)
+    ends = (scale.back(scale.to(value) + (end - value) * scale.slope(value)) for end in (low, high))
+    return Interval(value, *map(float, ends))
+
+
+def clipped(interval: Interval, low: float, high: float) -> Interval:
+    """An interval without what lies outside [low, high], where its quantity never is; its coverage is the same."""
+    ends = (min(max(end, low), high) for end in interval[1:])
+    return Interval(interval.value, *ends)
 
 
 def crossed_interval(values: Float[np.ndarray, "S R"], scale: Scale = IDENTITY, level: float = LEVEL) -> Interval:
@@ -213,8 +246,5 @@ def _interval(mean: float, error: float, degrees: float, scale: Scale, level: fl
         raise ValueError(f"level must lie between 0 and 1; got {level}")
     if not (math.isfinite(mean) and math.isfinite(error)):
         return Interval(mean, math.nan, math.nan)
-    if error == 0 or mean in (scale.low, scale.high):
-        return Interval(mean, mean, mean)
-    half = float(special.stdtrit(degrees, (1 + level) / 2)) * error * scale.slope(mean)
-    middle = scale.to(mean)
-    return Interval(mean, float(scale.back(middle - half)), float(scale.back(middle + half)))
+    half = float(special.stdtrit(degrees, (1 + level) / 2)) * error if error else 0.0
+    return on_scale(mean, mean - half, mean + half, scale)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs, seeds_of
-from analyses.core.bootstrap import over_seeds
-from analyses.core.comparison import SeedComparison, draw_name
+from analyses.core.comparison import SeedComparison, draw_name, over_seeds
 from analyses.kernel_distance.kernels import ADAPTER, FULL, KERNELS, PAIRS, ModelKernels, model_kernels
 from analyses.kernel_distance.tables import finding, summary
 from analyses.records import STAGES, Metric
@@ -58,7 +57,7 @@ class Config(KernelOptions, GridOutput):
     null_draws: int = 3
     """Draws of each random null model, in each seed."""
     resamples: int = 200
-    """Bootstrap resamples behind each interval."""
+    """Bootstrap resamples behind each interval of a single seed."""
     memory_budget_gb: float | None = None
     """Memory for features and kernels in GB; by default half of the free memory."""
 

@@ -1,11 +1,12 @@
 """How far kernels, Jacobians and outputs changed, from the arrays that `Probe` kept: values with intervals.
 
-Every quantity is computed in each run and averaged over the seeds. It has two intervals: Student's over the seeds, and
-a bootstrap's over the held-out examples, with the same resamples for all seeds and without resampling seeds.
+Every quantity is computed in each run and averaged over the seeds. It has two intervals: Student's
+over the seeds, on its scale (`analyses.core.scales`), and a bootstrap's over the held-out examples, with the same
+resamples for all seeds and without resampling seeds.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 import ntk
-from analyses.core.bootstrap import bootstrap_interval
-from analyses.core.intervals import mean_interval
+from analyses.core.bootstrap import bootstrap_interval, drawn_interval
+from analyses.core.intervals import IDENTITY, LOG, Scale, mean_interval
+from analyses.core.scales import scale_of, within
 from analyses.records import STAGES, Metric
 from ntk.dynamics import linearization_error, relative_drift
 
@@ -56,10 +58,12 @@ class Estimate:
     Attributes:
         by_seed: Its value in each run.
         examples: Its bootstrap interval over examples; not a number if none was computed.
+        scale: The scale of its intervals.
     """
 
     by_seed: tuple[float, ...]
     examples: Ends = _NONE
+    scale: Scale = IDENTITY
 
     @property
     def value(self) -> float:
@@ -69,7 +73,7 @@ class Estimate:
     @property
     def seeds(self) -> Ends:
         """Student's interval over the seeds; not a number for a single seed."""
-        return mean_interval(self.by_seed)[1:]
+        return mean_interval(self.by_seed, self.scale)[1:]
 
     @property
     def ends(self) -> Ends:
@@ -91,32 +95,35 @@ class Estimate:
 
 
 def of_kernels(
-    metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Tensor, Tensor]], resamples: int = 0
+    metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Tensor, Tensor]], scale: Scale, resamples: int = 0
 ) -> Estimate:
     """Estimate of a metric of two kernels ``(n, n)`` in each run; `resamples` add an interval over examples."""
 
     def mean(*flat: Tensor) -> float:
         return float(np.mean([metric(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)]))
 
-    found, flat = Estimate(tuple(_or_nan(metric, *pair) for pair in runs)), [kernel for pair in runs for kernel in pair]
+    found = _estimate((_or_nan(metric, *pair) for pair in runs), scale)
+    flat = [kernel for pair in runs for kernel in pair]
     if not resamples:
         return found
-    return replace(found, examples=bootstrap_interval(mean, flat, resamples=resamples, seed=0)[1:])
+    return replace(found, examples=bootstrap_interval(mean, flat, resamples=resamples, seed=0, scale=scale)[1:])
 
 
-def of_rows(metric: Callable[..., float], runs: Sequence[tuple[Tensor, ...]], resamples: int = 0) -> Estimate:
+def of_rows(
+    metric: Callable[..., float], runs: Sequence[tuple[Tensor, ...]], scale: Scale, resamples: int = 0
+) -> Estimate:
     """Estimate of a metric of tensors with one row for each example, in each run; the bootstrap draws rows."""
-    found = Estimate(tuple(_or_nan(metric, *rows) for rows in runs))
+    found = _estimate((_or_nan(metric, *rows) for rows in runs), scale)
     n, generator = len(runs[0][0]), np.random.default_rng(0)
     drawn = []
     for _ in range(resamples):
         index = torch.from_numpy(generator.integers(0, n, size=n))
         drawn.append(np.mean([_or_nan(metric, *(t[index] for t in rows)) for rows in runs]))
-    if not np.isfinite(drawn).any():
-        return found
-    # The ends are the value plus the quantiles' distances from the resamples' mean, as in `analyses.core.bootstrap`.
-    low, high = np.nanquantile(drawn, [0.025, 0.975]) - np.nanmean(drawn)
-    return replace(found, examples=(found.value + float(low), found.value + float(high)))
+    return replace(found, examples=drawn_interval(found.value, np.array(drawn), scale)[1:])
+
+
+def _estimate(values: Iterable[float], scale: Scale) -> Estimate:
+    return Estimate(tuple(within(list(values), scale)), scale=scale)
 
 
 def relative_norm(moved: Tensor, start: Tensor) -> float:
@@ -165,27 +172,36 @@ def _or_nan(metric: Callable[..., float], *arguments: Tensor) -> float:
         raise
 
 
+OUTPUTS: dict[str, Callable[..., float]] = {
+    "linearisation_error": linearization_error,
+    "linearised_movement": linear_share,
+    "linearised_agreement": same_prediction,
+}
+"""Metrics of outputs and their linearisation at a checkpoint; the last one is of classifications alone."""
+
+
 # --- one method -----------------------------------------------------------------------------------------------------
 
 
 def method_estimates(cells: Sequence[Cell], place: int, resamples: int) -> Iterator[tuple[str, Estimate]]:
     """Yield every quantity of one method at the checkpoint of index `place`, by name."""
     for name, metric in DRIFTS.items():
-        yield name, of_kernels(metric, _now_and_start(cells, place), resamples)
+        yield name, of_kernels(metric, _now_and_start(cells, place), scale_of(name), resamples)
     if place == 0:
-        yield from dict.fromkeys(JACOBIANS, Estimate((0.0,) * len(cells), (0.0, 0.0))).items()
+        for name in JACOBIANS:
+            yield name, Estimate((0.0,) * len(cells), (0.0, 0.0), scale_of(name))
     else:
         norms = [jacobian_norms(cell, place) for cell in cells]
         for name, moved in JACOBIANS.items():
-            yield name, of_rows(relative_norm, [(n[moved], n["start"]) for n in norms], resamples)
+            yield name, of_rows(relative_norm, [(n[moved], n["start"]) for n in norms], scale_of(name), resamples)
         movements = [movement(cell, place) for cell in cells]
-        yield "linearisation_error", of_rows(linearization_error, movements, resamples)
-        yield "linearised_movement", of_rows(linear_share, movements, resamples)
-        if movements[0][0].shape[1] > 1:
-            yield "linearised_agreement", of_rows(same_prediction, movements, resamples)
+        for name, metric in OUTPUTS.items():
+            if metric is not same_prediction or movements[0][0].shape[1] > 1:
+                yield name, of_rows(metric, movements, scale_of(name), resamples)
     for name in ("parameter_drift", "head_drift", "score"):
         found = (cell["points"][place][name] for cell in cells)
-        yield name, Estimate(tuple(math.nan if value is None else float(value) for value in found))
+        scale = scale_of(next(iter(cells[0]["scores"])) if name == "score" else name)
+        yield name, _estimate((math.nan if value is None else float(value) for value in found), scale)
 
 
 def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, Estimate]]:
@@ -195,27 +211,29 @@ def method_nulls(cells: Sequence[Cell], draws: int) -> Iterator[tuple[str, str, 
     """
     finals = _now_and_start(cells, -1)
     for name, metric in list(DRIFTS.items())[:3]:
-        yield f"null_{name}", PERMUTED, averaged(metric, finals, draws)
+        yield f"null_{name}", PERMUTED, averaged(metric, finals, scale_of(name), draws)
         if len(cells) > 1:
             starts = [start for _, start in finals]
             others = list(pairwise([*starts, starts[0]])) if len(cells) > 2 else [(starts[0], starts[1])]
-            yield f"null_{name}", OTHER_HEAD, of_kernels(metric, others)
+            yield f"null_{name}", OTHER_HEAD, of_kernels(metric, others, scale_of(name))
     norms = [jacobian_norms(cell, -1) for cell in cells]
     # Changes are relative to the norm of the Jacobian that is compared with, that of the previous example.
     shifted = [(n["shifted"], n["start"].roll(1, 0)) for n in norms]
-    yield "null_relative_jacobian_drift", OTHER_EXAMPLE, of_rows(relative_norm, shifted)
+    yield "null_relative_jacobian_drift", OTHER_EXAMPLE, of_rows(relative_norm, shifted, LOG)
     wrong = [
         (outputs, initial + (linearized - initial)[order(len(outputs), 0)], initial)
         for outputs, linearized, initial in (movement(cell, -1) for cell in cells)
     ]
-    yield "null_linearisation_error", PERMUTED, of_rows(linearization_error, wrong)
+    yield "null_linearisation_error", PERMUTED, of_rows(linearization_error, wrong, LOG)
 
 
-def averaged(metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Tensor, Tensor]], draws: int) -> Estimate:
+def averaged(
+    metric: Callable[[Tensor, Tensor], float], runs: Sequence[tuple[Tensor, Tensor]], scale: Scale, draws: int
+) -> Estimate:
     """A metric with the examples of the first kernel permuted; the value of a run is the mean over the draws."""
     orders = [order(len(runs[0][0]), draw) for draw in range(draws)]
     values = (float(np.mean([_or_nan(metric, now[p][:, p], start) for p in orders])) for now, start in runs)
-    return Estimate(tuple(values))
+    return _estimate(values, scale)
 
 
 def order(n: int, seed: int) -> Tensor:
@@ -231,7 +249,7 @@ def pair_estimates(cells: Cells, place: int, resamples: int) -> Iterator[tuple[s
     for left, right in combinations(cells, 2):
         runs = _kernels_of(cells, left, right, place)
         for name, metric in PAIRS.items():
-            yield name, left, right, of_kernels(metric, runs, resamples)
+            yield name, left, right, of_kernels(metric, runs, scale_of(name), resamples)
 
 
 def pair_nulls(cells: Cells, place: int, draws: int) -> Iterator[tuple[str, str, str, Estimate]]:
@@ -239,7 +257,7 @@ def pair_nulls(cells: Cells, place: int, draws: int) -> Iterator[tuple[str, str,
     for left, right in combinations(cells, 2):
         runs = [(b, a) for a, b in _kernels_of(cells, left, right, place)]
         for name, metric in PAIRS.items():
-            found = averaged(lambda b, a, metric=metric: metric(a, b), runs, draws)
+            found = averaged(lambda b, a, metric=metric: metric(a, b), runs, scale_of(name), draws)
             yield f"null_{name}", left, f"{right}, {PERMUTED}", found
 
 

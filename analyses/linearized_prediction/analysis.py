@@ -9,6 +9,7 @@ import numpy as np
 from analyses.core.analysis import Analysis, Findings, Runs
 from analyses.core.cells import Cells
 from analyses.core.intervals import mean_interval
+from analyses.core.scales import scale_of, within
 from analyses.linearized_prediction.cells import kernel_cell, sign_cell, training_cell
 from analyses.linearized_prediction.measures import (
     FLOW,
@@ -89,10 +90,10 @@ def _summarised(setting: Setting, outcomes: list[Outcome], identity: dict[str, A
     for outcome in outcomes:
         for key, value in measures(outcome, config.methods, setting.data.task.name).items():
             values.setdefault((*key, f"n={outcome.size}"), []).append(value)
-    metrics = [
-        Metric(name, *mean_interval(sample), "", stage, left, right)
-        for (name, left, right, stage), sample in values.items()
-    ]
+    metrics = []
+    for (name, left, right, stage), sample in values.items():
+        scale = scale_of(setting.data.task.metrics[0] if name == "score" else name)
+        metrics.append(Metric(name, *mean_interval(within(sample, scale), scale), "", stage, left, right))
     strengths = [
         {"size": o.size, "seed": o.seed, "predictor": predictor, "method": method, "strength": strength}
         for o in outcomes

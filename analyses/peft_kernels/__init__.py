@@ -6,8 +6,8 @@ it too. Two further tables show how much of the agreement remains when the mean 
 linear layer's input (`analyses.peft_kernels.mean_split`), and which layers it comes from
 (`analyses.peft_kernels.layers`). Kernels are traced over the outputs, in standard parametrisation.
 
-Each seed draws its own examples, head, random matrices and null models. Numbers are means over seeds; intervals are by
-a hierarchical bootstrap over seeds and, within each seed, examples (`analyses.core.bootstrap.seed_interval`).
+Each seed draws its own examples, head, random matrices and null models. Numbers are means over seeds; intervals are
+Student's over the seeds, on a scale that keeps them in range (`analyses.core.comparison`).
 
     python -m analyses.peft_kernels --task sst2 --data-dir DIR --seeds 0 1 2 --output-dir results/peft_kernels
 

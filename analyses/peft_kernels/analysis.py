@@ -12,8 +12,7 @@ from torch import Tensor
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
-from analyses.core.bootstrap import over_seeds
-from analyses.core.comparison import SeedComparison, draw_name
+from analyses.core.comparison import SeedComparison, draw_name, over_seeds
 from analyses.parameter_count import width
 from analyses.peft_kernels.layers import Place, agreement, place_methods, places_of
 from analyses.peft_kernels.mean_split import mean_inputs, split_methods
@@ -67,7 +66,7 @@ class Config(DataOptions, GridOutput):
     null_draws: int = 3
     """Draws of each random null model, in each seed."""
     resamples: int = 200
-    """Bootstrap resamples behind each interval."""
+    """Bootstrap resamples behind each interval of a single seed."""
     memory_budget_gb: float | None = None
     """Memory for features and kernels in GB; by default half of the free memory."""
     dtype: Literal["float32", "float64"] = "float32"

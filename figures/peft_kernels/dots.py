@@ -1,7 +1,7 @@
 """Similarity of each method to full fine-tuning: centred alignment (CKA) of the two kernels, one dot for each method.
 
-Bars are 95 % bootstrap intervals over seeds and examples; the bar of a null model covers those of all of its draws.
-Propulsion is orange; null models are grey squares on a grey background.
+Bars are 95 % intervals over seeds, or over examples of a single seed. Propulsion is orange; null models are grey
+squares on a grey background.
 """
 
 import re
@@ -22,8 +22,8 @@ _ROW = 0.135
 
 @figure("peft_kernels")
 def draw(result: Result) -> Figure:
-    """CKA of each method's kernel with that of full fine-tuning; bars are 95 % bootstrap intervals over examples, a
-    null model's over all of its draws (squares, grey ground).
+    """CKA of each method's kernel with that of full fine-tuning; bars are 95 % intervals over seeds, or over
+    examples of a single seed; null models are squares on grey ground.
 
     Raises:
         RecordError: the result lacks a metric.

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ntk
-from analyses.core.bootstrap import RESAMPLED, bootstrap_interval, resampled, seed_interval
+from analyses.core.bootstrap import RESAMPLED, bootstrap_interval, drawn_interval, resampled
+from analyses.core.intervals import IDENTITY, LOGIT
 
 
 def kernels(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,37 +65,17 @@ def test_an_undefined_metric_is_not_a_number_rather_than_a_crash():
     assert all(math.isnan(end) for end in bootstrap_interval(ntk.cka, kernels, resamples=3, seed=0))
 
 
-def test_of_one_seed_the_interval_is_that_of_its_examples():
-    found = (2.0, np.array([1.0, 1.5, 3.0]))
-    value, low, high = seed_interval([found], seed=0)
-    shifted = np.quantile([1.0, 1.5, 3.0], [0.025, 0.975]) - np.mean([1.0, 1.5, 3.0])
-    assert (value, low, high) == pytest.approx((2, *(2 + shifted)))
+def test_the_interval_has_the_quantiles_distances_from_the_resamples_mean():
+    draws = [1.0, 1.5, 3.0, math.nan]
+    shifted = np.quantile(draws[:3], [0.025, 0.975]) - np.mean(draws[:3])
+    assert drawn_interval(2.0, np.array(draws), IDENTITY) == pytest.approx((2, *(2 + shifted)))
 
 
-@pytest.mark.parametrize(
-    ("between", "within", "factor"),
-    # Of S = 3 seeds the resamples' variance is ((1 - 1/S) (between + within) + within) / S in the mean.
-    [(1.0, 0.0, 2 / 3), (0.0, 1.0, 5 / 3), (1.0, 1.0, 7 / 6)],
-    ids=("seeds alone", "examples alone", "both"),
-)
-def test_the_interval_over_seeds_is_as_wide_as_it_says(between, within, factor):
-    rng = np.random.default_rng(0)
-    widths = []
-    for _ in range(300):
-        values = rng.normal(size=3) * np.sqrt(between) + rng.normal(size=3) * np.sqrt(within)
-        each = [(value, value + np.sqrt(within) * rng.normal(size=400)) for value in values]
-        _, low, high = seed_interval(each, seed=int(rng.integers(1 << 30)))
-        widths.append((high - low) ** 2)
-    variance = np.mean(widths) / (2 * 1.96) ** 2
-    # Resamples of three seeds take few values, so that quantiles only roughly equal those of a normal distribution.
-    assert variance == pytest.approx(factor * (between + within) / 3, rel=0.25)
-
-
-def test_a_seed_without_a_value_leaves_the_mean_without_one():
-    undefined = (float("nan"), np.full(4, np.nan))
-    assert all(math.isnan(end) for end in seed_interval([(1.0, np.ones(4)), undefined], seed=0))
-    with pytest.raises(ValueError, match="at least one seed"):
-        seed_interval([], seed=0)
+def test_an_interval_is_cut_at_the_bounds_of_its_scale():
+    pair = kernels(5, 17)
+    value, low, high = bootstrap_interval(ntk.cka, pair, resamples=200, seed=0)
+    assert high > 1
+    assert bootstrap_interval(ntk.cka, pair, resamples=200, seed=0, scale=LOGIT) == (value, low, 1)
 
 
 @pytest.mark.parametrize("metric", RESAMPLED, ids=lambda metric: metric.__name__)

@@ -69,7 +69,7 @@ SMALLEST = {
     },
     "memory": lambda model: {"methods": ("head",), "rounds": 1, "run": runs(model)},
     "method_comparison": lambda model: {
-        "methods": ("full", "head"), "seeds": (0,), "tuning_steps": 1, "rate_extensions": 0, "resamples": 2,
+        "methods": ("full", "head"), "seeds": (0,), "tuning_steps": 1, "rate_extensions": 0,
         "run": runs(model),
     },
     "parameter_count": lambda model: {},

@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from analyses.core.bootstrap import seed_interval
 from analyses.core.intervals import (
     FISHER,
     IDENTITY,
     LOG,
     LOGIT,
+    between,
+    clipped,
     crossed_error,
     crossed_interval,
     holm,
     mean_interval,
+    on_scale,
     p_value,
     row_values,
     variance_components,
@@ -77,14 +79,56 @@ def test_on_the_identity_scale_bounded_values_are_left_and_covered_less():
     assert max(high for _, _, high in found) > 1
 
 
+def bootstrap_over_seeds(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """The percentile bootstrap over seeds, which analyses used before: mean, low, high."""
+    drawn = np.random.default_rng(seed).integers(0, len(values), (200, len(values)))
+    return float(values.mean()), *np.quantile(values[drawn].mean(1), [0.025, 0.975]).tolist()
+
+
 def test_a_bootstrap_over_three_seeds_covers_three_quarters_where_it_says_95_percent():
     # One resample in 27 is three times the lowest seed, more than the 2.5 % that a tail has. The interval is therefore
     # that from the lowest to the highest seed, which contains the truth unless all three lie on one side of it.
     generator = np.random.default_rng(0)
     values = generator.normal(size=(1000, 3))
-    found = [seed_interval([(v, np.full(200, v)) for v in sample], seed=i) for i, sample in enumerate(values)]
+    found = [bootstrap_over_seeds(sample, i) for i, sample in enumerate(values)]
     assert coverage(found, 0) == pytest.approx(0.75, abs=tolerance(0.75, 1000))
     assert coverage(map(mean_interval, values), 0) == pytest.approx(STATED, abs=tolerance(STATED, 1000))
+
+
+def test_three_seeds_that_a_bootstrap_takes_for_proof_are_undecided():
+    # The seeds' CKAs are all above .9, and so is every resample's mean.
+    values = np.array([0.905, 0.93, 0.96])
+    _, low, _ = bootstrap_over_seeds(values)
+    assert low > 0.9
+    _, low, high = mean_interval(values, LOGIT)
+    assert low < 0.9 < high < 1
+    # Student's interval on the identity scale leaves the possible values.
+    assert mean_interval(values)[2] > 1
+
+
+@pytest.mark.parametrize("scale", [LOG, LOGIT, FISHER, between(1, 8)], ids=["log", "logit", "Fisher", "1 to 8"])
+def test_an_interval_of_the_identity_scale_can_be_moved_to_another(scale):
+    values = [scale.low + x for x in (0.2, 0.5, 0.8)]
+    assert on_scale(*mean_interval(values), scale) == pytest.approx(mean_interval(values, scale))
+    wide = on_scale(values[0], values[0] - 99, values[0] + 99, scale)
+    assert scale.low <= wide.low < wide.value < wide.high <= scale.high
+    if math.isfinite(scale.low):
+        assert on_scale(scale.low, scale.low - 1, scale.low + 1, scale) == (scale.low,) * 3
+    assert all(map(math.isnan, on_scale(values[0], math.nan, math.nan, scale)[1:]))
+
+
+def test_a_scale_between_two_bounds_is_the_logit_of_the_share_of_the_way():
+    scale, values = between(2.0, 6.0), [3.0, 4.5, 5.0]
+    shares = mean_interval([(x - 2) / 4 for x in values], LOGIT)
+    assert mean_interval(values, scale) == pytest.approx([2 + 4 * x for x in shares])
+    of_correlations = mean_interval([0.1, 0.3, 0.6], between(-1.0, 1.0))
+    assert of_correlations == pytest.approx(mean_interval([0.1, 0.3, 0.6], FISHER))
+
+
+def test_a_clipped_interval_stays_within_limits():
+    assert clipped(mean_interval([0.9, -0.9]), -1, 1) == (0, -1, 1)
+    assert clipped(mean_interval([0.1, 0.2]), -9, 9) == mean_interval([0.1, 0.2])
+    assert all(map(math.isnan, clipped(mean_interval([0.1]), -1, 1)[1:]))
 
 
 def test_students_interval_is_that_of_scipy():

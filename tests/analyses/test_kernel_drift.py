@@ -142,7 +142,8 @@ def planted(kernels, outputs=None, linearized=None):
     arrays = norms | {"moved": norms["moved"] / 4, "kernels": torch.stack(list(kernels)), "outputs": outputs,
                       "linearized": outputs if linearized is None else linearized}  # fmt: skip
     points = [{"step": t, "score": 0.5, "parameter_drift": 0.0, "head_drift": 0.0} for t in range(T)]
-    return {"arrays": {name: value.numpy() for name, value in arrays.items()}, "points": points}
+    return {"arrays": {name: value.numpy() for name, value in arrays.items()}, "points": points,
+            "scores": {"accuracy": 0.5}}  # fmt: skip
 
 
 @pytest.fixture
@@ -185,7 +186,8 @@ def test_intervals_over_seeds_and_examples(kernel):
     cells = [planted([kernel, scale * kernel]) for scale in (1.1, 1.2, 1.3)]
     drift = dict(measures.method_estimates(cells, 1, resamples=20))["relative_kernel_drift"]
     assert drift.by_seed == pytest.approx((0.1, 0.2, 0.3), rel=1e-5)
-    assert drift.seeds == pytest.approx((0.2 - 0.1 * 4.302653 / 3**0.5, 0.2 + 0.1 * 4.302653 / 3**0.5), rel=1e-4)
+    half = 0.1 * 4.302653 / 3**0.5  # The standard deviation of the three runs is 0.1.
+    assert drift.seeds == pytest.approx((0.2 * np.exp(-half / 0.2), 0.2 * np.exp(half / 0.2)), rel=1e-4)
     assert drift.examples == pytest.approx((0.2, 0.2), rel=1e-5)  # The same in all resamples of examples.
     assert drift.ends == drift.seeds
     single = dict(measures.method_estimates(cells[:1], 1, resamples=20))["relative_kernel_drift"]

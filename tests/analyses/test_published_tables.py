@@ -1,13 +1,18 @@
 """The tables in the pages of results agree with the stored results."""
 
+import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from analyses import readme
+from analyses import method_comparison, readme, spectrum
 from analyses.core.comparison import directions
+from analyses.core.intervals import LOG, between, mean_interval
+from analyses.core.scales import limits, scale_of, within
 from analyses.records import STAGES, RecordError, load_result
+from analyses.subjects.paired_scores import score_metrics
 
 STORED = Path(__file__).parent.parent.parent / "docs" / "results"
 # Results whose tables are in no page, or only in part.
@@ -83,3 +88,62 @@ def test_without_a_cka_or_its_kernel_there_is_no_number_of_random_directions():
     kernel = f"{STAGES[0]}.full_backbone"
     assert directions(result, kernel, None) == directions(result, "no such kernel", 0.5) == "-"
     assert directions(result, kernel, 1.0) == directions(result, kernel, float("nan")) == "-"
+
+
+ANALYSES = ("kernel_distance", "peft_kernels", "kernel_drift", "linearized_prediction", "spectrum", "ablation",
+            "convergence", "method_comparison")  # fmt: skip
+FOLDERS = sorted(path.parent for name in ANALYSES for path in (STORED / name).rglob("result.json"))
+
+
+def possible(result, metric) -> tuple[float, float]:
+    """The least and the greatest possible value of a metric."""
+    if "difference" in metric.stage or method_comparison.CHANGE in metric.stage:
+        return limits(scale_of(metric.name))
+    if metric.name.startswith("rank correlation"):
+        return -1.0, 1.0
+    if result.analysis == "spectrum":
+        scale = spectrum.scale_of_quantity(metric.name, result.arrays["eigenvalues.full"].shape[1])
+    elif metric.name == "effective_rank":
+        scale = between(1.0, len(result.arrays["labels"]))
+    elif "steps to" in metric.name:
+        scale = LOG
+    else:
+        scale = scale_of(result.dataset["metric"] if "score" in metric.name else metric.name)
+    return scale.low, scale.high
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.relative_to(STORED).as_posix())
+def test_no_published_interval_leaves_the_possible_values(folder):
+    result = load_result(folder)
+    for metric in result.metrics:
+        low, high = possible(result, metric)
+        for end in (metric.value, metric.low, metric.high):
+            assert end is None or math.isnan(end) or low - 1e-9 <= end <= high + 1e-9, metric
+
+
+@pytest.mark.parametrize(
+    "folder", [folder for folder in FOLDERS if folder.parent.name in ("kernel_distance", "peft_kernels")],
+    ids=lambda folder: folder.relative_to(STORED).as_posix(),
+)  # fmt: skip
+def test_published_intervals_of_kernels_follow_from_the_values_of_every_seed(folder):
+    result = load_result(folder)
+    values: dict[tuple, list[float]] = {}
+    for row in result.tables["seed_values"]:
+        key = (row.get("stage", STAGES[0]), row["metric"], row["left"], row["right"])
+        values.setdefault(key, []).append(math.nan if row["value"] is None else row["value"])
+    for m in result.metrics:
+        scale = between(1.0, len(result.arrays["labels"])) if m.name == "effective_rank" else scale_of(m.name)
+        expected = mean_interval(within(values[m.stage, m.name, m.left, m.right], scale), scale)
+        found = [math.nan if x is None else x for x in (m.value, m.low, m.high)]
+        assert found == pytest.approx(expected, rel=1e-9, nan_ok=True), m
+
+
+def test_published_differences_follow_from_the_published_predictions():
+    result = load_result(STORED / "method_comparison" / "sst2")
+    methods, seeds = [row["method"] for row in result.tables["summary"]], (0, 1, 2)
+    predictions = {m: np.stack([result.arrays[f"predictions.sst2.{m}.{s}"] for s in seeds]) for m in methods}
+    metrics, rows = score_metrics("sst2", predictions, result.arrays["labels.sst2"], method_comparison.REFERENCE)
+    for m in metrics:
+        stored = result.metric(m.name, stage=m.stage, left=m.left, right=m.right)
+        assert (stored.value, stored.low, stored.high) == pytest.approx((m.value, m.low, m.high))
+    assert [row["p_holm"] for row in result.tables["comparisons"]] == pytest.approx([row["p_holm"] for row in rows])

@@ -89,7 +89,7 @@ def compared(model: Path) -> Callable[[Path], method_comparison.Config]:
     """The configuration of a comparison of two methods, by the folder."""
     run = RunConfig(model=str(model), n_train=16, n_validation=12, degree=3, training=TRAINING)
     return lambda folder: method_comparison.Config(
-        output_dir=folder / RESULT, methods=("full", "head"), tuning_steps=1, rate_extensions=0, resamples=2,
+        output_dir=folder / RESULT, methods=("full", "head"), tuning_steps=1, rate_extensions=0,
         seeds=(0, 1), run=run,
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ def claimed(model: Path) -> list[plan.Run]:
     return [
         plan.run("parameter_count"),
         plan.run("johnson_lindenstrauss", dimensions=(4, 16), draws=200),
-        plan.run("method_comparison/demo", methods=methods, seeds=(0,), tuning_steps=1, rate_extensions=0, resamples=2,
+        plan.run("method_comparison/demo", methods=methods, seeds=(0,), tuning_steps=1, rate_extensions=0,
                  **own),
         plan.rated("delta_weights", "demo", methods=methods, **own),
     ]  # fmt: skip
