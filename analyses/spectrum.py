@@ -25,8 +25,8 @@ from scipy.optimize import brentq
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, Output
-from analyses.core.intervals import LOG, LOGIT, Scale, between, mean_interval
-from analyses.core.scales import within
+from analyses.core.intervals import LOG, LOGIT, Scale, between
+from analyses.core.scales import bounded_mean
 from analyses.records import STAGES, Block, Metric, Result, load_result, metric_cell, summary_of_blocks
 from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
@@ -206,7 +206,7 @@ def _metrics(name: str, each: Sequence[Spectral]) -> list[Metric]:
         # Not a number if the value of a seed is not finite.
         scale = scale_of_quantity(quantity, n)
         finite = np.isfinite(values).all()
-        bounds = mean_interval(within(values, scale), scale) if finite else (math.nan, math.nan, math.nan)
+        bounds = bounded_mean(values, scale) if finite else (math.nan, math.nan, math.nan)
         return Metric(quantity, *bounds, unit, STAGE, name, right)
 
     def area(energies: np.ndarray) -> float:

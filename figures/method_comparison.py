@@ -35,7 +35,7 @@ def draw(result: Result) -> Figure:
         metric = next(m.name for m in result.metrics if m.stage == task)
         for place, method in enumerate(reversed(methods)):
             found = result.metric(metric, stage=task, left=method)
-            low, high = (found.value if end is None else end for end in (found.low, found.high))
+            low, high = (found.value if end is None or np.isnan(end) else end for end in (found.low, found.high))
             color = color_of_method(method)
             ax.plot([low, high], [place, place], color=color)
             ax.plot([found.value], [place], "o", markersize=3.5, color=color)

@@ -3,10 +3,13 @@
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from analyses.claims.theory import DROPPED, PRETRAINED
-from analyses.claims.training import ALL, ATTN
+from analyses.claims.training import ALL
+from analyses.method_comparison import CHANGE
 from analyses.records import Metric, Result
+from analyses.subjects.paired_scores import BEST_ANSWER
 
 Value = float | tuple[float, float, float]
 Folders = dict[str, Result]
@@ -33,9 +36,32 @@ NEARLY_ALL = around(0.95)
 PARTLY_ALIKE = around(0.6)
 CHANCE = around(0.7)
 NOTHING = around(0.0)
-WORSE = around(-0.1)
+BETTER = around(0.1)
+WORSE = around(-0.3)
 GOOD = around(0.8)
 HALF = around(0.5)
+
+
+def reference(
+    task: str = "sst2", *, above: Value = BETTER, head: Value = WORSE, change: Value | None = NOTHING
+) -> Folders:
+    """The comparison of methods that says whether full fine-tuning has learnt a task, which it has by default.
+
+    Args:
+        task: The task.
+        above: Full fine-tuning minus the best single answer.
+        head: The head alone minus full fine-tuning.
+        change: The change of full fine-tuning over the last third of the steps; None if it was not measured.
+    """
+    metrics = [
+        metric("accuracy", GOOD, task, "full"),
+        metric("accuracy", HALF, task, "head"),
+        metric("accuracy", above, f"{task}, difference", "full", BEST_ANSWER),
+        metric("accuracy", head, f"{task}, difference", "head", "full"),
+    ]
+    if change is not None:
+        metrics.append(metric(CHANGE, change, f"{task}, {CHANGE}", "full"))
+    return {f"method_comparison/{task}": planted("method_comparison", metrics, tables={"summary": []})}
 
 
 # --- theory ---------------------------------------------------------------------------------------------------------
@@ -55,7 +81,9 @@ def distances(
     ]
     rows = [{"kernel": k, "relative_frobenius": d, "cka": 0.9} for k, d in zip(pair, drift)]
     tables = {"drift": [*rows, {"kernel": "full_all", "relative_frobenius": 9.0, "cka": 0.1}]}
-    return {f"kernel_distance/{task}": planted("kernel_distance", metrics, config={"degree": 15}, tables=tables)}
+    config = {"degree": 15, "pooling": "mean"}
+    found = planted("kernel_distance", metrics, config=config, tables=tables)
+    return {f"kernel_distance/{task}": found} | reference(task)
 
 
 def trained(task: str = "sst2", **numbers: Any) -> Folders:
@@ -70,7 +98,7 @@ def cases(
     numbers = {"linear": (limit, limit), "ReLU": (limit, limit), "ReLU, biases trained": (biases_literal, biases)}
     numbers |= {name: (dropped_literal, dropped) for name in DROPPED}
     rows = [{"case": n, "compared": "limit", "literal": a, "corrected": b} for n, (a, b) in numbers.items()]
-    rows.append({"case": PRETRAINED, "compared": "standard", "literal": pretrained, "corrected": 1.0})
+    rows.append({"case": f"MiniLM-L6{PRETRAINED}", "compared": "standard", "literal": pretrained, "corrected": 1.0})
     return {"theorem1": planted("theorem1", tables={"cases": rows})}
 
 
@@ -99,21 +127,22 @@ def drifts(name: str, full: Value, propulsion: Value, task: str = "sst2") -> Fol
     metrics = [metric(name, value, "trained", method) for method, value in values.items()]
     metrics += [metric(f"null_{name}", around(n), "trained", "full", f"null {n}") for n in (1.4, 1.2)]
     metrics.append(metric(name, around(9.0), "initialisation", "full"))
-    return {f"kernel_drift/{task}": planted("kernel_drift", metrics)}
+    return {f"kernel_drift/{task}": planted("kernel_drift", metrics)} | reference(task)
 
 
 def predictions(
-    *, kernels: Value = NEARLY_ALL, networks: Value = NEARLY_ALL, own: Value = NEARLY_ALL, chance: Value = PARTLY_ALIKE
-) -> Folders:
+    *, kernels: Value = NEARLY_ALL, networks: Value = NEARLY_ALL, own: Value = NEARLY_ALL,
+    own_propulsion: Value | None = None, chance: Value = PARTLY_ALIKE,
+) -> Folders:  # fmt: skip
     metrics = [metric("kernel_agreement", around(0.1), "n=16", "full", ALL)]
     pairs = {("kernel_", "full", ALL): kernels, ("trained_", "full", ALL): networks,
-             ("", "full", "gradient flow"): own, ("", ALL, "gradient flow"): own,
+             ("", "full", "gradient flow"): own, ("", ALL, "gradient flow"): own_propulsion or own,
              ("", "lora", "gradient flow"): around(0.1)}  # fmt: skip
     for (prefix, left, right), value in pairs.items():
         metrics.append(metric(f"{prefix or 'prediction_'}agreement", value, "n=32", left, right))
         metrics.append(metric(f"{prefix}independent_errors_agreement", chance, "n=32", left, right))
     sizes = {"sizes": [{"size": 16}, {"size": 32}]}
-    return {"linearized_prediction/sst2": planted("linearized_prediction", metrics, tables=sizes)}
+    return {"linearized_prediction/sst2": planted("linearized_prediction", metrics, tables=sizes)} | reference()
 
 
 def degrees(*numbers: tuple[float, float, float]) -> Folders:
@@ -142,14 +171,27 @@ def layer(*, lora: int = 160, propulsion: int = 10, bitfit: int = 10, time: floa
     return {"complexity": planted("complexity", tables={"methods": rows}, config={"rank": 8})}
 
 
-def compared(task: str = "sst2", *, own: Value = NOTHING, lora: Value = WORSE, full: Value = GOOD,
-             head: Value = HALF, trained: tuple[int, int] = (170, 20)) -> Folders:  # fmt: skip
-    differences = {ALL: own, "lora": lora, "head": around(-0.3)}
-    metrics = [metric("accuracy", full, task, "full"), metric("accuracy", head, task, "head")]
-    metrics += [metric("accuracy", v, f"{task}, difference", m, "full") for m, v in differences.items()]
+def compared(task: str = "sst2", *, own: Value = NOTHING, over: Value = BETTER, trained: tuple[int, int] = (170, 20),
+             p: float = 0.001, **of_reference: Any) -> Folders:  # fmt: skip
+    """A comparison of Propulsion with full fine-tuning (`own`) and LoRA (`over`), whose difference has p-value p."""
+    (found,) = reference(task, **of_reference).values()
+    stage = f"{task}, difference"
+    values = {"full": own, "lora": over}
+    found.metrics.extend(metric("accuracy", value, stage, ALL, right) for right, value in values.items())
     sizes = {"full": 1000, ALL: trained[1], "lora": trained[0], "head": 10}
     rows = [{"task": task, "method": m, "trained_parameters": n} for m, n in sizes.items()]
-    return {f"method_comparison/{task}": planted("method_comparison", metrics, tables={"summary": rows})}
+    differences = [
+        {"task": task, "metric": "accuracy", "left": ALL, "right": right, "degrees": 10.0,
+         "error": abs(value[0] if isinstance(value, tuple) else value) / _student(p)}
+        for right, value in values.items()
+    ]  # fmt: skip
+    found.tables.update(summary=rows, comparisons=differences)
+    return {f"method_comparison/{task}": found}
+
+
+def _student(p: float) -> float:
+    """The quantile at which Student's test with 10 degrees of freedom has a two-sided p-value."""
+    return float(special.stdtrit(10.0, 1 - p / 2))
 
 
 def peaks(**others: list[float]) -> Folders:
@@ -159,16 +201,19 @@ def peaks(**others: list[float]) -> Folders:
     return {"memory": planted("memory", tables={"runs": rows})}
 
 
-def curves(own: Value, **others: Value) -> Folders:
-    values = {ALL: own, ATTN: around(0.1), "full": around(0.99), "head": around(0.98)} | others
-    metrics = [metric("mean score over the steps", v, "trained", m) for m, v in values.items()]
-    return {"convergence": planted("convergence", metrics)}
+def curves(own: list[float], **others: list[float]) -> Folders:
+    """Mean scores over the steps of every seed, of Propulsion (All) and of other methods."""
+    values = {ALL: own, "full": [0.99] * len(own), "head": [0.98] * len(own)} | others
+    arrays = {f"scores.{name}": np.array(scores)[:, None] for name, scores in values.items()}
+    found = planted("convergence", arrays=arrays, dataset={"name": "sst2", "metric": "accuracy"})
+    return {"convergence": found} | reference()
 
 
 def settings(factor: str, chance: float = 0.0, **scores: list[float | None]) -> Folders:
     """Scores of every seed by setting; an underscore stands for a space."""
     rows = [{"setting": label.removeprefix("_").replace("_", " "), "scores": s} for label, s in scores.items()]
-    return {f"ablation/{factor}": planted("ablation", tables={"settings": rows}, dataset={"chance": chance})}
+    dataset = {"chance": chance, "metric": "accuracy"}
+    return {f"ablation/{factor}": planted("ablation", tables={"settings": rows}, dataset=dataset)}
 
 
 def deltas(*, z: tuple[float, float] = (0.99, 1.01), central: tuple[float, float] = (0.995, 1.005),
@@ -176,7 +221,8 @@ def deltas(*, z: tuple[float, float] = (0.99, 1.01), central: tuple[float, float
     names = ("z q0", "z q0.05", "z q0.5", "z q0.95", "z q1")
     row = {"method": ALL} | dict(zip(names, np.array([z[0], central[0], 1.0, central[1], z[1]]).tolist()))
     metrics = [metric("rank_share", rank, "trained", ALL), metric("rank_share", (0.02, 0.02, 0.02), "trained", "lora")]
-    return {"delta_weights": planted("delta_weights", metrics, tables={"methods": [row, {"method": "lora"}]})}
+    tables = {"methods": [row, {"method": "lora"}]}
+    return {"delta_weights": planted("delta_weights", metrics, tables=tables, dataset={"name": "sst2"})} | reference()
 
 
 def tuned(own: Value, model: str) -> Folders:

@@ -10,6 +10,7 @@ import torch
 import analyses.claims
 from analyses.claims import plan, report
 from analyses.claims.judge import TASKS, choose, judge, load_tree
+from analyses.claims.model_plan import model_plan
 from analyses.claims.page import page, pictures
 from analyses.core.errors import run_command
 from analyses.core.locks import held
@@ -30,6 +31,8 @@ class Config:
     """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub."""
     tasks: tuple[str, ...] = TASKS
     """Tasks of the full run; what is measured on one task takes the first."""
+    model: str | None = None
+    """Run what docs/claims/plan.md says on this encoder, by name, hub name or folder, into the folder of its name."""
     language_model: Path | None = None
     """Name, GGUF file or folder of a causal language model, for the full run; without it, none is tuned."""
     load: Path | None = None
@@ -53,8 +56,8 @@ def main(config: Config) -> None:
     """
     claims = choose(config.only)
     if config.load is not None:
-        if config.quick or config.show_plan:
-            raise UserError("--load runs nothing: leave out --quick and --show-plan")
+        if config.quick or config.show_plan or config.model:
+            raise UserError("--load runs nothing: leave out --quick, --show-plan and --model")
         write(config, load_tree(config.load), config.load, config.output_dir)
         return
     root = config.output_dir or Path("results") / ("claims-quick" if config.quick else "claims")
@@ -118,9 +121,13 @@ def write(config: Config, results: Mapping[str, Result], root: Path, folder: Pat
 
 def _plan(config: Config) -> list[plan.Run]:
     if config.quick:
+        if config.model:
+            raise UserError("--quick is of the default model: leave out --model")
         return plan.quick_plan()
     if not config.tasks:
         raise UserError("name one task at least")
+    if config.model:
+        return model_plan(config.model, config.tasks, config.data_dir)
     return plan.full_plan(config.tasks, config.data_dir, config.language_model, gpu=torch.cuda.is_available())
 
 

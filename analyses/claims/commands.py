@@ -32,7 +32,9 @@ def arguments(result: Result, others: Mapping[str, str] | None = None) -> list[s
         if name in _NOT_THE_EXPERIMENT or value == "":
             continue
         if name in _READ_RESULTS and value is not None:
-            value = next((folder for other, folder in (others or {}).items() if value.endswith(f"/{other}")), value)
+            # The longest name: "mpnet-base/method_comparison/sst2" also ends in "/method_comparison/sst2".
+            found = [other for other in others or {} if value.endswith(f"/{other}")]
+            value = (others or {})[max(found, key=len)] if found else value
         options[name] = value
     return words(options, _default_options(result))
 

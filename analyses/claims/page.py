@@ -19,6 +19,7 @@ from analyses.claims.report import (
     commit_in_words,
     counts_in_words,
     met_in_words,
+    models_in_words,
     note_in_words,
     null_in_words,
     number_in_words,
@@ -87,7 +88,7 @@ def page(content: Mapping[str, Any], figures: list[Picture]) -> str:
     )  # fmt: skip
     environment.filters |= {
         "number": number_in_words, "verdict": verdict_in_words, "null": null_in_words, "commit": commit_in_words,
-        "met": met_in_words, "anchor": lambda name: "result-" + name.replace("/", "-"),
+        "met": met_in_words, "models": models_in_words, "anchor": lambda name: "result-" + name.replace("/", "-"),
         "style": lambda verdict: Verdict(verdict).name.lower(),
     }  # fmt: skip
     return environment.get_template("page.html").render(

@@ -11,7 +11,7 @@ from typing import Any
 
 from analyses.claims.claim import TRIED_RATES, Claim
 from analyses.claims.commands import differing
-from analyses.claims.judge import matching
+from analyses.claims.judge import matching, placed
 from analyses.core.analysis import Output
 from analyses.core.child import run_python
 from analyses.core.command_line import configured, default_options, options_of, words
@@ -37,7 +37,8 @@ class Run:
     """One analysis run once.
 
     Attributes:
-        name: Its result folder below the root; its first part is the analysis.
+        name: Its result folder below the root; its first part is the analysis, after the model's folder if it is of
+            another model than the default one.
         options: Options by name, of those that differ from the analysis' defaults.
     """
 
@@ -65,7 +66,7 @@ class Run:
 
     @property
     def _analysis(self) -> str:
-        return self.name.split("/")[0]
+        return placed(self.name)[1].split("/")[0]
 
     @property
     def _config(self) -> type[Output]:

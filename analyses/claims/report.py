@@ -14,13 +14,14 @@ from analyses.records import RESULT_FILE, Result, format_table, plain
 WIDTH = 100
 AGAIN = "results"
 """Folder that the commands of the ledger write to."""
-SYMBOLS = dict(zip(Verdict, "✓◐✗?…", strict=True))
-UNDECIDED = "no number is decided: its interval contains the threshold, or a single seed gives no interval"
+SYMBOLS = dict(zip(Verdict, "✓◐◔✗○?…", strict=True))
 HOW_TO_READ = (
-    "Every verdict is computed from stored results by the rule that is printed with it. A number has its 95 % interval "
-    "in brackets, and a baseline: the same number for a null model, for another method, or by chance. A number meets a "
-    "threshold if its whole interval does, misses it if its whole interval does, and is undecided otherwise. The "
-    "claims are in our own words."
+    "Every verdict is computed from stored results by the rule that is printed with it, over all models together. A "
+    "number has its 95 % interval in brackets, and a baseline: the same number for a null model, for another method, "
+    "or by chance. A number is met if its whole interval meets the threshold, not met if its whole interval misses it, "
+    "and undecided otherwise. A claim on trained models is not testable where full fine-tuning, the reference, has not "
+    "learnt the task: where it is not above the best single answer and above the head alone by its whole interval, or "
+    "is not known to have converged. The plan (plan.md) says so in full; the claims are in our own words."
 )
 QUICK = (
     "Made by --quick, on the demonstration task with few steps and few examples. These verdicts show how the ledger "
@@ -50,24 +51,41 @@ def ledger(rows: Sequence[Row], results: Mapping[str, Result], root: str, *, qui
 
 def _row(row: Row, root: str) -> dict[str, Any]:
     claim = row.claim
-    words = ("key", "title", "words", "where", "measure", "threshold")
+    words = ("key", "title", "words", "where", "measure", "threshold", "settle")
     source = "--data-dir glue" if row.missing else f"--load {root}"
-    undecided = UNDECIDED if row.verdict == Verdict.UNTESTABLE and not row.reason else row.reason
+    outcomes = [e.outcome for e in row.evidence]
+    settling = f"python -m analyses.claims --only {claim.key} {claim.plan_command}" if claim.plan_command else ""
     return {name: getattr(claim, name) for name in words} | {
         "rule": claim.rule.words,
         "verdict": row.verdict.value,
+        "condition": row.condition,
+        "counts": {outcome.value: outcomes.count(outcome) for outcome in Outcome},
+        "models": _by_model(row),
+        "notes": list(row.notes),
         "number": None if row.decisive is None else _evidence(row.decisive),
         "evidence": [_evidence(e) for e in row.evidence],
         "results": list(row.folders),
         "waits_for": list(row.missing),
-        "reason": undecided,
+        "reason": row.reason,
         "command": f"python -m analyses.claims --only {claim.key} {source}",
+        "settling_command": settling,
     }
+
+
+def _by_model(row: Row) -> dict[str, dict[str, int]]:
+    """For each model, the number of its numbers by their outcomes."""
+    found: dict[str, dict[str, int]] = {}
+    for e in row.evidence:
+        counts = found.setdefault(e.model, {outcome.value: 0 for outcome in Outcome})
+        counts[e.outcome.value] += 1
+    return found
 
 
 def _evidence(e: Evidence) -> dict[str, Any]:
     null = None if e.null is None else _quantity(e.null)
-    return _quantity(e.found) | {"outcome": e.outcome.value, "null": null, "detail": e.detail}
+    corrected = None if e.corrected is None else e.corrected.value
+    return _quantity(e.found) | {"model": e.model, "outcome": e.outcome.value, "after_holm": corrected, "null": null,
+                                 "detail": e.detail}  # fmt: skip
 
 
 def _quantity(q: Quantity) -> dict[str, Any]:
@@ -112,20 +130,31 @@ def number_in_words(row: Mapping[str, Any]) -> str:
 
 
 def met_in_words(row: Mapping[str, Any]) -> str:
-    """How many of a row's numbers meet the threshold, as text."""
-    met = sum(e["outcome"] == Outcome.MET for e in row["evidence"])
-    return f"{met}/{len(row['evidence'])}" if row["evidence"] else ""
+    """How many of a row's numbers have each outcome, as text."""
+    return counted(row["counts"])
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Numbers by outcome, as text: "3 met, 1 undecided"."""
+    return ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n)
+
+
+def models_in_words(row: Mapping[str, Any]) -> str:
+    """For each model, how many of its numbers have each outcome, as text."""
+    return "; ".join(f"{model}: {counted(counts)}" for model, counts in row["models"].items())
 
 
 def verdict_in_words(row: Mapping[str, Any]) -> str:
-    """The symbol and the name of a row's verdict."""
-    return f"{SYMBOLS[Verdict(row['verdict'])]} {row['verdict']}"
+    """The symbol and the name of a row's verdict, with the condition under which the claim holds."""
+    condition = f": {row['condition']}" if row["condition"] else ""
+    return f"{SYMBOLS[Verdict(row['verdict'])]} {row['verdict']}{condition}"
 
 
 def text(content: Mapping[str, Any], width: int = WIDTH) -> str:
     """A table for the terminal, no wider than `width`."""
-    header = ("claim", "verdict", "met", "number")
-    rows = [(r["title"], verdict_in_words(r), met_in_words(r), number_in_words(r)) for r in content["rows"]]
+    header = ("claim", "verdict", "number")
+    rows = [(r["title"], verdict_in_words(r | {"condition": ""}), f"{met_in_words(r)}; {number_in_words(r)}")
+            for r in content["rows"]]  # fmt: skip
     sizes = [max(map(len, column)) for column in zip(header, *rows, strict=True)][:-1]
     sizes.append(width - sum(sizes) - 2 * len(sizes))
     lines = [header, tuple("-" * size for size in sizes), *rows]
@@ -148,9 +177,9 @@ def markdown(content: Mapping[str, Any], root: Path, folder: Path) -> str:
         f"Made by\n\n```sh\n{made}\n```",
         f"**{counts_in_words(content)}.**",
         format_table(
-            ["claim", "verdict", "met", "number"],
-            [[f"[{row['title']}](#{anchor(row['title'])})", verdict_in_words(row), met_in_words(row),
-              _cell(number_in_words(row))]
+            ["claim", "verdict", "models", "threshold", "number"],
+            [[f"[{row['title']}](#{anchor(row['title'])})", _cell(verdict_in_words(row)), _cell(models_in_words(row)),
+              _cell(row["threshold"]), _cell(number_in_words(row))]
              for row in content["rows"]],
             markdown=True,
         ),
@@ -169,11 +198,17 @@ def _section(row: Mapping[str, Any]) -> str:
         blocks[-1] += f": {row['reason']}"
     if row["waits_for"]:
         blocks[-1] += f": waits for {', '.join(row['waits_for'])}"
-    blocks.append(f"- measured: {row['measure']}\n- threshold: {row['threshold']}\n- rule: {row['rule']}")
+    settling = f", by `{row['settling_command']}`" if row["settling_command"] else ""
+    lines = [f"- numbers: {models_in_words(row) or 'none'}", f"- measured: {row['measure']}",
+             f"- threshold: {row['threshold']}", f"- rule: {row['rule']}",
+             *(f"- this verdict {note}" for note in row["notes"]),
+             f"- what would settle it: {row['settle']}{settling}"]  # fmt: skip
+    blocks.append("\n".join(lines))
     if row["evidence"]:
         blocks.append(format_table(
-            ["case", "number", "outcome", "baseline", "notes"],
-            [[_cell(e["label"]), e["text"], e["outcome"], _cell(null_in_words(e)), _cell(e["detail"])]
+            ["case", "model", "number", "outcome", "after Holm", "baseline", "notes"],
+            [[_cell(e["label"]), e["model"], e["text"], e["outcome"], e["after_holm"] or "", _cell(null_in_words(e)),
+              _cell(e["detail"])]
              for e in row["evidence"]],
             markdown=True,
         ))  # fmt: skip

@@ -1,4 +1,4 @@
-"""The paper's claims on training, each with its judge: parameters, cost, speed, scores, and Propulsion's choices."""
+"""The paper's claims on training, each with its judge: parameters, cost, speed and scores."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -8,6 +8,7 @@ import numpy as np
 
 from analyses.claims.claim import (
     EVERYWHERE,
+    LAYER,
     SOMEWHERE,
     Evidence,
     Outcome,
@@ -19,7 +20,9 @@ from analyses.claims.claim import (
     claim,
     quantity,
 )
-from analyses.core.intervals import mean_interval
+from analyses.claims.learnt import COMPARISONS, if_learnt
+from analyses.claims.paired import decided, paired
+from analyses.core.intervals import p_value
 from analyses.records import Result
 from propulsion.errors import UserError
 
@@ -34,10 +37,13 @@ POINT = 0.01
 """One point of accuracy or correlation, the largest difference that counts as none."""
 SAVING = 1.25
 """Memory of another method over Propulsion's: half of what the paper reports, 26 GB over 17.2 GB."""
-Z_RANGE = (0.98, 1.02)
-FULL_RANK = 0.9
-"""Share of the full rank from which the change of a matrix counts as one of full rank."""
-PEAK = "25"
+LEARNT_RUNS = "Runs in which full fine-tuning has learnt the task, on a model of the paper's size."
+"""What would settle claims on trained models."""
+
+
+def short(method: str) -> str:
+    """A method's name in labels: All and Attn for Propulsion's two variants."""
+    return {ALL: "All", ATTN: "Attn"}.get(method, method)
 
 
 # --- parameters and cost --------------------------------------------------------------------------------------------
@@ -49,6 +55,7 @@ PEAK = "25"
     measure="parameters that Propulsion trains in the model of 355.3 million, with the paper's choice of layers",
     threshold=f"0.086 million within {ROUNDING:.1%}; in part within a factor of {NEARLY:g}",
     rule=EVERYWHERE, needs=("parameter_count",),
+    settle="It is settled: parameters are counted.", plan_command="",
 )  # fmt: skip
 def parameter_pair(results: Results) -> Iterator[Evidence]:
     """Propulsion reduces the trained parameters of one model from 355.3 to 0.086 million."""
@@ -63,7 +70,8 @@ def parameter_pair(results: Results) -> Iterator[Evidence]:
         outcome = Outcome.MET if abs(factor - 1) < ROUNDING else Outcome.PARTLY
     found = Quantity(f"trained on {model['model']}, of {model['total']:,}", model["everything"])
     null = Quantity("the abstract's", PAPER_TRAINED)
-    yield Evidence(found, outcome, null, f"the abstract's count is that of {', '.join(named) or 'no model'}")
+    note = f"the abstract's count is that of {', '.join(named) or 'no model'}"
+    yield Evidence(found, outcome, null, note, model=model["model"])
 
 
 @claim(
@@ -72,6 +80,7 @@ def parameter_pair(results: Results) -> Iterator[Evidence]:
     measure="parameters of LoRA / parameters of Propulsion, without heads",
     threshold=f"at least {TIMES_FEWER:g}",
     rule=SOMEWHERE, needs=("complexity",), also=("method_comparison/*",),
+    settle="It is settled: parameters are counted.", plan_command="",
 )  # fmt: skip
 def fewer_than_lora(results: Results) -> Iterator[Evidence]:
     """Propulsion trains over ten times fewer parameters than LoRA."""
@@ -86,15 +95,17 @@ def fewer_than_lora(results: Results) -> Iterator[Evidence]:
             for name in (ALL, ATTN) if name in trained and "lora" in trained
         ]  # fmt: skip
     for q in ratios:
-        yield Evidence(q, at_least(q, TIMES_FEWER), Quantity("the same number", 1.0))
+        model = LAYER if q is ratios[0] else ""
+        yield Evidence(q, at_least(q, TIMES_FEWER), Quantity("the same number", 1.0), model=model)
 
 
 @claim(
     "table4", "Table 4: least space and time",
     where="Sec. 5, Table 4",
     measure="counted parameters, and time of a forward and backward pass relative to the frozen layer's",
-    threshold="no more than for the best other adapter; counted parameters equal those of the formulas",
+    threshold="no more than the best other adapter; counted parameters equal those of the formulas",
     rule=SOMEWHERE, needs=("complexity",),
+    settle="Parameters are settled; times want an accelerator.", plan_command="--data-dir glue",
 )  # fmt: skip
 def table4(results: Results) -> Iterator[Evidence]:
     """Of all adapters, Propulsion needs the fewest parameters and the least time for a layer."""
@@ -107,15 +118,16 @@ def table4(results: Results) -> Iterator[Evidence]:
         best = min(rivals, key=lambda row: row[name])
         met = own[name] <= best[name] and not (name == "counted" and wrong)
         null = Quantity(best["method"], best[name])
-        yield Evidence(Quantity(words, own[name]), Outcome.MET if met else Outcome.UNMET, null, detail)
+        yield Evidence(Quantity(words, own[name]), Outcome.MET if met else Outcome.UNMET, null, detail, model=LAYER)
 
 
 @claim(
     "memory", "Figure 4: least memory",
     where="Sec. 5, Figure 4",
     measure="peak memory of another adapter / peak memory of Propulsion, medians over rounds [lowest, highest]",
-    threshold=f"at least {SAVING:g}, half of the claimed saving; in part if above 1 in all rounds",
+    threshold=f"at least {SAVING:g} in all rounds; in part if above 1 in all rounds",
     rule=SOMEWHERE, needs=("memory",),
+    settle="The same runs on a GPU, on a model of the paper's size.",
 )  # fmt: skip
 def memory(results: Results) -> Iterator[Evidence]:
     """Training takes a third less memory than with other adapters (17.2 GB against 26 GB and more)."""
@@ -133,14 +145,23 @@ def memory(results: Results) -> Iterator[Evidence]:
 @claim(
     "convergence", "Figure 3: fastest to converge",
     where="Sec. 5, Figure 3",
-    measure="score averaged over the steps, of the better of All and Attn",
-    threshold="an interval above that of each other adapter (over several seeds)",
-    rule=EVERYWHERE, needs=("convergence",),
+    measure="score averaged over the steps, of All and of Attn, minus that of each other adapter, paired by seed",
+    threshold="above 0",
+    rule=EVERYWHERE, needs=("convergence",), also=(COMPARISONS,),
+    settle=LEARNT_RUNS,
 )  # fmt: skip
 def convergence(results: Results) -> Iterator[Evidence]:
     """Propulsion converges faster than the other adapters."""
-    metrics = results["convergence"].metrics
-    yield from _best_of_ours({m.left: quantity(m.left, m) for m in metrics if m.name == "mean score over the steps"})
+    result = results["convergence"]
+    scores = {name.removeprefix("scores."): array.mean(axis=1).tolist() for name, array in result.arrays.items()
+              if name.startswith("scores.")}  # fmt: skip
+    own, task = _variants(scores), str(result.dataset.get("name"))
+    for left in own:
+        for right in peft_methods(scores):
+            label = f"{short(left)} minus {right}"
+            yield if_learnt(
+                paired(label, scores[left], scores[right], str(result.dataset.get("metric", ""))), results, task
+            )
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -149,44 +170,45 @@ def convergence(results: Results) -> Iterator[Evidence]:
 @claim(
     "on-par", "On par with full fine-tuning",
     where="Sec. 4, GLUE",
-    measure="score of Propulsion (All) minus that of full fine-tuning, paired",
-    threshold=f"at least -{POINT:g} with its whole interval; undecided where full fine-tuning is not above the head "
-              "alone",
-    rule=SOMEWHERE, needs=("method_comparison/*",),
+    measure="score of Propulsion (All) minus that of full fine-tuning, paired by seed and row",
+    threshold=f"at least -{POINT:g}",
+    rule=SOMEWHERE, needs=(COMPARISONS,), settle=LEARNT_RUNS,
 )  # fmt: skip
 def on_par(results: Results) -> Iterator[Evidence]:
     """Propulsion scores as well as full fine-tuning."""
     for task, result, metric in _compared(results):
-        m = result.metric(metric, stage=f"{task}, difference", left=ALL, right="full")
-        q = quantity(f"{task}, {metric}", m)
-        full, head = (quantity(name, result.metric(metric, stage=task, left=name)) for name in ("full", "head"))
-        learned = above(full, head) == Outcome.MET
-        outcome = at_least(q, -POINT) if learned and q.has_interval else Outcome.OPEN
-        detail = f"full {full}" + ("" if learned else ", which is not above the head alone")
-        null = result.metric(metric, stage=f"{task}, difference", left="head", right="full")
-        yield Evidence(q, outcome, quantity("the head alone", null), detail)
+        e = _of_comparison(result, task, metric, ALL, "full", f"{task}, {metric}", -POINT)
+        of_head = result.metric(metric, stage=f"{task}, difference", left="head", right="full")
+        null = quantity("the head alone", of_head)
+        full = quantity("full", result.metric(metric, stage=task, left="full"))
+        yield if_learnt(replace(e, null=null, detail=f"full {full}"), results, task)
 
 
 @claim(
     "best-adapter", "Better than other adapters",
     where="Sec. 4",
-    measure="score of the better of All and Attn, minus that of full fine-tuning",
-    threshold="an interval above that of each other adapter",
-    rule=EVERYWHERE, needs=("method_comparison/*",),
+    measure="score of All, and of Attn, minus that of each other adapter, paired by seed and row",
+    threshold="above 0",
+    rule=EVERYWHERE, needs=(COMPARISONS,), settle=LEARNT_RUNS,
 )  # fmt: skip
 def best_adapter(results: Results) -> Iterator[Evidence]:
     """Propulsion scores higher than the other parameter-efficient methods."""
     for task, result, metric in _compared(results):
-        own = [m for m in result.metrics if (m.name, m.stage, m.right) == (metric, f"{task}, difference", "full")]
-        yield from _best_of_ours({m.left: quantity(m.left, m) for m in own}, f"{task}, ")
+        methods = [row["method"] for row in result.tables["summary"] if row["task"] == task]
+        for left in _variants(methods):
+            for right in peft_methods(methods):
+                label = f"{task}, {short(left)} minus {right}"
+                yield if_learnt(_of_comparison(result, task, metric, left, right, label, 0.0), results, task)
 
 
 @claim(
     "large-models", "The same on 7B to 13B models",
     where="Sec. 4, reasoning tasks",
     measure="accuracy of generated answers after tuning",
-    threshold="an interval above that of the untuned model, on one of these models (undecided on any other)",
+    threshold="above that of the untuned model, on one of these models (not testable on any other)",
     rule=EVERYWHERE, needs=("instruction_tuning",),
+    settle="A run on one of the named models, which need a GPU.",
+    plan_command="--data-dir glue --language-model LLAMA_7B",
 )  # fmt: skip
 def large_models(results: Results) -> Iterator[Evidence]:
     """Propulsion also tunes BLOOMz-7B, GPT-J-6B, LLaMA-7B and LLaMA-13B."""
@@ -196,116 +218,8 @@ def large_models(results: Results) -> Iterator[Evidence]:
     own = next(q for label, q in scores.items() if label.startswith("propulsion"))
     asked = any(word in name.lower() for word in ("bloomz-7b", "gpt-j-6b", "llama-7b", "llama-13b"))
     found = replace(own, label=f"{result.dataset['name']}, {name}")
-    yield Evidence(found, above(own, untuned) if asked else Outcome.OPEN, replace(untuned, label="untuned"))
-
-
-# --- choices in Propulsion ------------------------------------------------------------------------------------------
-
-
-@claim(
-    "degree", "Degree: a peak at about 25",
-    where="App. E, degree ablation",
-    measure=f"score at degree {PEAK} minus that at the lowest and at the highest degree, paired by seed",
-    threshold=(
-        f"above 0 with its whole interval; not met if below {POINT:g} with its whole interval; runs that diverged "
-        "score 0"
-    ),
-    rule=SOMEWHERE, needs=("ablation/degree_fixed_rate",), also=("ablation/degree",),
-)  # fmt: skip
-def degree_optimum(results: Results) -> Iterator[Evidence]:
-    """Accuracy peaks at a degree of about 25 and falls afterwards."""
-    words = {"ablation/degree_fixed_rate": "one rate for all", "ablation/degree": "rate divided by the degree"}
-    for name, rate in words.items():
-        if name not in results:
-            continue
-        scores = _settings(results[name])
-        ends = sorted((label for label in scores if label != PEAK), key=float)
-        for end in (ends[0], ends[-1]):
-            q = _difference(f"{PEAK} minus {end}, {rate}", scores[PEAK], scores[end])
-            outcome = Outcome.OPEN if not q.has_interval else Outcome.MET if q.lower > 0 else at_least(q, POINT)
-            yield Evidence(q, outcome, Quantity("no peak", 0.0))
-
-
-@claim(
-    "positions", "All positions are best",
-    where="App. E, positions",
-    measure="score of All minus that of each other choice, paired by seed",
-    threshold=(
-        "above 0 with its whole interval; not met if below 0 with its whole interval; undecided for a choice that is "
-        f"not {POINT:g} above the score of always giving the same answer"
-    ),
-    rule=EVERYWHERE, needs=("ablation/positions",),
-)  # fmt: skip
-def position_order(results: Results) -> Iterator[Evidence]:
-    """Scales on all layers score higher than scales on some layers."""
-    result = results["ablation/positions"]
-    chance = float(result.dataset.get("chance", -math.inf))
-    scores = _settings(result)
-    # A choice that still gives one answer for all rows had too few steps: its score does not show what it can reach.
-    for label, e in zip((label for label in scores if label != "all"), _best(scores, "all"), strict=True):
-        learnt = np.mean(scores[label]) > chance + POINT
-        yield e if learnt else replace(e, outcome=Outcome.OPEN, detail="has not learnt")
-
-
-@claim(
-    "pooling", "Average pooling is best",
-    where="App. F",
-    measure="score of average pooling minus that of each other pooling of as many vectors, paired by seed",
-    threshold="above 0 with its whole interval; not met if below 0 with its whole interval",
-    rule=EVERYWHERE, needs=("ablation/vectors",),
-)  # fmt: skip
-def pooling(results: Results) -> Iterator[Evidence]:
-    """With several scale vectors in a layer, pooling them by their average scores highest."""
-    scores = _settings(results["ablation/vectors"])
-    for count in dict.fromkeys(label.split()[0] for label in scores if " " in label):
-        yield from _best({label: s for label, s in scores.items() if label.startswith(f"{count} ")}, f"{count} mean")
-
-
-@claim(
-    "initial-value", "Starting at 1 is best",
-    where="App. E, initialisation",
-    measure="score of starting at 1 minus that of each other start, paired by seed",
-    threshold="above 0 with its whole interval; not met if below 0 with its whole interval",
-    rule=EVERYWHERE, needs=("ablation/init_value",),
-)  # fmt: skip
-def init_value(results: Results) -> Iterator[Evidence]:
-    """Scales that start at 1 score highest."""
-    yield from _best(_settings(results["ablation/init_value"]), "1")
-
-
-@claim(
-    "z-range", "Trained scales stay in 0.98-1.02",
-    where="App. E",
-    measure="trained scales z of all layers",
-    threshold=f"all within {Z_RANGE[0]:g} to {Z_RANGE[1]:g}; in part if the central 90 % are within that range",
-    rule=SOMEWHERE, needs=("delta_weights",),
-)  # fmt: skip
-def z_range(results: Results) -> Iterator[Evidence]:
-    """After training all scales lie between 0.98 and 1.02."""
-    for row in results["delta_weights"].tables["methods"]:
-        if "z q0" not in row:
-            continue
-        low, start, middle, end, high = (row[f"z {name}"] for name in ("q0", "q0.05", "q0.5", "q0.95", "q1"))
-        all_inside, most_inside = (Z_RANGE[0] <= a and b <= Z_RANGE[1] for a, b in ((low, high), (start, end)))
-        outcome = Outcome.MET if all_inside else Outcome.PARTLY if most_inside else Outcome.UNMET
-        found = Quantity(f"median [lowest, highest], {row['method']}", middle, low, high)
-        yield Evidence(found, outcome, Quantity("untrained", 1.0), f"central 90 % from {start:.4f} to {end:.4f}")
-
-
-@claim(
-    "table6", "Table 6: a full-rank change",
-    where="Table 6",
-    measure="rank of the change / full rank, median over matrices [lowest, highest]",
-    threshold=f"at least {FULL_RANK:g} for every matrix; in part if only for the median",
-    rule=SOMEWHERE, needs=("delta_weights",),
-)  # fmt: skip
-def delta_rank(results: Results) -> Iterator[Evidence]:
-    """Propulsion changes a matrix by scaling its rows, W ∘ Z, and this change is not of low rank."""
-    found = {m.left: quantity(m.left, m) for m in results["delta_weights"].metrics if m.name == "rank_share"}
-    lora = next((q for name, q in found.items() if name.startswith("lora")), None)
-    for q in (q for name, q in found.items() if name in (ALL, ATTN)):
-        most = Outcome.PARTLY if q.value >= FULL_RANK else Outcome.UNMET
-        yield Evidence(q, Outcome.MET if q.lower >= FULL_RANK else most, lora)
+    outcome = above(own, untuned) if asked else Outcome.UNTESTABLE
+    yield Evidence(found, outcome, replace(untuned, label="untuned"), model=name.partition(".")[0])
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------
@@ -323,32 +237,25 @@ def _compared(results: Results) -> Iterator[tuple[str, Result, str]]:
             yield task, result, next(m.name for m in result.metrics if m.stage == task)
 
 
-def _best_of_ours(found: dict[str, Quantity], prefix: str = "") -> Iterator[Evidence]:
-    """Evidence on the better of the paper's two variants, the one that favours the claim, against each rival."""
-    variants = [q for name, q in found.items() if name in (ALL, ATTN)]
-    if not variants:
+def _variants(methods: Iterable[str]) -> list[str]:
+    """The paper's two variants of Propulsion among methods.
+
+    Raises:
+        UserError: There is neither.
+    """
+    found = [name for name in methods if name in (ALL, ATTN)]
+    if not found:
         raise UserError(f"the result holds neither {ALL} nor {ATTN}")
-    own = max(variants, key=lambda q: q.value)
-    for rival in (found[name] for name in peft_methods(found)):
-        outcome = above(own, rival) if own.has_interval and rival.has_interval else Outcome.OPEN
-        yield Evidence(replace(own, label=f"{prefix}{own.label}"), outcome, rival)
+    return found
 
 
-def _settings(result: Result) -> dict[str, list[float]]:
-    """Scores of all seeds by setting; 0 for a run that diverged."""
-    return {row["setting"]: [score or 0.0 for score in row["scores"]] for row in result.tables["settings"]}
-
-
-def _difference(label: str, own: list[float], other: list[float]) -> Quantity:
-    """Mean over seeds of own - other, with Student's interval."""
-    value, low, high = mean_interval(np.subtract(own, other).tolist())
-    return Quantity(label, value, *(None if math.isnan(end) else end for end in (low, high)))
-
-
-def _best(scores: dict[str, list[float]], own: str) -> Iterator[Evidence]:
-    """Evidence that a setting scores above each other one, from the intervals of the paired differences."""
-    for other in scores:
-        if other == own:
-            continue
-        q, nothing = _difference(f"{own} minus {other}", scores[own], scores[other]), Quantity("no difference", 0.0)
-        yield Evidence(q, above(q, nothing) if q.has_interval else Outcome.OPEN, nothing)
+def _of_comparison(result: Result, task: str, metric: str, left: str, right: str, label: str, limit: float) -> Evidence:
+    """Evidence on a stored paired difference of two methods: above a limit, or at it."""
+    found = quantity(label, result.metric(metric, stage=f"{task}, difference", left=left, right=right))
+    key = (task, metric, left, right)
+    row = next((row for row in result.tables.get("comparisons", [])
+                if (row["task"], row["metric"], row["left"], row["right"]) == key), None)  # fmt: skip
+    p = None
+    if row is not None and row["error"] is not None:
+        p = p_value(found.value, row["error"], math.inf if row["degrees"] is None else row["degrees"], limit)
+    return Evidence(found, decided(found, limit), Quantity("no difference", 0.0), p=p)

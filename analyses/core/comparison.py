@@ -16,8 +16,8 @@ from torch import Tensor
 
 import ntk
 from analyses.core.bootstrap import bootstrap_interval
-from analyses.core.intervals import Interval, Scale, between, mean_interval
-from analyses.core.scales import scale_of, within
+from analyses.core.intervals import Interval, Scale, between
+from analyses.core.scales import bounded_mean, scale_of
 from analyses.records import Metric, Result, interval
 from ntk import UndefinedMetricError
 
@@ -144,7 +144,7 @@ class SeedComparison:
             by_draw = [[_value(function, kernels) for kernels in self._operands(full, draw)] for draw in draws]
             values = np.mean(by_draw, axis=0).tolist()
             if len(values) > 1:
-                found = mean_interval(within(values, self._scale(name)), self._scale(name))
+                found = bounded_mean(values, self._scale(name))
             else:
                 ends = [self._interval(name, function, full, draw) for draw in draws]
                 found = Interval(values[0], min(e.low for e in ends), max(e.high for e in ends))
@@ -164,7 +164,7 @@ class SeedComparison:
     def _interval(self, name: str, function: Function, left: str, right: str) -> Interval:
         scale, operands = self._scale(name), self._operands(left, right)
         if len(operands) > 1:
-            return mean_interval(within([_value(function, kernels) for kernels in operands], scale), scale)
+            return bounded_mean([_value(function, kernels) for kernels in operands], scale)
         (kernels,) = operands
         return bootstrap_interval(function, kernels, resamples=self.resamples, seed=self.seed, scale=scale)
 

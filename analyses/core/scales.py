@@ -1,10 +1,11 @@
 """The scale of each quantity that analyses measure: on it the quantity is unbounded, and its intervals are computed."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from analyses.core.intervals import FISHER, LOG, LOGIT, Scale
+from analyses.core.intervals import FISHER, LOG, LOGIT, Interval, Scale, mean_interval
 
 SCALES: Mapping[str, Scale] = {
     # Kernels are positive semidefinite, so that their alignments are not negative.
@@ -54,3 +55,15 @@ def within(values: Sequence[float], scale: Scale) -> list[float]:
     """The values, where one that rounding carried beyond a bound of the scale is that bound."""
     bounded = np.clip(values, scale.low, scale.high)
     return np.where(np.abs(bounded - values) <= _ROUNDING, bounded, values).tolist()
+
+
+def bounded_mean(values: Sequence[float], scale: Scale) -> Interval:
+    """:func:`analyses.core.intervals.mean_interval` of values that rounding may have carried beyond a bound.
+
+    Values further beyond, as a negative CKA, are only possible where a kernel is itself no more than rounding errors:
+    the mean then has no interval.
+    """
+    bounded = within(values, scale)
+    if (np.less(bounded, scale.low) | np.greater(bounded, scale.high)).any():
+        return Interval(float(np.mean(values)), math.nan, math.nan)
+    return mean_interval(bounded, scale)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import ntk
 from analyses.core.bootstrap import bootstrap_interval, drawn_interval
-from analyses.core.intervals import IDENTITY, LOG, Scale, mean_interval
-from analyses.core.scales import scale_of, within
+from analyses.core.intervals import IDENTITY, LOG, Scale
+from analyses.core.scales import bounded_mean, scale_of, within
 from analyses.records import STAGES, Metric
 from ntk.dynamics import linearization_error, relative_drift
 
@@ -73,7 +73,7 @@ class Estimate:
     @property
     def seeds(self) -> Ends:
         """Student's interval over the seeds; not a number for a single seed."""
-        return mean_interval(self.by_seed, self.scale)[1:]
+        return bounded_mean(self.by_seed, self.scale)[1:]
 
     @property
     def ends(self) -> Ends:

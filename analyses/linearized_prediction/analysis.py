@@ -8,8 +8,7 @@ import numpy as np
 
 from analyses.core.analysis import Analysis, Findings, Runs
 from analyses.core.cells import Cells
-from analyses.core.intervals import mean_interval
-from analyses.core.scales import scale_of, within
+from analyses.core.scales import bounded_mean, scale_of
 from analyses.linearized_prediction.cells import kernel_cell, sign_cell, training_cell
 from analyses.linearized_prediction.measures import (
     FLOW,
@@ -93,7 +92,7 @@ def _summarised(setting: Setting, outcomes: list[Outcome], identity: dict[str, A
     metrics = []
     for (name, left, right, stage), sample in values.items():
         scale = scale_of(setting.data.task.metrics[0] if name == "score" else name)
-        metrics.append(Metric(name, *mean_interval(within(sample, scale), scale), "", stage, left, right))
+        metrics.append(Metric(name, *bounded_mean(sample, scale), "", stage, left, right))
     strengths = [
         {"size": o.size, "seed": o.seed, "predictor": predictor, "method": method, "strength": strength}
         for o in outcomes

@@ -23,7 +23,8 @@ from analyses import ablation
 from analyses.claims import __main__ as claims
 from analyses.claims import commands, report
 from analyses.claims import plan as runs
-from analyses.claims.judge import CLAIMS, load_tree
+from analyses.claims.judge import CLAIMS, load_tree, placed
+from analyses.claims.model_plan import model_plan
 from analyses.claims.page import pictures
 from analyses.core import child
 from analyses.core.cells import Grid
@@ -403,8 +404,9 @@ def test_a_full_disk_after_the_runs_says_what_is_kept(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "plan",
-    [runs.quick_plan(), runs.full_plan(("sst2", "rte", "cola", "stsb"), Path("glue"), Path("model.gguf"), gpu=True)],
-)
+    [runs.quick_plan(), runs.full_plan(("sst2", "rte", "cola", "stsb"), Path("glue"), Path("model.gguf"), gpu=True),
+     model_plan("mpnet-base", ("sst2", "rte", "cola", "stsb", "mrpc"), Path("glue"))],
+)  # fmt: skip
 def test_every_command_of_a_plan_is_one_that_its_analysis_takes(plan):
     assert len({run.name for run in plan}) == len(plan)
     for place, run in enumerate(plan):
@@ -427,9 +429,39 @@ def test_the_full_plan_makes_all_that_the_claims_need():
         assert all(runs.matching([need], [run.name for run in found]) for need in claim.needs), claim.key
     assert runs.needed(plan, [], everything=True) == plan
     (figure3,) = (claim for claim in CLAIMS if claim.key == "convergence")
+    # The comparisons give the rates, and say whether full fine-tuning has learnt.
     assert [run.name for run in runs.needed(plan, [figure3], everything=False)] == [
-        "method_comparison/sst2", "convergence",
+        "method_comparison/sst2", "method_comparison/rte-rates", "method_comparison/rte", "convergence",
     ]  # fmt: skip
+
+
+def test_the_plan_of_a_model_is_of_that_model_in_a_folder_of_its_name():
+    plan = model_plan("hub/mpnet-base", ("sst2", "rte"), None)
+    for run in plan:
+        assert run.name.startswith("mpnet-base/")
+        options = options_of(run.config(Path("results")))
+        assert options.get("model", options.get("models")) in ("hub/mpnet-base", ["hub/mpnet-base"])
+        assert placed(run.name) == ("mpnet-base", run.name.removeprefix("mpnet-base/"))
+    (scale,) = (claim for claim in CLAIMS if claim.key == "theorem1-scale")
+    assert [run.name for run in runs.needed(plan, [scale], everything=False)] == [
+        "mpnet-base/kernel_distance/sst2", "mpnet-base/kernel_distance/rte",
+    ]  # fmt: skip
+
+
+def test_results_of_another_model_are_found_by_their_folder(tmp_path):
+    shutil.copytree(ROOT / STORED / "parameter_count", tmp_path / "parameter_count")
+    shutil.copytree(ROOT / STORED / "kernel_distance" / "sst2", tmp_path / "mpnet-base" / "kernel_distance" / "sst2")
+    found = load_tree(tmp_path)
+    assert list(found) == ["parameter_count", "mpnet-base/kernel_distance/sst2"]
+    claims.main(claims.Config(load=tmp_path, output_dir=tmp_path / "reports", only=("theorem1-scale",)))
+    (row,) = json.loads((tmp_path / "reports" / "ledger.json").read_text("utf-8"))["rows"]
+    assert row["models"] == {"mpnet-base": {"met": 1, "partly met": 0, "not met": 0, "undecided": 0, "not testable": 0}}
+    assert "mpnet-base: 1 met" in (tmp_path / "reports" / "claims.md").read_text("utf-8")
+    (tmp_path / "mpnet-base" / "kernel_distance").rename(tmp_path / "mpnet-base" / "memory")
+    with pytest.raises(
+        UserError, match=r"belongs in .*kernel_distance, or, of another model, in .*MODEL/kernel_distance"
+    ):
+        load_tree(tmp_path)
 
 
 def test_every_command_line_can_be_read():
@@ -455,6 +487,8 @@ def test_mistakes(tmp_path):
     assert "holds no result folder" in message(load=tmp_path)
     assert "no claim figure8; there are" in message(load=tmp_path, only=("figure8",))
     assert "--load runs nothing" in message(load=tmp_path, quick=True)
+    assert "--load runs nothing" in message(load=tmp_path, model="mpnet-base")
+    assert "--quick is of the default model" in message(quick=True, model="mpnet-base", output_dir=tmp_path / "new")
     assert "name one task" in message(tasks=())
     shutil.copytree(ROOT / STORED / "theorem1", tmp_path / "memory")
     assert "is a result of theorem1" in message(load=tmp_path)

@@ -22,6 +22,7 @@ from analyses.core.intervals import (
     row_values,
     variance_components,
 )
+from analyses.core.scales import bounded_mean
 
 SEEDS = (3, 5, 10)
 STATED = 0.95
@@ -301,3 +302,12 @@ def test_holm_keeps_the_chance_of_any_false_rejection():
     false = [min(holm(row)[1:]) <= 0.05 for row in p]
     uncorrected = (p[:, 1:].min(axis=1) <= 0.05).mean()
     assert np.mean(false) <= 0.05 + tolerance(0.05, draws) < uncorrected
+
+
+def test_a_mean_of_values_beyond_their_bounds_has_no_interval_unless_it_is_rounding():
+    assert bounded_mean([1 + 1e-7, 0.9, 0.95], LOGIT) == mean_interval([1.0, 0.9, 0.95], LOGIT)
+    value, low, high = bounded_mean([-0.03, 0.2], LOGIT)
+    assert value == pytest.approx(0.085)
+    assert math.isnan(low)
+    assert math.isnan(high)
+    assert all(map(math.isnan, bounded_mean([math.nan, 0.5], LOGIT)))
