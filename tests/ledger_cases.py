@@ -1,5 +1,6 @@
 """Planted results for every claim of the ledger, with chosen values for the numbers that its judge reads."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -209,7 +210,7 @@ def curves(own: list[float], **others: list[float]) -> Folders:
     return {"convergence": found} | reference()
 
 
-def settings(factor: str, chance: float = 0.0, **scores: list[float | None]) -> Folders:
+def settings(factor: str, chance: float = 0.0, **scores: Sequence[float | None]) -> Folders:
     """Scores of every seed by setting; an underscore stands for a space."""
     rows = [{"setting": label.removeprefix("_").replace("_", " "), "scores": s} for label, s in scores.items()]
     dataset = {"chance": chance, "metric": "accuracy"}

@@ -1,6 +1,7 @@
 """Every claim is judged on planted results: each verdict that it can have, at and near its thresholds."""
 
 import math
+from typing import Any
 
 import pytest
 from ledger_cases import (
@@ -45,7 +46,7 @@ from propulsion.errors import UserError
 HOLDS, WHERE, IN_PART, FAILS, OPEN, UNTESTABLE = list(Verdict)[:6]
 WIDE = (0.1, 0.05, 0.2)
 NAN = (math.nan, None, None)
-UNKNOWN = {"change": None}
+UNKNOWN: dict[str, Any] = {"change": None}
 """A reference whose convergence was not measured, and which therefore is not known to have learnt."""
 
 PLANTED = [
@@ -213,8 +214,10 @@ PLANTED = [
 EVERYWHERE_VERDICTS, SOMEWHERE_VERDICTS = {HOLDS, FAILS, OPEN}, {HOLDS, WHERE, FAILS, OPEN}
 # Verdicts beside those of a claim's rule, and those that cannot be: counts, closed forms and single numbers are never
 # undecided, and these results have one number that is met, or in part, or missed.
-NOT_LEARNT = ("linearisation", "fixed-features", "figure6", "figure7", "kernel-predicts", "convergence", "on-par",
-              "best-adapter", "large-models", "degree", "positions", "pooling", "initial-value", "z-range", "table6")  # fmt: skip
+NOT_LEARNT = (
+    "linearisation", "fixed-features", "figure6", "figure7", "kernel-predicts", "convergence", "on-par", "best-adapter",
+    "large-models", "degree", "positions", "pooling", "initial-value", "z-range", "table6",
+)  # fmt: skip
 PARTLY = ("figure6", "memory", "parameter-pair", "z-range", "table6")
 NEVER = {
     "wide-limit": {OPEN}, "jl-bound": {OPEN}, "parameter-pair": {OPEN}, "fewer-than-lora": {OPEN}, "table4": {OPEN},
