@@ -198,7 +198,7 @@ def _section(row: Mapping[str, Any]) -> str:
         blocks[-1] += f": {row['reason']}"
     if row["waits_for"]:
         blocks[-1] += f": waits for {', '.join(row['waits_for'])}"
-    settling = f", by `{row['settling_command']}`" if row["settling_command"] else ""
+    settling = f" Command: `{row['settling_command']}`" if row["settling_command"] else ""
     lines = [f"- numbers: {models_in_words(row) or 'none'}", f"- measured: {row['measure']}",
              f"- threshold: {row['threshold']}", f"- rule: {row['rule']}",
              *(f"- this verdict {note}" for note in row["notes"]),

@@ -69,7 +69,7 @@ CHANCE = ("random subset", "Propulsion, examples permuted")
     measure="‖K_F − K_P‖ / ‖K_F‖ at initialisation",
     threshold=f"at most {CLOSE:g}",
     rule=EVERYWHERE, needs=("theorem1", "kernel_distance/*"),
-    settle="One number above the threshold settles it; further models tell how general that is.",
+    settle="One number above the threshold settles it. Further models tell how general that is.",
 )  # fmt: skip
 def theorem1_literal(results: Results) -> Iterator[Evidence]:
     """The tangent kernels of full fine-tuning and of Propulsion are nearly equal, K_F ≈ K_P."""

@@ -463,6 +463,14 @@ def test_presets_are_overridden_by_options():
         parse(["--preset", "glue"])
 
 
+def test_a_preset_runs_on_another_model_with_one_word_changed():
+    # The paper's model and mpnet-base are of one size; all other options stay those of the paper.
+    paper = parse(["--preset", "glue-sst2-roberta-base-all"])
+    ours = parse(["--preset", "glue-sst2-roberta-base-all", "--model", "mpnet-base"])
+    assert (paper.model, ours.model) == ("FacebookAI/roberta-base", "mpnet-base")
+    assert dataclasses.replace(ours, model=paper.model) == paper
+
+
 def test_tensorboard_has_what_was_logged(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
