@@ -58,6 +58,8 @@ PRETRAINED = ", pre-trained"
 NOTHING = Quantity("a kernel of zeros", 1.0)
 # The null models that agree only by chance. A Gaussian sketch is not one of them, since it is made of the gradient.
 CHANCE = ("random subset", "Propulsion, examples permuted")
+AMONG_METHODS = ("full fine-tuning", "Propulsion")
+"""The names of the two kernels in results of analyses.peft_kernels."""
 
 
 # --- Theorem 1 ------------------------------------------------------------------------------------------------------
@@ -124,13 +126,18 @@ def theorem1_corrected(results: Results) -> Iterator[Evidence]:
             "well",
     threshold=f"at least {ALIGNED:g}, and above the best null model (a random subset of as many weights, or permuted "
               "examples)",
-    rule=SOMEWHERE, needs=("kernel_distance/*",),
+    rule=SOMEWHERE, needs=("kernel_distance/*|peft_kernels/*",),
     settle="More models of other families and sizes.",
 )  # fmt: skip
 def theorem1_up_to_scale(results: Results) -> Iterator[Evidence]:
     """At initialisation the two kernels of a pre-trained model are equal up to a factor."""
-    for task, result in by_task(results, "kernel_distance").items():
+    distances = by_task(results, "kernel_distance")
+    for task, result in distances.items():
         yield _aligned(result, task, INITIAL)
+    # The same kernels, where nothing was trained.
+    for task, result in by_task(results, "peft_kernels").items():
+        if task not in distances:
+            yield replace(_aligned(result, task, INITIAL, AMONG_METHODS), model=model_of(result))
 
 
 @claim(
@@ -314,16 +321,18 @@ def _cases(result: Result | None) -> dict[str, dict]:
     return {row["case"]: row for row in result.tables["cases"]} if result else {}
 
 
-def _aligned(result: Result, label: str, stage: str) -> Evidence:
-    """Evidence on the CKA of the two kernels, with the best null model of `CHANCE` as baseline."""
-    found = quantity(label, _of_both(result, "cka", stage))
-    nulls = [quantity(m.right, m) for m in result.metrics if (m.name, m.stage, m.left) == ("cka", stage, FULL)
+def _aligned(result: Result, label: str, stage: str, names: tuple[str, str] = (FULL, ADAPTER)) -> Evidence:
+    """Evidence on the CKA of the two kernels, by their names, with the best null model of `CHANCE` as baseline."""
+    full, adapter = names
+    metric = result.metric("cka", stage=stage, left=full, right=adapter)
+    found = quantity(label, metric)
+    nulls = [quantity(m.right, m) for m in result.metrics if (m.name, m.stage, m.left) == ("cka", stage, full)
              and m.right.startswith(CHANCE)]  # fmt: skip
     if not nulls:
         raise UserError("the result holds no null model that agrees only by chance")
     null = max(nulls, key=lambda q: q.value)
     outcome = all_of(at_least(found, ALIGNED), above(found, null))
-    m = directions(result, f"{stage}.{FULL}", _of_both(result, "cka", stage))
+    m = directions(result, f"{stage}.{full}", metric)
     return Evidence(found, outcome, null, "" if m == "-" else f"m = {m} random directions")
 
 
