@@ -69,7 +69,10 @@ def _pretrained(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set(xlim=(-0.6, len(rows) - 0.4), title="Pre-trained models\nexpected: 1 / rms of the weights")
     for model in dict.fromkeys(model for model, _ in names):
         own = [i for i, (other, _) in enumerate(names) if other == model]
-        axes.annotate(model, (np.mean(own), 0.97), xycoords=("data", "axes fraction"), ha="center", va="top")
+        words = model.replace("-", "-\n", 1)  # names of four models would overlap on one line
+        axes.annotate(
+            words, (np.mean(own), 0.97), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=8
+        )
         if own[0]:
             axes.axvline(own[0] - 0.5, color="0.6", linewidth=0.6)
 
