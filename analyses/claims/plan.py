@@ -161,6 +161,9 @@ def full_plan(
           for task in tasks if get_labelled_task(task).num_labels == 2),
         run("pooling", tasks=("demo", first), **source),
         run("default_rates", tasks=tasks, **source),
+        run("decomposition", task=first, n_examples=128, seeds=(0, 1, 2), **source),
+        run("choose", budget_minutes=30.0, max_length=64, max_steps=100, n_train=200, n_validation=80,
+            candidates=("full", "lora:r=8", "propulsion", "bitfit", "head", "ia3")),
         *(run(f"ablation/{factor}", factor=factor, **on_first, **sizes.get(factor, small))
           for factor in ("degree_fixed_rate", "degree", "positions", "vectors", "init_value", "layers")),
     ]  # fmt: skip
