@@ -23,6 +23,7 @@ from analyses import ablation
 from analyses.claims import __main__ as claims
 from analyses.claims import commands, report
 from analyses.claims import plan as runs
+from analyses.claims.claim import DEFAULT_MODEL
 from analyses.claims.judge import CLAIMS, load_tree, placed
 from analyses.claims.model_plan import model_plan
 from analyses.claims.page import pictures
@@ -446,7 +447,7 @@ def test_the_plan_of_a_model_is_of_that_model_in_a_folder_of_its_name():
         assert placed(run.name) == ("mpnet-base", run.name.removeprefix("mpnet-base/"))
     (scale,) = (claim for claim in CLAIMS if claim.key == "theorem1-scale")
     assert [run.name for run in runs.needed(plan, [scale], everything=False)] == [
-        "mpnet-base/kernel_distance/sst2", "mpnet-base/kernel_distance/rte",
+        f"mpnet-base/{analysis}/{task}" for analysis in ("peft_kernels", "kernel_distance") for task in ("sst2", "rte")
     ]  # fmt: skip
 
 
