@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ntk.structured import rules
+from ntk.structured import recurrent, rules
 from ntk.structured.autograd import Received, Root
 from ntk.structured.dependence import Data, Dependence, Derived, Origin, Use
 from ntk.structured.independence import Independence
@@ -118,7 +118,8 @@ class Capture(TorchFunctionMode):
         if self.count > self._segment[0] or (mixed and self.count == self._segment[0]):
             args, kwargs = self._enter(func, args, kwargs)
         if mixed:
-            result = self._mix(func, args, kwargs)
+            recurrent_ = func in recurrent.LAYERS or func in recurrent.CELLS
+            result = (self._recur if recurrent_ else self._mix)(func, args, kwargs)
             self.count += 1
         else:
             result = func(*args, **kwargs)
@@ -202,6 +203,23 @@ class Capture(TorchFunctionMode):
                 for use in uses.values():
                     use.within, use.arguments = self.within[-1], arguments
         return result
+
+    def _recur(self, func, args, kwargs) -> Any:
+        """A recurrent layer or cell, whose steps are taken one by one so that their gradients can be recorded."""
+        detached = _map(lambda a: a.detach() if self.dependence.is_derived(a) else a, args, kwargs)
+        if self.count < self._segment[0]:
+            return func(*detached[0], **detached[1])
+
+        def record(uses: rules.Uses, result: Tensor) -> Tensor:
+            return self._record(rules.named(self.dependence, func, uses, result), [], func, result)
+
+        unrolled = recurrent.Unrolled(self.dependence, record, self._proof)
+        try:
+            return unrolled(func, args, kwargs)
+        except rules.Unsuitable as error:
+            sources = [t for t in _tensors(args, kwargs) if self.dependence.is_derived(t)]
+            self._refuse(sources, f"{_name(func)}: {error}")
+            return func(*detached[0], **detached[1])
 
     def _record(self, uses: dict[int, Use], sources: list[Tensor], func, result: Tensor) -> Tensor:
         for t in sources:

@@ -36,6 +36,11 @@ def uses_of(dependence: Dependence, func: Any, args: tuple, kwargs: dict, result
     except Unsuitable as error:
         slow = str(error) or "the operation's rule is for calls of another form"
         uses = _example_by_example(dependence, func, args, kwargs, result)
+    return named(dependence, func, uses, result, slow)
+
+
+def named(dependence: Dependence, func: Any, uses: Uses, result: Tensor, slow: str | None = None) -> dict[int, Use]:
+    """Uses by the id of the tensor used, with the name of the operation; ``slow`` is why no rule takes it."""
     note(BY_RULE if slow is None else BY_EXAMPLE, name_of(func))
     found = {id(t): use if isinstance(use, Use) else _use(dependence, t, use) for t, use in uses}
     for use in found.values():

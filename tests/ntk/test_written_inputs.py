@@ -9,7 +9,7 @@ import ntk
 
 
 class Subtracting(nn.Module):
-    """An in-place change of the inputs, then an LSTM, which the reference computes."""
+    """An in-place change of the inputs, then an LSTM."""
 
     def __init__(self, kind: str):
         super().__init__()

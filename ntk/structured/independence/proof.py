@@ -19,8 +19,8 @@ Cost: a few look-ups in Python for each operation of the forward pass, and none 
 activations. A constant that meets the data along the examples is checked to be the same for all of them.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
 from ntk.structured.autograd import Root
@@ -88,6 +88,27 @@ class Independence(TorchDispatchMode):
             except Lost:
                 return False
             return axis == 0 and m * self.n == len(t)
+
+    @contextmanager
+    def aside(self, given: Sequence[Tensor]) -> Iterator[Callable[[Tensor], None]]:
+        """Do not follow the operations inside, all of which keep rows along the first axis of what is given apart.
+
+        Yields:
+            A function to call with each result, whose first axis is that of what was given.
+        """
+        apart = self.why is None and all(self.in_order(t) and self._same_if_constant(t) for t in given)
+        results: list[Tensor] = []
+        with _pop_mode_temporarily():
+            yield results.append
+        with torch._C.DisableTorchFunction():
+            for t in results:
+                self._set(t, 0 if apart else None, len(t), max(1, len(t) // self.n), False)
+
+    def _same_if_constant(self, t: Tensor) -> bool:
+        """Whether a tensor is of the batch, or the same for every example along its first axis."""
+        if _address(t) in self._held or t.stride(0) == 0:
+            return True
+        return len(t) % self.n == 0 and alike(t.detach().unflatten(0, (self.n, -1)), 0)
 
     def lose(self, why: str) -> None:
         """End the proof."""

@@ -377,14 +377,15 @@ def test_bigbird_says_what_it_changes_and_has_it_back(method):
 
 
 class Mostly(nn.Module):
-    """A large recurrent layer, which the reference computes, and a small one."""
+    """A large layer whose operation returns several tensors, so that the reference computes it, and a small one."""
 
     def __init__(self):
         super().__init__()
-        self.cell, self.out = nn.LSTM(3, 24, batch_first=True), nn.Linear(24, 2)
+        self.rows, self.out = nn.Parameter(torch.randn(900, 3)), nn.Linear(900, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.cell(x)[0].mean(dim=1))
+        data, rows = torch.broadcast_tensors(x.mean(dim=1)[:, None], self.rows)
+        return self.out((data * rows).sum(dim=2).tanh())
 
 
 @pytest.mark.parametrize("n", [2, 7])

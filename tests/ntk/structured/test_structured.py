@@ -201,7 +201,7 @@ class Custom(nn.Module):
         self.three = nn.Parameter(torch.randn(2, 6, 3))  # used in an einsum
         self.temperature = nn.Parameter(torch.tensor(0.7))  # a scalar parameter
         self.table = nn.Parameter(torch.randn(9, 6))  # indexed directly
-        self.cell = nn.GRU(6, 6, batch_first=True)  # an operation that returns several tensors
+        self.cell = nn.GRU(6, 6, batch_first=True)  # a recurrent layer
         self.unused = nn.Parameter(torch.randn(3))
         self.out = nn.Linear(6, 2)
 
