@@ -1,6 +1,7 @@
 """Baselines for the kernels' timings: contraction of torch.func's Jacobians, and the model's passes alone."""
 
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +17,24 @@ def torch_func_ntk(model: nn.Module, batch: dict[str, Tensor], rows: int) -> tup
         The kernel (n, n, c, c), and the seconds spent on computing Jacobians again because memory did not hold all.
     """
     parameters = dict(model.named_parameters())
-    ids, dtype = batch["input_ids"], next(iter(parameters.values())).dtype
-    hidden = (1 - batch["attention_mask"][:, None, None, :].to(dtype)) * torch.finfo(dtype).min
-    mask = hidden.expand(-1, 1, ids.shape[1], -1).contiguous()
+    entries = _with_prepared_mask(batch, next(iter(parameters.values())).dtype)
 
-    def logits(p: dict[str, Tensor], row: Tensor, row_mask: Tensor) -> Tensor:
-        inputs = {"input_ids": row[None], "attention_mask": row_mask[None]}
-        return functional_call(model, p, (), inputs).logits[0]
+    def logits(p: dict[str, Tensor], example: dict[str, Tensor]) -> Tensor:
+        inputs = {name: value[None] for name, value in example.items()}
+        return logits_of(functional_call(model, p, (), inputs))[0]
 
     def jacobian(tile: slice) -> dict[str, Tensor]:
-        found = vmap(jacrev(logits), (None, 0, 0))(parameters, ids[tile], mask[tile])
+        some = {name: value[tile] for name, value in entries.items()}
+        found = vmap(jacrev(logits), (None, 0))(parameters, some)
         return {name: j.detach().flatten(2) for name, j in found.items()}
 
-    n, c, again = len(ids), model.config.num_labels, 0.0
-    kernel = ids.new_zeros((n, n, c, c), dtype=mask.dtype)
+    n, again, kernel = len(next(iter(entries.values()))), 0.0, torch.empty(0)
     tiles = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
     for left, tile in enumerate(tiles):
         j1 = jacobian(tile)
+        if left == 0:
+            like = next(iter(j1.values()))
+            kernel = like.new_zeros((n, n, like.shape[1], like.shape[1]))
         _contract(kernel, tile, tile, j1, j1)
         for other in tiles[left + 1 :]:
             start = perf_counter()
@@ -44,10 +46,24 @@ def torch_func_ntk(model: nn.Module, batch: dict[str, Tensor], rows: int) -> tup
     return kernel, again
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits of a Hugging Face model's output, or the tensor that a plain module returns."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _with_prepared_mask(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The ids with an additive 4-D mask; another batch as it is."""
+    if "attention_mask" not in batch:
+        return batch
+    ids = batch["input_ids"]
+    hidden = (1 - batch["attention_mask"][:, None, None, :].to(dtype)) * torch.finfo(dtype).min
+    return {"input_ids": ids, "attention_mask": hidden.expand(-1, 1, ids.shape[1], -1).contiguous()}
+
+
 def bare_passes(model: nn.Module, batch: dict[str, Tensor]) -> None:
     """Run one forward pass and c backward passes to every parameter, with all examples in one batch."""
     parameters = list(model.parameters())
-    outputs = model(**batch).logits.sum(dim=0)
+    outputs = logits_of(model(**batch)).sum(dim=0)
     for a in range(len(outputs)):
         torch.autograd.grad(outputs[a], parameters, retain_graph=a + 1 < len(outputs), allow_unused=True)
 

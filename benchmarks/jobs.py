@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.networks import LSTMClassifier, depthwise, resnet18
 from ntk import adapters
 from propulsion.data import load_task_data, tokenize
 from propulsion.pretrained import load_classifier
@@ -66,6 +67,7 @@ class Job:
         repeats: Timed calls in each process after the first.
         rounds: Processes for each measure; the measures take turns.
         agree_on: Examples on which kernels are compared with torch.func's before anything is timed.
+        tile: Number of examples whose torch.func Jacobians are in memory at a time.
     """
 
     title: str
@@ -77,6 +79,12 @@ class Job:
     repeats: int = 3
     rounds: int = 3
     agree_on: int = 8
+    tile: int = TILE
+
+    @property
+    def adapted(self) -> bool:
+        """Whether methods of fine-tuning are among the measures."""
+        return not {"adapters", "Propulsion"}.isdisjoint(self.measures)
 
 
 def minilm(examples: int, data_dir: Path | None, device: str) -> tuple[Any, dict[str, Tensor]]:
@@ -102,6 +110,22 @@ def roberta_large(examples: int, data_dir: Path | None, device: str) -> tuple[An
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def network(make: Callable[[], nn.Module], *shape: int) -> Callable[..., tuple[nn.Module, dict[str, Tensor]]]:
+    """A function that makes a network with random weights, and random inputs of this shape."""
+
+    def load(examples: int, data_dir: Path | None, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(0)
+            return make().eval(), {"input": torch.randn(examples, *shape)}
+
+    return load
+
+
+def group_norm(channels: int) -> nn.Module:
+    """A norm over groups of an eighth of the channels."""
+    return nn.GroupNorm(8, channels)
+
+
 BESIDE = Target("adapters", "full", 1.25)
 JOBS = {
     "minilm-32": Job(
@@ -125,5 +149,26 @@ JOBS = {
     "roberta-large-256": Job(
         "RoBERTa-large, 256 x 64 tokens", roberta_large, 256, ("full", "adapters", "bare"), (BESIDE,),
         repeats=0, rounds=1, agree_on=2,
+    ),
+    "resnet18-gn-32": Job(
+        "ResNet-18 with GroupNorm, 32 images of 32 x 32", network(lambda: resnet18(group_norm), 3, 32, 32), 32,
+        ("full", "bare"), (Target("full", "bare", 2.0),), repeats=2, rounds=1, agree_on=2,
+    ),
+    "resnet18-bn-32": Job(
+        "ResNet-18 with BatchNorm, 32 images of 32 x 32", network(lambda: resnet18(nn.BatchNorm2d), 3, 32, 32), 32,
+        ("full", "bare"), (Target("full", "bare", 2.0),), repeats=2, rounds=1, agree_on=2,
+    ),
+    "resnet18-gn-8": Job(
+        "ResNet-18 with GroupNorm, 8 images of 32 x 32", network(lambda: resnet18(group_norm), 3, 32, 32), 8,
+        ("full", "bare", "torch.func"), (Target("full", "torch.func", 1 / 10),), repeats=1, rounds=1, agree_on=2,
+        tile=4,
+    ),
+    "depthwise-32": Job(
+        "Depthwise network, 32 images of 32 x 32", network(depthwise, 3, 32, 32), 32, ("full", "bare", "torch.func"),
+        (Target("full", "bare", 2.0), Target("full", "torch.func", 1 / 10)), repeats=2, rounds=1, agree_on=2,
+    ),
+    "lstm-32": Job(
+        "LSTM, 32 sequences of 50 steps", network(LSTMClassifier, 50, 64), 32, ("full", "bare", "jacobian"),
+        (Target("full", "bare", 2.5),), repeats=2, rounds=1, agree_on=2,
     ),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from ntk.structured.rules import RULES, name_of
 from propulsion.command_line import parsed
 from propulsion.errors import UserError, run_command
 
-BASELINES = ("bare", "torch.func")
+BASELINES = ("bare", "torch.func", "jacobian")
 AGREE = 1e-10  # Relative error in float64, as in the tests.
 AGREE_FLOAT32 = 1e-4  # Relative error of the float32 kernels, which are the timed ones.
 
@@ -28,8 +28,9 @@ AGREE_FLOAT32 = 1e-4  # Relative error of the float32 kernels, which are the tim
 class Config:
     """Options of the command."""
 
-    jobs: list[str] = field(default_factory=lambda: ["minilm-32", "minilm-128", "minilm-1024", "roberta-large-64"])
-    """Jobs to measure: any of minilm-32, minilm-128, minilm-1024, roberta-large-64, roberta-large-256."""
+    jobs: list[str] = field(default_factory=lambda: [name for name in JOBS if name != "roberta-large-256"])
+    """Jobs to measure: any of minilm-32, minilm-128, minilm-1024, roberta-large-64, roberta-large-256, resnet18-gn-32,
+    resnet18-bn-32, resnet18-gn-8, depthwise-32, lstm-32."""
     data_dir: Path | None = None
     """Folder with SST-2's train.jsonl and validation.jsonl; without it, the Hugging Face hub."""
     device: str = "cpu"
@@ -103,7 +104,10 @@ def child(name: str, measure: str, config: Config, *flags: str) -> dict[str, Any
     return in_own_process("measure", "--job", name, "--measure", measure, *flags, "--device", config.device, *data)
 
 
-HEADER = ("job and measure", "first call, s", "later calls, s", "peak, GB", "over bare", "torch.func over it")
+HEADER = (
+    "job and measure", "first call, s", "later calls, s", "peak, GB", "over bare", "torch.func over it",
+    "jacobian over it",
+)  # fmt: skip
 
 
 def rows(result: dict[str, Any]) -> Iterator[list[str]]:
@@ -113,8 +117,8 @@ def rows(result: dict[str, Any]) -> Iterator[list[str]]:
     for name, runs in measures.items():
         peak = max(run["peak_bytes"] for run in runs) / GIGABYTE
         times = [number(statistics.median(run[key] for run in runs)) for key in ("first_seconds", "seconds")]
-        over_bare, speedup = ratio(measures, name, "bare"), ratio(measures, "torch.func", name)
-        yield [name, *times, f"{peak:.2f}", number(over_bare), number(speedup)]
+        ratios = ratio(measures, name, "bare"), *(ratio(measures, slow, name) for slow in ("torch.func", "jacobian"))
+        yield [name, *times, f"{peak:.2f}", *map(number, ratios)]
 
 
 def ratio(measures: dict[str, list[dict]], left: str, right: str, key: str = "seconds") -> float | None:

@@ -20,7 +20,7 @@ import ntk
 from analyses.records import plain
 from analyses.subjects.cost import peak_bytes
 from benchmarks.baselines import bare_passes, torch_func_ntk
-from benchmarks.jobs import ADAPTERS, JOBS, TILE, Job
+from benchmarks.jobs import ADAPTERS, JOBS, Job
 from ntk.adapters import Full, Method, Propulsion
 from ntk.counts import by_kind, counting
 from propulsion.training import apply_propulsion
@@ -55,7 +55,8 @@ def main(config: Measurement) -> None:
     if config.profile:
         found = profile(lambda: compute(first(batch, PROFILED)))
     else:
-        tokens = int(batch["attention_mask"].sum())
+        mask = batch.get("attention_mask")
+        tokens = job.examples if mask is None else int(mask.sum())
         found = timing(lambda: compute(batch), job.repeats) | {"tokens": tokens}
     print(json.dumps(found))
 
@@ -69,7 +70,8 @@ def measures(model: torch.nn.Module, job: Job) -> dict[str, Callable]:
 
     return {
         "full": lambda batch: ntk.empirical_ntk(model, batch, method="structured", memory_budget=budget),
-        "torch.func": lambda batch: torch_func_ntk(model, batch, TILE),
+        "torch.func": lambda batch: torch_func_ntk(model, batch, job.tile),
+        "jacobian": lambda batch: ntk.empirical_ntk(model, batch, method="jacobian", memory_budget=budget),
         "bare": lambda batch: bare_passes(model, batch),
         "adapters": methods({"full": Full(), **ADAPTERS}),
         "Propulsion": methods({"Propulsion": Propulsion()}),
@@ -112,24 +114,35 @@ def profile(compute: Callable, most: int = 12) -> dict[str, float]:
 def agreement(model: torch.nn.Module, batch: Batch, job: Job) -> dict[str, float]:
     """Relative errors (Frobenius) in float64: full fine-tuning against torch.func, Propulsion against a peft model.
 
+    A job with the measure "jacobian" is compared with that in place of torch.func.
+
     Tests compare the other methods' kernels with the gradients of peft's own layers. "in float32" is the error of the
     float32 kernel, which is the timed one.
     """
     rounded = measures(model, job)["full"](batch).double()
     model = model.double()
+    batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     compute = measures(model, job)
-    full = torch_func_ntk(model, batch, 1)[0]
+    # torch.func cannot differentiate some layers (an LSTM in float64).
+    own = "jacobian" in job.measures
+    full = compute["jacobian"](batch) if own else torch_func_ntk(model, batch, 1)[0]
+    errors = {
+        "full": relative_error(compute["full"](batch), full),
+        "full, in float32": relative_error(rounded, full),
+    }
+    if not job.adapted:
+        return errors
     beside = compute["adapters"](batch)
     wrapped = apply_propulsion(copy.deepcopy(model), degree=1, positions=("all",), train_head=False)
     scales = ntk.empirical_ntk(
         wrapped, batch, params=lambda name, p: p.requires_grad and "classifier" not in name, method="jacobian"
     )
     return {
-        "full": relative_error(compute["full"](batch), full),
+        "full": errors["full"],
         "full beside adapters": relative_error(beside["full"], full),
         "Propulsion beside others": relative_error(beside["Propulsion"], scales),
         "Propulsion alone": relative_error(compute["Propulsion"](batch)["Propulsion"], scales),
-        "full, in float32": relative_error(rounded, full),
+        "full, in float32": errors["full, in float32"],
     }
 
 
