@@ -11,7 +11,9 @@ from ntk.store import files
 from ntk.store.identity import tensors_digest
 
 
-def assembled(folder: Path, blocks: Sequence[tuple[int, int]], tiles: Mapping[tuple[int, int], Path]) -> Path:
+def assembled(
+    folder: Path, blocks: Sequence[tuple[int, int]], tiles: Mapping[tuple[int, int], tuple[Path, str]]
+) -> Path:
     """The path of the whole kernel, whose name is a digest of its tiles; it is made if it is not there.
 
     Files of earlier kernels, before examples were added, are removed.
@@ -19,13 +21,13 @@ def assembled(folder: Path, blocks: Sequence[tuple[int, int]], tiles: Mapping[tu
     Args:
         folder: of the store.
         blocks: first example and number of examples of each block.
-        tiles: the file of each pair of blocks, row <= column.
+        tiles: the file of each pair of blocks, row <= column, and what it is computed from.
 
     Raises:
         Damaged: a tile is missing or damaged.
         OSError: the file cannot be written.
     """
-    digests = {str(pair): torch.tensor(list(files.digest_of(path).encode())) for pair, path in tiles.items()}
+    digests = {str(pair): torch.tensor(list(files.digest_of(path).encode())) for pair, (path, _) in tiles.items()}
     whole = folder / f"kernel-{tensors_digest(digests)[:16]}.npy"
     if whole.exists():
         return whole
@@ -33,8 +35,8 @@ def assembled(folder: Path, blocks: Sequence[tuple[int, int]], tiles: Mapping[tu
     try:
         with files.full_disk(f"{folder} has no room for the whole kernel; its tiles are kept"):
             kernel = None
-            for (i, j), path in tiles.items():
-                tile = files.read(path)["kernel"]
+            for (i, j), (path, of) in tiles.items():
+                tile = files.read(path, of)["kernel"]
                 if kernel is None:
                     shape = (n, n, *tile.shape[2:])
                     kernel = np.lib.format.open_memmap(partial, "w+", tile.numpy().dtype, shape)

@@ -1,6 +1,7 @@
 """Files of tensors that are complete or not there, and tell whether they are damaged."""
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ntk.store.identity import tensors_digest
 
+# One entry only, since safetensors writes several in random order, and the same tile shall have the same bytes.
 _DIGEST = "sha256"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -20,8 +22,13 @@ class Damaged(ValueError):
     """A file is missing, truncated, or holds other bytes than were written."""
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], of: str = "") -> None:
     """Write tensors beside `path` with their digest, flush them to the disk, and rename the file.
+
+    Args:
+        path: the file.
+        tensors: its content.
+        of: what the tensors were computed from.
 
     Raises:
         OSError: the file cannot be written; nothing is left behind.
@@ -29,7 +36,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     partial = beside(path)
     try:
-        save_file(contiguous, partial, metadata={_DIGEST: tensors_digest(contiguous)})
+        save_file(contiguous, partial, metadata={_DIGEST: _digest(contiguous, of)})
         publish(partial, path)
     except SafetensorError as error:  # its text holds the system's, of a full disk for instance
         raise OSError(f"cannot write {path}: {error}") from error
@@ -37,21 +44,25 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, of: str = "") -> dict[str, Tensor]:
     """The tensors of a file.
 
     Raises:
-        Damaged: it is missing, truncated, or has other bytes than were written.
+        Damaged: it is missing, truncated, has other bytes than were written, or was computed from something else.
     """
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            expected = (file.metadata() or {}).get(_DIGEST)
+            metadata = file.metadata() or {}
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise Damaged(f"{path} cannot be read: {error}") from error
-    if tensors_digest(tensors) != expected:
+    if _digest(tensors, of) != metadata.get(_DIGEST):
         raise Damaged(f"{path} has other bytes than were written")
     return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor], of: str) -> str:
+    return hashlib.sha256(f"{tensors_digest(tensors)} {of}".encode()).hexdigest()
 
 
 def digest_of(path: Path) -> str:

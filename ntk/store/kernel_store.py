@@ -34,7 +34,7 @@ from ntk.layout import layout_of
 from ntk.outputs import Output
 from ntk.store import files
 from ntk.store.assembly import assembled
-from ntk.store.identity import inputs_digest, kernel_identity
+from ntk.store.identity import inputs_digest, kernel_identity, tensors_digest
 
 FORMAT = "1"
 BLOCK = 512
@@ -51,12 +51,14 @@ class Block:
         file: name of their file.
         start: index of the first among all examples of the store.
         n: their number.
+        digest: of their content.
     """
 
     key: str
     file: str
     start: int
     n: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,14 @@ class KernelStore:
                 raise ValueError(
                     f"key {key!r} of {self.path} holds {keys[key]['n']} other examples: add these under another key"
                 )
-            for start in range(0, n, self.block):
-                path = self.path / "examples" / _name(number, start // self.block)
+            parts = [_part(inputs, n, slice(start, start + self.block)) for start in range(0, n, self.block)]
+            for index, part in enumerate(parts):
+                path = self.path / "examples" / _name(number, index)
                 with files.full_disk(f"{self.path} has no room for examples of {key!r}; free some and add again"):
                     if key not in keys or not _whole(path):
-                        files.write(path, _part(inputs, n, slice(start, start + self.block)))
+                        files.write(path, part)
             if key not in keys:
-                keys[key] = {"n": n, "digest": digest}
+                keys[key] = {"n": n, "digest": digest, "blocks": [tensors_digest(part) for part in parts]}
                 files.write_text(self.path / "keys.json", json.dumps(keys, indent=1) + "\n")
 
     def compute(self, *, progress: bool = False) -> None:
@@ -199,7 +202,7 @@ class KernelStore:
         rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         first = len(pairs) * rank // world
         with tqdm(total=len(pairs), desc="tiles", disable=None if progress else True, leave=False) as bar:
-            while pending := [pair for pair in (*pairs[first:], *pairs[:first]) if not self._complete(*pair)]:
+            while pending := [pair for pair in (*pairs[first:], *pairs[:first]) if not self._complete(blocks, *pair)]:
                 bar.update(len(pairs) - len(pending) - bar.n)
                 if not sum(self._try(blocks, *pair) for pair in pending):
                     time.sleep(_WAIT)
@@ -222,7 +225,7 @@ class KernelStore:
                 f"{status.total - status.complete} of {status.total} tiles of {self.path} are missing or damaged: call "
                 "compute() first" if blocks else f"{self.path} has no examples: add some"
             )  # fmt: skip
-        paths = {pair: self._tile(*pair) for pair in _pairs(blocks)}
+        paths = {(i, j): (self._tile(i, j), self._origin(blocks[i], blocks[j])) for i, j in _pairs(blocks)}
         with _lock(self.path / ".assembly.lock"):
             whole = np.load(assembled(self.path, [(b.start, b.n) for b in blocks], paths), mmap_mode="r")
         spans = {
@@ -239,7 +242,7 @@ class KernelStore:
         """Examples and complete tiles; each tile is read once, to see that it is not damaged."""
         blocks = self._blocks()
         pairs = _pairs(blocks)
-        complete = [pair for pair in pairs if self._complete(*pair)]
+        complete = [pair for pair in pairs if self._complete(blocks, *pair)]
         size = sum(self._tile(*pair).stat().st_size for pair in complete)
         return Status({key: entry["n"] for key, entry in self._keys().items()}, len(complete), len(pairs), size)
 
@@ -249,25 +252,33 @@ class KernelStore:
 
     def _keys(self) -> dict[str, Any]:
         path = self.path / "keys.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: name another folder") from error
 
     def _blocks(self) -> list[Block]:
         blocks, total = [], 0
         for number, (key, entry) in enumerate(self._keys().items()):
-            for start in range(0, entry["n"], self.block):
-                n = min(self.block, entry["n"] - start)
-                blocks.append(Block(key, _name(number, start // self.block), total, n))
+            for index, digest in enumerate(entry["blocks"]):
+                n = min(self.block, entry["n"] - index * self.block)
+                blocks.append(Block(key, _name(number, index), total, n, digest))
                 total += n
         return blocks
 
     def _tile(self, i: int, j: int) -> Path:
         return self.path / "tiles" / _name(i, j)
 
-    def _complete(self, i: int, j: int) -> bool:
-        path = self._tile(i, j)
-        if path.name not in self._verified and path.exists() and _whole(path):
-            self._verified.add(path.name)
-        return path.name in self._verified and path.exists()
+    def _origin(self, rows: Block, columns: Block) -> str:
+        """What a tile is computed from: the kernel and the content of its examples."""
+        return json.dumps([self._identity, rows.digest, columns.digest], sort_keys=True)
+
+    def _complete(self, blocks: list[Block], i: int, j: int) -> bool:
+        path, origin = self._tile(i, j), self._origin(blocks[i], blocks[j])
+        known = f"{path.name} {origin}"
+        if known not in self._verified and path.exists() and _whole(path, origin):
+            self._verified.add(known)
+        return known in self._verified and path.exists()
 
     def _try(self, blocks: list[Block], i: int, j: int) -> bool:
         """Compute a tile unless another process does; whether it is complete now."""
@@ -275,12 +286,11 @@ class KernelStore:
             with _lock(self._tile(i, j).with_suffix(".lock"), blocking=False):
                 for leftover in self.path.glob(f"tiles/.{self._tile(i, j).name}.partial-*"):
                     leftover.unlink()  # of a process that was killed
-                if not self._complete(i, j):
+                if not self._complete(blocks, i, j):
                     kernel = self._kernel(blocks[i], None if i == j else blocks[j])
                     kept = "complete tiles are kept: free some space and call compute() again"
                     with files.full_disk(f"{self.path} has no room for another tile; {kept}"):
-                        files.write(self._tile(i, j), {"kernel": kernel})
-                    self._verified.add(self._tile(i, j).name)
+                        files.write(self._tile(i, j), {"kernel": kernel}, self._origin(blocks[i], blocks[j]))
         except Timeout:
             return False
         return True
@@ -349,9 +359,9 @@ def _name(first: int, second: int) -> str:
     return f"{first:05}-{second:05}.safetensors"
 
 
-def _whole(path: Path) -> bool:
+def _whole(path: Path, of: str = "") -> bool:
     with suppress(files.Damaged):
-        files.read(path)
+        files.read(path, of)
         return True
     return False
 

@@ -203,7 +203,9 @@ def test_every_damaged_tile_is_computed_again(tmp_path):
         again = kernel_store(whole.path, network(), reduce="trace")
         if again.status().complete == 6:
             # Spaces that pad the header, and the digest's own name, say nothing of the numbers.
-            assert torch.equal(files.read(path)["kernel"], again._kernel(again._blocks()[0], again._blocks()[1]))
+            blocks = again._blocks()
+            of = again._origin(blocks[0], blocks[1])
+            assert torch.equal(files.read(path, of)["kernel"], again._kernel(again._blocks()[0], again._blocks()[1]))
     for damaged in (content[:-1], content[:20], b"", content + b"\0"):
         path.write_bytes(damaged)
         again = kernel_store(whole.path, network(), reduce="trace")
@@ -211,6 +213,31 @@ def test_every_damaged_tile_is_computed_again(tmp_path):
             again.load()
         again.compute()
         assert tiles(again) == bits
+
+
+def test_a_tile_of_other_examples_or_of_another_kernel_is_computed_again(tmp_path, computed):
+    def store(name, seed, examples):
+        found = kernel_store(tmp_path / name, network(seed), block=2)
+        found.add(examples)
+        found.compute()
+        return found
+
+    first = store("first", 0, rows(4))
+    expected = first.load().copy()
+    foreign = tiles(store("weights", 1, rows(4))), tiles(store("rows", 0, rows(4, seed=9)))
+    for name in tiles(first):
+        for content in (*(each[name] for each in foreign), tiles(first)["00000-00000.safetensors"]):
+            if content == tiles(first)[name]:
+                continue
+            (first.path / "tiles" / name).write_bytes(content)
+            again = kernel_store(first.path, network(), block=2)
+            assert again.status().complete == 2
+            again.compute()
+            np.testing.assert_array_equal(again.load(), expected)
+    (first.path / "keys.json").unlink()
+    again = kernel_store(first.path, network(), block=2)
+    again.add(rows(4, seed=9))
+    assert again.status().complete == 0
 
 
 def test_damaged_examples_are_named_and_repaired(tmp_path):
