@@ -1,5 +1,6 @@
 """The whole kernel as one memory-mapped file, put together from its tiles."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from ntk.layout import mirrored
 from ntk.store import files
 from ntk.store.identity import tensors_digest
+
+_NAME = re.compile(r"kernel-[0-9a-f]{16}\.npy")
 
 
 def assembled(
@@ -51,6 +54,6 @@ def assembled(
     finally:
         partial.unlink(missing_ok=True)
     for older in folder.glob("kernel-*.npy"):
-        if older != whole:
+        if older != whole and _NAME.fullmatch(older.name):
             older.unlink()
     return whole

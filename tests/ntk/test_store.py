@@ -103,12 +103,15 @@ def test_appended_examples_need_new_tiles_only(tmp_path, computed):
     store.compute()
     before, computed[:] = tiles(store), []
     store.load()
+    mine = store.path / "kernel-mine.npy"
+    mine.write_text("not of the store")
     store.add(rows(3, seed=2), key="more")
     store.compute()
     assert len(computed) == 10 - 3
     assert {name: content for name, content in tiles(store).items() if name in before} == before
     assert store.load().shape == (7, 7, 2, 2)
-    assert len(list(store.path.glob("kernel-*.npy"))) == 1
+    assert len(list(store.path.glob("kernel-*.npy"))) == 2
+    assert mine.read_text() == "not of the store"
 
 
 def test_other_examples_of_a_key_are_refused(tmp_path):
