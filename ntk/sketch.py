@@ -18,6 +18,7 @@ from ntk.inputs import Inputs, batch_size
 from ntk.jacobian import accumulation_dtype, at_least, gigabytes
 from ntk.outputs import Output
 from ntk.request import Request
+from ntk.store.identity import tensors_digest
 from ntk.structured.memory import IN_PROGRESS
 from ntk.structured.sketching import ParameterSketch
 from ntk.structured.stages import Stage, gathered
@@ -57,7 +58,8 @@ class SketchedNTK:
 
     Attributes:
         features: ``(n, c, k)``; sketches of the same model, parameters, dimension and seed can be multiplied.
-        key: what two sketches must share: dimension, seed, and the names and shapes of the parameters.
+        key: what two sketches must share: dimension, seed, names and shapes of the parameters, and the weights, as a
+            digest. That they are of the same output is not checked.
         plan: how the dimension was chosen, if it was.
     """
 
@@ -94,7 +96,7 @@ class SketchedNTK:
     def _columns(self, other: "SketchedNTK | None") -> Tensor:
         if other is not None and other.key != self.key:
             raise ValueError(
-                "expected sketches of the same parameters with the same dimension and seed, whose inner products "
+                "expected sketches of the same weights and parameters, with the same dimension and seed, whose products "
                 f"estimate a kernel; got {_words(self.key)} and {_words(other.key)}"
             )
         return self.features if other is None else other.features
@@ -203,7 +205,8 @@ def _sketched(
     if not bool(torch.isfinite(features).all()):
         raise ValueError(f"the sketch holds NaN or infinite values: {nonfinite_cause(model, inputs)}")
     names = tuple((name, tuple(p.shape)) for name, p in chosen.items())
-    return SketchedNTK(features, (dimension, seed, names))
+    weights = tensors_digest({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    return SketchedNTK(features, (dimension, seed, names, weights))
 
 
 def _checked(dimension: int) -> int:
@@ -239,4 +242,4 @@ def _first(inputs: Inputs, count: int) -> Inputs:
 
 
 def _words(key: tuple) -> str:
-    return f"dimension {key[0]}, seed {key[1]} and {len(key[2])} parameters"
+    return f"dimension {key[0]}, seed {key[1]}, {len(key[2])} parameters and weights {key[3][:8]}"

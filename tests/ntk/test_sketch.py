@@ -113,8 +113,12 @@ def test_features_do_not_depend_on_batches_or_on_the_way(name, sizes):
     torch.testing.assert_close(by_reference.features, whole.features, rtol=1e-9, atol=1e-9)
     other = ntk.sketched_ntk(model, inputs, dimension=64, seed=4)
     assert relative_error(other.features, whole.features) > 0.5
-    with pytest.raises(ValueError, match="expected sketches of the same parameters"):
+    with pytest.raises(ValueError, match="expected sketches of the same weights and parameters"):
         whole.kernel(other)
+    with torch.no_grad():
+        next(iter(model.parameters())).mul_(1 + 1e-9)
+    with pytest.raises(ValueError, match="expected sketches of the same weights and parameters"):
+        whole.kernel(ntk.sketched_ntk(model, part, dimension=64, seed=3))
 
 
 @pytest.mark.parametrize("kind", ["outer", "transposed", "lookup"])
