@@ -96,8 +96,8 @@ class SketchedNTK:
     def _columns(self, other: "SketchedNTK | None") -> Tensor:
         if other is not None and other.key != self.key:
             raise ValueError(
-                "expected sketches of the same weights and parameters, with the same dimension and seed, whose products "
-                f"estimate a kernel; got {_words(self.key)} and {_words(other.key)}"
+                "expected sketches of the same weights and parameters with the same dimension and seed, whose inner "
+                f"products estimate a kernel; got {_words(self.key)} and {_words(other.key)}"
             )
         return self.features if other is None else other.features
 
