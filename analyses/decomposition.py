@@ -10,6 +10,7 @@ of the outputs.
 The same command resumes an interrupted run.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,7 @@ from analyses.subjects.options import DataOptions
 from analyses.subjects.readout import Readout
 from analyses.subjects.training_run import dataset_identity
 from ntk.adapters import Propulsion
+from ntk.certificates import distance_interval
 from propulsion.data import TaskData, load_task_data
 from propulsion.identity import model_content
 from propulsion.pretrained import fingerprint, pooling_of
@@ -215,7 +217,7 @@ def _metrics(row: Mapping[str, Any]) -> Iterator[Metric]:
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """One table by kind of layer and of all layers, and one layer by layer."""
+    """Three tables by kind of layer and of all layers, and one layer by layer."""
     rows = result.tables["groups"]
 
     def cells(row: Mapping[str, Any], *columns: str) -> list[str]:
@@ -231,6 +233,10 @@ def summary(result: Result) -> Iterator[Block]:
         [[row["group"], *cells(row, *sizes)] for row in whole],
     )
     yield (
+        ["by kind", "distance of F and P after the best scale", "at least, by the two steps", "at most"],
+        [[row["group"], *map(number, _certified(result, row["group"]))] for row in whole],
+    )
+    yield (
         ["by layer", "CKA, F and M", "M and P", "F and P", "tr M / (σ² tr F)", "tr P / tr M"],
         [
             [label_of(row["kind"], row["block"]), *(number(row[c]) for c in (*list(PAIRS)[:3], *sizes[1:]))]
@@ -238,6 +244,19 @@ def summary(result: Result) -> Iterator[Block]:
             if row["block"] is not None
         ],
     )
+
+
+def _certified(result: Result, group: str) -> tuple[float, float, float]:
+    """The distance of the centred kernels F and P after the best scale, and the interval that the CKA of F and M and of
+    M and P prove for it; means over seeds.
+    """
+    rows = [row for row in result.tables["seed_values"] if row["group"] == group]
+    each = []
+    for row in rows:
+        full_metric, metric_scales, full_scales = (min(row[column], 1.0) for column in list(PAIRS)[:3])
+        each.append((math.sqrt(1 - full_scales**2), *distance_interval(full_metric, metric_scales)))
+    distance, low, high = np.mean(each, axis=0)
+    return float(distance), float(low), float(high)
 
 
 def _said(result: Result) -> str:

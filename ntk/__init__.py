@@ -9,7 +9,20 @@ model stores (Jacot, Gabriel and Hongler 2018; Novak, Sohl-Dickstein and Schoenh
 n examples, t tokens, c outputs, p parameters of one tensor, P all parameters.
 """
 
-from ntk import adapters, bounds, dynamics, infinite, inputs, kernels, metrics, networks, nulls, outputs, store
+from ntk import (
+    adapters,
+    bounds,
+    certificates,
+    dynamics,
+    infinite,
+    inputs,
+    kernels,
+    metrics,
+    networks,
+    nulls,
+    outputs,
+    store,
+)
 from ntk.empirical import METHODS, adapter_kernels, empirical_ntk, layer_kernels
 from ntk.krylov import SpectralDensity, spectral_density
 from ntk.layerwise import Decomposition, decomposition
@@ -52,6 +65,6 @@ __all__ += ["gaussian_sketch", "hidden_state_kernel", "permuted", "random_subset
 __all__ += ["sign_gradient_kernels", "sign_gradient_regression"]
 __all__ += ["RandomEstimate", "SketchedNTK", "SpectralDensity", "sketched_ntk"]
 __all__ += ["spectral_density", "stochastic_diagonal", "stochastic_trace"]
-__all__ += ["adapters", "bounds", "dynamics", "infinite", "inputs", "kernels"]
+__all__ += ["adapters", "bounds", "certificates", "dynamics", "infinite", "inputs", "kernels"]
 __all__ += ["KernelStore", "kernel_store"]
 __all__ += ["metrics", "networks", "nulls", "outputs", "store"]

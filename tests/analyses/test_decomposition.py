@@ -72,6 +72,30 @@ def test_every_number_is_that_of_the_kernels(config, result):
     assert result.arrays[f"{STAGE}.{ROTATED}"].shape == (6, 6)
 
 
+def test_the_distance_lies_in_the_interval_that_the_two_steps_prove(config, result):
+    """In the printed table, the mean over seeds of the distance of the centred kernels, and of its bounds."""
+    rows = [line.split("|")[1:-1] for line in summary(result, markdown=True).splitlines() if "|" in line]
+    start = next(i for i, row in enumerate(rows) if "best scale" in row[1])
+    printed = {
+        row[0].strip(): [float(cell) for cell in row[1:]] for row in rows[start + 2 : start + 2 + len(KINDS) + 1]
+    }
+    assert set(printed) == {*KINDS, ALL}
+    for kind, (distance, low, high) in printed.items():
+        assert low - 0.001 <= distance <= high + 0.001, kind
+    distances, bounds = [], []
+    for seed in config.seeds:
+        _, _, layers = direct(config, seed)
+        full, metric, scales = (
+            ntk.center(sum(getattr(parts, part) for parts in layers.values()))
+            for part in ("full", "metric", "propulsion")
+        )
+        distances.append(ntk.kernel_distance(full, scales, scaled=True))
+        angles = [math.acos(ntk.kernel_alignment(*pair)) for pair in ((full, metric), (metric, scales))]
+        bounds.append([math.sin(abs(angles[0] - angles[1])), math.sin(min(sum(angles), math.pi / 2))])
+    expected = [np.mean(distances), *np.mean(bounds, axis=0)]
+    assert printed[ALL] == pytest.approx(expected, abs=0.002)
+
+
 def test_one_seed_has_no_interval(config, tmp_path):
     alone = run(replace(config, seeds=(3,), output_dir=tmp_path / "result"))
     row = next(row for row in alone.tables["groups"] if row["group"] == ALL)
