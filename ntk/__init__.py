@@ -23,6 +23,7 @@ from ntk import (
     outputs,
     store,
 )
+from ntk.dynamics import linearize
 from ntk.empirical import METHODS, adapter_kernels, empirical_ntk, layer_kernels
 from ntk.krylov import SpectralDensity, spectral_density
 from ntk.layerwise import Decomposition, decomposition
@@ -47,6 +48,7 @@ from ntk.metrics import (
 )
 from ntk.nulls import gaussian_sketch, hidden_state_kernel, permuted, random_subset_ntk
 from ntk.operator import NTKOperator
+from ntk.reference import jacobian
 from ntk.sign_gradient import sign_gradient_kernels, sign_gradient_regression
 from ntk.sketch import SketchedNTK, sketched_ntk
 from ntk.store import KernelStore, kernel_store
@@ -55,6 +57,7 @@ from ntk.structured.work import SlowKernelWarning
 from ntk.trace_estimation import RandomEstimate, stochastic_diagonal, stochastic_trace
 
 __all__ = ["METHODS", "NTKOperator", "adapter_kernels", "empirical_ntk", "flatten", "layer_kernels", "reduce_outputs"]
+__all__ += ["jacobian", "linearize"]
 __all__ += ["Explanation", "ParameterCost", "SlowKernelWarning", "explain"]
 __all__ += ["UndefinedMetricError", "best_scale", "center", "cka", "effective_rank", "eigenspace_overlap"]
 __all__ += ["Decomposition", "LoRALaw", "decomposition", "lora_law"]

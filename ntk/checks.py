@@ -1,8 +1,9 @@
 """Checks of the tensors that functions take and return, and scaling by powers of two, which keeps sums in range."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +11,8 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 def real_and_finite(x: Any, name: str) -> Tensor:
-    """The tensor in float64, after :func:`check_numbers`."""
+    """A tensor, or an array as a tensor, in float64, after :func:`check_numbers`."""
+    x = as_tensor(x)
     check_numbers(x, name)
     return x.double()
 
@@ -29,6 +31,14 @@ def check_numbers(x: Any, name: str) -> None:
         )
     if not torch.isfinite(x).all():
         raise ValueError(f"{name} holds NaN or infinite values, and must be finite: see where they come from")
+
+
+def as_tensor(x: Any) -> Tensor:
+    """An array of numpy as a tensor; anything else as it is, for :func:`check_tensor` to refuse what is no tensor."""
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fciub":
+        return cast("Tensor", x)
+    # torch warns of memory that it could write to and must not, as that of a mapped file.
+    return torch.from_numpy(x if x.flags.writeable else x.copy())
 
 
 def check_tensor(x: Any, name: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntk import jacobian
+from ntk import reference
 from ntk.adapters import Method, layers_of
 from ntk.functional import ParameterChoice, evaluation, nonfinite_cause, select_parameters
 from ntk.inputs import Inputs
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # name -> function(request, params, *, summed) -> {name: kernel}
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "jacobian": jacobian.layer_kernels,
+    "jacobian": reference.layer_kernels,
     "structured": structured.layer_kernels,
     # The structured path checks itself on every call, and the reference takes the parameters that it cannot capture.
     "auto": structured.layer_kernels,
@@ -52,15 +52,18 @@ def empirical_ntk(
     2018). The model runs in evaluation mode and is left as it was found.
 
     Args:
-        model: any module that takes one tensor, or a Hugging Face model that takes the entries of ``inputs``.
-        inputs: a batch of n1 examples: a tensor ``(n1, ...)`` or a mapping of batched tensors (a tokenizer's output),
-            padded on either side. An example is its real tokens: see :mod:`ntk.inputs`.
+        model: any module that takes tensors, or a Hugging Face model that takes the entries of ``inputs``.
+        inputs: a batch of n1 examples: a tensor ``(n1, ...)``, a tuple of tensors in the order of the arguments of
+            ``model.forward``, or a mapping of batched tensors (a tokenizer's output), padded on either side. An example
+            is its real tokens: see :mod:`ntk.inputs`.
         inputs2: n2 examples for the columns; None for the symmetric kernel.
-        params: ``"all"``, ``"trainable"`` or a predicate ``(name, parameter) -> bool``. Tied parameters count once.
+        params: ``"all"``, ``"trainable"``, names of parameters or modules, patterns such as ``"*.bias"``, or a
+            predicate ``(name, parameter) -> bool``: see :func:`ntk.functional.select_parameters`. Tied parameters count
+            once.
         output: ``(model_output, inputs) -> (n, c)``; a classifier's logits if None. See :mod:`ntk.outputs`.
         reduce: None, ``"trace"``, ``"diagonal"`` or ``"sum"``: see :func:`ntk.layout.reduce_outputs`. The kernel
             is never formed with its c^2 entries of each pair; ``"sum"`` takes one backward pass instead of c.
-        method: ``"jacobian"`` is the reference (:mod:`ntk.jacobian`), ``"structured"`` the fast way
+        method: ``"jacobian"`` is the reference (:mod:`ntk.reference`), ``"structured"`` the fast way
             (:mod:`ntk.structured.kernels`; costs there). ``"auto"`` takes the fast way for every parameter whose
             captured features add up to ordinary gradients, on one or two examples, and the reference for the others.
             Examples run together where :mod:`ntk.structured.independence` shows that they do not change one another,
@@ -164,7 +167,7 @@ def kernels_of_methods(request: Request, methods: Mapping[str, Method], method: 
             if method != "jacobian":
                 request.reference.update({name: uncaptured[name] for name in rest})
             params = {name: p for name, p in select_parameters(model).items() if name in rest}
-            for name, kernel in jacobian.layer_kernels(request, params, summed=False).items():
+            for name, kernel in reference.layer_kernels(request, params, summed=False).items():
                 for key, weight in rest[name].items():
                     kernels[key] = kernels.get(key, torch.zeros_like(kernel)) + weight * kernel
         if targets.lost:

@@ -1,10 +1,12 @@
 """A model as a pure function of its parameters and one group of examples."""
 
+import difflib
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,8 @@ from ntk.own_state import OwnState, parameter_hooks
 
 Parameters = dict[str, Tensor]
 Leaves = dict[str, nn.Parameter]
-ParameterChoice = str | Callable[[str, nn.Parameter], bool]
+ParameterChoice = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+"""``"all"``, ``"trainable"``, names or patterns, or a predicate: see :func:`select_parameters`."""
 
 # Kernels of one process are computed one after another: each changes the mode and gradients of its model, and settings
 # and random states that torch has once for the whole process. A thread may take the lock again.
@@ -32,15 +35,15 @@ def select_parameters(model: nn.Module, params: ParameterChoice = "all") -> Para
 
     Args:
         model: tied parameters appear once, under their first name, as in ``named_parameters()``.
-        params: ``"all"``, ``"trainable"`` (``requires_grad``) or a predicate ``(name, parameter) -> bool``.
+        params: ``"all"``, ``"trainable"`` (``requires_grad``), a predicate ``(name, parameter) -> bool``, or one or
+            several of: the name of a parameter, the name of a module, for all of its parameters, and a pattern of
+            such names with ``*`` and ``?`` (:mod:`fnmatch`).
 
     Raises:
-        ValueError: an unknown choice, no selected parameter, or a selected parameter that is not real floating-point.
+        ValueError: an unknown choice, no selected parameter, a name or pattern that none has, or a selected parameter
+            that is not real floating-point.
     """
-    known = {"all": lambda name, p: True, "trainable": lambda name, p: p.requires_grad}
-    choose = known.get(params) if isinstance(params, str) else params
-    if not callable(choose):
-        raise ValueError(f"params must be 'all', 'trainable' or a predicate (name, parameter) -> bool; got {params!r}")
+    choose = _predicate(model, params)
     chosen = {name: p for name, p in model.named_parameters() if choose(name, p)}
     if not chosen:
         raise ValueError(
@@ -58,6 +61,43 @@ def select_parameters(model: nn.Module, params: ParameterChoice = "all") -> Para
                 "select the others with params='trainable' or a predicate"
             )
     return {name: p.detach() for name, p in chosen.items()}
+
+
+def _predicate(model: nn.Module, params: ParameterChoice) -> Callable[[str, nn.Parameter], bool]:
+    """A choice of parameters as a predicate ``(name, parameter) -> bool``."""
+    if params == "all":
+        return lambda name, p: True
+    if params == "trainable":
+        return lambda name, p: p.requires_grad
+    if callable(params):
+        return params
+    listed = [params] if isinstance(params, str) else params
+    if not isinstance(listed, Sequence) or not all(isinstance(part, str) for part in listed):
+        raise ValueError(
+            "params must be 'all', 'trainable', names or patterns of parameters, or a predicate (name, parameter) -> "
+            f"bool; got {params!r}"
+        )
+    # Each tensor has all names under which a model registers it, and is chosen by any of them.
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    found: set[int] = set()
+    for part in listed:
+        own = {key for key, all_names in names.items() if any(_is_named(name, part) for name in all_names)}
+        if not own:
+            close = difflib.get_close_matches(part, [name for each in names.values() for name in each], cutoff=0.3)
+            advice = f"did you mean {', '.join(close)}" if close else "see model.named_parameters()"
+            raise ValueError(
+                f"params={part!r} is no parameter or module with parameters of the model, and no pattern of their "
+                f"names: {advice}"
+            )
+        found |= own
+    return lambda name, p: id(p) in found
+
+
+def _is_named(name: str, part: str) -> bool:
+    """Whether a parameter, or a module that it lies in, has this name or fits this pattern."""
+    return name == part or name.startswith(f"{part}.") or fnmatchcase(name, part) or fnmatchcase(name, f"{part}.*")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ Hugging Face models fail under ``vmap`` because their mask code branches on the 
 are therefore grouped by shape and by mask, and a group's mask is an ordinary tensor, never a batched one.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,7 +22,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves
 
-Inputs = Mapping[str, Any] | Tensor
+Inputs = Mapping[str, Any] | Tensor | tuple[Tensor, ...]
+"""A mapping of batched tensors by the names of the model's arguments, a tensor, or a tuple in the arguments' order."""
+
+Batch = Mapping[str, Any] | Tensor
+"""The same without tuples, which :func:`by_name` replaces."""
 
 # The entries that say which encoder or decoder tokens are real.
 ENCODER_MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
@@ -85,6 +90,27 @@ class Group:
         return repeated
 
 
+def by_name(model: nn.Module, inputs: Inputs) -> Batch:
+    """A tuple of positional arguments as a mapping by the names of ``model.forward``'s arguments; others as they are.
+
+    Raises:
+        ValueError: the tuple is empty, has more entries than ``forward`` has named arguments, or holds what is no
+            tensor.
+    """
+    if not isinstance(inputs, tuple):
+        return inputs
+    if not inputs or not all(isinstance(t, Tensor) for t in inputs):
+        kinds = ", ".join(type(t).__name__ for t in inputs) or "nothing"
+        raise ValueError(f"a tuple of inputs must hold the tensors that the model takes, in their order; got {kinds}")
+    taken = [p for p in inspect.signature(model.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    if len(taken) < len(inputs):
+        raise ValueError(
+            f"inputs is a tuple of {len(inputs)} tensors, and {type(model).__name__}.forward has {len(taken)} named "
+            "arguments: give a tensor, or a mapping from names to tensors"
+        )
+    return {p.name: t for p, t in zip(taken, inputs)}
+
+
 def batch_size(inputs: Inputs) -> int:
     """Number of examples n: the largest first dimension, since entries such as position ids may have batch size 1.
 
@@ -98,7 +124,7 @@ def batch_size(inputs: Inputs) -> int:
         return len(inputs)
     if not isinstance(inputs, Mapping):
         raise TypeError(
-            "inputs must be a tensor or a mapping of batched tensors (a tokenizer's output); "
+            "inputs must be a tensor, a tuple of tensors or a mapping of batched tensors (a tokenizer's output); "
             f"got {type(inputs).__name__}"
         )
     lengths = {key: len(value) for key, value in inputs.items() if isinstance(value, Tensor) and value.ndim > 0}
@@ -164,7 +190,7 @@ def _numbers(value: Any) -> Tensor | None:
     return value.detach() if value.layout == torch.strided else value.detach().to_dense()
 
 
-def group_examples(inputs: Inputs, *, encoder_decoder: bool = False) -> list[Group]:
+def group_examples(inputs: Batch, *, encoder_decoder: bool = False) -> list[Group]:
     """Cut the padding off every example and group the examples that can run together.
 
     Args:

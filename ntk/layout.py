@@ -3,17 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk.checks import real_and_finite
+from ntk.checks import as_tensor, real_and_finite
 
 # The entries of a symmetric kernel may differ from their mirror images by this, relative to the largest, by rounding.
 ASYMMETRY = 1e-6
 
-Kernel = Float[Tensor, "_ _ ..."]
-"""``(n1, n2)`` or ``(n1, n2, c, c)``; functions check the shape that they need, for a better message."""
+Kernel = Float[Tensor, "_ _ ..."] | Float[np.ndarray, "_ _ ..."]
+"""``(n1, n2)`` or ``(n1, n2, c, c)``, as a tensor or an array; functions check the shape, for a better message."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def layout_of(reduce: str | None) -> Layout:
     return LAYOUTS[reduce]
 
 
-def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: str | None) -> Float[Tensor, "..."]:
+def reduce_outputs(kernel: Kernel, reduce: str | None) -> Float[Tensor, "..."]:
     """Contract the two output axes of a kernel ``(n1, n2, c, c)``.
 
     The reference for ``reduce=`` of :func:`ntk.empirical_ntk`, which does not form the c^2 entries of each pair.
@@ -94,6 +95,7 @@ def reduce_outputs(kernel: Float[Tensor, "n1 n2 c c"], reduce: str | None) -> Fl
     their 1/c.
     """
     layout_of(reduce)
+    kernel = as_tensor(kernel)
     if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
         raise ValueError(f"expected a kernel of all pairs of outputs, (n1, n2, c, c); got {tuple(kernel.shape)}")
     match reduce:
@@ -118,6 +120,7 @@ def flatten(kernel: Kernel) -> Float[Tensor, "rows columns"]:
     as it is. A ``(n1, n2, c)`` kernel holds c separate matrices and none of the blocks between them, so it raises
     ``ValueError``.
     """
+    kernel = as_tensor(kernel)
     if kernel.ndim == 2:
         return kernel
     if kernel.ndim == 4 and kernel.shape[2] == kernel.shape[3]:

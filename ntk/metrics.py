@@ -1,9 +1,10 @@
 """Distance and alignment of two kernels, and the spectrum of one.
 
-Every function takes kernels as ``(n1, n2)`` or ``(n1, n2, c, c)``; the latter are compared as their flattened matrices
-(:func:`ntk.flatten`), so all pairs of outputs count. Sums run in float64, whatever the scale of the entries. A kernel
-that is complex or not finite raises ``ValueError``, a result beyond the range of float64 ``OverflowError``. The metrics
-of two kernels depend on the examples in the batch; compare them with those of the null models of :mod:`ntk.nulls`.
+Every function takes kernels as tensors or arrays of numpy, ``(n1, n2)`` or ``(n1, n2, c, c)``; the latter are compared
+as their flattened matrices (:func:`ntk.flatten`), so all pairs of outputs count. Sums run in float64, whatever the
+scale of the entries. A kernel that is complex or not finite raises ``ValueError``, a result beyond the range of float64
+``OverflowError``. The metrics of two kernels depend on the examples in the batch; compare them with those of the null
+models of :mod:`ntk.nulls`.
 """
 
 import math
@@ -12,7 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk.checks import check_tensor, in_range, norm, normalised, not_overflown, power_of_two, real_and_finite, shifted
+from ntk.checks import (
+    as_tensor,
+    check_tensor,
+    in_range,
+    norm,
+    normalised,
+    not_overflown,
+    power_of_two,
+    real_and_finite,
+    shifted,
+)
 from ntk.layout import Kernel, check_semidefinite, kernel_matrix
 
 # Squared alignments as close to 1 as this differ from it by rounding.
@@ -86,7 +97,7 @@ def cka(K1: Kernel, K2: Kernel) -> float:
     return _cosine(_centred(K1, "K1"), _centred(K2, "K2"))
 
 
-def center(kernel: Kernel) -> Kernel:
+def center(kernel: Kernel) -> Float[Tensor, "_ _ ..."]:
     """H K H over the examples: the kernel of the features minus their mean over the batch, in float64."""
     scaled, exponent = normalised(real_and_finite(kernel, "the kernel"))
     scaled = scaled - scaled.mean(dim=0, keepdim=True)
@@ -230,21 +241,21 @@ def eigenspace_overlap(K1: Kernel, K2: Kernel, rank: int) -> float:
     return float(principal_angles(K1, K2, rank).cos().square().mean())
 
 
-def _pair(K1: Tensor, K2: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(K1: Kernel, K2: Kernel) -> tuple[Tensor, Tensor]:
     """Both kernels as finite float64 matrices of one shape."""
     _check_shapes(K1, K2)
     return kernel_matrix(K1, "K1"), kernel_matrix(K2, "K2")
 
 
-def _check_shapes(K1: Tensor, K2: Tensor) -> None:
+def _check_shapes(K1: Kernel, K2: Kernel) -> None:
     """Raise unless both are tensors of one shape."""
     for name, kernel in (("K1", K1), ("K2", K2)):
-        check_tensor(kernel, name)
+        check_tensor(as_tensor(kernel), name)
     if K1.shape != K2.shape:
         raise ValueError(f"the kernels must have the same shape; got {tuple(K1.shape)} and {tuple(K2.shape)}")
 
 
-def _centred(kernel: Tensor, name: str) -> Tensor:
+def _centred(kernel: Kernel, name: str) -> Tensor:
     """The flattened matrix of a kernel of order 1 after centring, in float64."""
     K = normalised(real_and_finite(kernel, name))[0]
     centred = kernel_matrix(center(K), name)
@@ -253,8 +264,9 @@ def _centred(kernel: Tensor, name: str) -> Tensor:
     return centred
 
 
-def _rounding(kernel: Tensor) -> float:
+def _rounding(kernel: Kernel) -> float:
     """The relative rounding of a kernel's entries, by the dtype in which the caller holds it."""
+    kernel = as_tensor(kernel)
     return torch.finfo(kernel.dtype if kernel.is_floating_point() else torch.float64).eps
 
 
@@ -284,6 +296,6 @@ def _scale(A: Tensor, B: Tensor) -> float:
     return float((A * B).sum() / B.norm() ** 2)
 
 
-def _trace(kernel: Tensor) -> tuple[float, int]:
+def _trace(kernel: Kernel) -> tuple[float, int]:
     matrix, exponent = normalised(kernel_matrix(kernel, square=True))
     return float(matrix.trace()), exponent

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntk.checks import check_count, check_numbers, not_overflown
+from ntk.checks import as_tensor, check_count, check_numbers, not_overflown
 from ntk.empirical import check_finite_kernels
 from ntk.functional import ParameterChoice, evaluation, fresh, select_parameters
-from ntk.inputs import Inputs, group_examples, one_by_one
-from ntk.jacobian import accumulation_dtype, selected_jacobian_rows
+from ntk.inputs import Inputs, by_name, group_examples, one_by_one
 from ntk.layout import Kernel, check_semidefinite, kernel_matrix
 from ntk.outputs import Output
+from ntk.reference import accumulation_dtype, selected_jacobian_rows
 from ntk.request import Request
 
 
@@ -51,7 +51,7 @@ def random_subset_ntk(
         torch.randperm(total, generator=generator, device=generator.device)[:m].sort().values for _ in range(draws)
     ]
     union = torch.cat(subsets).unique()
-    with evaluation(model, inputs):
+    with evaluation(model, request.inputs):
         rows, features = zip(*selected_jacobian_rows(request, chosen, _by_parameter(union, chosen)), strict=True)
     jacobian = torch.cat(features)[torch.cat(rows).argsort()].to(accumulation_dtype(chosen))  # (n, c, |union|)
     blocks = (jacobian[:, :, torch.searchsorted(union, subset).to(jacobian.device)] for subset in subsets)
@@ -71,7 +71,7 @@ def _by_parameter(flat: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tenso
     return result
 
 
-def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Kernel:
+def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Float[Tensor, "_ _ ..."]:
     """A random draw of J R R^T J^T, where kernel = J J^T and R (P, m) has iid N(0, 1/m) entries.
 
     J R has iid columns N(0, K / m), so the draw is K^(1/2) G G^T K^(1/2) / m with G (n c, m) standard normal: the exact
@@ -82,6 +82,7 @@ def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Ke
         OverflowError: the draw overflows the kernel's dtype.
     """
     check_count(m, "m, the number of directions of a sketch,")
+    kernel = as_tensor(kernel)
     K = kernel_matrix(kernel, symmetric=True)
     eigenvalues, vectors = torch.linalg.eigh(K)
     check_semidefinite(eigenvalues, 1e-4)
@@ -99,12 +100,13 @@ def gaussian_sketch(kernel: Kernel, m: int, *, generator: torch.Generator) -> Ke
     return not_overflown(sketch, "entries of the sketch", "pass the kernel in float64, or scaled")
 
 
-def permuted(kernel: Kernel, *, generator: torch.Generator) -> Kernel:
+def permuted(kernel: Kernel, *, generator: torch.Generator) -> Float[Tensor, "_ _ ..."]:
     """The kernel with its examples in random order, K[pi(i), pi(j)], which has the same spectrum.
 
     Raises:
         ValueError: a kernel that is not real, finite and square over the examples.
     """
+    kernel = as_tensor(kernel)
     check_numbers(kernel, "the kernel")
     if kernel.ndim < 2 or kernel.shape[0] != kernel.shape[1]:
         raise ValueError(f"expected a kernel of the examples with themselves, (n, n, ...); got {tuple(kernel.shape)}")
@@ -121,7 +123,7 @@ def hidden_state_kernel(model: nn.Module, inputs: Inputs) -> Float[Tensor, "n n"
     """
     states = []
     with evaluation(model, inputs):
-        for one in one_by_one(group_examples(inputs)):
+        for one in one_by_one(group_examples(by_name(model, inputs))):
             example: dict[str, Any] = fresh(one.example(0))
             example.pop("labels", None)
             result = None if "" in example else model(**example, output_hidden_states=True)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ntk.dynamics.products import solved
 from ntk.functional import ParameterChoice, Parameters, evaluation, fresh, nonfinite_cause, select_parameters, versions
-from ntk.inputs import Inputs, batch_size
-from ntk.jacobian import accumulation_dtype, at_least, gigabytes
+from ntk.inputs import Inputs, batch_size, by_name
 from ntk.outputs import Output
+from ntk.reference import accumulation_dtype, at_least, gigabytes
 from ntk.request import Request
 from ntk.structured.memory import IN_PROGRESS
 from ntk.structured.products import (
@@ -91,6 +91,7 @@ class NTKOperator(LinearOperator):
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}; got {mode!r}")
         params_chosen = select_parameters(model, params)
+        inputs, inputs2 = by_name(model, inputs), None if inputs2 is None else by_name(model, inputs2)
         dtype = accumulation_dtype(params_chosen)
         self._symmetric = inputs2 is None
         self.n = batch_size(inputs), batch_size(inputs if inputs2 is None else inputs2)

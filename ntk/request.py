@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ntk.functional import is_encoder_decoder
-from ntk.inputs import Group, Inputs, group_examples
+from ntk.inputs import Group, Inputs, by_name, group_examples
 from ntk.layout import Layout, layout_of
 from ntk.outputs import Output, summed_outputs
 
@@ -20,7 +20,7 @@ class Request:
 
     Attributes:
         model: in evaluation mode.
-        inputs: the rows.
+        inputs: the rows; a tuple is replaced by a mapping.
         inputs2: the columns; None for the symmetric kernel.
         requested: the output as the caller gave it; ``output`` is the one that is differentiated.
         reduce: name of the layout.
@@ -46,6 +46,9 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", layout_of(self.reduce))
+        for side in ("inputs", "inputs2"):
+            if getattr(self, side) is not None:
+                object.__setattr__(self, side, by_name(self.model, getattr(self, side)))
         if self.memory_budget is not None and not 0 <= self.memory_budget < math.inf:
             raise ValueError(f"memory_budget must be a number of bytes, or None; got {self.memory_budget}")
 
@@ -78,4 +81,5 @@ class Request:
         return sum(len(group.indices) for group in (*self.rows, *self.columns))
 
     def _grouped(self, inputs: Inputs) -> list[Group]:
+        assert not isinstance(inputs, tuple)
         return group_examples(inputs, encoder_decoder=is_encoder_decoder(self.model))

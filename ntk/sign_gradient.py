@@ -63,7 +63,7 @@ def sign_gradient_kernels(
                 "over draws; take a method of single draws, such as ntk.adapters.LoRA(a='random')"
             )
     request = Request(model, inputs, inputs2, output, None, memory_budget, progress)
-    with evaluation(model, inputs, inputs2):
+    with evaluation(model, request.inputs, request.inputs2):
         kernels, uncaptured = structured.kernels(request, targets, signed=True)
     if uncaptured := uncaptured | targets.lost:
         name, why = next(iter(uncaptured.items()))

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ntk.bounds import dimension_needed
 from ntk.checks import check_count
 from ntk.functional import ParameterChoice, Parameters, evaluation, nonfinite_cause, select_parameters
-from ntk.inputs import Inputs, batch_size
-from ntk.jacobian import accumulation_dtype, at_least, gigabytes
+from ntk.inputs import Batch, Inputs, batch_size, by_name
 from ntk.outputs import Output
+from ntk.reference import accumulation_dtype, at_least, gigabytes
 from ntk.request import Request
 from ntk.store.identity import tensors_digest
 from ntk.structured.memory import IN_PROGRESS
@@ -151,7 +151,7 @@ def sketched_ntk(
     """
     if (dimension is None) == (epsilon is None):
         raise ValueError(f"give one of dimension= and epsilon=; got {dimension} and {epsilon}")
-    chosen = select_parameters(model, params)
+    chosen, inputs = select_parameters(model, params), by_name(model, inputs)
     make = partial(_sketched, model, chosen=chosen, seed=seed, output=output, memory_budget=memory_budget)
     if epsilon is None:
         assert dimension is not None
@@ -198,12 +198,12 @@ def _sketched(
                 total[batch.index] += buckets + torch.fft.irfft(waves, n=width, dim=3)
         return total
 
-    with evaluation(model, inputs):
+    with evaluation(model, request.inputs):
         totals = [total for _, total in gathered(request, chosen, gather)]
     warn_of_slow_parameters(request.slow, request.reference, request.examples, stacklevel=3)
     features = torch.stack(totals).sum(dim=0).flatten(2) / math.sqrt(REPLICATES)
     if not bool(torch.isfinite(features).all()):
-        raise ValueError(f"the sketch holds NaN or infinite values: {nonfinite_cause(model, inputs)}")
+        raise ValueError(f"the sketch holds NaN or infinite values: {nonfinite_cause(model, request.inputs)}")
     names = tuple((name, tuple(p.shape)) for name, p in chosen.items())
     weights = tensors_digest({**dict(model.named_parameters()), **dict(model.named_buffers())})
     return SketchedNTK(features, (dimension, seed, names, weights))
@@ -229,7 +229,7 @@ def _planned(pilot: SketchedNTK, epsilon: float, confidence: float) -> Plan:
     return Plan(epsilon, confidence, gaussian, max(1.0, float((errors**2).mean() / expected)) if expected else 1.0)
 
 
-def _first(inputs: Inputs, count: int) -> Inputs:
+def _first(inputs: Batch, count: int) -> Batch:
     """The first examples of a batch."""
     if isinstance(inputs, Tensor):
         return inputs[:count]

@@ -25,7 +25,7 @@ from analyses.subjects.parameters import is_backbone
 from ntk.dynamics import Linearized
 from ntk.functional import evaluation, select_parameters
 from ntk.inputs import Group, batch_size, group_examples, one_by_one, pad_together, padding_token
-from ntk.jacobian import Jacobian, jacobian_function
+from ntk.reference import Jacobian, jacobian_function
 from propulsion.errors import UserError
 from propulsion.training.trainer import isolated_randomness
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from analyses.subjects.parameters import Backbone, backbone_prefix
+from analyses.subjects.parameters import backbone_prefix
 from ntk import adapters
-from ntk.adapters import Method, Propulsion, layers_of
+from ntk.adapters import Backbone, Method, Propulsion, layers_of
 from propulsion.errors import UserError
 from propulsion.methods import Method as TrainedMethod
 from propulsion.methods import check_options

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ntk.adapters import Found, Layer, Method
+from ntk.adapters import Method
 
 
 @dataclass(frozen=True)
@@ -22,36 +22,6 @@ class SelectedParameters(Method):
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
         """1 for a selected parameter, 0 for any other."""
         return float(self.selects(name, parameter))
-
-
-@dataclass(frozen=True)
-class Backbone(Method):
-    """A method that trains no parameter of the head; the parameters that it adds to layers stay.
-
-    Attributes:
-        method: The method.
-        prefix: Beginning of the names of the backbone's parameters; "" where there is no head.
-    """
-
-    method: Method
-    prefix: str
-
-    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
-        """The share under `method` for a parameter of the backbone, 0 for one of the head."""
-        return self.method.share(name, parameter, module, layer) if name.startswith(self.prefix) else 0.0
-
-    def adapts(self, module: str) -> bool:
-        """Whether `method` adapts the module."""
-        return self.method.adapts(module)
-
-    def features(self, layer: Layer) -> Found:
-        """The features of `method`."""
-        return self.method.features(layer)
-
-    @property
-    def in_reads(self) -> bool:
-        """The value of `method`."""
-        return self.method.in_reads
 
 
 def is_scale(name: str) -> bool:

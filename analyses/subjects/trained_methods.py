@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 import ntk
-from analyses.subjects.parameters import Backbone, SelectedParameters, backbone_prefix, is_backbone
+from analyses.subjects.parameters import SelectedParameters, backbone_prefix, is_backbone
 from ntk import adapters
 from propulsion.data.tasks import Task
 from propulsion.errors import UserError
@@ -71,7 +71,9 @@ def tangents(
         by_role = {HEAD if group["role"] == HEAD else "body": group["lr"] for group in groups}
         rates[text] = by_role
         if method.name != HEAD:
-            found[text] = Backbone(_adapter(text, method, model, trained), backbone_prefix(model) if headed else "")
+            found[text] = adapters.Backbone(
+                _adapter(text, method, model, trained), backbone_prefix(model) if headed else ""
+            )
     if headed:
         found[HEAD] = SelectedParameters(lambda name, parameter: not is_backbone(model, name))
     return Tangents(found, rates)

@@ -7,9 +7,9 @@ A :class:`Method` computes the features of its parameters at one :class:`Layer`;
 from ntk.adapters.low_rank import DoRA, LoHa, LoRA, VeRA, kaiming_uniform
 from ntk.adapters.method import Found, Layer, LayerMethod, Method, Modules, chosen, layer_of, layers_of, matrix_of
 from ntk.adapters.scales import IA3, OutputMatrix, Propulsion, rotated_mean, rotation
-from ntk.adapters.weights import BitFit, Full, NormTuning, RandomSubset, subset
+from ntk.adapters.weights import Backbone, BitFit, Full, NormTuning, RandomSubset, subset
 
 __all__ = ["Found", "Layer", "LayerMethod", "Method", "Modules", "chosen", "layer_of", "layers_of", "matrix_of"]
-__all__ += ["BitFit", "Full", "NormTuning", "RandomSubset", "subset"]
+__all__ += ["Backbone", "BitFit", "Full", "NormTuning", "RandomSubset", "subset"]
 __all__ += ["IA3", "OutputMatrix", "Propulsion", "rotated_mean", "rotation"]
 __all__ += ["DoRA", "LoHa", "LoRA", "VeRA", "kaiming_uniform"]

@@ -1,4 +1,4 @@
-"""Methods that train parameters of the network itself: all, biases, norms, or a random subset."""
+"""Methods that train parameters of the network itself: all, biases, norms, or a random subset, with or without head."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +39,37 @@ class NormTuning(Method):
     def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
         """1 for parameters of normalisation layers."""
         return float("norm" in type(module).__name__.lower())
+
+
+@dataclass(frozen=True)
+class Backbone(Method):
+    """A method that trains no parameter of the head; the parameters that it adds to layers stay.
+
+    Attributes:
+        method: the method.
+        prefix: the beginning of the names of the backbone's parameters, as in f"{model.base_model_prefix}."; "" where
+            there is no head.
+    """
+
+    method: Method
+    prefix: str
+
+    def share(self, name: str, parameter: Tensor, module: nn.Module, layer: str | None) -> float:
+        """The share under `method` for a parameter of the backbone, 0 for one of the head."""
+        return self.method.share(name, parameter, module, layer) if name.startswith(self.prefix) else 0.0
+
+    def adapts(self, module: str) -> bool:
+        """Whether `method` adapts the module."""
+        return self.method.adapts(module)
+
+    def features(self, layer: Layer) -> Found:
+        """The features of `method`."""
+        return self.method.features(layer)
+
+    @property
+    def in_reads(self) -> bool:
+        """The value of `method`."""
+        return self.method.in_reads
 
 
 @dataclass(frozen=True)

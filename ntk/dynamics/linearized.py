@@ -11,6 +11,18 @@ from ntk.checks import check_numbers, in_range, norm, real_and_finite
 from ntk.functional import ParameterChoice, evaluating, select_parameters
 
 
+def linearize(model: nn.Module, params: ParameterChoice = "all") -> "Linearized":
+    """The first-order expansion of a model about its present parameters: see :class:`Linearized`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> linear = linearize(model, "bias")
+        >>> bool((linear(torch.ones(1, 2)) == model(torch.ones(1, 2))).all())
+        True
+    """
+    return Linearized(model, params)
+
+
 class Linearized(nn.Module):
     """The trainable first-order expansion of a model about its present parameters, f(x; theta_0) + J(x) delta.
 

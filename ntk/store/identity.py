@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ntk.functional import ParameterChoice, select_parameters
-from ntk.inputs import Inputs
+from ntk.inputs import Batch
 from ntk.outputs import Output
 
 # Entries of a Hugging Face configuration that do not change what the model computes.
@@ -41,7 +41,7 @@ def kernel_identity(
     }
 
 
-def inputs_digest(inputs: Inputs) -> str:
+def inputs_digest(inputs: Batch) -> str:
     """The digest of a batch.
 
     Raises:

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from ntk.checks import check_count
 from ntk.empirical import empirical_ntk
 from ntk.functional import ParameterChoice
-from ntk.inputs import Inputs, batch_size
+from ntk.inputs import Batch, Inputs, batch_size, by_name
 from ntk.layout import layout_of
 from ntk.outputs import Output
 from ntk.store import files
@@ -155,13 +155,14 @@ class KernelStore:
         """Add examples under a key; the same examples under the same key are there already.
 
         Args:
-            inputs: a tensor, or a mapping of batched tensors.
+            inputs: a tensor, a tuple of tensors, or a mapping of batched tensors.
             key: any name.
 
         Raises:
             ValueError: other examples have this key; an entry is no tensor.
             OSError: they cannot be written.
         """
+        inputs = by_name(self._model, inputs)
         n, digest = batch_size(inputs), inputs_digest(inputs)
         with _lock(self.path / ".lock"):
             keys = self._keys()
@@ -344,7 +345,7 @@ def _check_same(folder: Path, identity: dict[str, str], block: int | None) -> in
     return stored_block
 
 
-def _part(inputs: Inputs, n: int, rows: slice) -> dict[str, Tensor]:
+def _part(inputs: Batch, n: int, rows: slice) -> dict[str, Tensor]:
     """The rows of every entry; one with a single row is shared by all examples."""
     entries = {"": inputs} if isinstance(inputs, Tensor) else inputs
     return {name: value[rows] if value.ndim and len(value) == n else value for name, value in entries.items()}

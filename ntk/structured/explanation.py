@@ -8,8 +8,8 @@ from torch import nn
 
 from ntk.functional import ParameterChoice, evaluation, first_line, requiring_gradients, select_parameters
 from ntk.inputs import Inputs
-from ntk.jacobian import alone
 from ntk.outputs import Output
+from ntk.reference import alone
 from ntk.request import Request
 from ntk.structured.contraction import FORMED, Sizes
 from ntk.structured.targets import parameter_kernels
@@ -128,7 +128,7 @@ def explain(
     """
     request = Request(model, inputs, inputs2, output, reduce, None, False)
     chosen = select_parameters(model, params)
-    with evaluation(model, inputs, inputs2):
+    with evaluation(model, request.inputs, request.inputs2):
         with torch.enable_grad(), requiring_gradients(model, ()):
             c = len(alone(model, request.output, request.rows[0], 0))  # raises for what is the caller's mistake
         uncaptured = dict.fromkeys(chosen, "")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ntk import jacobian
+from ntk import reference
 from ntk.counts import PASSES, note
 from ntk.functional import Leaves, Parameters, first_line, requiring_gradients
 from ntk.inputs import Group, tiles
@@ -44,7 +44,7 @@ _TEMPORARY = 0.1
 
 
 def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict[str, Tensor]:
-    """As :func:`ntk.jacobian.layer_kernels`, which takes the parameters that cannot be captured.
+    """As :func:`ntk.reference.layer_kernels`, which takes the parameters that cannot be captured.
 
     Cost and memory as :func:`kernels`.
     """
@@ -58,7 +58,7 @@ def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict
     if uncaptured:
         logger.info("by the reference instead: %s", ", ".join(uncaptured))
         request.reference.update(uncaptured)
-        rest = jacobian.layer_kernels(request, {name: params[name] for name in uncaptured}, summed=summed)
+        rest = reference.layer_kernels(request, {name: params[name] for name in uncaptured}, summed=summed)
         _add(captured, rest)
     return captured if summed else {name: captured[name] for name in params}
 
@@ -220,7 +220,7 @@ class _Tile:
         if self.signed:
             raise MemoryError(
                 f"the features of one layer on all {self.n1 + self.n2} examples do not fit memory_budget, "
-                f"{jacobian.gigabytes(self.budget)}: use fewer examples, or raise memory_budget"
+                f"{reference.gigabytes(self.budget)}: use fewer examples, or raise memory_budget"
             )
         if self.size == (1, 1):
             raise self._too_little()
@@ -253,17 +253,17 @@ class _Tile:
             # What the reference needs for the parameters that are not captured.
             count = len({key for name in refused for key in self.targets.weights.get(name, ())})
             n1, n2 = (sum(len(g.indices) for g in groups) for groups in (rows, columns or rows))
-            sizes = jacobian.memory(refused, n1, n2, self.plan.outputs, self.layout, count)
+            sizes = reference.memory(refused, n1, n2, self.plan.outputs, self.layout, count)
             least = max(least, sizes[0] + 2 * sizes[1])
         use = (
-            f"fewer examples or outputs{jacobian.smaller_layout(self.layout, self.plan.outputs)}"
+            f"fewer examples or outputs{reference.smaller_layout(self.layout, self.plan.outputs)}"
             if 2 * kept > least
             else "shorter examples, fewer outputs or fewer parameters"
         )
         return MemoryError(
-            f"two examples need at least {jacobian.at_least(least)} but memory_budget is "
-            f"{jacobian.gigabytes(self.budget + self.held)} (kernels {jacobian.gigabytes(kept)}): use {use}, or raise "
-            "memory_budget"
+            f"two examples need at least {reference.at_least(least)} but memory_budget is "
+            f"{reference.gigabytes(self.budget + self.held)} (kernels {reference.gigabytes(kept)}): use {use}, "
+            "or raise memory_budget"
         )
 
     def _room(self) -> float:

@@ -22,8 +22,8 @@ from ntk.adapters import Layer, Method, matrix_of
 from ntk.features import Feature, Lookup, Outer
 from ntk.functional import batch_of, call, first_line, requiring_gradients
 from ntk.inputs import Group, one_by_one
-from ntk.jacobian import gigabytes
 from ntk.layout import Layout
+from ntk.reference import gigabytes
 from ntk.request import Request
 from ntk.structured.gram import gram
 from ntk.tokens import Tokens, not_zero

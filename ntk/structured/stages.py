@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ntk import jacobian
+from ntk import reference
 from ntk.counts import BY_REFERENCE, PASSES, note
 from ntk.features import Dense, Feature, in_dtype
 from ntk.functional import Parameters, first_line, requiring_gradients
@@ -126,13 +126,13 @@ class Reference:
     request: Request
     params: Parameters
     dtype: torch.dtype
-    looping: list[jacobian.JacobianFunction] = field(default_factory=list)
+    looping: list[reference.JacobianFunction] = field(default_factory=list)
 
     @cached_property
     def outputs(self) -> int:
         """Number of outputs c."""
         with torch.enable_grad(), requiring_gradients(self.request.model, ()):
-            return len(jacobian.alone(self.request.model, self.request.output, self.request.rows[0], 0))
+            return len(reference.alone(self.request.model, self.request.output, self.request.rows[0], 0))
 
     @property
     def held(self) -> float:
@@ -150,7 +150,7 @@ class Reference:
     ) -> Generator[FeatureBatch, None, None]:
         """Yield the Jacobians of each tile of examples, with the arguments of :meth:`Captured.batches`."""
         if not self.looping:
-            self.looping.append(jacobian.jacobian_function(self.request.model, self.request.output))
+            self.looping.append(reference.jacobian_function(self.request.model, self.request.output))
             for name in self.params:
                 note(BY_REFERENCE, name)
         size = max(1, int(room // self.least()))
@@ -173,7 +173,7 @@ def gathered(request: Request, params: Parameters, gather: Callable[[Stage], Res
     stages together are those of all parameters. Call it within :func:`ntk.functional.evaluation`.
     """
     done: list[tuple[Stage, Result]] = []
-    dtype = jacobian.accumulation_dtype(params)
+    dtype = reference.accumulation_dtype(params)
     uncaptured = dict.fromkeys(params, "")
     for check in (check_together, check_alone):
         try:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ntk.features import Feature, subtract
 from ntk.functional import Leaves, batch_of, call
 from ntk.inputs import Group, pad_together, padding_token
-from ntk.jacobian import SHARE, accumulation_dtype, tolerance
+from ntk.reference import SHARE, accumulation_dtype, tolerance
 from ntk.request import Request
 from ntk.structured.capture import WHOLE, Segment
 from ntk.structured.dependence import Origin

@@ -15,14 +15,26 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ntk.counts import BY_REFERENCE, note
-from ntk.functional import Leaves, Parameters, RandomNumbers, call, first_line, fresh, requiring_gradients
-from ntk.inputs import Group, tiles
+from ntk.functional import (
+    Leaves,
+    ParameterChoice,
+    Parameters,
+    RandomNumbers,
+    call,
+    evaluation,
+    first_line,
+    fresh,
+    requiring_gradients,
+    select_parameters,
+)
+from ntk.inputs import Group, Inputs, tiles
 from ntk.layout import Layout, mirrored
 from ntk.outputs import Output
 from ntk.request import Request
@@ -74,6 +86,46 @@ def layer_kernels(request: Request, params: Parameters, *, summed: bool) -> dict
                         kernel[columns[:, None], rows[None, :]] += mirrored(block)
                 bar.update()
     return kernels
+
+
+def jacobian(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    params: ParameterChoice = "all",
+    output: Output | None = None,
+    memory_budget: int | float | None = None,
+) -> dict[str, Float[Tensor, "n c ..."]]:
+    """The derivatives of a model's outputs by its parameters, d f_a(x_i)/d theta, by the names of the parameters.
+
+    The tangent features whose inner products :func:`ntk.empirical_ntk` is, with the arguments of that function.
+
+    Returns:
+        For each parameter ``(n, c, *shape)``, in the dtype of the parameter.
+
+    Raises:
+        ValueError: as :func:`ntk.empirical_ntk`.
+        MemoryError: they exceed ``memory_budget``; an :class:`ntk.NTKOperator` multiplies by them without.
+
+    Example:
+        >>> jacobian(torch.nn.Linear(2, 1), torch.tensor([[3.0, 4.0]]))
+        {'weight': tensor([[[[3., 4.]]]]), 'bias': tensor([[[1.]]])}
+    """
+    request = Request(model, inputs, None, output, None, memory_budget, False)
+    chosen = select_parameters(model, params)
+    with evaluation(model, request.inputs):
+        with torch.enable_grad(), requiring_gradients(model, ()):
+            c = len(alone(model, output, request.rows[0], 0))
+        device = next(iter(chosen.values())).device
+        needed, budget = 2 * request.examples * c * sum(p.nbytes for p in chosen.values()), request.budget(device)
+        if needed > budget:
+            raise MemoryError(
+                f"the Jacobians of {request.examples} examples and {c} outputs need at least {at_least(needed)} but "
+                f"memory_budget is {gigabytes(budget)}: take fewer examples, outputs or parameters, or ntk.NTKOperator"
+            )
+        rows, values = jacobian_function(model, output)(chosen, request.rows)
+    order = rows.argsort()
+    return {name: value[order] for name, value in values.items()}
 
 
 def jacobian_function(model: nn.Module, output: Output | None) -> JacobianFunction:
