@@ -19,7 +19,7 @@ LOOKS = {
 @figure("theorem1")
 def draw(result: Result) -> Figure:
     """Left: relative distance of Propulsion's kernel from that of full fine-tuning, by case. Right: of each position of
-    transformers from its own weights. Means over networks; no interval is drawn.
+    random transformers from its own weights. Means over networks; no interval is drawn.
     """
     rows = result.tables["cases"]
     page = Figure(figsize=(PAGE_WIDTH, 0.24 * len(rows) + 1.25), layout="constrained")
@@ -51,15 +51,9 @@ def _positions(axes: Axes, rows: list[dict]) -> None:
     positions = list(dict.fromkeys(row["position"] for row in rows))
     networks = list(dict.fromkeys(row["network"] for row in rows))
     places = np.arange(len(positions))[::-1]
-    drawn = [network for network in networks if network.startswith("random")]
-    shades = dict(zip(drawn, np.linspace(0.75, 0.0, len(drawn))))
-    for network in networks:
+    for network, shade in zip(networks, np.linspace(0.75, 0.0, len(networks)), strict=True):
         values = {row["position"]: row["best_scale"] for row in rows if row["network"] == network}
-        random = network in shades
-        axes.plot(
-            [values[p] for p in positions], places, "o" if random else "*", markersize=4 if random else 7,
-            color=str(shades[network]) if random else PALETTE[1], label=network,
-        )  # fmt: skip
+        axes.plot([values[p] for p in positions], places, "o", markersize=4, color=str(shade), label=network)
     _lines(axes, places)
     axes.set_yticks(places, positions)
     title = "From the layer's own weights, by position"

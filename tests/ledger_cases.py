@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from analyses.claims.theory import DROPPED, PRETRAINED
+from analyses.claims.theory import COVERED, DROPPED
 from analyses.claims.training import ALL
 from analyses.method_comparison import CHANGE
 from analyses.records import Metric, Result
@@ -92,15 +92,23 @@ def trained(task: str = "sst2", **numbers: Any) -> Folders:
 
 
 def cases(
-    *, pretrained: float = 0.05, limit: float = 1e-16, biases: float = 1e-16, biases_literal: float = 0.05,
+    *, limit: float = 1e-16, biases: float = 1e-16, biases_literal: float = 0.05,
     dropped: float = 0.2, dropped_literal: float = 0.05,
 ) -> Folders:  # fmt: skip
     """Literal and corrected distances by case; cases that lack a condition violate the corrected theorem by default."""
-    numbers = {"linear": (limit, limit), "ReLU": (limit, limit), "ReLU, biases trained": (biases_literal, biases)}
+    numbers = dict.fromkeys(COVERED, (limit, limit)) | {"ReLU, biases trained": (biases_literal, biases)}
     numbers |= {name: (dropped_literal, dropped) for name in DROPPED}
     rows = [{"case": n, "compared": "limit", "literal": a, "corrected": b} for n, (a, b) in numbers.items()]
-    rows.append({"case": f"MiniLM-L6{PRETRAINED}", "compared": "standard", "literal": pretrained, "corrected": 1.0})
+    rows.append({"case": "ReLU, finite", "compared": "width 9", "literal": 1.0, "corrected": 1.0})
     return {"theorem1": planted("theorem1", tables={"cases": rows})}
+
+
+def layers(task: str = "sst2", *, raw: float = 0.05) -> Folders:
+    """Two kernels summed over the linear layers of a model, at a relative distance."""
+    full = np.array([[2.0, 1.0], [1.0, 3.0]])
+    kernels = {"full": full, "Propulsion": (1 - raw) * full, "output matrix": 9 * full}
+    arrays = {f"initialisation.{name}": kernel for name, kernel in kernels.items()}
+    return {"decomposition": planted("decomposition", arrays=arrays, config={"task": task})}
 
 
 def widths(*, gaps: dict[str, float] | None = None, slope: Value = (-0.5, -0.55, -0.45)) -> Folders:

@@ -1,11 +1,13 @@
 """The runs behind the ledger on one further model, with the sizes of docs/claims/plan.md."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from analyses.claims.plan import GROUPED, Earlier, Options, Run, run
 from propulsion.data.tasks import get_labelled_task
+from propulsion.pretrained.packaged import MODELS
 
 SEEDS = (0, 1, 2)
 SEARCHED = ("full", "propulsion:positions=all", "lora")
@@ -23,8 +25,10 @@ LONG: Options = {"max_steps": 1200, "n_train": 8000, "n_validation": 1000}
 def model_plan(model: str, tasks: Sequence[str], data_dir: Path | None) -> list[Run]:
     """The runs on a model, in folders below one that has the model's name, kernels before training.
 
+    A language model of a GGUF file has kernels alone, of the scores of label words.
+
     Args:
-        model: Name, hub name or folder of an encoder.
+        model: Name, hub name or folder of an encoder; name or GGUF file of a language model.
         tasks: GLUE tasks; analyses of one task take the first.
         data_dir: Folder with a folder of each task's data; else the Hugging Face hub.
     """
@@ -41,7 +45,11 @@ def model_plan(model: str, tasks: Sequence[str], data_dir: Path | None) -> list[
     def trained(task: str) -> Options:
         return TRAINED.get(task, LONG)
 
+    layers = named("decomposition", task=first, n_examples=48, **seeds)
+    if model.endswith(".gguf") or (model in MODELS and MODELS[model].gguf):
+        return [replace(layers, options={**layers.options, "head": "label_words"})]
     return [
+        layers,
         *(named(f"peft_kernels/{task}", task=task, n_examples=256, **seeds) for task in tasks),
         run(f"{folder}/degree_scale", tasks=tuple(tasks), models=(model,), data_dir=data_dir),
         *(named(f"spectrum/{task}", task=task, n_examples=256, **seeds) for task in tasks),

@@ -97,7 +97,7 @@ def quick_plan() -> list[Run]:
         run("parameter_count"),
         run("johnson_lindenstrauss", draws=2000),
         run("width_convergence", widths=(32, 64, 128, 256), draws=4, activations=("linear", "relu", "gelu", "erf")),
-        run("theorem1", width=128, n_in=128, draws=2, transformer_widths=(16, 32), transformer_draws=2, n_examples=8),
+        run("theorem1", width=128, n_in=128, draws=2, transformer_widths=(16, 32), transformer_draws=2),
         run("degree_scale", widths=(32, 64), depths=(1, 2), draws=2, n_examples=4),
         run("complexity", n=256, m=256, tokens=256, repeats=5),
         run("peft_kernels/demo", n_examples=8, seeds=seeds, resamples=50, null_draws=1, top=4),
@@ -140,7 +140,7 @@ def full_plan(
     sizes = {"positions": longer | GROUPED | FIXED}
     plan = [
         run("parameter_count"),
-        run("theorem1", **on_first),
+        run("theorem1"),
         run("width_convergence"),
         run("johnson_lindenstrauss"),
         run("complexity"),

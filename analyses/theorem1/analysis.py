@@ -11,24 +11,17 @@ import ntk
 from analyses.core.analysis import Analysis, Findings, Output
 from analyses.core.comparison import directions
 from analyses.records import Block, Metric, Result, number, summary_of_blocks
-from analyses.subjects.batch import held_out
-from analyses.subjects.options import model_identity
-from analyses.subjects.parameters import backbone_prefix, backbone_tuning, backbone_weights
-from analyses.theorem1.positions import POSITIONS, distances, encoder_kernels, rows_of, transformer_kernels
-from ntk.adapters import Propulsion
-from ntk.infinite import mlp_kernels, residual_kernels
+from analyses.theorem1.positions import POSITIONS, distances, rows_of, transformer_kernels
+from ntk.infinite import ACTIVATIONS, mlp_kernels, propulsion_by_integration, residual_kernels
 from ntk.infinite.networks import MLP, Recipe, ResidualMLP, Transformer, is_multiplier
-from propulsion.data import RowOptions, TaskData, load_task_data
-from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
-from propulsion.pretrained import Pooling, load_classifier
 
 Kernels = tuple[Tensor, Tensor, Tensor]  # Full fine-tuning of all parameters, of the weights, and Propulsion.
 MEASURES = ("literal", "corrected", "best_scale", "cka", "trace_ratio")
 
 
 @dataclass(frozen=True)
-class Config(RowOptions, Output):
+class Config(Output):
     """Options of the analysis."""
 
     inputs: int = 6
@@ -45,14 +38,8 @@ class Config(RowOptions, Output):
     """Widths of the random transformers that are compared position by position."""
     transformer_draws: int = 8
     """Transformers of each width."""
-    n_examples: int = 32
-    """Sentences for the pre-trained encoder."""
-    pooling: Pooling = "auto"
-    """How a new head pools hidden states: mean; first; pooler, as transformers does; auto, as its checkpoint says."""
-    task: str = "demo"
-    """Task that the encoder's sentences are from."""
     seed: int = 0
-    """Seed of the inputs, the networks and the head."""
+    """Seed of the inputs and the networks."""
 
 
 def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
@@ -60,12 +47,13 @@ def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
     generator = torch.Generator().manual_seed(config.seed)
     x = torch.randn(config.inputs, config.n_in, generator=generator, dtype=torch.float64)
 
-    def limit(activation: str, positions: str, sigma_b: float) -> Callable[[], Kernels]:
+    def limit(activation: str, sigma_b: float = 0.0, *, on_input: bool = True) -> Callable[[], Kernels]:
+        # Closed forms of one side and integration of the other, so that no formula is compared with itself.
         def compute() -> Kernels:
-            k = mlp_kernels(
-                x, depth=config.depth, activation=activation, sigma_w=2**0.5, sigma_b=sigma_b, positions=positions
-            )
-            return k.ntk, k.ntk_weights, k.propulsion
+            network: dict[str, Any] = {"depth": config.depth, "sigma_w": 2**0.5, "sigma_b": sigma_b}
+            k = mlp_kernels(x, activation=activation, method="closed", **network)
+            scales = propulsion_by_integration(x, activation=ACTIVATIONS[activation], on_input=on_input, **network)
+            return k.ntk, k.ntk_weights, scales
 
         return compute
 
@@ -84,30 +72,28 @@ def cases(config: Config) -> Iterator[tuple[str, str, Callable[[], Kernels]]]:
 
     sizes: dict[str, Any] = {"width": config.width, "depth": config.depth, "activation": "relu"}
     tokens = tokens_of(config)
-    yield "linear", "limit", limit("linear", "all", 0.0)
-    yield "ReLU", "limit", limit("relu", "all", 0.0)
+    yield "linear", "limit", limit("linear")
+    yield "ReLU", "limit", limit("relu")
     yield "ReLU, finite", f"width {config.width}", finite(lambda r: MLP(config.n_in, recipe=r, **sizes), x)
-    yield "ReLU, biases trained", "limit", limit("relu", "all", 0.5)
-    yield "ReLU, not on the input", "limit", limit("relu", "hidden", 0.0)
-    yield "GELU", "limit", limit("gelu", "all", 0.0)
-    yield "erf", "limit", limit("erf", "all", 0.0)
+    yield "leaky ReLU", "limit", limit("leaky_relu")
+    yield "ReLU, biases trained", "limit", limit("relu", 0.5)
+    yield "ReLU, not on the input", "limit", limit("relu", on_input=False)
+    yield "GELU", "limit", limit("gelu")
+    yield "erf", "limit", limit("erf")
     yield "residual ReLU", "limit", residual_limit
     residual = finite(lambda r: ResidualMLP(config.n_in, recipe=r, **sizes), x)
     yield "residual ReLU, finite", f"width {config.width}", residual
     transformer = finite(lambda r: Headless(32, width=64, depth=config.depth, recipe=r), tokens, ("input", "readout"))
     yield "transformer, random", "width 64", transformer
-    yield "MiniLM-L6, pre-trained", "standard parameters", lambda: _pretrained(config)
 
 
 def positions(config: Config) -> Iterator[dict[str, Any]]:
-    """Yield one row for each position of random transformers of growing width, and of the pre-trained encoder."""
+    """Yield one row for each position of random transformers of growing width."""
     for width in config.transformer_widths:
         found = transformer_kernels(
             width, depth=2, draws=config.transformer_draws, x=tokens_of(config), seed=config.seed
         )  # fmt: skip
         yield from rows_of(f"random, width {width}", *found)
-    model, inputs = _encoder(config)
-    yield from rows_of("MiniLM-L6, pre-trained", *encoder_kernels(model, inputs))
 
 
 def tokens_of(config: Config) -> Tensor:
@@ -117,7 +103,7 @@ def tokens_of(config: Config) -> Tensor:
 
 
 class Headless(Transformer):
-    """A transformer with a frozen readout, since the pre-trained model's head is left out of the comparison too."""
+    """A transformer with a frozen readout, which has no scales either."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -146,26 +132,7 @@ def _finite(network: torch.nn.Module, x: Tensor) -> Kernels:
     return full, weights, multipliers
 
 
-def _rows(config: Config) -> TaskData:
-    return load_task_data(config.task, data_dir=config.data_dir, seed=config.seed)
-
-
-def _encoder(config: Config) -> tuple[Any, dict[str, Tensor]]:
-    data = _rows(config)
-    model, tokenizer = load_classifier(num_labels=data.task.num_labels, pooling=config.pooling, seed=config.seed)
-    return model, held_out(data, tokenizer, config.n_examples, config.seed)[0]
-
-
-def _pretrained(config: Config) -> Kernels:
-    model, inputs = _encoder(config)
-    methods = {"full": backbone_tuning(model), "weights": backbone_weights(model),
-               "propulsion": Propulsion(modules=f"{backbone_prefix(model)}.*")}  # fmt: skip
-    kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
-    return tuple(kernels[name].double() for name in methods)  # pyright: ignore[reportReturnType]
-
-
 def _check(config: Config) -> None:
-    get_labelled_task(config.task)
     if not config.transformer_widths or any(w < 2 or w % 2 for w in config.transformer_widths):
         raise UserError(f"transformer widths must be even, for two heads; got {config.transformer_widths}")
 
@@ -189,8 +156,8 @@ def find(config: Config) -> Findings:
         ],
         tables={"cases": rows, "positions": by_position},
         arrays=arrays,
-        model=model_identity(None, config.pooling) | {"name": "random networks and the packaged encoder"},
-        dataset={"name": f"Gaussian inputs, {config.task}", "fingerprint": _rows(config).fingerprint},
+        model={"name": "random networks and their limits"},
+        dataset={"name": f"{config.inputs} Gaussian inputs"},
         coverage={"full": "every parameter but a transformer's head", "weights": "matrices and embeddings",
                   "propulsion": "a multiplier on every layer but the readout"},
     )  # fmt: skip
@@ -220,7 +187,7 @@ def summary(result: Result) -> Iterator[Block]:
 
 ANALYSIS = Analysis(
     "theorem1", Config, find, summary,
-    least={"inputs": 2, "n_in": 1, "width": 2, "depth": 1, "draws": 1, "transformer_draws": 1, "n_examples": 2},
+    least={"inputs": 2, "n_in": 1, "width": 2, "depth": 1, "draws": 1, "transformer_draws": 1},
     check=_check,
 )  # fmt: skip
 run = ANALYSIS.run

@@ -2,7 +2,8 @@
 
 docs/theory.md (Proposition 10) says that at random weights the two kernels agree, up to fluctuations that fall with the
 width, for layers whose outputs enter no elementwise nonlinearity before the next random matrix: for all layers except
-the one before the nonlinearity of the feed-forward block.
+the one before the nonlinearity of the feed-forward block. `analyses.decomposition` has the layers of pre-trained
+models.
 """
 
 from collections.abc import Iterator
@@ -12,27 +13,10 @@ import torch
 from torch import Tensor
 
 import ntk
-from analyses.subjects.parameters import SelectedParameters
-from ntk.adapters import Method, Propulsion, chosen
 from ntk.infinite.networks import Recipe, Transformer
 
-# Positions of ntk.infinite.networks.Transformer, with a pattern for the modules of a BERT encoder at that position.
-POSITIONS = {
-    "embedding": r".*embeddings\.word_embeddings",
-    "query": r".*\.self\.query",
-    "key": r".*\.self\.key",
-    "value": r".*\.self\.value",
-    "attention": r".*\.attention\.output\.dense",
-    "up": r".*\.intermediate\.dense",
-    "down": r".*\.\d+\.output\.dense",
-}
-
-
-def weights_of(modules: str) -> SelectedParameters:
-    """Full fine-tuning of the matrices of the modules whose names match a pattern."""
-    return SelectedParameters(
-        lambda name, parameter: name.endswith(".weight") and chosen(modules, name.removesuffix(".weight"))
-    )
+POSITIONS = ("embedding", "query", "key", "value", "attention", "up", "down")
+"""Positions of `ntk.infinite.networks.Transformer`, by the names of its layers."""
 
 
 def transformer_kernels(
@@ -52,16 +36,6 @@ def transformer_kernels(
                 found = multipliers if name.endswith(".z") else weights
                 found[position] = found.get(position, torch.zeros_like(kernel)) + kernel / draws
     return weights, multipliers
-
-
-def encoder_kernels(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Kernels of the weights and of the scales of a BERT encoder by position, from one pass."""
-    methods: dict[str, Method] = {}
-    for position, modules in POSITIONS.items():
-        methods |= {f"weights {position}": weights_of(modules), f"multipliers {position}": Propulsion(modules=modules)}
-    kernels = ntk.adapter_kernels(model, inputs, methods, reduce="trace")
-    parts = ({p: kernels[f"{kind} {p}"].double() for p in POSITIONS} for kind in ("weights", "multipliers"))
-    return next(parts), next(parts)
 
 
 def rows_of(network: str, weights: dict[str, Tensor], multipliers: dict[str, Tensor]) -> Iterator[dict[str, Any]]:

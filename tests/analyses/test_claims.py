@@ -118,7 +118,9 @@ def test_the_full_plan_is_what_is_published(stored):
     plan = runs.full_plan(("sst2", "rte", "cola", "stsb"), Path("glue"), Path("model.gguf"), gpu=True)
     own = {name for name in stored if placed(name)[0] == DEFAULT_MODEL}
     assert own == {run.name for run in plan}
-    assert set(stored) - own <= {run.name for run in model_plan("mpnet-base", ("sst2", "rte", "cola", "stsb"), None)}
+    models = {placed(name)[0] for name in set(stored) - own}
+    further = {run.name for m in models for run in model_plan(m, ("sst2", "rte", "cola", "stsb"), None)}
+    assert set(stored) - own <= further
     places = {"data_dir", "model", "models", "device", "comparison", "rates_from", "memory_budget_gb"}
     for run in plan:
         config = run.config(Path("results"))
@@ -409,7 +411,8 @@ def test_a_full_disk_after_the_runs_says_what_is_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "plan",
     [runs.quick_plan(), runs.full_plan(("sst2", "rte", "cola", "stsb"), Path("glue"), Path("model.gguf"), gpu=True),
-     model_plan("mpnet-base", ("sst2", "rte", "cola", "stsb", "mrpc"), Path("glue"))],
+     model_plan("mpnet-base", ("sst2", "rte", "cola", "stsb", "mrpc"), Path("glue")),
+     model_plan("smollm2-135m", ("sst2",), Path("glue"))],
 )  # fmt: skip
 def test_every_command_of_a_plan_is_one_that_its_analysis_takes(plan):
     assert len({run.name for run in plan}) == len(plan)
@@ -437,6 +440,12 @@ def test_the_full_plan_makes_all_that_the_claims_need():
     assert [run.name for run in runs.needed(plan, [figure3], everything=False)] == [
         "method_comparison/sst2", "method_comparison/rte-rates", "method_comparison/rte", "convergence",
     ]  # fmt: skip
+
+
+def test_the_plan_of_a_language_model_has_kernels_of_label_words_alone():
+    for model in ("smollm2-135m", "folder/smollm2-135m.gguf"):
+        (run,) = model_plan(model, ("sst2", "rte"), None)
+        assert (run.options["head"], run.options["model"]) == ("label_words", model)
 
 
 def test_the_plan_of_a_model_is_of_that_model_in_a_folder_of_its_name():
@@ -499,6 +508,8 @@ def test_mistakes(tmp_path):
     assert "holds results that --quick did not make" in message(quick=True, output_dir=tmp_path)
     (tmp_path / "memory").rename(tmp_path / "theorem1")
     (tmp_path / "theorem1" / RESULT_FILE).write_text("{", encoding="utf-8")
+    assert "is damaged or was changed by hand" in message(load=tmp_path)
+    (tmp_path / "theorem1" / "SHA256SUMS").unlink()
     assert "cannot read" in message(load=tmp_path)
     (tmp_path / runs.MARK).touch()
     assert "holds a quick run" in message(output_dir=tmp_path)

@@ -82,15 +82,16 @@ SMALLEST = {
     "spectrum": lambda model: {"model": model, "methods": ("full", "lora"), "n_examples": 6, "seeds": (0,),
                                "null_draws": 2},
     "theorem1": lambda model: {
-        "n_in": 16, "width": 16, "depth": 2, "draws": 2, "n_examples": 4, "transformer_widths": (16, 32),
-        "transformer_draws": 2,
+        "n_in": 16, "width": 16, "depth": 2, "draws": 2, "transformer_widths": (16, 32), "transformer_draws": 2,
     },
     "width_convergence": lambda model: {"activations": ("relu",), "widths": (16, 32), "draws": 2},
 }  # fmt: skip
 """By analysis, the options of its smallest sensible configuration, of a model in a folder."""
 
 
-ENCODERS = dict.fromkeys(("complexity", "johnson_lindenstrauss", "parameter_count", "width_convergence"), False)
+ENCODERS = dict.fromkeys(
+    ("complexity", "johnson_lindenstrauss", "parameter_count", "theorem1", "width_convergence"), False
+)
 """Analyses without a pre-trained model; all others store its fingerprint and that of their rows."""
 
 

@@ -17,6 +17,7 @@ from ledger_cases import (
     distances,
     drifts,
     layer,
+    layers,
     metric,
     peaks,
     planted,
@@ -52,11 +53,13 @@ UNKNOWN: dict[str, Any] = {"change": None}
 PLANTED = [
     # Relative distance 0.1 is the limit, everywhere.
     ("theorem1-literal", distances() | cases(), HOLDS),
-    ("theorem1-literal", distances(raw=(0.1, 0.1, 0.1)) | cases(pretrained=0.1), HOLDS),
+    ("theorem1-literal", distances(raw=(0.1, 0.1, 0.1)) | cases(), HOLDS),
     ("theorem1-literal", distances(raw=(0.1, 0.09, 0.11)) | cases(), OPEN),
     ("theorem1-literal", distances(raw=around(0.11)) | cases(), FAILS),
     ("theorem1-literal", distances() | distances("rte", raw=around(0.975)) | cases(), FAILS),
-    ("theorem1-literal", distances() | cases(pretrained=0.11), FAILS),
+    ("theorem1-literal", layers() | cases(), HOLDS),
+    ("theorem1-literal", distances("rte") | layers(raw=0.11) | cases(), FAILS),
+    ("theorem1-literal", distances() | layers(raw=0.11) | cases(), HOLDS),  # The whole model's kernels count.
     ("theorem1-literal", distances() | cases(dropped_literal=0.25), FAILS),
     # The limits are equal where the conditions hold, and apart where one does not; the slope is -1/2.
     ("theorem1-corrected", cases() | widths(), HOLDS),
@@ -340,8 +343,8 @@ def test_random_networks_and_the_default_model_are_counted_once():
     every = distances() | cases()
     alone, both = judge_claim(literal, every), judge_claim(literal, every | under("mpnet-base", every))
     assert [e.found.label for e in both.evidence if e.model == "mpnet-base"] == [
-        "sst2, degree 15", "pre-trained, degree 1",
-    ]  # fmt: skip
+        "sst2, degree 15",
+    ]
     assert sum(e.model == RANDOM for e in both.evidence) == sum(e.model == RANDOM for e in alone.evidence) > 0
     found = degrees((15, 15, 15))
     (result,) = found.values()

@@ -80,13 +80,13 @@ def test_kernels_reach_their_limits_as_one_over_root_width(tmp_path):
 
 def test_theorem_1_literal_corrected_and_failing(tmp_path):
     config = theorem1.Config(
-        n_in=128, width=256, depth=2, draws=2, n_examples=6, transformer_widths=(16, 128), transformer_draws=4,
+        n_in=128, width=256, depth=2, draws=2, transformer_widths=(16, 128), transformer_draws=4,
         output_dir=tmp_path / "out",
     )  # fmt: skip
     theorem1.ANALYSIS.publish(config)
     result = load_result(tmp_path / "out", analysis="theorem1")
     rows = {r["case"]: r for r in result.tables["cases"]}
-    for case in ("linear", "ReLU"):
+    for case in ("linear", "ReLU", "leaky ReLU"):
         assert rows[case]["literal"] < 1e-12
         assert rows[case]["corrected"] < 1e-12
     assert rows["ReLU, biases trained"]["corrected"] < 1e-12
@@ -95,8 +95,6 @@ def test_theorem_1_literal_corrected_and_failing(tmp_path):
     for case in ("ReLU, not on the input", "GELU", "erf", "residual ReLU"):
         assert rows[case]["literal"] > 0.03, case
         assert rows[case]["corrected"] > 0.03, case
-    assert rows["MiniLM-L6, pre-trained"]["trace_ratio"] > 100
-    assert rows["MiniLM-L6, pre-trained"]["literal"] > 0.9
 
 
 def test_the_matching_degree_is_one_over_the_spread_of_random_weights(tmp_path):
