@@ -7,22 +7,22 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 
 from analyses.choose import halving
-from analyses.choose.evidence import FULL, Start, features_of, kernels_of, mean_of_last
+from analyses.choose.evidence import FULL, has_own_pass, kernels_of
 from analyses.choose.halving import Cost, Rung
 from analyses.choose.predictors import PREDICTORS, Evidence, rank_correlation
 from analyses.choose.ranking import Predicted, predicted_scores
 from analyses.choose.tables import SCORE, STAGE, advice, summary, train_command
+from analyses.choose.trial import evidence_of, score_and_loss, trial
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.core.cells import ARRAYS, Cells
 from analyses.records import Metric
 from analyses.subjects.batch import labels_of
 from analyses.subjects.training_run import RunConfig, dataset_identity, scores, training_run, tuning_split
 from propulsion.data import Limits, TaskData, check_inputs
-from propulsion.errors import Diverged, UserError
+from propulsion.errors import UserError
 from propulsion.methods import Method, check_options, parse_methods
 from propulsion.training import TrainingOptions
 
@@ -164,10 +164,8 @@ def _rounds(
                 continue
             rates = rounds[0][name]["learning_rates"] if k else None
             label = f"{name}, {rung.steps} steps"
-            cell = cells.cell(
-                label, partial(_train, config, part), method=methods[name], steps=rung.steps, rates=rates,
-                first=k == 0,
-            )  # fmt: skip
+            compute = partial(_tried, config, part)
+            cell = cells.cell(label, compute, method=methods[name], steps=rung.steps, rates=rates, first=k == 0)
             if cell is None:
                 return rounds, skipped
             clock.add(name, rung.steps, cell)
@@ -181,7 +179,7 @@ def _rounds(
         if not found or (k and cut):
             break  # A later round that the budget cut short compares nothing.
         rounds.append(found)
-        names = halving.best({name: _score_and_loss(cell) for name, cell in found.items()}, len(found))
+        names = halving.best({name: score_and_loss(cell) for name, cell in found.items()}, len(found))
     return rounds, skipped
 
 
@@ -194,48 +192,10 @@ def _report(part: TaskData, name: str, cell: Mapping[str, Any], clock: _Clock) -
     print(f"  held-out {metric} {np.nan if score is None else score:.3f}; {left}", flush=True)
 
 
-def _score_and_loss(cell: Mapping[str, Any]) -> tuple[float, float]:
-    score, loss = next(iter(cell["scores"].values())), cell["validation_loss"]
-    return (np.nan if score is None else score, np.nan if loss is None else loss)
-
-
-def _train(
+def _tried(
     config: Config, part: TaskData, *, method: Method, steps: int, rates: Mapping[str, float] | None, first: bool
 ) -> dict[str, Any]:
-    """One run of a candidate, whose rates are measured in the first round and taken from it later."""
-    started = time.perf_counter()
-    training = replace(config.run.training, max_steps=steps)
-    if rates is not None:
-        training = replace(training, rate_multiplier=1.0, **numbers(rates))
-    run = replace(config.run, training=training)
-    start = None
-    if first:
-        start = Start(part, config.run.start(part, seed=config.seed)[1], training.max_length)
-    try:
-        found = training_run(run, part, method, seed=config.seed, keep_model=True, keep_logits=True,
-                             callbacks=[] if start is None else [start])  # fmt: skip
-    except Diverged as error:
-        return {"failed": str(error), "seconds": time.perf_counter() - started}
-    except UserError as error:  # Rows and model are checked already: the method does not go with this model.
-        return {"failed": str(error), "seconds": time.perf_counter() - started}
-    kept = ("scores", "validation_loss", "losses", "trained_parameters", "learning_rates", "seconds_per_step",
-            "peak_bytes")  # fmt: skip
-    arrays = {"logits": found["logits"]}
-    measured: dict[str, Any] = {}
-    if start is not None:
-        seen = features_of(found["model"], found["tokenizer"], part, part.validation, training.max_length)
-        arrays |= {} if seen is None else {"features": seen[0]}
-        slopes = {role: rate * start.slopes.get(role, 0.0) for role, rate in found["learning_rates"].items()}
-        measured = {"gradient_norm": start.norm, "decrement": sum(slopes.values()), "trained": start.trained}
-    seconds = time.perf_counter() - started
-    return {"failed": "", "seconds": seconds, ARRAYS: arrays} | measured | {name: found[name] for name in kept}
-
-
-def numbers(rates: Mapping[str, float]) -> dict[str, float]:
-    """The learning rates of the roles as training options: that of the head, and that of all else."""
-    options = {"head_learning_rate" if role == "head" else "learning_rate": rate for role, rate in rates.items()}
-    body = options.get("learning_rate", options.get("head_learning_rate"))
-    return {} if body is None else {"learning_rate": body} | options
+    return trial(config.run, part, method, seed=config.seed, steps=steps, rates=rates, first=first)
 
 
 def _kernels(
@@ -245,7 +205,8 @@ def _kernels(
     batch = config.run.training.per_device_train_batch_size
     each = _KERNEL_PASSES * clock.base.step / batch * part.task.num_labels
     n = min(config.n_examples, len(part.train) // 2)  # The head is trained on the other rows.
-    expected = clock.base.fixed + each * n
+    passes = 1 + sum(map(has_own_pass, methods.values()))
+    expected = clock.base.fixed + passes * each * n
     if n < 2 or expected > clock.left:
         if n >= 2:
             print(f"no time for kernels of {n} rows: they need about {expected:.0f} seconds", flush=True)
@@ -282,7 +243,7 @@ def _found(
     predicted = predicted_scores(each, len(labels), resamples=config.resamples)
     order = _order(rounds, predicted)
     ranking = [_ranked(config, rounds, plan, name, place, predicted[name]) for place, name in enumerate(order, start=1)]
-    evidence = {name: _evidence(part, cell, kernels, name) for name, cell in rounds[0].items()}
+    evidence = {name: evidence_of(part, cell, kernels, name) for name, cell in rounds[0].items()}
     beside = _beside(evidence, predicted)
     winner = ranking[0]
     return Findings(
@@ -290,8 +251,8 @@ def _found(
         tables={
             "ranking": ranking,
             "rounds": [
-                {"candidate": name, "steps": rung.steps, "score": _score_and_loss(cell)[0],
-                 "loss": _score_and_loss(cell)[1]}
+                {"candidate": name, "steps": rung.steps, "score": score_and_loss(cell)[0],
+                 "loss": score_and_loss(cell)[1]}
                 for rung, found in zip(plan, rounds) for name, cell in found.items()
             ],
             "predictors": beside,
@@ -327,7 +288,7 @@ def _last(rounds: Rounds, name: str) -> dict[str, Any]:
 
 def _order(rounds: Rounds, predicted: Mapping[str, Predicted]) -> list[str]:
     """The candidates from best to worst: those of the last round by score and loss, then by predicted score."""
-    last = halving.best({name: _score_and_loss(cell) for name, cell in rounds[-1].items()}, len(rounds[-1]))
+    last = halving.best({name: score_and_loss(cell) for name, cell in rounds[-1].items()}, len(rounds[-1]))
     others = sorted((name for name in predicted if name not in rounds[-1]), key=lambda name: -predicted[name].value)
     return [*last, *others]
 
@@ -345,22 +306,6 @@ def _ranked(
         "score": predicted.value, "low": predicted.low, "high": predicted.high, "near_best": predicted.near,
         "learning_rates": first["learning_rates"],
     }  # fmt: skip
-
-
-def _evidence(
-    part: TaskData, cell: Mapping[str, Any], kernels: Mapping[str, np.ndarray], name: str
-) -> Evidence:  # fmt: skip
-    def kernel(of: str) -> torch.Tensor | None:
-        found = kernels.get(f"kernel.{of}")
-        return None if found is None else torch.from_numpy(found)
-
-    score, loss = _score_and_loss(cell)
-    return Evidence(
-        trained_parameters=cell["trained_parameters"], gradient_norm=cell["gradient_norm"],
-        decrement=cell["decrement"], score=score, loss=loss, training_loss=mean_of_last(cell["losses"]),
-        features=cell[ARRAYS].get("features"), held_out=labels_of(part), kernel=kernel(name), full=kernel(FULL),
-        outputs=kernels.get("outputs"), labels=kernels.get("labels"), regression=part.task.is_regression,
-    )  # fmt: skip
 
 
 def _beside(evidence: Mapping[str, Evidence], predicted: Mapping[str, Predicted]) -> list[dict[str, Any]]:

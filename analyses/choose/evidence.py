@@ -1,11 +1,14 @@
 """Measurements of a candidate for the predictors: gradients at the start, features after training, kernels."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
@@ -21,7 +24,7 @@ from propulsion.data.kinds.base import columns_of, evaluating
 from propulsion.data.kinds.classification import logits
 from propulsion.errors import UserError
 from propulsion.heads import head_modules
-from propulsion.methods import Method
+from propulsion.methods import Method, apply_method
 from propulsion.training.learning_rates import parameter_roles
 from propulsion.training.trainer import isolated_randomness
 
@@ -139,11 +142,14 @@ def probe(features: np.ndarray, labels: np.ndarray, layer: nn.Linear, *, regress
 
 
 def kernels_of(
-    config: RunConfig, data: TaskData, methods: Mapping[str, Method], n: int, seed: int
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Kernels ``(n, n, c, c)`` of the candidates that have one, from one stream, at a head trained on frozen features.
+    config: RunConfig, data: TaskData, methods: Mapping[str, Method], n: int, seed: int, *, probed: bool = True
+) -> dict[str, np.ndarray]:
+    """Kernels ``(n, n, c, c)`` of the candidates before training, of all that they train.
 
-    The head is trained on the other training rows, since its outputs on rows that it was trained on are too good.
+    Those of the methods that `analyses.subjects.trained_methods` describes come from one stream of features, those of
+    other adapters (VeRA, DoRA, tuned norms and so on) from the adapted model itself, in a pass of their own. Methods of
+    virtual tokens have none. The head is trained on frozen features of the other training rows, since its outputs on
+    rows that it was trained on are too good.
 
     Args:
         config: Options of the runs.
@@ -151,6 +157,7 @@ def kernels_of(
         methods: The candidates.
         n: Number of rows, fewer than there are.
         seed: Seed of the model's head and of the methods.
+        probed: Whether the head is trained on frozen features first; otherwise it is the random one.
 
     Returns:
         "kernel.CANDIDATE" for each, "outputs" ``(n, c)``, "labels" ``(n,)``; empty if the model's head is not linear,
@@ -164,13 +171,17 @@ def kernels_of(
     labels = np.asarray(others[data.task.label_column])
     if found is None or layer is None or len(np.unique(labels)) < 2:
         return {}
-    probe(found[0], labels, layer, regression=data.task.is_regression)
+    if probed:
+        probe(found[0], labels, layer, regression=data.task.is_regression)
     rows = data.train.select(range(n))
-    inputs = model_inputs(rows, tokenizer, data.task, max_length=length, device=config.device)
+    inputs = kernel_rows(config, data, tokenizer, n)
     degree = data.task.degree if config.degree is None else config.degree
     known = supported(model, {FULL: Method(FULL)} | dict(methods), degree=degree, seed=seed)
     of = tangents(model, known, task_type="SEQ_CLS", seed=seed, degree=degree)
     kernels = with_head(ntk.adapter_kernels(model, inputs, of.methods), list(known))
+    for name in (name for name in methods if name not in known):
+        kernel = _own_pass(model, methods[name].with_defaults(degree=degree), inputs, seed)
+        kernels |= {} if kernel is None else {name: kernel}
     outputs = logits(model, tokenizer, data.task, columns_of(rows), Limits(length))
     return {
         "outputs": np.asarray(outputs), "labels": np.asarray(rows[data.task.label_column]),
@@ -178,8 +189,14 @@ def kernels_of(
     }  # fmt: skip
 
 
+def kernel_rows(config: RunConfig, data: TaskData, tokenizer: Any, n: int) -> dict[str, Tensor]:
+    """Model inputs of the first n training rows, which kernels are of."""
+    rows = data.train.select(range(n))
+    return model_inputs(rows, tokenizer, data.task, max_length=config.training.max_length, device=config.device)
+
+
 def supported(model: Any, methods: Mapping[str, Method], *, degree: float, seed: int) -> dict[str, Method]:
-    """Those of some methods that have a tangent kernel on a model."""
+    """Those of some methods that `analyses.subjects.trained_methods` describes on a model."""
     found = {}
     for name, method in methods.items():
         if method.name not in SUPPORTED:
@@ -190,6 +207,30 @@ def supported(model: Any, methods: Mapping[str, Method], *, degree: float, seed:
             continue
         found[name] = method
     return found
+
+
+def has_own_pass(method: Method) -> bool:
+    """Whether the kernel of a method takes a pass of its own, as far as its name and options tell."""
+    return method.name not in SUPPORTED or bool(method.options.get("use_dora"))
+
+
+def _own_pass(model: Any, method: Method, inputs: Mapping[str, Tensor], seed: int) -> Tensor | None:
+    """The kernel of a method at its initialisation, from the adapted model; None if there is none."""
+    try:
+        adapted = apply_method(copy.deepcopy(model), method, task_type="SEQ_CLS", seed=seed)
+    except UserError:
+        return None
+    return kernel_when_trained(adapted, inputs)
+
+
+def kernel_when_trained(model: Any, inputs: Mapping[str, Tensor]) -> Float[Tensor, "n n c c"] | None:
+    """The kernel of all that a model trains, head included, at its present weights; None with virtual tokens.
+
+    Virtual tokens stand before every text, which kernels of padded batches do not allow for.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return None
+    return ntk.empirical_ntk(model, inputs, params="trainable")
 
 
 def mean_of_last(losses: Sequence[float]) -> float:

@@ -46,13 +46,13 @@ class RunConfig(EncoderOptions):
         if self.degree is not None:
             check_options(Method("propulsion", {"degree": self.degree}))
 
-    def load(self, task: str) -> TaskData:
-        """Draw the rows of a task, which must be a classification or a regression."""
+    def load(self, task: str, *, seed: int = 0) -> TaskData:
+        """Draw the rows of a task, which must be a classification or a regression, by a seed."""
         get_labelled_task(task)
         whole = load_task_data(task, data_dir=self.data_dir)
         sizes = {"n_train": len(whole.train), "n_validation": len(whole.validation)}
         wanted = {name: min(getattr(self, name), size) for name, size in sizes.items()}
-        return load_task_data(task, data_dir=self.data_dir, **wanted, seed=0)
+        return load_task_data(task, data_dir=self.data_dir, **wanted, seed=seed)
 
     def load_all(self, tasks: Sequence[str]) -> dict[str, TaskData]:
         """Draw the rows of several tasks, each from a folder of its own."""

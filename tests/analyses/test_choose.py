@@ -1,5 +1,6 @@
 """The choice of a method: rounds within a budget, predicted scores, predictors against slow truths, and the command."""
 
+import copy
 import math
 import shlex
 
@@ -11,8 +12,7 @@ from torch import nn
 
 from analyses import choose
 from analyses.choose import halving
-from analyses.choose.analysis import numbers
-from analyses.choose.evidence import features_of, head_layer, kernels_of, probe
+from analyses.choose.evidence import features_of, head_layer, kernel_rows, kernel_when_trained, kernels_of, probe
 from analyses.choose.halving import Cost, Rung
 from analyses.choose.predictors import (
     FOLDS,
@@ -26,11 +26,12 @@ from analyses.choose.predictors import (
 )
 from analyses.choose.ranking import predicted_scores
 from analyses.choose.tables import advice
+from analyses.choose.trial import numbers
 from analyses.subjects.training_run import RunConfig
 from propulsion import train as train_command
 from propulsion.data.tasks import OWN_TASKS
 from propulsion.errors import UserError
-from propulsion.methods import parse_methods
+from propulsion.methods import apply_method, parse_methods
 from propulsion.pretrained import load_classifier
 from propulsion.training import TrainingOptions
 
@@ -261,7 +262,7 @@ def test_kernels_are_those_of_the_whole_method_at_the_probed_head(tiny_model):
     data = run.load("demo")
     methods = parse_methods(("full", "head", "lora:r=2", "vera"))
     found = kernels_of(run, data, methods, 5, seed=0)
-    assert {name for name in found if name.startswith("kernel.")} == {"kernel.full", "kernel.head", "kernel.lora:r=2"}
+    assert {name for name in found if name.startswith("kernel.")} == {f"kernel.{name}" for name in methods}
     model, tokenizer = load_classifier(str(tiny_model), num_labels=2, seed=0)
     seen = features_of(model, tokenizer, data, data.train, 32)
     assert seen is not None
@@ -272,6 +273,70 @@ def test_kernels_are_those_of_the_whole_method_at_the_probed_head(tiny_model):
     assert layer is not None
     probe(seen[0][5:], np.asarray(data.train["label"])[5:], layer, regression=False)  # On the other rows.
     np.testing.assert_allclose(found["outputs"], features_of(model, tokenizer, data, data.train, 32)[1][:5], atol=1e-5)
+
+
+ADAPTERS = (
+    "vera",
+    "lora:r=2,use_dora=true",
+    "ln_tuning",
+    "loha:r=2",
+    "oft",
+    "lora:r=2",
+    "propulsion",
+    "bitfit",
+    "full",
+)
+
+
+@pytest.mark.parametrize("text", ADAPTERS)
+@pytest.mark.parametrize("moved", [False, True], ids=["at the start", "moved"])
+def test_the_kernel_of_an_adapted_model_is_that_of_its_gradients(text, moved, tiny_model):
+    """In float64, beside one backward pass for each row and output over all that is trained."""
+    model, tokenizer = load_classifier(str(tiny_model), num_labels=3, seed=0, dtype=torch.float64)
+    adapted = apply_method(model, parse_methods((text,))[text], task_type="SEQ_CLS", seed=0).eval()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    if moved:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in trained:
+                p += 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    inputs = tokenizer(["a good one", "bad", "no words like these at all"], padding=True, return_tensors="pt")
+    kernel = kernel_when_trained(adapted, dict(inputs))
+    assert kernel is not None
+    outputs = adapted(**inputs).logits.flatten()
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(f, trained, retain_graph=True, allow_unused=True,
+                                                            materialize_grads=True)])
+        for f in outputs
+    ]  # fmt: skip
+    J = torch.stack(rows)
+    expected = (J @ J.T).reshape(3, 3, 3, 3).transpose(1, 2)
+    torch.testing.assert_close(kernel, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+
+
+def test_an_own_pass_gives_the_kernel_of_the_shared_stream(tiny_model):
+    run = RunConfig(model=str(tiny_model), n_train=20, n_validation=8, training=TrainingOptions(max_length=32))
+    data = run.load("demo")
+    for probed in (True, False):
+        found = kernels_of(run, data, parse_methods(("ia3", "lora:r=2", "vera")), 5, seed=3, probed=probed)
+        model, tokenizer = run.start(data, seed=3)
+        if probed:
+            seen, layer = features_of(model, tokenizer, data, data.train.select(range(5, 20)), 32), head_layer(model, 2)
+            assert seen is not None
+            assert layer is not None
+            probe(seen[0], np.asarray(data.train["label"])[5:], layer, regression=False)
+        for text in ("ia3", "lora:r=2", "vera"):
+            adapted = apply_method(copy.deepcopy(model), parse_methods((text,))[text], task_type="SEQ_CLS", seed=3)
+            own = kernel_when_trained(adapted, kernel_rows(run, data, tokenizer, 5))
+            assert own is not None
+            np.testing.assert_allclose(found[f"kernel.{text}"], own, rtol=1e-3, atol=1e-4 * float(own.abs().max()))
+
+
+def test_virtual_tokens_have_no_kernel(tiny_model):
+    run = RunConfig(model=str(tiny_model), n_train=20, n_validation=8, training=TrainingOptions(max_length=32))
+    methods = parse_methods(("head", "prompt_tuning:num_virtual_tokens=2"))
+    found = kernels_of(run, run.load("demo"), methods, 5, seed=0)
+    assert {name for name in found if name.startswith("kernel.")} == {"kernel.head", "kernel.full"}
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -50,6 +50,10 @@ SMALLEST = {
     "default_rates": lambda model: {"methods": ("head",), "factors": (3.0,), "resamples": 5, "run": runs(model)},
     "degree_scale": lambda model: {"widths": (32,), "depths": (1,), "draws": 2, "n_examples": 4},
     "delta_weights": lambda model: {"methods": ("full", "propulsion"), "run": runs(model)},
+    "foresight": lambda model: {
+        "candidates": ("full", "head", "bitfit"), "sizes": (16,), "seeds": (0,), "n_examples": 4, "resamples": 5,
+        "run": runs(model),
+    },
     "instruction_tuning": lambda model: {
         "methods": ("none", "propulsion:degree=3"), "max_steps": 1, "max_train_samples": 4, "max_eval_samples": 4,
         "max_length": 48, "per_device_train_batch_size": 4,
