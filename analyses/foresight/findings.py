@@ -15,7 +15,7 @@ from analyses.foresight.setting import Measured, Setting, final_score, searched_
 from analyses.foresight.tables import AUTOMATIC, REGRET, RHO, SEARCHED
 from analyses.foresight.tasks import texts_of
 from analyses.foresight.values import BEFORE, COMBINATION, EARLIER, ENTRIES, OTHER_TASKS, values_of
-from analyses.records import STAGES, Metric
+from analyses.records import STAGES, Metric, plain
 from propulsion.data import TaskData
 
 
@@ -51,7 +51,8 @@ def scored(
         _candidate_row(measured, value, final, best, name)
         for measured, value, final, best in zip(complete, values, automatic, searched) for name in measured.final
     ]  # fmt: skip
-    return tables | {"candidates": candidates, "rates": rates}, metrics
+    # As a stored result has them: not-a-number becomes None.
+    return plain(tables | {"candidates": candidates, "rates": rates}), metrics
 
 
 def _scored(

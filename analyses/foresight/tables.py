@@ -43,4 +43,4 @@ def _row(row: Mapping[str, Any]) -> list[str]:
 
 def _order(row: Mapping[str, Any]) -> float:
     """The highest rank correlation first; what has none last."""
-    return 2.0 if row["rho"] is None or row["rho"] != row["rho"] else -row["rho"]
+    return 2.0 if row["rho"] is None else -row["rho"]
