@@ -12,6 +12,7 @@ from peft import PeftConfig
 from propulsion.errors import did_you_mean
 from propulsion.positions import POSITIONS
 from propulsion.registration import METHOD, PROPULSION
+from propulsion.rotation import BASES
 from propulsion.scale import POOLINGS
 
 BIASES = ("none", "all", f"{METHOD}_only")
@@ -52,6 +53,10 @@ class PropulsionConfig(PeftConfig):
             Models that write into their layers' outputs in place (Falcon, ``nn.ReLU(inplace=True)``) raise an error.
             None means True at degrees above 1 in architectures that are known not to write in place, else False; at
             degree 1, Propulsion is therefore (IA)3 to the last bit.
+        basis: "coordinates" of the output; or "rotated", where z^k multiplies its coordinates in a fixed random
+            orthogonal basis, y = Q^T (z^k * Q v) (`propulsion.rotation`), for linear layers and embeddings. It is a
+            control, and costs two products of a square layer's size more.
+        basis_seed: seed of Q, which is saved in place of Q.
 
     Raises:
         ValueError: a field has an invalid value, or two fields contradict each other; the message says what to change.
@@ -72,6 +77,8 @@ class PropulsionConfig(PeftConfig):
     vectors: int = 1
     pooling: str = "mean"
     lean: bool | None = None
+    basis: str = "coordinates"
+    basis_seed: int = 0
 
     # Module names of the positions in one model. This is not a field, so that it is not saved with the configuration.
     resolved: ClassVar[SimpleNamespace | None] = None
@@ -155,6 +162,11 @@ def _check_start(config: PropulsionConfig) -> None:
     if config.pooling not in POOLINGS:
         close = did_you_mean(str(config.pooling), POOLINGS)
         raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}; got {config.pooling!r}{close}")
+    if config.basis not in BASES:
+        close = did_you_mean(str(config.basis), BASES)
+        raise ValueError(f"basis must be one of {', '.join(map(repr, BASES))}; got {config.basis!r}{close}")
+    if isinstance(config.basis_seed, bool) or not isinstance(config.basis_seed, int):
+        raise ValueError(f"basis_seed must be a whole number, got {config.basis_seed!r}")
     if config.vectors > 1 and config.init_value <= 0:
         raise ValueError(
             f"several vectors need an init_value > 0, got {config.init_value!r}: their initial values are spread in "

@@ -19,7 +19,7 @@ from propulsion.user_files import read_json
 _ONE_AT_A_TIME = threading.Lock()
 
 # Fields of the configuration that are constants in a compiled model.
-_FIXED = ("degree", "degree_pattern", "vectors", "pooling")
+_FIXED = ("degree", "degree_pattern", "vectors", "pooling", "basis", "basis_seed")
 
 
 def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "default") -> None:
@@ -34,8 +34,8 @@ def hotswap_adapter(model: nn.Module, folder: Path | str, adapter_name: str = "d
         adapter_name: name of the loaded adapter.
 
     Raises:
-        ValueError: there is no such adapter, the adapters differ in degree, vectors, pooling, modules or shapes, the
-            saved one is damaged or not finite, or the adapter is merged. Nothing has changed then.
+        ValueError: there is no such adapter, the adapters differ in degree, vectors, pooling, basis, modules or shapes,
+            the saved one is damaged or not finite, or the adapter is merged. Nothing has changed then.
     """
     network: Any = getattr(model, "_orig_mod", model)
     if adapter_name not in network.peft_config:

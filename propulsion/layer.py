@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from propulsion import quantised
 from propulsion.config import PropulsionConfig
 from propulsion.outside_reads import OfSeveralAdapters
+from propulsion.rotation import scaled_in_basis
 from propulsion.scale import initial_vectors, scale_of
 from propulsion.scaled_output import SMALLEST, multiply, transforms_active
 
@@ -56,16 +57,18 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("propulsion_z",)
-    other_param_names = ("degree", "pooling")
+    other_param_names = ("degree", "pooling", "basis")
 
     weight_axis: int
     kernel_axes: int = 0
+    rotates: bool = False  # whether the scales may act in a rotated basis of the output's last axis
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PropulsionConfig, name: str = "", *,
                  lean: bool | None = None):  # fmt: skip
         super().__init__()
         self.degree: dict[str, int | float] = {}
         self.pooling: dict[str, str] = {}
+        self.basis: dict[str, int | None] = {}  # The seed of a rotated basis, by adapter; None for coordinates.
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._unmerged: dict[str, nn.Parameter] = {}
@@ -132,12 +135,15 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             return value
         if not torch.compiler.is_compiling():
             self._was_read = True
-        return self._times(name, value, scale)
+        return self._times(name, value, scale, self._basis_of(names))
 
-    def _times(self, name: str, value: Tensor, scale: Tensor) -> Tensor:
+    def _times(self, name: str, value: Tensor, scale: Tensor, basis: int | None = None) -> Tensor:
         """The weight or bias times the scale, in the wider dtype of the two, and rounded once."""
+        axis = self.weight_axis if name == "weight" else 0
+        if basis is not None:
+            return scaled_in_basis(value, scale, basis, axis)
         shape = [1] * value.ndim
-        shape[self.weight_axis if name == "weight" else 0] = -1
+        shape[axis] = -1
         return (value * scale.view(shape).to(value.device)).to(value.dtype)
 
     def __getattr__(self, name: str) -> Any:
@@ -184,6 +190,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         self.propulsion_z[adapter_name] = nn.Parameter(z.to(weight.device))
         self.degree[adapter_name] = degree
         self.pooling[adapter_name] = config.pooling
+        self.basis[adapter_name] = config.basis_seed if config.basis == "rotated" else None
         self._lean = bool(lean if config.lean is None else config.lean)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -203,6 +210,28 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
                 scale = factor if scale is None else scale * factor
         return scale
 
+    def _basis_of(self, adapter_names: Sequence[str]) -> int | None:
+        """The seed of the rotated basis in which the named adapters scale; None for coordinates.
+
+        Raises:
+            ValueError: they scale in different bases, so that their order would matter.
+        """
+        seeds = {self.basis[name] for name in adapter_names if name in self.propulsion_z}
+        if len(seeds) > 1:
+            raise ValueError(
+                f"expected adapters of one basis and basis_seed, got {sorted(set(adapter_names))} of different ones: "
+                "activate or merge one at a time"
+            )
+        return seeds.pop() if seeds else None
+
+    def _scaled(self, output: Tensor, scale: Tensor, basis: int | None) -> Tensor:
+        """The output of the layer beneath after the scale."""
+        if basis is not None:
+            return scaled_in_basis(output, scale, basis)
+        lean = self._may_be_lean(scale)
+        along_output = scale.reshape(-1, *(1,) * self.kernel_axes)
+        return multiply(output, along_output, lean=lean, overwrite=lean and self._owns(output))
+
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Return z^k * v, or the output of the layer beneath if the adapters are disabled or merged.
 
@@ -221,16 +250,17 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._mixed(output, adapter_names)
         scale = self.scale(self.active_adapters)
-        if scale is None:
-            return output
-        lean = self._may_be_lean(scale)
-        along_output = scale.reshape(-1, *(1,) * self.kernel_axes)
-        return multiply(output, along_output, lean=lean, overwrite=lean and self._owns(output))
+        return output if scale is None else self._scaled(output, scale, self._basis_of(self.active_adapters))
 
     def _mixed(self, output: Tensor, adapter_names: list[str]) -> Tensor:
         """Scale each example by its own adapter. An output with one row for all examples is repeated for each."""
         if len(output) not in (1, len(adapter_names)) or output.ndim < 2 + self.kernel_axes:
             raise ValueError(f"expected one adapter name for each of {len(output)} examples, got {len(adapter_names)}")
+        if any(self.basis.get(name) is not None for name in adapter_names):
+            raise ValueError(
+                "expected adapters that scale coordinates for a batch that mixes adapters, got one with "
+                "basis='rotated': run each adapter's examples by themselves"
+            )
         by_name = {name: self.scale([name]) for name in dict.fromkeys(adapter_names)}
         some = next((scale for scale in by_name.values() if scale is not None), None)
         if some is None:
@@ -297,8 +327,9 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         scale, whole = self.scale(adapter_names), self.scale([*self.merged_adapters, *adapter_names])
         if scale is None or whole is None:
             return
+        basis = self._basis_of([*self.merged_adapters, *adapter_names])
         base = self.get_base_layer()
-        self._check_mergeable(base, scale)
+        self._check_mergeable(base, scale, basis)
         quantised.gather(base)
         # A further merge starts from the unmerged weight, so that the weight is rounded once.
         unmerged = self._unmerged or {
@@ -307,7 +338,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         merged = {
             name: quantised.scaled(p, whole)
             if quantised.is_quantised(p)
-            else nn.Parameter(self._times(name, p, whole), requires_grad=p.requires_grad)
+            else nn.Parameter(self._times(name, p, whole, basis), requires_grad=p.requires_grad)
             for name, p in unmerged.items()
         }
         if safe_merge and not all(quantised.is_finite(value) for value in merged.values()):
@@ -316,7 +347,7 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken: z or the "
                 f"weight is, or z^k overflows {unmerged['weight'].dtype}. Nothing was merged"
             )
-        self._check_follows(base, merged, scale)
+        self._check_follows(base, merged, scale, basis)
         self._put(base, merged)
         self._unmerged = unmerged
         self.merged_adapters = [*self.merged_adapters, *adapter_names]
@@ -342,9 +373,12 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         for name, parameter in parameters.items():
             setattr(base, name, parameter)
 
-    def _check_mergeable(self, base: nn.Module, scale: Tensor) -> None:
+    def _check_mergeable(self, base: nn.Module, scale: Tensor, basis: int | None) -> None:
         weight = self.base_weight
-        if quantised.is_quantised(weight) and (reason := quantised.obstacle(weight, scale, self.weight_axis)):
+        rotated = "a rotated basis mixes its rows" if basis is not None else None
+        if quantised.is_quantised(weight) and (
+            reason := rotated or quantised.obstacle(weight, scale, self.weight_axis)
+        ):
             raise ValueError(
                 f"expected a weight to merge into, got a quantised {type(base).__name__} of dtype {weight.dtype}: "
                 f"{reason}. Dequantise the model, or keep the adapter unmerged"
@@ -364,14 +398,17 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         """A test input for a layer whose class has a forward of its own; None if no input is known."""
         return None
 
-    def _check_follows(self, base: nn.Module, merged: dict[str, nn.Parameter], scale: Tensor) -> None:
+    def _check_follows(
+        self, base: nn.Module, merged: dict[str, nn.Parameter], scale: Tensor, basis: int | None
+    ) -> None:
         """Raise if a layer with a forward of its own does not give the scaled output with the merged weight."""
         x = None if _is_torchs_own(base) or quantised.is_quantised(self.base_weight) else self.probe()
         if x is None:
             return
         current, training = {name: getattr(base, name) for name in merged}, base.training
         try:
-            expected = base.eval()(x) * scale.to(x.device)
+            expected = base.eval()(x)
+            expected = expected * scale.to(x.device) if basis is None else self._scaled(expected, scale, basis)
             self._put(base, merged)
             error = (base(x) - expected).abs().max()
         except (TypeError, IndexError, RuntimeError):

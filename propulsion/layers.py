@@ -15,6 +15,7 @@ class PropulsionLinear(PropulsionLayer):
     """Over `torch.nn.Linear` and its quantised relatives: weight (d_out, d_in)."""
 
     weight_axis = 0
+    rotates = True
 
     def features(self) -> tuple[int, int]:
         """(d_in, d_out) as the layer has them, since a quantised weight is packed."""
@@ -41,12 +42,14 @@ class PropulsionTransposedLinear(PropulsionLayer):
     """
 
     weight_axis = 1
+    rotates = True
 
 
 class PropulsionEmbedding(PropulsionLayer):
     """Over `torch.nn.Embedding`: weight (vocabulary, d_out). A padding row is scaled like any other."""
 
     weight_axis = 1
+    rotates = True
 
     def probe(self) -> Tensor | None:
         """The first token ids of the vocabulary, at most four: (1, t)."""
@@ -82,7 +85,8 @@ class PropulsionNorm(PropulsionLayer):
         """(d_out, d_out), of the normalised axis."""
         return self.base_weight.numel(), self.base_weight.numel()
 
-    def _times(self, name: str, value: Tensor, scale: Tensor) -> Tensor:
+    def _times(self, name: str, value: Tensor, scale: Tensor, basis: int | None = None) -> Tensor:
+        assert basis is None  # a norm's weight is one number for each output, and is not adapted in a rotated basis
         if name == "bias":
             return super()._times(name, value, scale)
         shift = self._shift()

@@ -86,6 +86,7 @@ class PropulsionModel(BaseTuner):
             chosen = all_linear and isinstance(base, (nn.Linear, Conv1D))
             if name and (chosen or self._check_target_module_exists(peft_config, name)):
                 _check_target(model, name, uses[model.get_submodule(name)])
+                _check_basis(base, name, peft_config)
                 _warn_of_head(model, name)
 
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -227,8 +228,8 @@ class PropulsionModel(BaseTuner):
 
         Raises:
             ValueError: an adapter does not exist, the name is taken, the numbers of adapters and weights differ, a
-                weight is not finite, a combined scale is negative at an even degree, an adapter trains biases, or the
-                weights of adapters with a head do not sum to 1. Nothing has changed then.
+                weight is not finite, a combined scale is negative at an even degree, an adapter trains biases, the
+                bases differ, or the weights of adapters with a head do not sum to 1. Nothing has changed then.
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"expected a new name for the combined adapter, got {adapter_name!r}, which exists")
@@ -243,6 +244,10 @@ class PropulsionModel(BaseTuner):
             raise ValueError(
                 f"expected adapters that train no biases, got {trains_biases}: those are the model's own, and a "
                 "combined adapter would be saved without them"
+            )
+        if len(bases := {_basis(self.peft_config[name]) for name in adapters}) > 1:
+            raise ValueError(
+                f"expected adapters of one basis and basis_seed, got {sorted(map(str, bases))}: merge them"
             )
         means = heads.combined(self.model, adapters, weights)
         combined: dict[PropulsionLayer, Any] = {}
@@ -300,6 +305,11 @@ def _weighed(scale: Any, weight: float) -> Any:
     return scale.detach().sign() * scale.detach().abs() ** weight
 
 
+def _basis(config: PeftConfig) -> tuple[str, int] | str:
+    basis = getattr(config, "basis", "coordinates")
+    return basis if basis == "coordinates" else (basis, getattr(config, "basis_seed", 0))
+
+
 def _targets(config: PeftConfig) -> str:
     fields = ("target_modules", "positions", "exclude_modules", "layers_to_transform", "layers_pattern")
     values = [getattr(config, name) for name in fields]
@@ -331,6 +341,15 @@ def _check_target(model: nn.Module, name: str, uses: int) -> None:
         raise ValueError(
             f"expected every module under one name, got one as {' and '.join(map(repr, names))}: only one of its uses "
             "would be scaled. Exclude it with exclude_modules, or give each use a module of its own"
+        )
+
+
+def _check_basis(base: nn.Module, name: str, config: PropulsionConfig) -> None:
+    layer = layer_class(base)
+    if config.basis == "rotated" and layer is not None and not layer.rotates:
+        raise ValueError(
+            f"basis='rotated' is for linear layers and embeddings, got {name!r}, a {type(base).__name__}: leave it out "
+            "of target_modules, or exclude it with exclude_modules"
         )
 
 

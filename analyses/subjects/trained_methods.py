@@ -125,7 +125,9 @@ def _adapter(text: str, method: Method, model: Any, trained: Any) -> adapters.Me
         ones = all((z.ndim == 1) and bool((z == 1).all()) for m in layers.values() for z in m.propulsion_z.values())
         if len(degrees) > 1 or not ones:
             raise UserError(f"method {text}: only one degree, and one vector a layer at z = 1, has a kernel here")
-        return adapters.Propulsion(degrees.pop(), list(layers).__contains__)
+        seed = next(m.basis["default"] for m in layers.values())  # one configuration, one basis
+        basis = {} if seed is None else {"basis": "rotated", "seed": seed}
+        return adapters.Propulsion(degrees.pop(), list(layers).__contains__, **basis)
     inputs = [name for name, m in layers.items() if m.is_feedforward]
     outputs = [name for name in layers if name not in inputs]
     return adapters.IA3(outputs.__contains__, inputs.__contains__)
