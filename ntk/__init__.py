@@ -54,13 +54,14 @@ from ntk.sketch import SketchedNTK, sketched_ntk
 from ntk.store import KernelStore, kernel_store
 from ntk.structured.explanation import Explanation, ParameterCost, explain
 from ntk.structured.work import SlowKernelWarning
+from ntk.token_gradients import TokenGradients, token_gradients
 from ntk.trace_estimation import RandomEstimate, stochastic_diagonal, stochastic_trace
 
 __all__ = ["METHODS", "NTKOperator", "adapter_kernels", "empirical_ntk", "flatten", "layer_kernels", "reduce_outputs"]
 __all__ += ["jacobian", "linearize"]
 __all__ += ["Explanation", "ParameterCost", "SlowKernelWarning", "explain"]
 __all__ += ["UndefinedMetricError", "best_scale", "center", "cka", "effective_rank", "eigenspace_overlap"]
-__all__ += ["Decomposition", "LoRALaw", "decomposition", "lora_law"]
+__all__ += ["Decomposition", "LoRALaw", "TokenGradients", "decomposition", "lora_law", "token_gradients"]
 __all__ += ["equivalent_directions", "participation_ratio"]
 __all__ += ["kernel_alignment", "kernel_distance", "matching_degree", "principal_angles", "spectrum"]
 __all__ += ["trace", "trace_ratio"]

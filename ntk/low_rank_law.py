@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ntk.checks import real_and_finite
 from ntk.metrics import center, cka
+from ntk.token_gradients import TokenGradients
 
 UNIFORM = -6 / 5
 """The excess kurtosis of uniform variables, such as the entries of A in peft and :class:`ntk.adapters.LoRA`."""
@@ -52,7 +53,7 @@ class LoRALaw:
 
 
 def lora_law(
-    gradients: Sequence[Float[Tensor, "n c _ _"]],
+    gradients: Sequence[Float[Tensor, "n c _ _"] | TokenGradients],
     *,
     weights: Sequence[float] | None = None,
     added: Float[Tensor, "n n"] | None = None,
@@ -65,7 +66,8 @@ def lora_law(
     not depend on A: give it as ``added``, relative to ``weights``. It shrinks the fluctuation, and makes ``limit`` < 1.
 
     Args:
-        gradients: of each layer, d f_a(x_i) / d W as ``(n, c, r', s)``, c outputs.
+        gradients: of each layer, d f_a(x_i) / d W as ``(n, c, r', s)``, c outputs; or as sums over tokens
+            (:func:`ntk.token_gradients`), for layers and batches whose gradients do not fit in memory.
         weights: the mean of LoRA's kernel of each layer, relative to that of full fine-tuning: scale^2 times rank times
             the variance of A's entries; 1 for all by default. That of peft's A is 1 / (3 s).
         added: a kernel, summed over outputs, that the method has beside LoRA's.
@@ -75,7 +77,8 @@ def lora_law(
         ValueError: gradients that are not finite or of no layer; another number of weights than of layers.
         UndefinedMetricError: a centred kernel is 0.
 
-    Cost: n^2 c r' s^2 of each layer, and the memory of n s^2 numbers.
+    Cost: n^2 c r' s^2 of each layer, and the memory of n s^2 numbers; by tokens N^2 (c r' + s) for N tokens of all
+    examples.
 
     Example:
         >>> G = torch.randn(30, 1, 8, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -88,17 +91,19 @@ def lora_law(
     weights = [1.0] * len(gradients) if weights is None else list(weights)
     if not gradients or len(weights) != len(gradients):
         raise ValueError(f"expected a weight for each of one or more layers; got {len(weights)} and {len(gradients)}")
-    stacked = [real_and_finite(G, "gradients").flatten(1, 2) for G in gradients]  # (n, c r', s)
-    kernels = [torch.einsum("ips,jps->ij", G, G) for G in stacked]
+    layers = [
+        G if isinstance(G, TokenGradients) else _Formed(real_and_finite(G, "gradients").flatten(1, 2))
+        for G in gradients
+    ]
+    kernels = [layer.kernel() for layer in layers]
     full = torch.stack(kernels).sum(0)
     mean = sum((w * K for w, K in zip(weights, kernels, strict=True)), start=torch.zeros_like(full))
     mean = mean if added is None else mean + added.to(mean)
     limit = cka(full, mean)
     R = center(mean)
     variance = along = 0.0
-    for w, G in zip(weights, stacked, strict=True):
-        G = G - G.mean(dim=0)  # centring the examples on both sides of the kernel
-        total, direction = _fluctuation(G, R, excess_kurtosis)
+    for w, layer in zip(weights, layers, strict=True):
+        total, direction = layer.fluctuation(R, excess_kurtosis)
         variance += w**2 * total
         along += w**2 * direction
     square = float(R.square().sum())
@@ -106,16 +111,23 @@ def lora_law(
     return LoRALaw(limit, variance / square - size, size)
 
 
-def _fluctuation(G: Float[Tensor, "n p s"], R: Float[Tensor, "n n"], kurtosis: float) -> tuple[float, float]:
-    """r times sum_ij Var[k_ij], and r times Var[<R, k>], for the kernel k of one layer.
+@dataclass(frozen=True)
+class _Formed:
+    """Gradients ``(n, p, s)`` as whole matrices, with the methods of :class:`ntk.token_gradients.TokenGradients`."""
 
-    <R, k> is the quadratic form of A with the matrix B = sum_ij R_ij M_ij.
-    """
-    total = 0.0
-    B = G.new_zeros(G.shape[2], G.shape[2])
-    for first, row in zip(G, R, strict=True):
-        M = first.T @ G  # (n, s, s), M_ij for all j
-        total += float(M.square().sum() + (M * M.mT).sum())
-        total += kurtosis * float(M.diagonal(dim1=1, dim2=2).square().sum())
-        B += torch.einsum("j,jst->st", row, M)
-    return total, float(B.square().sum() + (B * B.T).sum()) + kurtosis * float(B.diagonal().square().sum())
+    G: Float[Tensor, "n p s"]
+
+    def kernel(self) -> Float[Tensor, "n n"]:
+        return torch.einsum("ips,jps->ij", self.G, self.G)
+
+    def fluctuation(self, R: Float[Tensor, "n n"], kurtosis: float) -> tuple[float, float]:
+        """<R, k> is the quadratic form of A with the matrix B = sum_ij R_ij M_ij."""
+        G = self.G - self.G.mean(dim=0)  # centring the examples on both sides of the kernel
+        total = 0.0
+        B = G.new_zeros(G.shape[2], G.shape[2])
+        for first, row in zip(G, R, strict=True):
+            M = first.T @ G  # (n, s, s), M_ij for all j
+            total += float(M.square().sum() + (M * M.mT).sum())
+            total += kurtosis * float(M.diagonal(dim1=1, dim2=2).square().sum())
+            B += torch.einsum("j,jst->st", row, M)
+        return total, float(B.square().sum() + (B * B.T).sum()) + kurtosis * float(B.diagonal().square().sum())

@@ -47,6 +47,7 @@ SMALLEST = {
     "complexity": lambda model: {"n": 24, "m": 16, "tokens": 8, "rank": 4, "vectors": 3, "repeats": 1},
     "convergence": lambda model: {"methods": ("full", "head"), "seeds": (0,), "run": runs(model)},
     "decomposition": lambda model: {"model": model, "n_examples": 4, "seeds": (0, 1), "null_draws": 2},
+    "lora_law": lambda model: {"model": model, "n_examples": 4, "ranks": (1, 4), "draws": 2},
     "default_rates": lambda model: {"methods": ("head",), "factors": (3.0,), "resamples": 5, "run": runs(model)},
     "degree_scale": lambda model: {"widths": (32,), "depths": (1,), "draws": 2, "n_examples": 4},
     "delta_weights": lambda model: {"methods": ("full", "propulsion"), "run": runs(model)},
