@@ -17,8 +17,8 @@ from ntk.adapters import Modules, chosen, layers_of
 from ntk.features import Outer
 from ntk.functional import Parameters, evaluation
 from ntk.inputs import Inputs
-from ntk.jacobian import at_least, gigabytes
 from ntk.outputs import Output
+from ntk.reference import at_least, gigabytes
 from ntk.request import Request
 from ntk.structured.memory import IN_PROGRESS
 from ntk.structured.stages import Captured, Stage, gathered
