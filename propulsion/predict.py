@@ -36,8 +36,7 @@ from propulsion.data.kinds import Limits
 from propulsion.data.kinds.classification import logits
 from propulsion.data.own import read_task_file
 from propulsion.data.row_values import text
-from propulsion.data.sources import own_files
-from propulsion.data.tables import read_rows
+from propulsion.data.sources import own_tables
 from propulsion.data.tasks import OwnTask, get_task
 from propulsion.errors import Unusable, UserError, did_you_mean, explained, library_errors, listed, run_command
 from propulsion.heads import was_read
@@ -269,18 +268,18 @@ def read_new_rows(data_dir: Path | str, text_columns: Sequence[str]) -> list[dic
     Raises:
         UserError: There is no such file, it cannot be read, or a column is missing.
     """
-    path = own_files(Path(data_dir))["train"]
+    table = own_tables(data_dir)["train"]
     rows = []
-    for row in read_rows(path):
+    for row in table.read():
         if row.problem is not None:
-            raise UserError(f"{path}, {row.location}: {row.problem}")
+            raise UserError(f"{table.name}, {row.location}: {row.problem}")
         for column in text_columns:
             if column not in row.values:
                 close = did_you_mean(column, row.values)
-                raise UserError(f"{path} has no column {column}{close}; its columns are: {listed([*row.values])}")
+                raise UserError(f"{table.name} has no column {column}{close}; its columns are: {listed([*row.values])}")
         rows.append({column: row.values[column] for column in text_columns})
     if not rows:
-        raise UserError(f"{path} has no rows")
+        raise UserError(f"{table.name} has no rows")
     return rows
 
 
@@ -330,7 +329,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         raise UserError("there must be rows to predict: give --data-dir, a file or a folder")
     if config.batch_size < 1:
         raise UserError(f"batch_size must be at least 1; got {config.batch_size}")
-    own_files(Path(place))  # A mistake in the path is reported before the model is loaded.
+    own_tables(place)  # A mistake in the path is reported before the model is loaded.
     predictor = load_predictor(
         config.model_folder, model=config.model, pooling=config.pooling, device=config.device,
         trust_remote_code=config.trust_remote_code,

@@ -84,7 +84,8 @@ def load_task_data(
         data_dir: Folder with one `train` and one `validation` file in the column names of the hub: .jsonl, .json, .csv
             or .tsv, as they are or compressed (.gz, .bz2, .xz), or .parquet; or a folder with such a folder in it,
             named after the task. Labels are numbers, or the task's label names in any case. Other columns are not read.
-            For a task of one's own, a folder or a file as `propulsion.data.sources.own_files` describes.
+            For a task of one's own, a folder or a file as `propulsion.data.sources.own_files` describes, or the name of
+            a dataset on the hub.
         n_train: Rows to draw at random for training; all if None. Of streamed rows, the first ones are taken.
         n_validation: Rows to draw at random for validation; all if None.
         seed: Seed of the draws. Draws are stratified: classes keep their proportions, each with one row at least.

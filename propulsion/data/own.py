@@ -1,10 +1,11 @@
 """Tasks made from the columns of a user's labelled rows.
 
-The rows are one file, or a folder with a train and perhaps a validation file (`propulsion.data.sources.own_files`).
+The rows are one file, or a folder with a train and perhaps a validation file (`propulsion.data.sources.own_files`), or
+a dataset on the Hugging Face hub by its name, ``--data-dir OWNER/NAME`` (`propulsion.data.hub`).
 Which column holds what is said by options (``--text-columns text --label-column label``), or by a small file that can
 be used again (``--task-file topics.toml``):
 
-    data_dir = "topics"            # a folder, or a file; relative to this file
+    data_dir = "topics"            # a folder, or a file, relative to this file; or OWNER/NAME on the hub
     text_columns = ["text"]        # one column, or two for a pair of texts
     label_column = "topic"
     # optional: name, kind ("classification" or "regression"), label_names, metrics
@@ -27,10 +28,11 @@ from typing import Any, TypeVar
 
 import yaml
 
+from propulsion.data.hub import hub_name
 from propulsion.data.metrics import METRICS
 from propulsion.data.row_values import as_number, label_text, shown
-from propulsion.data.sources import own_files
-from propulsion.data.tables import read_rows
+from propulsion.data.sources import own_tables
+from propulsion.data.tables import Table
 from propulsion.data.tasks import OWN_TASKS, TASKS, OwnTask
 from propulsion.errors import UserError, did_you_mean, explained, first_line, listed
 from propulsion.user_files import expanded
@@ -49,7 +51,7 @@ class RowOptions:
 
     data_dir: Path | None = None
     """Folder of the task's files, or of several tasks' folders; without it, the Hugging Face hub. With text-columns, a
-    folder or one file of your own rows."""
+    folder or one file of your own rows, or the name OWNER/NAME of a dataset on the hub."""
     text_columns: tuple[str, ...] = ()
     """Rows of your own: the column of the text, or two columns for a pair of texts. The task is made from the rows."""
     label_column: str | None = None
@@ -137,7 +139,7 @@ def task_from_columns(
     """Make a task from the columns of labelled rows, and let `get_task` know it.
 
     Args:
-        data_dir: The folder or the file of the rows.
+        data_dir: The folder or the file of the rows, or the name of a dataset on the hub.
         text_columns: The column of the text, or the two columns of a pair.
         label_column: The column of the label.
         name: Name of the task; by default that of the folder or file.
@@ -157,9 +159,9 @@ def task_from_columns(
     if unknown := [metric for metric in metrics if metric not in METRICS]:
         close = did_you_mean(unknown[0], METRICS)
         raise UserError(f"there is no metric {unknown[0]!r}{close}, expected one of {', '.join(METRICS)}")
-    files = own_files(Path(data_dir))
+    tables = own_tables(data_dir)
     where = str(data_dir)
-    labels = [value for path in files.values() for value in _labels(path, columns, label_column)]
+    labels = [value for table in tables.values() for value in _labels(table, columns, label_column)]
     texts = [text for value in labels if (text := label_text(value)) is not None]
     if not texts:
         raise UserError(
@@ -216,18 +218,20 @@ def read_task_file(path: Path | str) -> dict[str, Any]:
         if not all(isinstance(one, types) for one in (value if many and isinstance(value, list) else [value])):
             raise UserError(f"task file {path}: {key} is {shown(value)}, expected {'a list of texts' * many or 'text'}")
     if "data_dir" in content:
-        content["data_dir"] = path.parent / expanded(content["data_dir"])
+        place = path.parent / expanded(content["data_dir"])
+        is_on_hub = not place.exists() and hub_name(content["data_dir"]) is not None
+        content["data_dir"] = Path(content["data_dir"]) if is_on_hub else place
     return content
 
 
-def _labels(path: Path, text_columns: Sequence[str], label_column: str) -> Iterable[Any]:
-    """The values in the column of labels of a file, after a check that all columns are there, and labels in all rows.
+def _labels(table: Table, text_columns: Sequence[str], label_column: str) -> Iterable[Any]:
+    """The values in the column of labels of a table, after a check that all columns are there, and labels in all rows.
 
-    A file without any labels passes.
+    A table without any labels passes.
     """
     seen: dict[str, None] = {}
     values, missing = [], []
-    for row in read_rows(path):
+    for row in table.read():
         if row.problem is None:  # A row that cannot be read is reported when the rows are loaded.
             seen |= dict.fromkeys(row.values)
             values.append(row.values.get(label_column))
@@ -236,12 +240,12 @@ def _labels(path: Path, text_columns: Sequence[str], label_column: str) -> Itera
     for column in (*text_columns, label_column):
         if seen and column not in seen:
             raise UserError(
-                f"{path} has no column {column}{did_you_mean(column, seen)}; its columns are: {listed([*seen])}"
+                f"{table.name} has no column {column}{did_you_mean(column, seen)}; its columns are: {listed([*seen])}"
             )
     if 0 < len(missing) < len(values):
         raise UserError(
-            f"{path}: {len(missing)} of {len(values)} rows have no {label_column}: {listed(missing)}; label them, or "
-            "leave them out and use propulsion.predict for them"
+            f"{table.name}: {len(missing)} of {len(values)} rows have no {label_column}: {listed(missing)}; label "
+            "them, or leave them out and use propulsion.predict for them"
         )
     return values
 

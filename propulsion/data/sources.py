@@ -1,14 +1,16 @@
 """Sources of the rows of a task: a folder of files, the Hugging Face hub, or this package."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from propulsion.data.hub import VALIDATION, hub_name, hub_tables
 from propulsion.data.splitting import held_out
-from propulsion.data.tables import SUFFIXES, Row, read_rows, rows_of_batches, suffix_of
+from propulsion.data.tables import SUFFIXES, Row, Table, read_rows, rows_of_batches, suffix_of
 from propulsion.data.tasks import OwnTask, Task, get_task
 from propulsion.errors import UserError, explained, first_line, listed
 from propulsion.user_files import expanded
@@ -107,8 +109,6 @@ class _Hub(Source):
         return f"{self.name} {hub_split}", labelled
 
 
-_VALIDATION = ("validation", "valid", "val", "dev")
-"""Names of the file of held-out rows in a folder of a user's rows."""
 _FEWEST = 10
 """Rows of a table without which none are held out."""
 
@@ -116,19 +116,43 @@ _FEWEST = 10
 class _Table(Source):
     """Rows of one file, of which some are held out for validation (`propulsion.data.splitting`)."""
 
-    def __init__(self, task: OwnTask, path: Path) -> None:
-        super().__init__(task, str(path))
-        rows = list(read_rows(path))
+    def __init__(self, task: OwnTask, table: Table) -> None:
+        super().__init__(task, table.name)
+        rows = list(table.read())
         parts = held_out(rows, task.text_columns, task.label_column, by_class=not task.is_regression)
         if len(rows) < _FEWEST or not all(parts.values()):
             raise UserError(
-                f"{path} has {len(rows)} row{'s' * (len(rows) != 1)}, too few to hold some out for validation: label "
-                "20 or more, or give a train and a validation file"
+                f"{table.name} has {len(rows)} row{'s' * (len(rows) != 1)}, too few to hold some out for validation: "
+                "label 20 or more, or give a train and a validation file"
             )
-        self._path, self._parts = path, parts
+        self._parts = parts
 
     def read(self, split: str) -> tuple[str, Iterable[Row]]:
-        return f"{self._path} ({split} part)", self._parts[split]
+        return f"{self.origin} ({split} part)", self._parts[split]
+
+
+class _Tables(Source):
+    """A table of each split of a dataset on the hub."""
+
+    def __init__(self, task: OwnTask, origin: str, tables: Mapping[str, Table]) -> None:
+        super().__init__(task, origin)
+        self._tables = tables
+
+    def read(self, split: str) -> tuple[str, Iterable[Row]]:
+        return self._tables[split].name, self._tables[split].read()
+
+
+def own_tables(data_dir: Path | str) -> dict[str, Table]:
+    """A user's rows, by the split that they are: "train", and "validation" if there are such rows.
+
+    They are those of `own_files`, or of a dataset on the Hugging Face hub (`propulsion.data.hub`).
+
+    Raises:
+        UserError: There are no such rows.
+    """
+    if (name := hub_name(data_dir)) is not None:
+        return hub_tables(name)
+    return {split: Table(str(path), partial(read_rows, path)) for split, path in own_files(Path(data_dir)).items()}
 
 
 def own_files(data_dir: Path) -> dict[str, Path]:
@@ -156,16 +180,20 @@ def own_files(data_dir: Path) -> dict[str, Path]:
         there = f"; there is {listed([path.name for path in readable])}" if readable else ""
         raise UserError(f"no train file in {place}: looked for train with {_formats()}, or for one such file{there}")
     found = {"train": _find_file(place, ("train",))}
-    if stems & {*_VALIDATION}:
-        found["validation"] = _find_file(place, _VALIDATION)
+    if stems & {*VALIDATION}:
+        found["validation"] = _find_file(place, VALIDATION)
     return found
 
 
 def _own_rows(task: OwnTask, data_dir: Path | str | None) -> Source:
     if data_dir is None:
         raise UserError(f"the rows of task {task.name} are yours: give --data-dir, their folder or file")
-    files = own_files(Path(data_dir))
-    return _Files(task, str(data_dir), files) if len(files) > 1 else _Table(task, files["train"])
+    tables = own_tables(data_dir)
+    if len(tables) == 1:
+        return _Table(task, tables["train"])
+    if hub_name(data_dir) is not None:
+        return _Tables(task, f"Hugging Face hub, {data_dir}", tables)
+    return _Files(task, str(data_dir), own_files(Path(data_dir)))
 
 
 def source_of(task: Task, data_dir: Path | str | None) -> Source:

@@ -47,6 +47,19 @@ class Row:
         return f"row {self.number}" + (f" (line {self.line})" if self.line not in (None, self.number) else "")
 
 
+@dataclass(frozen=True)
+class Table:
+    """Rows from anywhere.
+
+    Attributes:
+        name: The file, or what else the rows are from, for messages.
+        read: Reads them from the beginning.
+    """
+
+    name: str
+    read: Callable[[], Iterable[Row]]
+
+
 def read_rows(path: Path) -> Iterator[Row]:
     """Read one file, of one of `SUFFIXES`, row by row; a single JSON array is read whole.
 

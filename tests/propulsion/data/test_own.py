@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections import Counter
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,6 +21,7 @@ from propulsion.data.splitting import held_out
 from propulsion.data.tables import Row
 from propulsion.data.tasks import OWN_TASKS, OwnTask, Task
 from propulsion.errors import UserError
+from propulsion.predict import read_new_rows
 from propulsion.train import TrainConfig
 from propulsion.training import TrainingOptions
 
@@ -315,3 +317,96 @@ def test_names_of_labels():
 def test_task_files_keep_their_types(tmp_path):
     (tmp_path / "task.yaml").write_text("label_names: [1, 2]\nmetrics: accuracy\n")
     assert read_task_file(tmp_path / "task.yaml") == {"label_names": [1, 2], "metrics": ["accuracy"]}
+
+
+# --- rows on the hub -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch):
+    """Makes a dataset that the hub has under a name, from a folder as the library stores one; returns what is asked."""
+    asked = []
+
+    def put(name, splits, *, classes=()):
+        found = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+        if classes:
+            label = datasets.ClassLabel(names=list(classes))
+            found = {split: rows.cast_column("topic", label) for split, rows in found.items()}
+        datasets.DatasetDict(found).save_to_disk(tmp_path / "hub" / name)
+
+        def load_dataset(path, config=None):
+            asked.append((path, config))
+            if path != name:
+                raise FileNotFoundError(f"Dataset '{path}' doesn't exist on the Hub")
+            return datasets.load_from_disk(tmp_path / "hub" / name)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return asked
+
+    return put
+
+
+def test_rows_of_the_hub_are_those_of_a_folder(on_hub, tmp_path):
+    asked = on_hub("somebody/topics", {"train": ROWS[:30], "validation": ROWS[30:], "test": ROWS[:1]})
+    options = {"text_columns": ["text"], "label_column": "topic"}
+    task = task_from_columns("somebody/topics", **options)
+    data = load_task_data(task, data_dir="somebody/topics")
+    (tmp_path / "topics").mkdir()
+    for split, rows in (("train", ROWS[:30]), ("validation", ROWS[30:])):
+        write_jsonl(tmp_path / "topics" / f"{split}.jsonl", rows)
+    same = task_from_columns(tmp_path / "topics", **options)
+    local = load_task_data(same, data_dir=tmp_path / "topics")
+    assert task == same
+    assert data.fingerprint == local.fingerprint
+    assert data.source.startswith("Hugging Face hub, somebody/topics; 30 of 30 train rows")
+    assert {*asked} == {("somebody/topics", None)}
+
+
+def test_numbers_of_classes_have_the_names_of_the_dataset(on_hub):
+    rows = [{"text": row["text"], "topic": TOPICS.index(row["topic"])} for row in ROWS]
+    asked = on_hub("somebody/topics", {"train": rows}, classes=TOPICS)
+    task = task_from_columns("somebody/topics:plain", text_columns=["text"], label_column="topic")
+    assert task.label_names == tuple(sorted(TOPICS))
+    data = load_task_data(task, data_dir="somebody/topics:plain")
+    assert (len(data.train), len(data.validation)) == (32, 8)  # Without a split of that name, a fifth is held out.
+    assert {*asked} == {("somebody/topics", "plain")}
+    by_text = {row["text"]: row["topic"] for row in ROWS}
+    found = zip(data.train["text"], data.train["topic"], strict=True)
+    assert all(by_text[text] == task.label_names[topic] for text, topic in found)
+
+
+def test_a_folder_comes_before_the_hub_and_a_file_is_no_dataset(on_hub, tmp_path, monkeypatch):
+    asked = on_hub("somebody/topics", {"train": ROWS})
+    monkeypatch.chdir(tmp_path)
+    options = {"text_columns": ["text"], "label_column": "topic"}
+    with pytest.raises(UserError, match="there is no folder or file somebody/others, and it cannot be got from the"):
+        task_from_columns("somebody/others", **options)
+    asked.clear()
+    with pytest.raises(UserError, match=r"data folder somebody/rows.csv does not exist"):
+        task_from_columns("somebody/rows.csv", **options)
+    (tmp_path / "somebody" / "mine").mkdir(parents=True)
+    write_csv(tmp_path / "somebody" / "mine" / "rows.csv", ROWS)
+    assert task_from_columns("somebody/mine", **options).name == "mine"
+    assert not asked
+
+
+def test_a_dataset_without_training_rows_names_its_splits(on_hub):
+    on_hub("somebody/topics", {"test": ROWS})
+    with pytest.raises(UserError, match="has no split train; it has test"):
+        task_from_columns("somebody/topics", text_columns=["text"], label_column="topic")
+
+
+def test_a_task_file_may_name_a_dataset_of_the_hub(on_hub, tmp_path):
+    on_hub("somebody/topics", {"train": ROWS})
+    path = tmp_path / "elsewhere" / "task.toml"
+    path.parent.mkdir()
+    path.write_text('data_dir = "somebody/topics"\ntext_columns = ["text"]\nlabel_column = "topic"\n')
+    made = own_task(TrainConfig(task_file=path))
+    assert made is not None
+    assert str(made[1]) == "somebody/topics"
+    assert made[0].name == "topics"
+
+
+def test_new_rows_may_be_those_of_the_hub(on_hub):
+    on_hub("somebody/topics", {"train": ROWS})
+    assert read_new_rows("somebody/topics", ["text"]) == [{"text": row["text"]} for row in ROWS]
