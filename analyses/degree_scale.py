@@ -33,6 +33,7 @@ from propulsion.data import RowOptions, TaskData, check_folders, load_task_data
 from propulsion.data.tasks import get_labelled_task
 from propulsion.errors import UserError
 from propulsion.pretrained import Pooling, find_config, load_classifier
+from propulsion.pretrained.options import LoadingOptions
 
 COST = "a minute"
 
@@ -41,7 +42,7 @@ PAPER_BEST = (25, 75)
 
 
 @dataclass(frozen=True)
-class Config(RowOptions, Output):
+class Config(LoadingOptions, RowOptions, Output):
     """Options of the analysis."""
 
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -126,8 +127,9 @@ def pretrained_rows(config: Config, tasks: Mapping[str, TaskData]) -> Iterator[d
     """Yield rows of the packaged encoder, and of further models, on the sentences of every task."""
     for name, (task, data) in product((None, *config.models), tasks.items()):
         model, tokenizer = load_classifier(
-            name, num_labels=data.task.num_labels, pooling=config.pooling, seed=config.seed
-        )
+            name, num_labels=data.task.num_labels, pooling=config.pooling, seed=config.seed,
+            **config.loading,
+        )  # fmt: skip
         inputs, _ = held_out(data, tokenizer, config.n_examples, config.seed)
         sizes = model.config
         paper = data.task.degree if task != "demo" else None
@@ -172,7 +174,7 @@ def _check(config: Config) -> None:
     for task in config.tasks:
         get_labelled_task(task)
     for model in config.models:
-        find_config(model, "SEQ_CLS")
+        find_config(model, "SEQ_CLS", trust_remote_code=config.trust_remote_code)
 
 
 def find(config: Config) -> Findings:
@@ -183,7 +185,7 @@ def find(config: Config) -> Findings:
     for part in (mlp_rows, architecture_rows, partial(pretrained_rows, tasks=tasks)):
         rows += list(part(config))
         print(f"{len(rows)} networks measured", flush=True)
-    encoders = [model_identity(name, config.pooling) for name in (None, *config.models)]
+    encoders = [model_identity(name, config.pooling, **config.loading) for name in (None, *config.models)]
     return Findings(
         metrics=[
             Metric("matching_degree", r["matching_degree"], r["low"], r["high"], "degree", "initialisation", "full",

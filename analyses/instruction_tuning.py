@@ -29,9 +29,10 @@ from propulsion.data.tasks import get_task
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
 from propulsion.pretrained import fingerprint, load_model
+from propulsion.pretrained.options import LOADING_OPTIONS, LoadingOptions
 from propulsion.train import TrainConfig, TrainResult
 from propulsion.train import run as train_run
-from propulsion.training.run_folder import predictions_of
+from propulsion.training.run_folder import ANEW, ANOTHER, predictions_of
 
 COST = "fifteen minutes"
 
@@ -41,7 +42,7 @@ RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Output):
+class Config(LoadingOptions, Output):
     """Options of the analysis."""
 
     model: str
@@ -90,7 +91,7 @@ def find(config: Config) -> Findings:
         for text, method in methods.items():
             print(f"{text} ...", flush=True)
             place = folder / text.replace(":", "-")
-            found[text] = train_run(_options(config, method, place))
+            found[text] = _trained(_options(config, method, place))
             if (predictions := predictions_of(place)) is not None:
                 said[text] = predictions
     rows = [{"method": text} | _row(result) for text, result in found.items()]
@@ -101,7 +102,7 @@ def find(config: Config) -> Findings:
          "said": {text: texts[place] for text, texts in said.items()}}
         for place, exchange in enumerate(exchanges)
     ]  # fmt: skip
-    network, _ = load_model(config.model, task_type="CAUSAL_LM")
+    network, _ = load_model(config.model, task_type="CAUSAL_LM", **config.loading)
     return Findings(
         metrics=[*_accuracies(rows, len(exchanges)), *_differences(right)],
         tables={"methods": rows, "baselines": baselines(exchanges), "said": answers},
@@ -149,9 +150,18 @@ def _differences(right: dict[str, np.ndarray]) -> list[Metric]:
     ]
 
 
+def _trained(config: TrainConfig) -> TrainResult:
+    """Train and evaluate, with advice in the options of this command."""
+    try:
+        return train_run(config)
+    except UserError as error:
+        advice = str(error).replace(ANEW, "name another --runs-dir").replace(ANOTHER, "name another --runs-dir")
+        raise UserError(advice) from error
+
+
 def _options(config: Config, method: Method, folder: Path) -> TrainConfig:
     shared = ("task", "data_dir", "model", "per_device_train_batch_size", "max_train_samples", "max_eval_samples",
-              "max_length", "learning_rate", "seed")  # fmt: skip
+              "max_length", "learning_rate", "seed", *LOADING_OPTIONS)  # fmt: skip
     words = tuple(f"{name}={_word(value)}" for name, value in method.options.items())
     return TrainConfig(
         **{name: getattr(config, name) for name in shared},

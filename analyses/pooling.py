@@ -23,7 +23,6 @@ from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
 from analyses.peft_kernels.layers import place_methods, places_of
 from analyses.records import Block, Metric, Result, number, summary_of_blocks
 from analyses.subjects.batch import held_out
-from analyses.subjects.options import model_identity
 from analyses.subjects.training_run import RunConfig, chance_score, training_run
 from propulsion.data import TaskData
 from propulsion.errors import UserError
@@ -82,11 +81,12 @@ def find(config: Config, runs: Runs) -> Findings | None:
     if runs.missing:
         return None
     chances = {task: chance_score(rows) for task, rows in data.items()}
+    readings = [replace(config.run, pooling=pooling) for pooling in config.poolings]
     return Findings(
         metrics=[_mean(scores, row) for row in scores if row["seed"] == config.seeds[0]],
         tables={"scores": scores, "shares": shares, "chance": [{"task": t, "score": s} for t, s in chances.items()]},
         model={"name": config.run.model or DEFAULT_MODEL_NAME, "pooling": list(config.poolings),
-               "fingerprint": [model_identity(config.run.model, each)["fingerprint"] for each in config.poolings]},
+               "fingerprint": [reading.model_identity()["fingerprint"] for reading in readings]},
         dataset={"name": ", ".join(config.tasks), "metric": {t: rows.task.metrics[0] for t, rows in data.items()},
                  "fingerprint": {task: rows.fingerprint for task, rows in data.items()}},
         coverage={"full": "the backbone, without the head"},

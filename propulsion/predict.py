@@ -76,6 +76,8 @@ class Config:
     """Torch device; by default an accelerator if there is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    allow_unfitting_weights: bool = False
+    """Load weights that do not fit the model's config.json, those that are missing at random."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def predict_rows(
 
 def load_predictor(
     model_folder: Path | str, *, model: str | None = None, pooling: str = "auto", device: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, allow_unfitting_weights: bool = False,
 ) -> Predictor:  # fmt: skip
     """Load a trained classifier or regressor.
 
@@ -163,6 +165,7 @@ def load_predictor(
         pooling: Pooling of the base model of an adapter that does not record its own.
         device: Torch device; by default an accelerator if there is one.
         trust_remote_code: Run Python code that comes with the model.
+        allow_unfitting_weights: Load weights that do not fit the model's config.json, those that are missing at random.
 
     Raises:
         UserError: The folder holds no trained classifier, or it cannot be loaded.
@@ -181,7 +184,10 @@ def load_predictor(
         if not is_adapter and not (folder / "config.json").is_file():
             raise UserError(f"{folder} holds no saved model: it has neither config.json nor {CONFIG_NAME}")
     place = device or str(torch.accelerator.current_accelerator() or "cpu")
-    shared: dict[str, Any] = {"device": place, "trust_remote_code": trust_remote_code, "task_type": "SEQ_CLS"}
+    shared: dict[str, Any] = {
+        "device": place, "trust_remote_code": trust_remote_code, "allow_unfitting_weights": allow_unfitting_weights,
+        "task_type": "SEQ_CLS",
+    }  # fmt: skip
     recorded = _recorded(record)
     if is_adapter:
         network, tokenizer = _adapted(folder, model, pooling, recorded.get("num_labels"), shared)
@@ -332,7 +338,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     own_tables(place)  # A mistake in the path is reported before the model is loaded.
     predictor = load_predictor(
         config.model_folder, model=config.model, pooling=config.pooling, device=config.device,
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=config.trust_remote_code, allow_unfitting_weights=config.allow_unfitting_weights,
     )  # fmt: skip
     columns = config.text_columns or tuple(given.get("text_columns", ())) or predictor.text_columns
     if not columns:

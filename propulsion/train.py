@@ -157,8 +157,7 @@ def _train(config: TrainConfig, output: Path, task: Task, state: PartialState, s
     kind = kind_of(task)
     model, tokenizer = load_model(
         config.model, task_type=kind.task_type, num_labels=task.num_labels, pooling=config.pooling, seed=config.seed,
-        device=device, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code,
-        allow_unfitting_weights=config.allow_unfitting_weights,
+        device=device, dtype=getattr(torch, config.dtype), **config.loading,
     )  # fmt: skip
     if kind.task_type in ("SEQ_CLS", "TOKEN_CLS") and task.label_names:
         name_labels(model.config, task.label_names)
@@ -173,8 +172,8 @@ def _train(config: TrainConfig, output: Path, task: Task, state: PartialState, s
     if folder.finished is not None:
         if state.is_main_process:
             print(
-                f"finished already at step {folder.finished['steps']}, nothing was trained: a larger --max-steps or "
-                "--num-train-epochs trains it further, --overwrite-output-dir starts anew",
+                f"{output} is finished already at step {folder.finished['steps']}, nothing was trained: more steps "
+                "train it further, another output folder starts anew",
                 flush=True,
             )
         stored: dict[str, Any] = folder.finished | {"extended_at": folder.extended_at}
@@ -255,7 +254,7 @@ def _how_to_go_on(config: TrainConfig, output: Path) -> str:
     checkpoint = latest_checkpoint(output)
     again = f"the same command{WITHOUT_OVERWRITE if config.overwrite_output_dir else ''}"
     if checkpoint is None:
-        steps = f" (--save-steps {config.save_steps})" if config.save_strategy == "steps" else ""
+        steps = f" (one every {config.save_steps:g} steps)" if config.save_strategy == "steps" else ""
         return f"{output} has no checkpoint yet{steps}: {again} starts from the first step"
     return f"{checkpoint} is complete: {again} resumes from it"
 

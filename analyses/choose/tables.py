@@ -92,6 +92,7 @@ def train_command(config: Any, data: TaskData, row: Mapping[str, Any]) -> str:
     words += ["--data-dir", run.data_dir] if run.data_dir is not None else []
     words += ["--model", run.model] if run.model is not None else []
     words += ["--pooling", run.pooling] if run.pooling != "auto" else []
+    words += [f"--{option.replace('_', '-')}" for option, accepted in run.loading.items() if accepted]
     words += ["--method", name, *(["--method-options", *options.split(",")] if options else [])]
     words += ["--degree", f"{run.degree:g}"] if run.degree is not None and name == "propulsion" else []
     words += ["--learning-rate", f"{body[0]:.4g}"] if body else []

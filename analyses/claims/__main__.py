@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +19,14 @@ from analyses.records.atomic import write_texts
 from analyses.records.errors import RecordError
 from propulsion.command_line import parsed
 from propulsion.errors import Interrupted, UserError
+from propulsion.pretrained.options import LoadingOptions
+
+_OF_MODELS = {"model", "models"}
+"""Options of a run by which it names pre-trained models."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(LoadingOptions):
     """The ledger of the paper's claims."""
 
     quick: bool = False
@@ -120,6 +124,16 @@ def write(config: Config, results: Mapping[str, Result], root: Path, folder: Pat
 
 
 def _plan(config: Config) -> list[plan.Run]:
+    """The runs of the configuration; those of a named model load it with the options of `LoadingOptions`."""
+    accepted = {name: True for name, value in config.loading.items() if value}
+    if accepted and not (config.model or config.language_model):
+        raise UserError(f"{next(iter(accepted))} is of a named model: give it by --model or --language-model")
+    runs = _runs(config)
+    return [replace(run, options={**run.options, **accepted}) if run.options.keys() & _OF_MODELS else run
+            for run in runs]  # fmt: skip
+
+
+def _runs(config: Config) -> list[plan.Run]:
     if config.quick:
         if config.model:
             raise UserError("--quick is of the default model: leave out --model")

@@ -27,6 +27,7 @@ from analyses.records.errors import RecordError
 from propulsion.data import OwnTask
 from propulsion.data.own import ROW_OPTIONS
 from propulsion.errors import Interrupted, UserError
+from propulsion.pretrained.options import LOADING_OPTIONS
 
 ARRAYS = "arrays"
 """Key of the arrays, by their names, in what a cell computes; they are stored as arrays instead of JSON."""
@@ -44,7 +45,7 @@ def settings_of(config: Any, *, free: Collection[str], task: Any, rows: str, mod
 
     Args:
         config: The analysis' configuration, a dataclass. All of its fields count, with those of nested dataclasses,
-            except `PLACES`, `ROW_OPTIONS` and `free`.
+            except `PLACES`, `ROW_OPTIONS`, `free`, and `LOADING_OPTIONS` that are not set, which older cells lack.
         free: Fields on which no cell depends: those that say which cells there are (each cell's own settings say which
             one it is), those that act on finished cells, and paths of files whose content is in the settings. A field
             of a nested dataclass is given by its path, such as "run.data_dir".
@@ -56,6 +57,7 @@ def settings_of(config: Any, *, free: Collection[str], task: Any, rows: str, mod
     free = {*free, *(PLACES & fields.keys())}
     # The task and the content of its rows, which the settings have, say what these options say.
     free |= {name for name in fields if name.rpartition(".")[2] in ROW_OPTIONS}
+    free |= {name for name, value in fields.items() if name.rpartition(".")[2] in LOADING_OPTIONS and value is False}
     within = {name for name in free if not any(_is_within(field, name) for field in fields)}
     assert not within, f"the configuration has no field {within}"
     # The name of a task that is made from a user's rows is that of their folder.

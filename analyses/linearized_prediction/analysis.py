@@ -26,7 +26,7 @@ from analyses.records import Metric
 from analyses.subjects.batch import labels_of
 from analyses.subjects.learning_rates import check_origin
 from propulsion.identity import model_content
-from propulsion.pretrained import fingerprint
+from propulsion.pretrained import fingerprint, pooling_of
 
 
 def find(config: Config, runs: Runs) -> Findings | None:
@@ -35,7 +35,7 @@ def find(config: Config, runs: Runs) -> Findings | None:
     model, tokenizer = setting.load(0)
     identity = {
         "name": config.readout.name_of(config.model), "head": config.readout.head,
-        "pooling": config.readout.pooling_of(config.model), "fingerprint": fingerprint(model),
+        "pooling": None if config.readout.in_words else pooling_of(model), "fingerprint": fingerprint(model),
     }  # fmt: skip
     check_origin(config.comparison, setting.data, lambda: identity)
     cells = runs.of(setting.data, model_content(model, tokenizer))

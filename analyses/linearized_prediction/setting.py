@@ -84,7 +84,7 @@ class Setting:
     def load(self, seed: int) -> tuple[Any, Any]:
         """The model before training, and its tokenizer."""
         config = self.config
-        return config.readout.load(config.model, num_labels=2, seed=seed, device=config.device)
+        return config.readout.load(config.model, num_labels=2, seed=seed, device=config.device, **config.loading)
 
     def rows(self, size: int, seed: int) -> Dataset:
         """The training rows of a size, the first of a permutation, so that larger sets contain smaller ones."""

@@ -81,7 +81,7 @@ class Config(DataOptions, GridOutput):
 def find(config: Config, runs: Runs) -> Findings | None:
     """Compute the kernels of every seed, or read them from their stored cells, and compare them; None if some lack."""
     data = config.readout.rows(load_task_data(config.task, data_dir=config.data_dir))
-    model = config.readout.load(config.model, num_labels=data.task.num_labels, seed=0)
+    model = config.readout.load(config.model, num_labels=data.task.num_labels, seed=0, **config.loading)
     cells = runs.of(data, model_content(*model))
     each = [cells.cell(f"seed {seed}", partial(_measure, config, data), seed=seed) for seed in config.seeds]
     found = [cell for cell in each if cell is not None]
@@ -132,8 +132,9 @@ def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
     started, seconds = time.time(), {}
     dtype = getattr(torch, config.dtype)
     model, tokenizer = config.readout.load(
-        config.model, num_labels=data.task.num_labels, seed=seed, dtype=dtype, device=config.device
-    )
+        config.model, num_labels=data.task.num_labels, seed=seed, dtype=dtype, device=config.device,
+        **config.loading,
+    )  # fmt: skip
     inputs, labels = held_out(data, tokenizer, config.n_examples, seed, device=config.device)
     output = ntk.outputs.margin() if config.readout.in_words else None
     methods, left_out = methods_of(model, config.methods, seed)

@@ -8,19 +8,26 @@ import torch
 from propulsion.data import RowOptions, TaskData
 from propulsion.identity import model_content
 from propulsion.pretrained import DEFAULT_MODEL_NAME, Pooling, fingerprint, load_classifier, pooling_of
+from propulsion.pretrained.options import LoadingOptions
 
 
 @dataclass(frozen=True)
-class DataOptions(RowOptions):
-    """The source of the rows, and the device of the models."""
+class DataOptions(LoadingOptions, RowOptions):
+    """The source of the rows, how models are loaded, and their device."""
 
     device: str = "cpu"
     """Torch device, such as cpu or cuda."""
 
 
-def model_identity(model: str | None, pooling: str) -> dict[str, str]:
-    """Name, pooling and fingerprint (`propulsion.pretrained.fingerprint`) of an encoder, as stored in results."""
-    network, _ = load_classifier(model, num_labels=2, pooling=pooling)
+def model_identity(model: str | None, pooling: str, **loading: bool) -> dict[str, str]:
+    """Name, pooling and fingerprint (`propulsion.pretrained.fingerprint`) of an encoder, as stored in results.
+
+    Args:
+        model: The encoder, as `propulsion.pretrained.load_model` takes it.
+        pooling: Its pooling.
+        loading: The options of `LoadingOptions`.
+    """
+    network, _ = load_classifier(model, num_labels=2, pooling=pooling, **loading)
     return {"name": model or DEFAULT_MODEL_NAME, "pooling": pooling_of(network), "fingerprint": fingerprint(network)}
 
 
@@ -41,7 +48,7 @@ class EncoderOptions(DataOptions):
 
     def model_identity(self) -> dict[str, str]:
         """Name, pooling and fingerprint of the model, as stored in results."""
-        return model_identity(self.model, self.pooling)
+        return model_identity(self.model, self.pooling, **self.loading)
 
     def identity(self, data: TaskData) -> str:
         """Fingerprint of the model that every run starts from."""
@@ -51,7 +58,7 @@ class EncoderOptions(DataOptions):
         """The model before training, with a head drawn from the seed, and its tokenizer."""
         return load_classifier(
             self.model, num_labels=data.task.num_labels, pooling=self.pooling, seed=seed, dtype=self.torch_dtype,
-            device=self.device,
+            device=self.device, **self.loading,
         )  # fmt: skip
 
 

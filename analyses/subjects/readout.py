@@ -26,7 +26,6 @@ from propulsion.pretrained import (
     MODELS,
     Pooling,
     find_config,
-    find_pooling,
     load_classifier,
     load_model,
 )
@@ -69,9 +68,10 @@ class Readout:
         return prompted(data, self.prompt) if self.in_words else data
 
     def load(
-        self, model: str | None, *, num_labels: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> tuple[Any, Any]:
-        """Load the model before training, and its tokenizer.
+        self, model: str | None, *, num_labels: int, seed: int, dtype: torch.dtype = torch.float32,
+        device: str = "cpu", **loading: bool,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """Load the model before training, and its tokenizer; `loading` are the options of `LoadingOptions`.
 
         Raises:
             UserError: The model cannot be loaded, is no causal language model, or a word is not one token of its own.
@@ -79,14 +79,10 @@ class Readout:
         if self.in_words:
             if self.pooling not in ("auto", "pooler"):
                 raise UserError(f"pooling {self.pooling} is for a new head; label words are read after the last token")
-            return load_label_words(model, self.words, seed=seed, dtype=dtype, device=device)
+            return load_label_words(model, self.words, seed=seed, dtype=dtype, device=device, **loading)
         return load_classifier(
-            model, num_labels=num_labels, pooling=self.pooling, seed=seed, dtype=dtype, device=device
+            model, num_labels=num_labels, pooling=self.pooling, seed=seed, dtype=dtype, device=device, **loading
         )
-
-    def pooling_of(self, model: str | None) -> str | None:
-        """How hidden states are pooled for the new head; None for label words."""
-        return None if self.in_words else find_pooling(model, self.pooling)
 
     def name_of(self, model: str | None) -> str:
         """Name of the model: the last part of a local path, the name on the hub, or that of the packaged model."""
@@ -131,19 +127,21 @@ def prompted(data: TaskData, prompt: str) -> TaskData:
 
 def load_label_words(
     model: Path | str | None, words: Sequence[str], *, seed: int = 0, dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str = "cpu", **loading: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Load a language model whose outputs are the logits of words, one for each label in order, and its tokenizer.
+
+    The options `loading` are those of `LoadingOptions`.
 
     Raises:
         UserError: The model cannot be loaded, does not continue texts, or a word is not one token of its own.
     """
     source = packaged_model() if model is None else model
-    config = find_config(source, TASK_TYPE)
+    config = find_config(source, TASK_TYPE, trust_remote_code=loading.get("trust_remote_code", False))
     # transformers loads encoders as causal language models too, although they were not trained to continue a text.
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise UserError(f"label words need a causal language model; {source} is an encoder ({config.model_type})")
-    network, tokenizer = load_model(source, task_type=TASK_TYPE, seed=seed, dtype=dtype, device=device)
+    network, tokenizer = load_model(source, task_type=TASK_TYPE, seed=seed, dtype=dtype, device=device, **loading)
     ids = [tokenizer.encode(word, add_special_tokens=False) for word in words]
     for word, tokens in zip(words, ids, strict=True):
         if len(tokens) != 1:

@@ -212,7 +212,7 @@ def get_task(name: str) -> Task:
     known = OWN_TASKS | TASKS
     if name not in known:
         raise UserError(
-            f"unknown task {name!r}{did_you_mean(name, known)}: the tasks are {', '.join(known)}; rows of your own "
-            "need --text-columns and --label-column"
+            f"unknown task {name!r}{did_you_mean(name, known)}: the tasks are {', '.join(known)}; "
+            "propulsion.train and most analyses take rows of your own by --text-columns and --label-column"
         )
     return known[name]

@@ -188,14 +188,14 @@ def find_pooling(model: Path | str | None = None, pooling: str = "auto", *, trus
     return _resolve_pooling(source, _load_config(source, options, "SEQ_CLS", 2), pooling, declared)
 
 
-def find_config(model: Path | str, task_type: str) -> PreTrainedConfig:
+def find_config(model: Path | str, task_type: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a checkpoint for a task, without loading its weights.
 
     Raises:
         UserError: As `load_model`.
     """
     source, options, _ = _located(model, task_type)
-    return _load_config(source, options | {"trust_remote_code": False}, task_type, num_labels=2)
+    return _load_config(source, options | {"trust_remote_code": trust_remote_code}, task_type, num_labels=2)
 
 
 def pooling_of(model: Any) -> str:

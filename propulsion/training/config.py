@@ -19,6 +19,7 @@ from propulsion.data.own import ROW_OPTIONS
 from propulsion.errors import UserError, did_you_mean, one_line
 from propulsion.methods import parse_options
 from propulsion.pretrained import Pooling
+from propulsion.pretrained.options import LOADING_OPTIONS, LoadingOptions
 from propulsion.training.learning_rates import RateChoice, is_rate
 
 Strategy = Literal["no", "steps", "epoch"]
@@ -151,7 +152,7 @@ def training_arguments(options: TrainingOptions, **values: Any) -> TrainingArgum
 
 
 @dataclass(frozen=True)
-class Subject(RowOptions):
+class Subject(LoadingOptions, RowOptions):
     """Which model is trained, by which method, on which task."""
 
     task: str = "demo"
@@ -159,10 +160,6 @@ class Subject(RowOptions):
     model: str | None = None
     """Name (`python -m propulsion.models` lists them), hub name, folder or GGUF file of a pre-trained model; by default
     minilm, the packaged MiniLM-L6 encoder."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-    allow_unfitting_weights: bool = False
-    """Train from weights that do not fit the model's config.json, those that are missing at random."""
     pooling: Pooling = "auto"
     """What a classifier's head reads: mean or first of the tokens' last hidden states; pooler, the input of
     transformers' own classifier; or auto, the pooling that the checkpoint declares."""
@@ -295,7 +292,7 @@ _NEWER = ("generation_max_length", "generation_num_beams", "rate_multiplier", "t
 # Fields that may differ when a run is resumed: they do not change the weights, or name what is recorded by its content.
 _FREE = frozenset(
     {"output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "disable_tqdm", "logging_steps", "data_dir",
-     "per_device_eval_batch_size", "model", "adapter", "trust_remote_code", "allow_unfitting_weights", *ROW_OPTIONS}
+     "per_device_eval_batch_size", "model", "adapter", *LOADING_OPTIONS, *ROW_OPTIONS}
 )  # fmt: skip
 
 

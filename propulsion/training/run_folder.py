@@ -29,8 +29,9 @@ RECORD, RATES, RESULT, PREDICTIONS, MODEL = "run.json", "rates.json", "result.js
 LENGTHS = ("max_steps", "num_train_epochs")
 """Fields that set the length of a run; with larger values a run is continued."""
 _EXTENDED = "extended_at"
-_ANOTHER = "name another --output-dir"
-_ANEW = f"{_ANOTHER}, or pass --overwrite-output-dir to start anew"
+ANOTHER = "name another --output-dir"
+ANEW = f"{ANOTHER}, or pass --overwrite-output-dir to start anew"
+"""What the messages about a folder that cannot be used advise, in the options of `propulsion.train`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def check_folder(output: Path, *, overwrite: bool) -> None:
     with explained(f"use the folder {output}"):
         if (output.exists() or output.is_symlink()) and not output.is_dir():
             what = "a link to itself" if output.is_symlink() else "a file"
-            raise UserError(f"{output} is {what}, expected a folder: {_ANOTHER}")
+            raise UserError(f"{output} is {what}, expected a folder: {ANOTHER}")
         manifest = Manifest(output)
         names, known = manifest.others(), manifest.exists
         if known and overwrite:
@@ -67,7 +68,7 @@ def check_folder(output: Path, *, overwrite: bool) -> None:
     shown = f"{names[0]}{'' if len(names) == 1 else f' and {len(names) - 1} more'}"
     what = "files that no run is known to have written" if RECORD in names else "something else"
     listed = f", and a {MANIFEST} that is damaged or of another program" if (output / MANIFEST).exists() else ""
-    raise UserError(f"{output} holds {what} ({shown}){listed}: {_ANOTHER}, which is empty or holds a run")
+    raise UserError(f"{output} holds {what} ({shown}){listed}: {ANOTHER}, which is empty or holds a run")
 
 
 def folder_state(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> FolderState:
@@ -81,10 +82,10 @@ def folder_state(output: Path, identity: Mapping[str, Any], *, overwrite: bool) 
     """
     if overwrite:
         return FolderState(replaces=bool(Manifest(output).others()))
-    stored = _read(output / RECORD, dict, _ANOTHER)
+    stored = _read(output / RECORD, dict, ANOTHER)
     if stored is None:
         if leftovers := [name for name in Manifest(output).others() if _is_a_runs(name)]:
-            raise UserError(f"{output} has {leftovers[0]} but no {RECORD} that says of which run: {_ANEW}")
+            raise UserError(f"{output} has {leftovers[0]} but no {RECORD} that says of which run: {ANEW}")
         return FolderState()
     extended = tuple(stored.pop(_EXTENDED, ()))
     if stored == identity:
@@ -95,7 +96,7 @@ def folder_state(output: Path, identity: Mapping[str, Any], *, overwrite: bool) 
     if set(names) <= set(LENGTHS) and _longer(output, stored, identity):
         return FolderState(None, (*extended, _to_go_on_from(output, identity)))
     shown = ", ".join(f"{name} {_short(stored.get(name))} there, {_short(identity.get(name))} here" for name in names)
-    raise UserError(f"{output} holds a run of another configuration ({shown}): {_ANEW}")
+    raise UserError(f"{output} holds a run of another configuration ({shown}): {ANEW}")
 
 
 def _check_finished(output: Path) -> None:
@@ -131,7 +132,7 @@ def claim(output: Path, identity: Mapping[str, Any], state: FolderState) -> None
             # These files will be replaced. Checkpoints with foreign files in them are never removed later.
             _refuse_to_lose(manifest, [output / name for name in names if name in (MODEL, RESULT, PREDICTIONS)])
             clear_leftovers(output)
-        if _read(output / RECORD, dict, _ANOTHER) != record:
+        if _read(output / RECORD, dict, ANOTHER) != record:
             for path in (output / RESULT, output / PREDICTIONS):
                 if path.exists():
                     _set_aside(manifest, path, state.extended_at[-1])
@@ -148,7 +149,7 @@ def _refuse_to_lose(manifest: Manifest, paths: Sequence[Path]) -> None:
         if others := manifest.not_own(path):
             raise UserError(
                 f"{others[0]} is not as the run in {manifest.folder} wrote it, and would be lost: move it away, or "
-                f"{_ANOTHER}"
+                f"{ANOTHER}"
             )
 
 
@@ -191,9 +192,9 @@ def _longer(output: Path, stored: Mapping[str, Any], identity: Mapping[str, Any]
 def _to_go_on_from(output: Path, identity: Mapping[str, Any]) -> int:
     last = latest_checkpoint(output)
     if last is None and (output / RESULT).exists():
-        raise UserError(f"{output} holds a finished run without a checkpoint, from which it could go on: {_ANEW}")
+        raise UserError(f"{output} holds a finished run without a checkpoint, from which it could go on: {ANEW}")
     if identity["method"] == "adalora":
-        raise UserError(f"adalora plans its ranks for the steps it was started with, and cannot go on longer: {_ANEW}")
+        raise UserError(f"adalora plans its ranks for the steps it was started with, and cannot go on longer: {ANEW}")
     return steps_of(last)
 
 
@@ -293,9 +294,9 @@ def rates_of(output: Path) -> dict[str, RoleRate] | None:
         UserError: The file is damaged, was changed, or is missing although there is a checkpoint.
     """
     _refuse_to_lose(Manifest(output), [output / RATES])
-    rates = _read(output / RATES, dict, _ANEW)
+    rates = _read(output / RATES, dict, ANEW)
     if rates is None and (last := latest_checkpoint(output)) is not None:
-        raise UserError(f"{last} is there, but not the learning rates it was trained at, {output / RATES}: {_ANEW}")
+        raise UserError(f"{last} is there, but not the learning rates it was trained at, {output / RATES}: {ANEW}")
     return rates and {role: RoleRate(**rate) for role, rate in rates.items()}
 
 

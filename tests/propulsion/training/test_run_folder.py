@@ -391,7 +391,7 @@ def test_an_interrupt_says_what_is_there(base_config, tmp_path, monkeypatch, cap
     assert caught.value.code == (130 if error is KeyboardInterrupt else 143)
     words = capsys.readouterr().err
     if step == 1:
-        assert "has no checkpoint yet (--save-steps 2)" in words
+        assert "has no checkpoint yet (one every 2 steps)" in words
     else:
         assert f"{config.output_dir / 'checkpoint-2'} is complete: the same command" in words
     assert ("without --overwrite-output-dir" in words) == overwrite
