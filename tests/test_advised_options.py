@@ -23,7 +23,7 @@ from tests.analyses.test_every_analysis import ANALYSES, ENCODERS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ntk", "propulsion", "analyses", "figures")
-# Options in a text, without those of pip, git and accelerate, whose commands the texts name, and the prefix of a switch.
+# Not those of pip, git and accelerate, whose commands the texts name, and not the prefix of a switch.
 ADVISED = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*[a-z0-9])")
 OTHER_PROGRAMS = {"show-toplevel", "porcelain", "no-deps", "force-reinstall", "use", "fsdp", "help", "no"}
 READS_MODELS = [name for name in ANALYSES if ENCODERS.get(name, True)]

@@ -14,7 +14,7 @@ HIDDEN, HEAD, MAJORITY, START = "hidden states", "head", "majority class", "untr
 PERMUTED, AGAIN = "permuted labels", "trained again"
 PREDICTORS = {REGRESSION: "kernel", FLOW: "flow", WITH_HEAD: "kernel + head", SIGN: "sign kernel"}
 """Predictors that use a method's own kernel, with the name that their scores have in a result."""
-_NULL_KERNELS = (HIDDEN, HEAD)
+NULL_KERNELS = (HIDDEN, HEAD)
 _OTHER = "logit_correlation", "logit_correlation_within_classes"
 
 
@@ -47,24 +47,32 @@ class Outcome:
     losses: dict[str, float]
 
 
+def prefix_of(kind: str) -> str:
+    """What precedes the names of metrics between the predictions of one kind, such as "kernel_head_"."""
+    return f"{kind.replace(' + ', '_').replace(' ', '_')}_"
+
+
 Key = tuple[str, str, str]  # The name, left and right of a metric.
 
 
 def measures(outcome: Outcome, methods: Sequence[str], task: str) -> dict[Key, float]:
     """Every metric of one size and seed."""
-    return dict([*_scores(outcome, task), *_predictions(outcome, methods), *_between(outcome, methods)])
+    return dict([*_scores(outcome, methods, task), *_predictions(outcome, methods), *_between(outcome, methods)])
 
 
-def _scores(o: Outcome, task: str) -> Iterator[tuple[Key, float]]:
+def _scores(o: Outcome, methods: Sequence[str], task: str) -> Iterator[tuple[Key, float]]:
     def score(f: np.ndarray) -> float:
         return next(iter(scores(task, classes(f), o.labels).values()))
 
     for method, f in o.trained.items():
         yield ("score", f"trained: {method}", ""), score(f)
     for (predictor, name), f in o.kernel.items():
-        null = predictor in (MAJORITY, START) or name in _NULL_KERNELS
-        left = f"null: {name or predictor}" if null else f"{PREDICTORS[predictor]}: {name}"
-        yield ("score", left, ""), score(f)
+        if predictor in PREDICTORS and name in methods:
+            yield ("score", f"{PREDICTORS[predictor]}: {name}", ""), score(f)
+        else:
+            yield ("score", f"null: {name or predictor}", ""), score(f)
+    if (REGRESSION, HEAD) in o.kernel and HEAD in methods:  # The method's kernel is the null kernel too.
+        yield ("score", f"null: {HEAD}", ""), score(o.kernel[REGRESSION, HEAD])
     yield ("score", f"null: {PERMUTED}", ""), float(np.mean([score(f) for f in o.permuted]))
 
 
@@ -77,7 +85,7 @@ def _predictions(o: Outcome, methods: Sequence[str]) -> Iterator[tuple[Key, floa
     """Yield metrics of each trained network against predictions of its own kernel, of other kernels, and of nulls."""
     for method, f in o.trained.items():
         rivals = {p: g for (p, name), g in o.kernel.items() if name == method and p in PREDICTORS}
-        rivals |= {name: g for (p, name), g in o.kernel.items() if p == REGRESSION and name in _NULL_KERNELS}
+        rivals |= {name: g for (p, name), g in o.kernel.items() if p == REGRESSION and name in NULL_KERNELS}
         rivals |= {p: g for (p, _), g in o.kernel.items() if p in (MAJORITY, START)}
         found = {right: alikeness(f, g, o.labels, o.f0) for right, g in rivals.items()}
         draws = [alikeness(f, g, o.labels, o.f0) for g in o.permuted]
@@ -101,8 +109,8 @@ def _between(o: Outcome, methods: Sequence[str]) -> Iterator[tuple[Key, float]]:
         for predictor, word in PREDICTORS.items():
             if (predictor, first) in o.kernel and (predictor, other) in o.kernel:
                 pair = o.kernel[predictor, first], o.kernel[predictor, other]
-                yield from _alike(o, f"{word.replace(' + ', '_').replace(' ', '_')}_", first, other, *pair).items()
-    for null in _NULL_KERNELS:
+                yield from _alike(o, prefix_of(word), first, other, *pair).items()
+    for null in NULL_KERNELS:
         if (REGRESSION, null) in o.kernel:
             pair = o.kernel[REGRESSION, first], o.kernel[REGRESSION, null]
             yield from _alike(o, "kernel_", first, null, *pair).items()

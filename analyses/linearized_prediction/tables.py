@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator
 
-from analyses.linearized_prediction.measures import PREDICTORS
+from analyses.linearized_prediction.measures import NULL_KERNELS, PREDICTORS, prefix_of
 from analyses.records import Block, Result, metric_cell, summary_of_blocks
 
 
 @summary_of_blocks
 def summary(result: Result) -> Iterator[Block]:
-    """Tables of scores, of networks against their kernels' predictions, and of methods against each other."""
+    """Tables of scores, of networks against their kernels' predictions, and of methods against each other.
+
+    A predictor has the same name in all of them: KIND of a method, or null: KIND if it does not depend on the method.
+    """
+    methods = [row["method"] for row in result.tables["methods"]]
     sizes = [row["size"] for row in result.tables["sizes"]]
     found = {(m.name, m.left, m.right, m.stage): m for m in result.metrics}
 
@@ -33,12 +37,19 @@ def summary(result: Result) -> Iterator[Block]:
         ("logit_correlation", "logit_correlation_within_classes", "correlation of logits (within classes)"),
     ):
         if pairs := lefts(name):
-            rows = [[f"{left}, {right}", *cells(name, left, right, beside)] for left, right in pairs]
-            yield [f"network and predictor: {title}", *head], rows
+            rows = [[f"{left} against {_predictor(right)}", *cells(name, left, right, beside)] for left, right in pairs]
+            yield [f"network against predictor: {title}", *head], rows
     rows = []
-    for prefix in ("trained_", "kernel_", "flow_", "kernel_head_", "sign_kernel_"):
+    for kind in ("trained", *PREDICTORS.values()):
+        prefix = prefix_of(kind)
         for left, right in lefts(f"{prefix}agreement"):
             beside = f"{prefix}independent_errors_agreement"
-            rows.append([f"{prefix.rstrip('_')}: {left}, {right}", *cells(f"{prefix}agreement", left, right, beside)])
+            other = f"null: {right}" if right in NULL_KERNELS and right not in methods else right
+            rows.append([f"{kind}: {left} against {other}", *cells(f"{prefix}agreement", left, right, beside)])
     if rows:
         yield ["between methods: agreement (of independent errors)", *head], rows
+
+
+def _predictor(name: str) -> str:
+    """A predictor of a network: its method's own, under the name that scores have, or a null."""
+    return f"its {PREDICTORS[name]}" if name in PREDICTORS else f"null: {name}"

@@ -19,7 +19,7 @@ class DataOptions(LoadingOptions, RowOptions):
     """Torch device, such as cpu or cuda."""
 
 
-def model_identity(model: str | None, pooling: str, **loading: bool) -> dict[str, str]:
+def model_identity(model: str | None, pooling: str, **loading: Any) -> dict[str, str]:
     """Name, pooling and fingerprint (`propulsion.pretrained.fingerprint`) of an encoder, as stored in results.
 
     Args:

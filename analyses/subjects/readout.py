@@ -69,7 +69,7 @@ class Readout:
 
     def load(
         self, model: str | None, *, num_labels: int, seed: int, dtype: torch.dtype = torch.float32,
-        device: str = "cpu", **loading: bool,
+        device: str = "cpu", **loading: Any,
     ) -> tuple[Any, Any]:  # fmt: skip
         """Load the model before training, and its tokenizer; `loading` are the options of `LoadingOptions`.
 
@@ -127,7 +127,7 @@ def prompted(data: TaskData, prompt: str) -> TaskData:
 
 def load_label_words(
     model: Path | str | None, words: Sequence[str], *, seed: int = 0, dtype: torch.dtype = torch.float32,
-    device: str = "cpu", **loading: bool,
+    device: str = "cpu", **loading: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Load a language model whose outputs are the logits of words, one for each label in order, and its tokenizer.
 

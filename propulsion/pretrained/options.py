@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class LoadingOptions:
     """Load weights that do not fit the model's config.json, those that are missing at random."""
 
     @property
-    def loading(self) -> dict[str, bool]:
+    def loading(self) -> dict[str, Any]:
         """These options as arguments of `propulsion.pretrained.load_model`."""
         return {name: getattr(self, name) for name in LOADING_OPTIONS}
 

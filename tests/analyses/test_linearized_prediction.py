@@ -11,7 +11,17 @@ import ntk
 from analyses import linearized_prediction
 from analyses.linearized_prediction import Config, predictors
 from analyses.linearized_prediction.cells import start_of
-from analyses.linearized_prediction.measures import AGAIN, HIDDEN, PERMUTED, REGRESSION, SIGN, WITH_HEAD
+from analyses.linearized_prediction.measures import (
+    AGAIN,
+    FLOW,
+    HIDDEN,
+    PERMUTED,
+    REGRESSION,
+    SIGN,
+    WITH_HEAD,
+    Outcome,
+    measures,
+)
 from analyses.linearized_prediction.predictors import (
     alikeness,
     flow,
@@ -96,7 +106,48 @@ def test_every_comparison_is_there(config, result):
     assert "at most 8 rows" in result.coverage[SIGN]
     text = summary(result, markdown=True)
     assert "null: permuted labels" in text
-    assert "trained: full, trained again" in text
+    assert "trained: full against trained again" in text
+
+
+def test_every_row_of_the_tables_has_a_name_of_its_own_and_a_predictor_one_name(result):
+    scores, *pairs = (
+        [line.split("|")[1].strip() for line in block.splitlines()[2:]]
+        for block in summary(result, markdown=True).split("\n\n")
+    )
+    for names in (scores, *pairs):
+        assert len(set(names)) == len(names)
+    kinds = {name for name in scores if name.startswith("null: ")} | {name.partition(":")[0] for name in scores}
+    against_kernels, correlations, between = pairs
+    for name in (*against_kernels, *correlations):
+        method, _, predictor = name.partition(" against ")
+        assert method in METHODS
+        assert predictor.removeprefix("its ") in kinds
+    assert {name.partition(":")[0] for name in between} <= kinds
+    assert "kernel: full against null: head" in between
+    assert "kernel + head: full against propulsion:positions=all" in between
+
+
+def test_the_method_head_and_the_kernel_of_the_head_are_two_rows():
+    rng = np.random.default_rng(0)
+    f = {kind: rng.standard_normal(6) for kind in ("full", "head", "flow of head", "hidden")}
+    outcome = Outcome(
+        size=4, seed=0, labels=np.array([0, 1, 0, 1, 0, 1]), f0=np.zeros(6), permuted=rng.standard_normal((2, 6)),
+        kernel={(REGRESSION, "full"): f["full"], (REGRESSION, "head"): f["head"], (FLOW, "head"): f["flow of head"],
+                (FLOW, "full"): f["full"], (REGRESSION, HIDDEN): f["hidden"]},
+        strengths={}, trained={}, again={}, losses={},
+    )  # fmt: skip
+    found = {left: value for (name, left, _), value in measures(outcome, ["full", "head"], "sst2").items()
+             if name == "score"}  # fmt: skip
+
+    def score(values):
+        return pytest.approx(np.mean((values > 0) == outcome.labels))
+
+    assert found["kernel: head"] == found["null: head"] == score(f["head"])
+    assert found["flow: head"] == score(f["flow of head"])
+    assert found["null: hidden states"] == score(f["hidden"])
+    alone = {left for name, left, _ in measures(outcome, ["full"], "sst2") if name == "score"}
+    assert "null: head" in alone
+    assert "kernel: head" not in alone
 
 
 def test_training_sets_are_nested_and_drawn_by_the_seed(config):

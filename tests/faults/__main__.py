@@ -61,7 +61,7 @@ def try_command(
     command: Command, place: Path, kinds: Sequence[str], times: int, draw: random.Random
 ) -> tuple[str, list[str]]:
     """A line of the table, and what went wrong."""
-    expected, problems, row = place / "whole", [], f"{command.name:30}"
+    expected, problems, row = place / "whole", [], f"{command.name:34}"
     seconds = finish(command, expected)
     for kind in kinds:
         failed = []
@@ -97,7 +97,7 @@ def command() -> int:
         model = tiny_model(place / "model")
         if options.kinds:
             head = "".join(f"{kind:>14}" for kind in options.kinds)
-            print(f"survived / tried, seed {options.seed}\n{'':30}{head}", flush=True)
+            print(f"survived / tried, seed {options.seed}\n{'':34}{head}", flush=True)
             for name, one in every_command(model).items():
                 if name.startswith(tuple(options.only)):
                     row, failed = try_command(one, place, options.kinds, options.times, draw)
@@ -114,12 +114,12 @@ def command() -> int:
 
 def _flip(model: Path, place: Path, only: tuple[str, ...], bits: int, draw: random.Random) -> list[str]:
     problems, reasons = [], Counter()
-    print(f"\n{FLIPS:30}{'files':>14}{'tried':>14}{'refused':>14}{'no effect':>14}{'not survived':>14}", flush=True)
+    print(f"\n{FLIPS:34}{'files':>14}{'tried':>14}{'refused':>14}{'no effect':>14}{'not survived':>14}", flush=True)
     for stored in everything_stored(model, place / "stored"):
         if stored.name.startswith(only):
             found = try_flips(stored, place / "copy", draw, each=bits)
             numbers = (len(stored.files), found.tried, found.refused, found.unused.total(), len(found.problems))
-            print("\n".join([f"{stored.name:30}" + "".join(f"{n:>14}" for n in numbers), *found.problems]), flush=True)
+            print("\n".join([f"{stored.name:34}" + "".join(f"{n:>14}" for n in numbers), *found.problems]), flush=True)
             problems += found.problems
             reasons += Counter({f"{stored.name}: {why}": count for why, count in found.unused.items()})
     print("\nwithout effect:\n" + "\n".join(f"{count:>6}  {why}" for why, count in reasons.items()))
