@@ -24,6 +24,7 @@ from torch import Tensor
 
 import ntk
 from analyses.core.analysis import Analysis, Findings, GridOutput, Runs
+from analyses.core.comparison import defined
 from analyses.core.intervals import LOG, LOGIT, Scale, mean_interval
 from analyses.peft_kernels.layers import KINDS, Place, label_of, places_of
 from analyses.records import STAGES, Block, Metric, Result, interval, number, summary_of_blocks
@@ -165,7 +166,7 @@ def _summed(cell: Mapping[str, Any], part: str, labels: Sequence[str]) -> Tensor
 def _measures(
     config: Config, cell: Mapping[str, Any], groups: Mapping[str, Sequence[str]], seed: int
 ) -> dict[str, dict[str, float]]:
-    """Every number of every group in one seed."""
+    """Every number of every group in one seed; not a number where a kernel is zero, or constant over the examples."""
     found = {}
     whole = float(_summed(cell, FULL, groups[ALL]).trace())
     for label, labels in groups.items():
@@ -173,18 +174,26 @@ def _measures(
         traces = {part: float(kernel.trace()) for part, kernel in kernels.items()}
         generator = torch.Generator().manual_seed(seed)
         null = [
-            ntk.cka(kernels[FULL], ntk.nulls.permuted(kernels[SCALES], generator=generator))
+            defined(ntk.cka, kernels[FULL], ntk.nulls.permuted(kernels[SCALES], generator=generator))
             for _ in range(config.null_draws)
         ]
-        values = {column: ntk.cka(kernels[a], kernels[b]) for column, (a, b) in PAIRS.items()}
+        values = {column: defined(ntk.cka, kernels[a], kernels[b]) for column, (a, b) in PAIRS.items()}
         found[label] = values | {
             "permuted": float(np.mean(null)),
-            "directions": ntk.equivalent_directions(kernels[FULL], min(values["full_scales"], 1.0)),
-            "metric_ratio": traces[METRIC] / sum(cell["scaled_traces"][each] for each in labels),
-            "scales_ratio": traces[SCALES] / traces[METRIC],
-            "share": traces[FULL] / whole,
+            "directions": _directions(kernels[FULL], values["full_scales"]),
+            "metric_ratio": _ratio(traces[METRIC], sum(cell["scaled_traces"][each] for each in labels)),
+            "scales_ratio": _ratio(traces[SCALES], traces[METRIC]),
+            "share": _ratio(traces[FULL], whole),
         }
     return found
+
+
+def _directions(full: Tensor, alignment: float) -> float:
+    return math.nan if math.isnan(alignment) else ntk.equivalent_directions(full, min(alignment, 1.0))
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.nan
 
 
 _SCALES: dict[str, Scale] = dict.fromkeys((*PAIRS, "permuted", "share"), LOGIT) | dict.fromkeys(

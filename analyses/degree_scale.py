@@ -156,9 +156,18 @@ def _row(
     kind: str, model: str, full: np.ndarray, propulsion: np.ndarray, config: Config, *, width: int, depth: int,
     expected: float, paper: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """A row of k* with its 95 % bootstrap interval over the n entries of `full`: networks drawn, or examples."""
+    """A row of k* with its 95 % bootstrap interval over the n entries of `full`: networks drawn, or examples.
+
+    Raises:
+        UserError: Propulsion's kernel is zero.
+    """
     rng = np.random.default_rng(config.seed)
     picks = rng.integers(0, len(full), size=(1000, len(full)))
+    if not propulsion[picks].sum(1).all():
+        raise UserError(
+            f"{model}: Propulsion's kernel is zero, so that no degree makes it as large as that of full fine-tuning: "
+            "the layers' outputs are zero, or do not influence the model's"
+        )
     low, high = np.quantile(np.sqrt(full[picks].sum(1) / propulsion[picks].sum(1)), [0.025, 0.975])
     ratio = float(full.sum() / propulsion.sum())
     return {"kind": kind, "model": model, "width": width, "depth": depth, "ratio": ratio,

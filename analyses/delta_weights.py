@@ -7,6 +7,7 @@ Propulsion the quantiles of z and z^k are reported too.
     python -m analyses.delta_weights --task sst2 --data-dir glue --comparison results/method_comparison
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,8 @@ def singular_value_measures(delta: Float[Tensor, "a b"], weight: Float[Tensor, "
     """Size and rank of a change of a weight.
 
     The rank counts singular values above eps * max(a, b) times the weight's own largest; the effective rank is exp of
-    the entropy of the squared singular values' shares. A change of zero has rank 0.
+    the entropy of the squared singular values' shares. A change of zero has rank 0. The relative size of a change of a
+    weight of zeros is not a number.
     """
     values = torch.linalg.svdvals(delta.double())
     energy = values**2
@@ -72,7 +74,7 @@ def singular_value_measures(delta: Float[Tensor, "a b"], weight: Float[Tensor, "
     floor = max(delta.shape) * torch.finfo(torch.float32).eps * float(torch.linalg.matrix_norm(weight.double(), 2))
     shares = energy[energy > 0] / total
     return {
-        "relative_size": float(torch.sqrt(energy.sum()) / weight.double().norm()),
+        "relative_size": math.sqrt(total) / size if (size := float(weight.double().norm())) else math.nan,
         "rank_share": float((values > floor).sum()) / full,
         "effective_rank_share": float(torch.exp(-(shares * shares.log()).sum())) / full,
         "first_share": float(energy[0]) / total,

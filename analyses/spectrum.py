@@ -32,7 +32,7 @@ from analyses.subjects.batch import held_out
 from analyses.subjects.cost import memory_budget
 from analyses.subjects.learning_rates import check_origin
 from analyses.subjects.options import KernelOptions
-from analyses.subjects.trained_methods import HEAD, one_output, tangents, with_head
+from analyses.subjects.trained_methods import HEAD, check_influence, one_output, tangents, with_head
 from propulsion.data import TaskData, load_task_data
 from propulsion.errors import UserError
 from propulsion.methods import Method, parse_methods
@@ -102,10 +102,16 @@ def label_vectors(labels: np.ndarray, *, regression: bool) -> np.ndarray:
 
 
 def decompose(kernel: torch.Tensor, y: np.ndarray, *, draws: int, seed: int) -> Spectral:
-    """Eigenvalues of a kernel ``(n, n)``, and the energies of the labels and of permuted labels."""
+    """Eigenvalues of a kernel ``(n, n)``, and the energies of the labels and of permuted labels.
+
+    Raises:
+        ntk.UndefinedMetricError: The kernel is zero, or has no positive eigenvalue, relative to which others could be.
+    """
     K = kernel.double().cpu()
     values, vectors = torch.linalg.eigh((K + K.T) / 2)
     values, vectors = values.flip(0).clamp(min=0).numpy(), vectors.flip(1).numpy()
+    if not values[0] > 0:
+        raise ntk.UndefinedMetricError("the spectrum of a zero kernel relative to its mean eigenvalue is undefined")
     generator = np.random.default_rng(seed)
     nulls = np.stack([((vectors.T @ y[generator.permutation(len(y))]) ** 2).sum(axis=1) for _ in range(draws)])
     return Spectral(values / values.mean(), ((vectors.T @ y) ** 2).sum(axis=1), nulls)
@@ -182,6 +188,7 @@ def _kernels(
             model, inputs, wanted.methods, output=one_output(data.task), reduce="trace", memory_budget=budget
         )
     own = [text for text in methods if text != HEAD]
+    check_influence(kernels)
     return kernels | {f"{text} + head": kernel for text, kernel in with_head(kernels, own).items()}, labels
 
 

@@ -11,6 +11,7 @@ with kappa the excess kurtosis of the entries (0 for Gaussian, -6/5 for peft's u
 moments (Malladi et al. 2023, sec. 5, for the mean). Layers draw their A independently, so that both add up over layers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk.checks import real_and_finite
+from ntk.checks import normalised, not_overflown, power_of_two, real_and_finite, shifted
 from ntk.metrics import center, cka
 from ntk.token_gradients import TokenGradients
 
@@ -42,7 +43,13 @@ class LoRALaw:
     size: float
 
     def cka(self, rank: float) -> float:
-        """The predicted mean over A of the CKA at this rank."""
+        """The predicted mean over A of the CKA at this rank.
+
+        Raises:
+            ValueError: the rank is not above 0.
+        """
+        if not rank > 0:
+            raise ValueError(f"expected a rank above 0; got {rank}")
         return self.limit / (1 + self.constant / rank) ** 0.5
 
     def rank(self, alignment: float) -> float:
@@ -74,7 +81,8 @@ def lora_law(
         excess_kurtosis: of the entries of A: 0 if Gaussian, `UNIFORM` if uniform.
 
     Raises:
-        ValueError: gradients that are not finite or of no layer; another number of weights than of layers.
+        ValueError: gradients, weights, an added kernel or a kurtosis that are not finite; no layer; another number of
+            weights than of layers.
         UndefinedMetricError: a centred kernel is 0.
 
     Cost: n^2 c r' s^2 of each layer, and the memory of n s^2 numbers; by tokens N^2 (c r' + s) for N tokens of all
@@ -91,14 +99,22 @@ def lora_law(
     weights = [1.0] * len(gradients) if weights is None else list(weights)
     if not gradients or len(weights) != len(gradients):
         raise ValueError(f"expected a weight for each of one or more layers; got {len(weights)} and {len(gradients)}")
+    if not all(map(math.isfinite, [*weights, excess_kurtosis])):
+        raise ValueError(f"weights and kurtosis must be finite; got {weights} and {excess_kurtosis}")
     layers = [
         G if isinstance(G, TokenGradients) else _Formed(real_and_finite(G, "gradients").flatten(1, 2))
         for G in gradients
     ]
+    # The law does not depend on the scale of the gradients, whose eighth powers would leave the range of float64.
+    largest = max(layer.exponent for layer in layers)
+    layers = [layer.shifted(-largest) for layer in layers]
     kernels = [layer.kernel() for layer in layers]
     full = torch.stack(kernels).sum(0)
     mean = sum((w * K for w, K in zip(weights, kernels, strict=True)), start=torch.zeros_like(full))
-    mean = mean if added is None else mean + added.to(mean)
+    if added is not None:
+        mean = mean + shifted(real_and_finite(added, "the added kernel").to(mean), -2 * largest)
+    mean, exponent = normalised(not_overflown(mean, "the mean of LoRA's kernel", "scale weights and added kernel"))
+    weights = [math.ldexp(w, -exponent) for w in weights]
     limit = cka(full, mean)
     R = center(mean)
     variance = along = 0.0
@@ -116,6 +132,13 @@ class _Formed:
     """Gradients ``(n, p, s)`` as whole matrices, with the methods of :class:`ntk.token_gradients.TokenGradients`."""
 
     G: Float[Tensor, "n p s"]
+
+    @property
+    def exponent(self) -> int:
+        return power_of_two(self.G)
+
+    def shifted(self, exponent: int) -> "_Formed":
+        return _Formed(shifted(self.G, exponent))
 
     def kernel(self) -> Float[Tensor, "n n"]:
         return torch.einsum("ips,jps->ij", self.G, self.G)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ntk.adapters import Modules, chosen, layers_of
+from ntk.checks import power_of_two, shifted
 from ntk.features import Outer
 from ntk.functional import Parameters, evaluation
 from ntk.inputs import Inputs
@@ -40,6 +41,18 @@ class TokenGradients:
     def width(self) -> int:
         """s, the length of the layer's input."""
         return self.a[0].shape[1]
+
+    @property
+    def exponent(self) -> int:
+        """The least e for which no product of entries of g and a exceeds 2^e."""
+        return sum(max(map(power_of_two, each)) for each in (self.g, self.a))
+
+    def shifted(self, exponent: int) -> "TokenGradients":
+        """G 2^exponent, with g of order 1."""
+        own = max(map(power_of_two, self.g))
+        return TokenGradients(
+            tuple(shifted(g, -own) for g in self.g), tuple(shifted(a, exponent + own) for a in self.a)
+        )
 
     def kernel(self) -> Float[Tensor, "n n"]:
         """K_ij = sum_ts (g_it . g_js) (a_it . a_js), float64."""

@@ -92,7 +92,7 @@ def residuals(outputs: Float[np.ndarray, "n c"], labels: np.ndarray) -> Float[np
 
 def kernel_regression_score(
     kernel: Float[Tensor, "n n c c"], outputs: Float[np.ndarray, "n c"], labels: np.ndarray
-) -> float:
+) -> float | None:
     """Cross-validated score of ridge regression of the residuals by a kernel: accuracy, or the share of variance.
 
     In each of `FOLDS` folds, with r the residuals, rows T kept and rows V left out, the prediction on V is
@@ -100,12 +100,14 @@ def kernel_regression_score(
         softmax(f_V) + K_VT (K_TT + lambda I)^-1 r_T,        lambda = RIDGE tr(K) / (n c),
 
     with f_V in place of the softmax for a regression. Rows are dealt to folds in the order of their labels. One linear
-    system of size n c for each fold.
+    system of size n c for each fold. None for a kernel of trace 0, and for values that are all the same.
     """
     n, c = outputs.shape
     K = ntk.flatten(kernel).double().numpy()
     r = residuals(outputs, labels)
     ridge = RIDGE * np.trace(K) / len(K)
+    if not ridge > 0 or (c == 1 and not np.ptp(labels)):
+        return None
     fold = np.empty(n, dtype=int)
     fold[np.argsort(labels, kind="stable")] = np.arange(n) % FOLDS
     found = targets(labels, classes=c) - r
@@ -130,10 +132,13 @@ def kernel_gradient_norm(
     return math.sqrt(max(square, 0.0)) / len(outputs)
 
 
-def effective_dimension(kernel: Float[Tensor, "n n c c"]) -> float:
-    """tr K (K + lambda I)^-1 with lambda the mean eigenvalue (Zhang 2005, sec. 3): directions that a ridge leaves."""
+def effective_dimension(kernel: Float[Tensor, "n n c c"]) -> float | None:
+    """tr K (K + lambda I)^-1 with lambda the mean eigenvalue (Zhang 2005, sec. 3): directions that a ridge leaves.
+
+    None for a kernel of zeros.
+    """
     values = torch.linalg.eigvalsh(ntk.flatten(kernel).double()).clamp(min=0)
-    return float((values / (values + values.mean())).sum())
+    return float((values / (values + values.mean())).sum()) if values.any() else None
 
 
 def log_evidence(features: Float[np.ndarray, "n h"], y: Float[np.ndarray, " n"]) -> float:
@@ -146,6 +151,7 @@ def log_evidence(features: Float[np.ndarray, "n h"], y: Float[np.ndarray, " n"])
     A = alpha I + beta F^T F and m = beta A^-1 F^T y. The fixed point alpha = gamma / ||m||^2, beta = (n - gamma) /
     ||F m - y||^2, gamma = sum of beta s^2 / (alpha + beta s^2), maximises it (MacKay 1992); one singular value
     decomposition serves all iterations. Features that fit y exactly have no largest evidence: beta is at most 1e10.
+    The evidence of features that are all zero does not depend on alpha.
     """
     n, h = features.shape
     U, s, _ = np.linalg.svd(np.asarray(features, dtype=float), full_matrices=False)
@@ -157,7 +163,7 @@ def log_evidence(features: Float[np.ndarray, "n h"], y: Float[np.ndarray, " n"])
         m2 = float(((shrunk * z)[s > 0] ** 2 / s[s > 0] ** 2).sum())
         rest = outside + float((((1 - shrunk) * z) ** 2).sum())
         gamma = float(shrunk.sum())
-        new = gamma / max(m2, 1e-12), min((n - gamma) / max(rest, 1e-12), 1e10)
+        new = gamma / max(m2, 1e-12) if gamma else alpha, min((n - gamma) / max(rest, 1e-12), 1e10)
         done = abs(math.log(new[0] / alpha)) + abs(math.log(new[1] / beta)) < 1e-6
         alpha, beta = new
         if done:
@@ -205,7 +211,7 @@ def _aligned(e: Evidence, *, centred: bool) -> float | None:
     return label_alignment(e.kernel, e.labels, regression=e.regression, centred=centred)
 
 
-def _of_kernel(function: Callable[[Tensor, np.ndarray, np.ndarray], float], e: Evidence) -> float | None:
+def _of_kernel(function: Callable[[Tensor, np.ndarray, np.ndarray], float | None], e: Evidence) -> float | None:
     if e.kernel is None or e.outputs is None or e.labels is None:
         return None
     return function(e.kernel, e.outputs, e.labels)

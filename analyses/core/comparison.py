@@ -113,7 +113,7 @@ class SeedComparison:
 
     def keep(self, name: str, function: Function, unit: str, left: str, right: str = "") -> Metric:
         """Return what :meth:`measure` returns, and add the value of each seed to `values`."""
-        self._note(name, left, right, [_value(function, kernels) for kernels in self._operands(left, right)])
+        self._note(name, left, right, [defined(function, *kernels) for kernels in self._operands(left, right)])
         return self.measure(name, function, unit, left, right)
 
     def measure(self, name: str, function: Function, unit: str, left: str, right: str = "") -> Metric:
@@ -122,7 +122,7 @@ class SeedComparison:
 
     def mean(self, function: Function, left: str, right: str = "") -> float:
         """The mean over seeds alone; not-a-number if the function is undefined in one."""
-        return float(np.mean([_value(function, kernels) for kernels in self._operands(left, right)]))
+        return float(np.mean([defined(function, *kernels) for kernels in self._operands(left, right)]))
 
     def nulls(self, full: str, counts: Mapping[str, int]) -> list[Metric]:
         """The scale-free metrics of one kernel and each null model; `counts` gives a null model's number of draws."""
@@ -141,7 +141,7 @@ class SeedComparison:
         metrics = []
         for name in NULL_METRICS:
             function, unit = PAIR_METRICS[name]
-            by_draw = [[_value(function, kernels) for kernels in self._operands(full, draw)] for draw in draws]
+            by_draw = [[defined(function, *kernels) for kernels in self._operands(full, draw)] for draw in draws]
             values = np.mean(by_draw, axis=0).tolist()
             if len(values) > 1:
                 found = bounded_mean(values, self._scale(name))
@@ -164,7 +164,7 @@ class SeedComparison:
     def _interval(self, name: str, function: Function, left: str, right: str) -> Interval:
         scale, operands = self._scale(name), self._operands(left, right)
         if len(operands) > 1:
-            return bounded_mean([_value(function, kernels) for kernels in operands], scale)
+            return bounded_mean([defined(function, *kernels) for kernels in operands], scale)
         (kernels,) = operands
         return bootstrap_interval(function, kernels, resamples=self.resamples, seed=self.seed, scale=scale)
 
@@ -175,7 +175,8 @@ class SeedComparison:
         )
 
 
-def _value(function: Function, kernels: Sequence[Tensor]) -> float:
+def defined(function: Function, *kernels: Tensor) -> float:
+    """The function of the kernels; not a number where it is undefined."""
     try:
         return function(*kernels)
     except UndefinedMetricError:

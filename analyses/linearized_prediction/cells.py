@@ -24,7 +24,7 @@ from analyses.linearized_prediction.measures import (
 from analyses.linearized_prediction.setting import Setting
 from analyses.subjects.batch import model_inputs
 from analyses.subjects.cost import memory_budget
-from analyses.subjects.trained_methods import HEAD, Tangents, tangents, with_head
+from analyses.subjects.trained_methods import HEAD, Tangents, check_influence, tangents, with_head
 from analyses.subjects.training_run import RunConfig, training_run
 from propulsion.methods import Method
 from propulsion.training import predict
@@ -72,6 +72,7 @@ def kernel_cell(
             memory_budget=budget, progress=True,
         )  # fmt: skip
     pieces = {name: kernel.cpu() for name, kernel in pieces.items()}
+    check_influence(pieces)
     jobs = {(predictor, text): pieces[text] for predictor in (REGRESSION, FLOW) for text in methods}
     if HEAD in pieces:
         both = with_head(pieces, list(methods))

@@ -28,20 +28,20 @@ Predictor = Callable[[Tensor, Tensor, Tensor], dict[float, Tensor]]
 def regression(kernel: Tensor, residual: Tensor, cross: Tensor) -> dict[float, Tensor]:
     """Kernel ridge regression, like :func:`ntk.dynamics.kernel_regression`, at all ridges from one decomposition."""
     spectrum = Spectrum(kernel)
-    mean = float(spectrum.values.mean())
+    mean = _unit(float(spectrum.values.mean()))
     return {ridge: cross @ spectrum.apply(1 / (spectrum.values + ridge * mean), residual) for ridge in RIDGES}
 
 
 def flow(kernel: Tensor, residual: Tensor, cross: Tensor) -> dict[float, Tensor]:
     """Gradient flow of the linearised model on squared loss, stopped at each time."""
-    unit = len(kernel) / float(kernel.trace())
+    unit = 1 / _unit(float(kernel.diagonal().mean()))
     moved = gradient_flow(kernel, residual, times=[t * unit for t in TIMES], cross=cross)
     return dict(zip(TIMES, moved, strict=True))
 
 
 def sign_regression(kernel: Tensor, residual: Tensor, cross: Tensor) -> dict[float, Tensor]:
     """:func:`ntk.sign_gradient_regression` of a sign-gradient kernel, at all ridges."""
-    mean = float(kernel.diagonal().mean())
+    mean = _unit(float(kernel.diagonal().mean()))
     start, start_of_new = (torch.zeros(n, dtype=torch.float64) for n in (len(kernel), len(cross)))
 
     def predicted(y: Tensor, ridge: float) -> Tensor:
@@ -49,6 +49,20 @@ def sign_regression(kernel: Tensor, residual: Tensor, cross: Tensor) -> dict[flo
         return ntk.sign_gradient_regression(kernel, y, start, **options)
 
     return {ridge: torch.stack([predicted(y, ridge) for y in residual.T], dim=1) for ridge in RIDGES}
+
+
+def _unit(mean: float) -> float:
+    """The mean eigenvalue, in which ridges and times are measured.
+
+    Raises:
+        ntk.UndefinedMetricError: It is not positive.
+    """
+    if not mean > 0:
+        raise ntk.UndefinedMetricError(
+            f"the kernel of the training rows has the mean eigenvalue {mean:.3g}: ridges and times relative to it are "
+            "undefined"
+        )
+    return mean
 
 
 def predict(

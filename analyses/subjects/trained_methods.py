@@ -99,6 +99,20 @@ def with_head(
     return found
 
 
+def check_influence(kernels: Mapping[str, Tensor]) -> None:
+    """Check that what each kernel is of influences the outputs, so that shares and ridges relative to it are defined.
+
+    Raises:
+        UserError: A kernel has trace 0.
+    """
+    for name, kernel in kernels.items():
+        if not kernel.diagonal().any():
+            raise UserError(
+                f"the kernel of {name} is zero on these rows: its parameters do not influence the outputs, and nothing "
+                "can be said relative to it; leave it out, or take another model"
+            )
+
+
 def _adapter(text: str, method: Method, model: Any, trained: Any) -> adapters.Method:
     """The method of `ntk.adapters` that corresponds to the adapted layers of a trained model."""
     if method.name == "full":

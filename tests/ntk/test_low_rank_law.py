@@ -11,6 +11,7 @@ from torch.func import functional_call, jacrev, vmap
 import ntk
 from ntk import adapters
 from ntk.low_rank_law import UNIFORM, lora_law
+from ntk.token_gradients import TokenGradients
 
 RANKS = (1, 2, 4, 8, 16, 64)
 
@@ -164,3 +165,29 @@ def test_the_rank_that_reaches_an_alignment():
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(4, 1, 2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("exponent", [-300, -100, 90, 300, 500])
+def test_the_law_does_not_depend_on_the_scale_of_the_gradients(exponent):
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(6, 2, 3, 5, dtype=torch.float64, generator=generator) for _ in range(2)]
+    expected = lora_law(gradients, weights=[1.0, 0.5], excess_kurtosis=UNIFORM)
+    scaled = [G * 2.0**exponent for G in gradients]
+    assert lora_law(scaled, weights=[1.0, 0.5], excess_kurtosis=UNIFORM) == expected
+    g, a = (tuple(torch.randn(t, 4, dtype=torch.float64, generator=generator) for t in (2, 3, 1)) for _ in range(2))
+    tokens = TokenGradients(g, a)
+    moved = TokenGradients(tuple(x * 2.0**exponent for x in g), tuple(x * 2.0 ** (exponent // 2) for x in a))
+    assert lora_law([moved]) == lora_law([tokens])
+    assert lora_law(gradients, weights=[2.0**200, 2.0**199], excess_kurtosis=UNIFORM) == expected
+
+
+def test_numbers_that_the_law_does_not_take():
+    gradients = [torch.randn(6, 1, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))]
+    for options in (
+        {"weights": [float("nan")]}, {"excess_kurtosis": float("inf")}, {"added": torch.full((6, 6), float("nan"))},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="finite"):
+            lora_law(gradients, **options)
+    for rank in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="rank above 0"):
+            lora_law(gradients).cka(rank)
