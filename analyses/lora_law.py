@@ -67,7 +67,7 @@ class Config(DataOptions, GridOutput):
 def find(config: Config, runs: Runs) -> Findings | None:
     """Compute the law and the drawn kernels of every seed, or read them from their cells; None if some lack."""
     data = config.readout.rows(load_task_data(config.task, data_dir=config.data_dir))
-    model = config.readout.load(config.model, num_labels=data.task.num_labels, seed=0)
+    model = config.readout.load(config.model, num_labels=data.task.num_labels, seed=0, **config.loading)
     cells = runs.of(data, model_content(*model))
     each = [cells.cell(f"seed {seed}", partial(_measure, config, data), seed=seed) for seed in config.seeds]
     found = [cell for cell in each if cell is not None]
@@ -104,7 +104,7 @@ def _measure(config: Config, data: TaskData, *, seed: int) -> dict[str, Any]:
     started = time.time()
     model, tokenizer = config.readout.load(
         config.model, num_labels=data.task.num_labels, seed=seed, dtype=getattr(torch, config.dtype),
-        device=config.device,
+        device=config.device, **config.loading,
     )  # fmt: skip
     inputs, _ = held_out(data, tokenizer, config.n_examples, seed, device=config.device)
     output = ntk.outputs.margin() if config.readout.in_words else None

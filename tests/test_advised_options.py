@@ -41,6 +41,7 @@ ONLY_TRAIN = ("propulsion.train", "propulsion.training.trainer", "propulsion.tra
 CASES = {
     ("analyses.claims", "analyses.records.folder"): "the runs are commands of their own",
     ("analyses.claims", "propulsion.data.own"): "it takes GLUE tasks alone",
+    ("analyses.foresight", "analyses.choose.halving"): "it plans no budget that is too small",
     ("analyses.instruction_tuning", "propulsion.data.own"): "it takes instruction tasks alone",
     ("analyses.instruction_tuning", "propulsion.training.run_folder"): "it says the same in its own options",
     ("analyses.linearized_prediction", "analyses.subjects.cost"): "it names other options to the function",
