@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ MODULES: Mapping[str, tuple[str, ...]] = {
                     "pickletools", "symtable", "importlib", "pkgutil", "typing"),
 }  # fmt: skip
 """By label of the task "module", the modules and packages of Python's standard library that it covers."""
+HELD_OUT = 0.25
+"""Largest share of the rows of a label that is held out."""
 _WORDS = range(4, 61)
 """Numbers of words that a sentence may have."""
 
@@ -118,9 +121,7 @@ def without(text: str, words: Sequence[str]) -> str:
 
 def distinct(rows: Sequence[Sentence]) -> list[Sentence]:
     """The rows whose text occurs once, as many of each label as of the rarest, chosen by a hash of their text."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.text.casefold()] = counts.get(row.text.casefold(), 0) + 1
+    counts = Counter(row.text.casefold() for row in rows)
     once = sorted((row for row in rows if counts[row.text.casefold()] == 1), key=lambda row: digest(row.text))
     labels = {row.label for row in once}
     fewest = min((sum(row.label == label for row in once) for label in labels), default=0)
@@ -132,6 +133,17 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_validation(row: Sentence) -> bool:
-    """Whether a row is held out: all rows of about a fifth of the files are, so that no file is on both sides."""
-    return int(digest(row.source), 16) % 5 == 0
+def held_out_sources(rows: Sequence[Sentence]) -> set[str]:
+    """The files whose rows are held out, so that no file is on both sides: up to a quarter of the rows of each label.
+
+    Of each label, files are taken in the order of a hash of their names, and left out where they would exceed that.
+    """
+    chosen: set[str] = set()
+    for label in {row.label for row in rows}:
+        counts = Counter(row.source for row in rows if row.label == label)
+        room = HELD_OUT * counts.total()
+        for source in sorted(counts, key=digest):
+            if counts[source] <= room:
+                chosen.add(source)
+                room -= counts[source]
+    return chosen

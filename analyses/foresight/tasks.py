@@ -16,7 +16,7 @@ from analyses.foresight.docstrings import (
     LIBRARIES,
     MODULES,
     Sentence,
-    is_validation,
+    held_out_sources,
     library_sentences,
     module_sentences,
 )
@@ -131,7 +131,11 @@ def _rows(task: str, data_dir: Path | None) -> dict[str, Columns]:
         return {"train": make(columns_of(data.train)), "validation": make(columns_of(data.validation))}
     _, find = FROM_DOCSTRINGS[task]
     found = find()
-    parts = {"train": [r for r in found if not is_validation(r)], "validation": [r for r in found if is_validation(r)]}
+    apart = held_out_sources(found)
+    parts = {
+        "train": [r for r in found if r.source not in apart],
+        "validation": [r for r in found if r.source in apart],
+    }
     return {
         split: {"sentence": [row.text for row in part], "label": [row.label for row in part]}
         for split, part in parts.items()

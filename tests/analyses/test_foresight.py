@@ -12,7 +12,7 @@ from scipy import stats
 from analyses.core.cells import Cells, Grid
 from analyses.foresight import analysis as foresight
 from analyses.foresight import tasks
-from analyses.foresight.docstrings import Sentence, distinct, is_validation, sentences
+from analyses.foresight.docstrings import HELD_OUT, Sentence, distinct, held_out_sources, sentences
 from analyses.foresight.fitted import RIDGE, combination, mean_ranks
 from analyses.foresight.hypotheses import FAILS, HOLDS, UNDECIDED, UNTESTED, judge
 from analyses.foresight.scores import Draws, ceiling, correlation, ranked, regret
@@ -82,8 +82,16 @@ def test_rows_are_balanced_and_no_text_is_twice():
     found = distinct([*rows, *(Sentence(f"more {i}", 0, "y.py") for i in range(30))])
     assert Counter(row.label for row in found) == {0: 9, 1: 9}  # "text 1" occurs twice.
     assert len({row.text.casefold() for row in found}) == len(found)
-    sources = {side: {row.source for row in found if is_validation(row) == side} for side in (True, False)}
-    assert not sources[True] & sources[False]
+
+
+def test_whole_files_of_every_label_are_held_out():
+    rows = [Sentence(f"text {i}", 0, f"a{min(i, 40) % 8}.py") for i in range(80)]  # One file has more than half.
+    rows += [Sentence(f"more {i}", 1, f"b{i % 12}.py") for i in range(60)]
+    apart = held_out_sources(rows)
+    for label, count in ((0, 80), (1, 60)):
+        share = sum(row.source in apart for row in rows if row.label == label) / count
+        assert 0.15 < share <= HELD_OUT
+    assert "a0.py" not in apart
 
 
 def test_rows_of_a_made_task_are_drawn_by_the_seed(monkeypatch):
