@@ -51,6 +51,7 @@ _PASSES = 8  # Largest number of rates tried; most roles need one.
 _NEAR = 2.0  # A change within this factor of the share needs no further trial.
 _SILENT = 1e-4  # A gradient below this share of the largest of its role counts as zero.
 _LARGEST_JUMP = 30.0
+_KEPT_BYTES = 2**26  # Gradients at the start are kept up to this size, and computed anew for every rate beyond it.
 _FAR_BELOW, _RISE = 300.0, 6.0  # For products that are zero: the search begins at guess / 300 and rises 6-fold at most.
 
 Batch = Mapping[str, Any]
@@ -124,8 +125,9 @@ def _rate_of_role(probe: "_Probe", role: str, parameters: Mapping[str, nn.Parame
     share = SHARES.get(role, SHARE)
     fixed = fixed_rate(role, model_degree(probe.model))
     others = [p for p in probe.model.parameters() if p.requires_grad and all(p is not q for q in parameters.values())]
+    probe.forget()
     with _frozen(others):
-        first = probe.gradients(parameters, 0)
+        first = probe.gradients_at_start(parameters, 0)
         slope = sum(float(g.abs().sum(dtype=torch.float64)) for g in first.values())
         if not (probe.loss > 0 and math.isfinite(probe.loss) and 0 < slope < math.inf):
             return RoleRate(fixed.rate, f"{fixed.reason}: the loss or its gradient is zero or not finite at the start")
@@ -167,7 +169,8 @@ def _silent(gradients: Mapping[str, Tensor]) -> set[str]:
 def _wakes(probe: "_Probe", parameters: Mapping[str, nn.Parameter], silent: set[str], rate: float) -> bool:
     """Whether tensors without a gradient have one after a step of the other tensors."""
     with _restored(parameters):
-        probe.step(parameters, torch.optim.Adam(parameters.values(), lr=rate), 0)
+        optimizer = torch.optim.Adam(parameters.values(), lr=rate)
+        _step(parameters, optimizer, probe.gradients_at_start(parameters, 0))
         return bool(silent - _silent(probe.gradients(parameters, 0)))
 
 
@@ -178,6 +181,7 @@ class _Probe:
         self.model, self._batches, self._rows = model, batches, rows
         self._call = _task_loss(model, rows[0])
         self._start = self._look()
+        self._kept: dict[int, dict[str, Tensor]] = {}
         self.loss = float(self._start.losses.mean())
 
     @torch.no_grad()
@@ -202,12 +206,18 @@ class _Probe:
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(parameters, gradients))
 
-    def step(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, batch: int) -> None:
-        """Take one step on a batch."""
-        for name, gradient in self.gradients(parameters, batch).items():
-            parameters[name].grad = gradient
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def gradients_at_start(self, parameters: Mapping[str, nn.Parameter], batch: int) -> dict[str, Tensor]:
+        """The same with the initial weights, which the first step at every rate takes; kept if they are small."""
+        if batch in self._kept:
+            return self._kept[batch]
+        found = self.gradients(parameters, batch)
+        if len(self._batches) * sum(g.nbytes for g in found.values()) <= _KEPT_BYTES:
+            self._kept[batch] = found
+        return found
+
+    def forget(self) -> None:
+        """Drop the gradients of other parameters that are kept."""
+        self._kept.clear()
 
     def change(self, parameters: Mapping[str, nn.Parameter], rate: float, look: int) -> float:
         """The change of a row's loss by one step, as a share of its initial value.
@@ -219,17 +229,27 @@ class _Probe:
         for first in range(1 if look else len(self._batches)):
             with _restored(parameters):
                 optimizer = torch.optim.Adam(parameters.values(), lr=rate)
-                self.step(parameters, optimizer, first)
+                _step(parameters, optimizer, self.gradients_at_start(parameters, first))
                 changes.append(self._start.change(self._look()))
                 if look:
                     optimizer.param_groups[0]["lr"] = STRIDE * rate
                     for batch in range(1, look + 1):
-                        self.step(parameters, optimizer, batch)
+                        _step(parameters, optimizer, self.gradients(parameters, batch))
                     optimizer.param_groups[0]["lr"] = rate
                     before = self._look()
-                    self.step(parameters, optimizer, look + 1)
+                    _step(parameters, optimizer, self.gradients(parameters, look + 1))
                     changes.append(before.change(self._look()))
         return (max(changes) if look else float(np.mean(changes))) / self.loss
+
+
+def _step(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, gradients: Mapping[str, Tensor]
+) -> None:
+    """Take one step of an optimizer, which leaves the gradients as they are."""
+    for name, gradient in gradients.items():
+        parameters[name].grad = gradient
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from propulsion.errors import UserError
 from propulsion.methods import Method, apply_method
 from propulsion.pretrained import load_classifier
 from propulsion.train import TrainConfig, run
+from propulsion.training import measured_rates
 from propulsion.training.learning_rates import Rates, RoleRate, model_degree, parameter_groups, parameter_roles
 from propulsion.training.measured_rates import LOOK, SHARE, SHARES, choose_rows, measured, with_measured
 from propulsion.training.run_folder import RATES
@@ -70,6 +71,25 @@ def rows(count, size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [{"x": (x := torch.randn(size, 6, generator=generator)), "labels": (x[:, 0] * x[:, 1] > 0).long()}
             for _ in range(count)]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["all", "scale", "product"])
+def test_kept_gradients_change_no_rate(method, monkeypatch):
+    """The rates are those of gradients that are computed anew for every rate tried, to the same bits."""
+    counts, found = [], []
+    compute = measured_rates._Probe.gradients
+
+    def gradients(self, parameters, batch):
+        counts[-1] += 1
+        return compute(self, parameters, batch)
+
+    monkeypatch.setattr(measured_rates._Probe, "gradients", gradients)
+    for size in (measured_rates._KEPT_BYTES, 0):
+        monkeypatch.setattr(measured_rates, "_KEPT_BYTES", size)
+        counts.append(0)
+        found.append(measured(Small(method), AUTO, rows(4, 16), rows(8, 1, seed=1)))
+    assert found[0] == found[1]
+    assert counts[0] < counts[1]
 
 
 @pytest.mark.parametrize("method", ["all", "scale", "product"])
