@@ -30,6 +30,25 @@ def test_every_test_that_the_page_names_exists():
         assert importlib.util.find_spec(f"analyses.{module}") is not None
 
 
+def numbered() -> dict[str, str]:
+    """The theorems, propositions and corollaries of the page, each with its text up to the next one or section."""
+    parts = re.split(r"(?m)^(?=\*\*(?:Theorem|Proposition|Corollary) \d|## )", PAGE)
+    found = {part.split("**")[1]: part for part in parts if part.startswith("**")}
+    assert len(found) >= 20
+    return found
+
+
+@pytest.mark.parametrize("statement", numbered())
+def test_every_numbered_statement_names_its_test_and_its_figure(statement):
+    """And the folders of results that it names hold a result."""
+    text = numbered()[statement]
+    assert "`test_" in text
+    folders = re.findall(r"\]\((results/[\w/-]+)/README\.md\)", text)
+    assert folders or "No figure." in text
+    for folder in folders:
+        assert list((ROOT / "docs" / folder).rglob("result.json")), folder
+
+
 def assert_draws_again(analysis: str, folder: Path) -> None:
     """Check that drawing the stored result again gives the figure in the result folder."""
     redraw(analysis, importlib.import_module(f"figures.{analysis}").write, folder / "out", folder / "again")
