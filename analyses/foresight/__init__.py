@@ -17,5 +17,5 @@ packages. The same command resumes an interrupted grid; ``--max-runs 10`` comput
 
 from analyses.foresight.analysis import ANALYSIS, Config, run
 
-COST = "a day on one task, weeks on nine"
+COST = "hours"
 __all__ = ["ANALYSIS", "Config", "run"]
