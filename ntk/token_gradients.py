@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.pytorch_utils import Conv1D
 
 from ntk.adapters import Modules, chosen, layers_of
@@ -56,11 +57,8 @@ class TokenGradients:
 
     def kernel(self) -> Float[Tensor, "n n"]:
         """K_ij = sum_ts (g_it . g_js) (a_it . a_js), float64."""
-        sums = []
-        for i in range(len(self.g)):
-            products = self._gradients(i) * torch.einsum("ts,jus->jtu", self.a[i], self._padded(self.a))
-            sums.append(products.sum((1, 2), dtype=torch.float64))
-        return torch.stack(sums)
+        pairs = zip(_products(self.g), _products(self.a), strict=True)
+        return torch.stack([(gradients * inputs).sum((1, 2), dtype=torch.float64) for gradients, inputs in pairs])
 
     def fluctuation(self, R: Float[Tensor, "n n"], kurtosis: float) -> tuple[float, float]:
         """r times sum_ij Var[k_ij], and r times Var[<R, k>], for LoRA's kernel k of this layer, centred over examples.
@@ -74,10 +72,9 @@ class TokenGradients:
 
         Cost: N^2 (p + s) for N tokens of all examples.
         """
-        n, A = len(self.a), self._padded(self.a)
+        n, A = len(self.a), pad_sequence(list(self.a), batch_first=True)
         total, whole, along = 0.0, A.new_zeros(self.width, self.width), A.new_zeros(self.width, self.width)
-        for i, a in enumerate(self.a):
-            gradients = self._gradients(i)  # (n, t_i, t)
+        for i, (a, gradients) in enumerate(zip(self.a, _products(self.g), strict=True)):
             Z = gradients @ A  # M_ij = a^T Z_j
             total += float(_quadratic(a, Z, kurtosis).sum())
             row = Z.sum(0)
@@ -86,12 +83,13 @@ class TokenGradients:
             along += a.T @ torch.einsum("j,jts->ts", R[i].to(a), Z)
         return total + _form(whole, kurtosis) / n**2, _form(along, kurtosis)
 
-    def _gradients(self, i: int) -> Float[Tensor, "n _ _"]:
-        """g_it . g_js for one i and all j, padded."""
-        return torch.einsum("tp,jup->jtu", self.g[i], self._padded(self.g))
 
-    def _padded(self, values: tuple[Tensor, ...]) -> Float[Tensor, "n _ _"]:
-        return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True)
+def _products(values: tuple[Float[Tensor, "_ d"], ...]) -> Iterator[Float[Tensor, "n _ _"]]:
+    """Yield v_it . v_js for each i, all tokens t of it, all j and their tokens s, padded with zeros along s."""
+    whole, lengths = torch.cat(values), [len(each) for each in values]
+    for each in values:
+        products = (whole @ each.T).split(lengths)
+        yield pad_sequence(products, batch_first=True).mT
 
 
 def _quadratic(a: Float[Tensor, "t s"], Z: Float[Tensor, "n t s"], kurtosis: float) -> Float[Tensor, "n"]:
