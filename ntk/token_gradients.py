@@ -89,7 +89,7 @@ def _products(values: tuple[Float[Tensor, "_ d"], ...]) -> Iterator[Float[Tensor
     whole, lengths = torch.cat(values), [len(each) for each in values]
     for each in values:
         products = (whole @ each.T).split(lengths)
-        yield pad_sequence(products, batch_first=True).mT
+        yield pad_sequence(list(products), batch_first=True).mT
 
 
 def _quadratic(a: Float[Tensor, "t s"], Z: Float[Tensor, "n t s"], kurtosis: float) -> Float[Tensor, "n"]:
