@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from task_rows import ROWS, write_rows
@@ -469,6 +470,35 @@ def test_a_preset_runs_on_another_model_with_one_word_changed():
     ours = parse(["--preset", "glue-sst2-roberta-base-all", "--model", "mpnet-base"])
     assert (paper.model, ours.model) == ("FacebookAI/roberta-base", "mpnet-base")
     assert dataclasses.replace(ours, model=paper.model) == paper
+
+
+@pytest.mark.parametrize("family", ["MPNet", "Roberta"])
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_a_preset_starts_trains_and_ends_on_a_model_of_either_family(family, task, tiny_model, tmp_path):
+    """The option --model is the one word that changes; steps are few, and rows the test's own."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+             "max_position_embeddings": 140, "vocab_size": len(tokenizer),
+             "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    network = getattr(transformers, f"{family}ForSequenceClassification")
+    torch.manual_seed(0)
+    network(getattr(transformers, f"{family}Config")(**sizes)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "validation"):
+        texts = [{"sentence": f"row {i}", "label": i % 2} if task == "sst2" else
+                 {"sentence1": f"row {i}", "sentence2": f"line {i}", "label": 0.5 * i} for i in range(8)]  # fmt: skip
+        lines = "\n".join(map(json.dumps, texts))
+        (tmp_path / "rows" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    options = ["--preset", f"glue-{task}-roberta-base-all", "--model", str(tmp_path / "model"), "--data-dir",
+             str(tmp_path / "rows"), "--max-steps", "2", "--output-dir", str(tmp_path / "run")]  # fmt: skip
+    result = run(parse(options))
+    assert max(entry["step"] for entry in result.history) == 2
+    scales = [value for name, value in weights(tmp_path / "run").items() if "propulsion" in name]
+    assert scales
+    assert all(bool(torch.isfinite(value).all()) for value in scales)
+    config = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text("utf-8"))
+    assert (config["degree"], config["peft_type"]) == (get_task(task).degree, "PROPULSION")
 
 
 def test_tensorboard_has_what_was_logged(config):
