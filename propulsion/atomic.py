@@ -23,9 +23,14 @@ def publish(written: Path, path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write content as a JSON file that replaces `path` only when it is complete."""
+    write_text(path, json_text(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that replaces `path` only when it is complete; nothing is left of one that is not."""
     partial = beside(path)
     try:
-        partial.write_text(json_text(content), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         publish(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)  # It takes space on a disk that may be full.

@@ -24,12 +24,12 @@ class Problems(UserError):
     """Several mistakes, reported together in one line.
 
     Attributes:
-        findings: The mistakes, each with its location.
+        findings: The mistakes, each with its location, and each once.
         remedies: What to do about them, each remedy once.
     """
 
     def __init__(self, findings: Sequence[str], remedies: Sequence[str] = ()) -> None:
-        self.findings, self.remedies = tuple(findings), tuple(dict.fromkeys(remedies))
+        self.findings, self.remedies = tuple(dict.fromkeys(findings)), tuple(dict.fromkeys(remedies))
         super().__init__("; ".join((*self.findings, *self.remedies)))
 
 

@@ -14,7 +14,6 @@ The same in Python:
 import csv
 import io
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +29,7 @@ from peft.utils.save_and_load import load_peft_weights
 from scipy.special import softmax
 
 from propulsion.adapters import BASE_FILE, label_names, load_adapter
-from propulsion.atomic import beside
+from propulsion.atomic import write_text
 from propulsion.command_line import parsed
 from propulsion.data.kinds import Limits
 from propulsion.data.kinds.classification import logits
@@ -354,9 +353,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     if output is not None:
         with explained(f"write {output}"):
             output.parent.mkdir(parents=True, exist_ok=True)
-            partial = beside(output)
-            partial.write_text(FORMATS[output.suffix.lower()](predictions), encoding="utf-8")
-            os.replace(partial, output)
+            write_text(output, FORMATS[output.suffix.lower()](predictions))
     return predictions
 
 

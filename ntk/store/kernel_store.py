@@ -13,7 +13,7 @@ by a lock for each tile, which the system releases when its process ends in any 
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,17 +124,19 @@ def kernel_store(
         (5, 5)
     """
     layout_of(reduce)
+    if not memory_budget > 0:
+        raise ValueError(f"memory_budget, in bytes, must be above 0; got {memory_budget}")
     identity = {"format": FORMAT} | kernel_identity(model, params, output, reduce)
     folder = Path(path).expanduser()
     if block is not None:
         check_count(block, "the block of a store")
     folder.mkdir(parents=True, exist_ok=True)
+    _refuse_foreign(folder)  # Before a lock is written into it.
     with _lock(folder / ".lock"):
         if (folder / "store.json").exists():
             block = _check_same(folder, identity, block)
-        elif foreign := [each.name for each in folder.iterdir() if each.name != ".lock"]:
-            raise ValueError(f"{folder} holds {foreign[0]} and is no store of a kernel: name a new or empty folder")
         else:
+            _refuse_foreign(folder)
             block = block or BLOCK
             files.write_text(folder / "store.json", json.dumps(identity | {"block": block}, indent=1) + "\n")
         for name in ("examples", "tiles"):
@@ -322,6 +324,40 @@ def status_of(path: Path | str) -> Status:
         raise ValueError(f"{folder} is no store of a kernel: it has no store.json")
     block, identity = _stored(folder)
     return KernelStore(folder, nn.Module(), block, identity, {}).status()
+
+
+def check_examples(model: nn.Module, inputs: Any, key: str, options: Mapping[str, Any]) -> None:
+    """Compute the kernel of the first of some examples, so that those that cannot be used are not stored.
+
+    Args:
+        model: the model.
+        inputs: examples, as of `KernelStore.add`.
+        key: their key.
+        options: of :func:`ntk.empirical_ntk`.
+
+    Raises:
+        ValueError: as :func:`ntk.empirical_ntk`; the model fails on the first example.
+        MemoryError: as :func:`ntk.empirical_ntk`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, a torch module; got {type(model).__name__}")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        named = by_name(model, inputs)
+        first = {name: x.to(device) for name, x in _part(named, batch_size(named), slice(1)).items()}
+        empirical_ntk(model, first[""] if first.keys() == {""} else first, **options)
+    except NotImplementedError:
+        raise
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"the model has no kernel on the examples of {key!r}: {error}") from error
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise ValueError for a folder that is not empty and no store."""
+    if not (folder / "store.json").exists():
+        foreign = [each.name for each in folder.iterdir() if each.name != ".lock"]
+        if foreign:
+            raise ValueError(f"{folder} holds {foreign[0]} and is no store of a kernel: name a new or empty folder")
 
 
 def _stored(folder: Path) -> tuple[int, dict[str, str]]:

@@ -12,7 +12,8 @@ second process in its folder; then it runs to its end. It has survived if
 A flipped bit is survived if the command that reads the file refuses it in one line that names the file, or if it
 provably changes no number that is used: the reason is listed.
 
-Without `--only`, the tables of malformed inputs and of wrong options follow (`tests.faults.mistakes`).
+Without `--only`, the tables of malformed inputs, of wrong options and of a first-time user's mistakes follow
+(`tests.faults.mistakes`).
 """
 
 import argparse
@@ -23,7 +24,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -31,30 +31,19 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import torch
 from datasets import config as datasets_config
 from datasets import disable_progress_bars
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from propulsion.pretrained import default_model_folder
 from tests.faults.commands import every_command
 from tests.faults.flips import everything_stored, try_flips
 from tests.faults.inputs import run as malformed_inputs
-from tests.faults.mistakes import print_table
+from tests.faults.mistakes import print_table, tiny_model
 from tests.faults.options import run as wrong_options
 from tests.faults.processes import KINDS, Command, fault, finish
+from tests.faults.strangers import run as mistakes_of_strangers
 
 FLIPS = "flipped bits"
-
-
-def tiny_model(folder: Path) -> Path:
-    """Save a one-layer random BERT with the demo model's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(default_model_folder())
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    BertForSequenceClassification(
-        BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, intermediate_size=64, **sizes)
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def try_command(
@@ -94,7 +83,8 @@ def command() -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         datasets_config.HF_DATASETS_CACHE = place / "cache"
-        model = tiny_model(place / "model")
+        tokenizer = AutoTokenizer.from_pretrained(default_model_folder())
+        model = tiny_model(place / "model", tokenizer=tokenizer, width=32, positions=64)
         if options.kinds:
             head = "".join(f"{kind:>14}" for kind in options.kinds)
             print(f"survived / tried, seed {options.seed}\n{'':34}{head}", flush=True)
@@ -106,7 +96,7 @@ def command() -> int:
         if options.bits:
             problems += _flip(model, place, tuple(options.only), options.bits, draw)
     if options.only == [""]:
-        for table in (malformed_inputs, wrong_options):
+        for table in (malformed_inputs, wrong_options, mistakes_of_strangers):
             problems += print_table(table())
     print(f"\n{len(problems)} not survived")
     return 1 if problems else 0

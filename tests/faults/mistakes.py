@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -130,15 +131,16 @@ def print_table(found: Sequence[Row]) -> list[str]:
     return problems
 
 
-def tiny_model(folder: Path) -> Path:
-    """Save a one-layer random BERT with a vocabulary of a few words."""
+def tiny_model(folder: Path, *, tokenizer: Any = None, width: int = 16, positions: int = 32) -> Path:
+    """Save a one-layer random BERT with a tokenizer; by default with one of a few words."""
     folder.mkdir(parents=True, exist_ok=True)
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    (folder / "vocab.txt").write_text("\n".join((*special, *WORDS)), encoding="utf-8")
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=32)
+    if tokenizer is None:
+        special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+        (folder / "vocab.txt").write_text("\n".join((*special, *WORDS)), encoding="utf-8")
+        tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=positions)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes)
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 2 * width}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=positions, **sizes)
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

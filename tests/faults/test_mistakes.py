@@ -1,11 +1,14 @@
 """Every mistake of the two tables ends in one line that names it, and nothing is written."""
 
+import errno
+
 import pytest
 
+from propulsion import atomic
 from propulsion.command_line import parsed
 from propulsion.errors import UserError
 from propulsion.train import TrainConfig
-from tests.faults import inputs, mistakes, options
+from tests.faults import inputs, mistakes, options, strangers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,6 +33,21 @@ def test_a_wrong_option(mistake, tmp_path):
 @pytest.mark.parametrize("mistake", [pytest.param(each, id=each.id) for each in inputs.mistakes()])
 def test_a_malformed_input(mistake, tmp_path):
     check(mistake, tmp_path)
+
+
+@pytest.mark.parametrize("mistake", [pytest.param(each, id=each.id) for each in strangers.mistakes()])
+def test_a_mistake_of_a_first_time_user(mistake, tmp_path):
+    check(mistake, tmp_path)
+
+
+def test_a_file_of_predictions_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(written, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic, "publish", full)
+    with pytest.raises(OSError, match="No space"):
+        atomic.write_text(tmp_path / "out.csv", "row,prediction\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_there_are_two_hundred_of_each():
