@@ -136,8 +136,8 @@ class Claim:
         judge: Function from the results of one model that `needs` and `also` name to the evidence; of several needs, it
             uses those that are there.
         settle: What would settle the claim.
-        plan_command: Options of ``python -m analyses.claims --only KEY`` that run what would settle it; "" if no run of
-            this project can.
+        plan_command: Options of ``python -m analyses.claims --only KEY`` that run what would settle it, or a whole
+            command that starts with "python"; "" if no run of this project can.
         also: Further result folders that are used if they exist.
     """
 
@@ -152,6 +152,13 @@ class Claim:
     settle: str
     plan_command: str = MORE_MODELS
     also: tuple[str, ...] = ()
+
+    @property
+    def settling_command(self) -> str:
+        """The command that runs what would settle it; "" if there is none."""
+        if not self.plan_command or self.plan_command.startswith("python "):
+            return self.plan_command
+        return f"python -m analyses.claims --only {self.key} {self.plan_command}"
 
     @property
     def words(self) -> str:

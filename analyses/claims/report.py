@@ -54,7 +54,6 @@ def _row(row: Row, root: str) -> dict[str, Any]:
     words = ("key", "title", "words", "where", "measure", "threshold", "settle")
     source = "--data-dir glue" if row.missing else f"--load {root}"
     outcomes = [e.outcome for e in row.evidence]
-    settling = f"python -m analyses.claims --only {claim.key} {claim.plan_command}" if claim.plan_command else ""
     return {name: getattr(claim, name) for name in words} | {
         "rule": claim.rule.words,
         "verdict": row.verdict.value,
@@ -68,7 +67,7 @@ def _row(row: Row, root: str) -> dict[str, Any]:
         "waits_for": list(row.missing),
         "reason": row.reason,
         "command": f"python -m analyses.claims --only {claim.key} {source}",
-        "settling_command": settling,
+        "settling_command": claim.settling_command,
     }
 
 

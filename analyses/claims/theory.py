@@ -74,7 +74,7 @@ AMONG_METHODS = ("full fine-tuning", "Propulsion")
     where="Sec. 3 and App. A, Theorem 1",
     measure="‖K_F − K_P‖ / ‖K_F‖ at initialisation",
     threshold=f"at most {CLOSE:g}",
-    rule=EVERYWHERE, needs=("theorem1", "kernel_distance/*|decomposition"),
+    rule=EVERYWHERE, needs=("kernel_distance/*|decomposition|theorem1",),
     settle="One number above the threshold settles it. Further models tell how general that is.",
 )  # fmt: skip
 def theorem1_literal(results: Results) -> Iterator[Evidence]:
@@ -103,7 +103,8 @@ def theorem1_literal(results: Results) -> Iterator[Evidence]:
         f"inside {SLOPES[0]:g} to {SLOPES[1]:g}"
     ),
     rule=EVERYWHERE, needs=("theorem1", "width_convergence"),
-    settle="More random networks of each width narrow the undecided slopes.", plan_command="--data-dir glue",
+    settle="More random networks of each width narrow the undecided slopes.",
+    plan_command="python -m analyses.width_convergence --draws 48",
 )  # fmt: skip
 def theorem1_corrected(results: Results) -> Iterator[Evidence]:
     """With positively homogeneous activations and scales on the input and on every hidden layer, at infinite width,

@@ -442,6 +442,18 @@ def test_the_full_plan_makes_all_that_the_claims_need():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("claim", [c for c in CLAIMS if c.settling_command], ids=lambda claim: claim.key)
+def test_the_command_that_would_settle_a_claim_is_one_that_its_module_takes_and_makes_what_it_needs(claim):
+    _, _, module, *options = shlex.split(claim.settling_command)
+    if module != "analyses.claims":
+        tyro.cli(importlib.import_module(module).Config, args=options)
+        assert any(module == f"analyses.{need.split('/')[0]}" for need in claim.needs)
+        return
+    config = tyro.cli(claims.Config, args=options)
+    found = [run.name for run in runs.needed(claims._plan(config), [claim], everything=False)]
+    assert all(runs.matching([need], found) for need in claim.needs)
+
+
 def test_the_plan_of_a_language_model_has_kernels_of_label_words_alone():
     for model in ("smollm2-135m", "folder/smollm2-135m.gguf"):
         (run,) = model_plan(model, ("sst2", "rte"), None)
