@@ -141,7 +141,7 @@ def full_plan(
     plan = [
         run("parameter_count"),
         run("theorem1"),
-        run("width_convergence"),
+        run("width_convergence", draws=48),
         run("johnson_lindenstrauss"),
         run("complexity"),
         run("degree_scale", tasks=tasks, n_examples=16, models=models, **source),

@@ -103,8 +103,8 @@ def theorem1_literal(results: Results) -> Iterator[Evidence]:
         f"inside {SLOPES[0]:g} to {SLOPES[1]:g}"
     ),
     rule=EVERYWHERE, needs=("theorem1", "width_convergence"),
-    settle="More random networks of each width narrow the undecided slopes.",
-    plan_command="python -m analyses.width_convergence --draws 48",
+    settle="More random networks of each width narrow the intervals of the slopes.",
+    plan_command="python -m analyses.width_convergence --draws 192",
 )  # fmt: skip
 def theorem1_corrected(results: Results) -> Iterator[Evidence]:
     """With positively homogeneous activations and scales on the input and on every hidden layer, at infinite width,
