@@ -162,6 +162,7 @@ def full_plan(
         run("pooling", tasks=("demo", first), **source),
         run("default_rates", tasks=tasks, **source),
         run("decomposition", task=first, n_examples=128, seeds=(0, 1, 2), **source),
+        run(f"lora_law/{first}", task=first, n_examples=64, draws=3, memory_budget_gb=4.0, **source),
         run("choose", budget_minutes=30.0, max_length=64, max_steps=100, n_train=200, n_validation=80,
             candidates=("full", "lora:r=8", "propulsion", "bitfit", "head", "ia3")),
         *(run(f"ablation/{factor}", factor=factor, **on_first, **sizes.get(factor, small))
