@@ -31,6 +31,7 @@ READS_MODELS = [name for name in ANALYSES if ENCODERS.get(name, True)]
 NOT_REACHED = {
     "analyses.choose.tables": "it writes a command of propulsion.train",
     "analyses.claims.commands": "it writes commands of analyses",
+    "analyses.claims.theory": "it names a command of width_convergence",
     "propulsion.data.tasks": "the message names the commands that have the options",
     "propulsion.training.config": "former names of options, and a message that names propulsion.train",
     "propulsion.training.presets": "presets are of propulsion.train",
