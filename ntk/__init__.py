@@ -26,6 +26,7 @@ from ntk import (
 from ntk.dynamics import linearize
 from ntk.empirical import METHODS, adapter_kernels, empirical_ntk, layer_kernels
 from ntk.krylov import SpectralDensity, spectral_density
+from ntk.layer_tokens import TokenGradients, token_gradients
 from ntk.layerwise import Decomposition, decomposition
 from ntk.layout import flatten, reduce_outputs
 from ntk.low_rank_law import LoRALaw, lora_law
@@ -54,7 +55,6 @@ from ntk.sketch import SketchedNTK, sketched_ntk
 from ntk.store import KernelStore, kernel_store
 from ntk.structured.explanation import Explanation, ParameterCost, explain
 from ntk.structured.work import SlowKernelWarning
-from ntk.token_gradients import TokenGradients, token_gradients
 from ntk.trace_estimation import RandomEstimate, stochastic_diagonal, stochastic_trace
 
 __all__ = ["METHODS", "NTKOperator", "adapter_kernels", "empirical_ntk", "flatten", "layer_kernels", "reduce_outputs"]

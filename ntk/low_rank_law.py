@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk.checks import normalised, not_overflown, power_of_two, real_and_finite, shifted
+from ntk.layer_tokens import TokenGradients
 from ntk.metrics import center, cka
-from ntk.token_gradients import TokenGradients
 
 UNIFORM = -6 / 5
 """The excess kurtosis of uniform variables, such as the entries of A in peft and :class:`ntk.adapters.LoRA`."""
@@ -129,7 +129,7 @@ def lora_law(
 
 @dataclass(frozen=True)
 class _Formed:
-    """Gradients ``(n, p, s)`` as whole matrices, with the methods of :class:`ntk.token_gradients.TokenGradients`."""
+    """Gradients ``(n, p, s)`` as whole matrices, with the methods of :class:`ntk.layer_tokens.TokenGradients`."""
 
     G: Float[Tensor, "n p s"]
 

@@ -148,10 +148,10 @@ def log_evidence(features: Float[np.ndarray, "n h"], y: Float[np.ndarray, " n"])
 
         (h/2 log alpha + n/2 log beta - n/2 log 2 pi - beta/2 ||F m - y||^2 - alpha/2 ||m||^2 - 1/2 log|A|) / n,
 
-    A = alpha I + beta F^T F and m = beta A^-1 F^T y. The fixed point alpha = gamma / ||m||^2, beta = (n - gamma) /
-    ||F m - y||^2, gamma = sum of beta s^2 / (alpha + beta s^2), maximises it (MacKay 1992); one singular value
-    decomposition serves all iterations. Features that fit y exactly have no largest evidence: beta is at most 1e10.
-    The evidence of features that are all zero does not depend on alpha.
+    A = alpha I + beta F^T F and m = beta A^-1 F^T y. The fixed point alpha = gamma / ||m||^2,
+    beta = (n - gamma) / ||F m - y||^2, gamma = sum of beta s^2 / (alpha + beta s^2), maximises it (MacKay 1992); one
+    singular value decomposition serves all iterations. Features that fit y exactly have no largest evidence: beta is at
+    most 1e10. The evidence of features that are all zero does not depend on alpha.
     """
     n, h = features.shape
     U, s, _ = np.linalg.svd(np.asarray(features, dtype=float), full_matrices=False)

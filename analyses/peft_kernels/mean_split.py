@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from ntk.adapters import Found, Layer, Method, layers_of
 from ntk.features import Dense, Outer
 from ntk.functional import evaluation
-from ntk.inputs import Inputs, group_examples
+from ntk.inputs import Batch, group_examples
 
 Part = Literal["whole", "common", "residual"]
 PARTS: tuple[Part, ...] = ("whole", "common", "residual")
 
 
-def mean_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+def mean_inputs(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
     """The mean input ``(s,)`` of every linear layer of the backbone, by module name, over all real tokens and examples.
 
     Means are in float64. Each example has its own forward pass, without padding.

@@ -10,8 +10,8 @@ from torch.func import functional_call, jacrev, vmap
 
 import ntk
 from ntk import adapters
+from ntk.layer_tokens import TokenGradients
 from ntk.low_rank_law import UNIFORM, lora_law
-from ntk.token_gradients import TokenGradients
 
 RANKS = (1, 2, 4, 8, 16, 64)
 

@@ -6,8 +6,8 @@ from cases import batch_for, classifier, relative_error
 from torch import Tensor, nn
 
 import ntk
+from ntk.layer_tokens import TokenGradients, token_gradients
 from ntk.low_rank_law import UNIFORM, lora_law
-from ntk.token_gradients import TokenGradients, token_gradients
 
 
 class Twice(nn.Module):
