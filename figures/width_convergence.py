@@ -58,7 +58,7 @@ def draw(result: Result) -> Figure:
               ("scatter of networks (right: standard parametrisation)", "--"), ("limit", ":"))  # fmt: skip
     grey = [Line2D([], [], color="0.4", linewidth=1, linestyle=dashes, label=words) for words, dashes in styles]
     handles = [*left.get_legend_handles_labels()[0], *grey]
-    page.legend(handles=handles, loc="outside lower center", ncols=5, columnspacing=1.2)
+    page.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.2)
     return page
 
 

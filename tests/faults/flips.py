@@ -164,7 +164,9 @@ def training_runs(model: Path, place: Path) -> list[Stored]:
         }),
         Stored("adapter, loaded", adapter, partial(_loaded, model)),
         Stored("adapter, hotswapped", adapter, partial(_swapped, model, adapter)),
-        Stored("model, loaded", place / "whole" / "model", _whole_model),
+        Stored("model, loaded", place / "whole" / "model", _whole_model, {
+            "files.sha256": "a file whose name is damaged there counts as not listed, and is not checked",
+        }),
     ]  # fmt: skip
 
 
